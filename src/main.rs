@@ -1,0 +1,2 @@
+//! The `iii` program.
+fn main() {}
