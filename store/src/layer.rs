@@ -1,0 +1,1180 @@
+//! The layer file: a tree with its mtimes, laid out to be mapped and read in place.
+//!
+//! All integers are little-endian. The file is
+//!
+//! ```text
+//! header   256 bytes
+//! nodes    node_count x 96 bytes, breadth first: the children of a directory are contiguous and sorted by name
+//! links    link_count x 8 bytes: (group, node), sorted; every group has at least two nodes
+//! blob     blob_len bytes: names, symlink targets, xattr sets
+//! ```
+//!
+//! Header: magic `III-LAYR`; version, compat, ro_compat, incompat: u32; node_count, link_count: u32; blob_len: u64;
+//! logical_bytes: u64; file_count: u32; 0: u32; tree_id, layer_id, body: 32 bytes each; zeroes. `body` is the BLAKE3
+//! of everything after the header.
+//!
+//! Node: name_off: u32, name_len: u16, kind: u8, flags: u8; mode: u16, 0: u16, uid: u32; gid: u32, parent: u32;
+//! mtime_sec: i64; mtime_nsec: u32, xattr_off: u32 (`!0`: none); size: u64; aux: u64; link: u32, 0: u32; hash: 32 bytes.
+//! `size` is a file's length, a target's length or a directory's number of children; `aux` is a target's offset, the
+//! first child's index or a device's `major << 32 | minor`; `hash` is a file's object id or the [`TreeId`] of what a
+//! directory holds.
+//!
+//! Xattr set: count: u16, then per xattr, sorted by name: name_len: u16, value_len: u32, name, value.
+//!
+//! # Hashes
+//!
+//! The id of a directory's contents is BLAKE3 with the `derive_key` context [`TREE_CONTEXT`] over the number of entries
+//! (u32) and per entry: kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0), rdev: u64 (devices,
+//! else 0), link: u32, name_len: u16, name, target_len: u16, target, hash: 32 bytes, and the xattr set. The [`TreeId`] of
+//! a layer is the same over one entry, its root, with an empty name. Equal subtrees without hardlinks have equal ids
+//! wherever they stand. The [`LayerId`] is BLAKE3 with [`LAYER_CONTEXT`] over the tree id and, for each node in order,
+//! mtime_sec: i64 and mtime_nsec: u32.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::id::{LayerId, ObjectId, TreeId};
+use crate::tree::{
+    self, Content, Dir, DirKind, MAX_DEPTH, MAX_NODES, MAX_TARGET, MAX_XATTR_NAME, MAX_XATTR_VALUE,
+    MAX_XATTRS, Meta, Mtime, Node, Rdev, Tree, TreeError, Xattrs,
+};
+
+/// Context of the tree hash.
+pub const TREE_CONTEXT: &str = "iii store 2026 tree v1";
+/// Context of the layer hash.
+pub const LAYER_CONTEXT: &str = "iii store 2026 layer v1";
+/// Version of the layout described above.
+pub const VERSION: u32 = 1;
+
+const MAGIC: &[u8; 8] = b"III-LAYR";
+const HEADER: usize = 256;
+const NODE: usize = 96;
+const LINK: usize = 8;
+const NO_XATTRS: u32 = u32::MAX;
+const FLAG_OPAQUE: u8 = 1;
+const FLAG_IMPLICIT: u8 = 2;
+
+/// Why a file is not a layer this program can read.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// The file cannot be mapped.
+    #[error("mapping the layer file failed")]
+    Map(#[source] std::io::Error),
+    /// Not a layer file at all, or cut short.
+    #[error("not a layer file, or cut short")]
+    NotALayer,
+    /// Made by a newer version.
+    #[error(
+        "layer format version {version}, incompat features {incompat:#x}: a newer iii wrote it"
+    )]
+    Unsupported {
+        /// The version found.
+        version: u32,
+        /// The incompat features found.
+        incompat: u32,
+    },
+    /// The structure contradicts itself.
+    #[error("the layer file is damaged: {0}")]
+    Damaged(&'static str),
+}
+
+/// The type of an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// A directory.
+    Dir = 1,
+    /// A regular file.
+    File = 2,
+    /// A symbolic link.
+    Symlink = 3,
+    /// A named pipe.
+    Fifo = 4,
+    /// A Unix socket.
+    Socket = 5,
+    /// A character device.
+    Char = 6,
+    /// A block device.
+    Block = 7,
+    /// The name is absent here and below.
+    Whiteout = 8,
+}
+
+impl Kind {
+    fn from_u8(byte: u8) -> Option<Self> {
+        Some(match byte {
+            1 => Self::Dir,
+            2 => Self::File,
+            3 => Self::Symlink,
+            4 => Self::Fifo,
+            5 => Self::Socket,
+            6 => Self::Char,
+            7 => Self::Block,
+            8 => Self::Whiteout,
+            _ => return None,
+        })
+    }
+}
+
+/// A tree as bytes, ready to be published.
+#[derive(Debug)]
+pub struct EncodedLayer {
+    /// The whole layer file.
+    pub bytes: Vec<u8>,
+    /// Its id without mtimes.
+    pub tree_id: TreeId,
+    /// Its id.
+    pub layer_id: LayerId,
+    /// Entries, the root and whiteouts included.
+    pub nodes: u32,
+    /// Regular files.
+    pub files: u32,
+    /// Sum of the sizes of the regular files, each hardlinked file once.
+    pub logical_bytes: u64,
+}
+
+/// An entry of the tree being encoded, with its place in the file.
+struct Flat<'a> {
+    name: &'a [u8],
+    node: FlatNode<'a>,
+    parent: u32,
+    depth: u16,
+    first_child: u32,
+    link: u32,
+    hash: [u8; 32],
+}
+
+#[derive(Clone, Copy)]
+enum FlatNode<'a> {
+    Dir(&'a Dir),
+    Leaf(&'a tree::Leaf),
+}
+
+impl Flat<'_> {
+    fn kind(&self) -> Kind {
+        match self.node {
+            FlatNode::Dir(_) => Kind::Dir,
+            FlatNode::Leaf(leaf) => match leaf.content {
+                Content::File { .. } => Kind::File,
+                Content::Symlink { .. } => Kind::Symlink,
+                Content::Fifo => Kind::Fifo,
+                Content::Socket => Kind::Socket,
+                Content::Char(_) => Kind::Char,
+                Content::Block(_) => Kind::Block,
+                Content::Whiteout => Kind::Whiteout,
+            },
+        }
+    }
+
+    fn flags(&self) -> u8 {
+        match self.node {
+            FlatNode::Dir(dir) => match dir.kind {
+                DirKind::Merged => 0,
+                DirKind::Opaque => FLAG_OPAQUE,
+                DirKind::Implicit => FLAG_IMPLICIT,
+            },
+            FlatNode::Leaf(_) => 0,
+        }
+    }
+
+    /// The metadata that counts: none for a whiteout, the agreed ones for an implicit directory.
+    fn meta(&self) -> Meta {
+        match self.node {
+            FlatNode::Dir(dir) if dir.kind == DirKind::Implicit => Meta {
+                mode: 0o755,
+                ..Meta::default()
+            },
+            FlatNode::Dir(dir) => dir.meta.clone(),
+            FlatNode::Leaf(leaf) if leaf.content == Content::Whiteout => Meta::default(),
+            FlatNode::Leaf(leaf) => leaf.meta.clone(),
+        }
+    }
+
+    fn target(&self) -> &[u8] {
+        match self.node {
+            FlatNode::Leaf(tree::Leaf {
+                content: Content::Symlink { target },
+                ..
+            }) => target,
+            _ => &[],
+        }
+    }
+
+    fn file_size(&self) -> u64 {
+        match self.node {
+            FlatNode::Leaf(tree::Leaf {
+                content: Content::File { size, .. },
+                ..
+            }) => *size,
+            _ => 0,
+        }
+    }
+
+    fn rdev(&self) -> u64 {
+        match self.node {
+            FlatNode::Leaf(tree::Leaf {
+                content: Content::Char(rdev) | Content::Block(rdev),
+                ..
+            }) => u64::from(rdev.major) << 32 | u64::from(rdev.minor),
+            _ => 0,
+        }
+    }
+
+    fn hash_into(&self, meta: &Meta, hasher: &mut blake3::Hasher) {
+        let mut head = [0; 40];
+        head[0] = self.kind() as u8;
+        head[1] = self.flags();
+        head[2..4].copy_from_slice(&meta.mode.to_le_bytes());
+        head[4..8].copy_from_slice(&meta.uid.to_le_bytes());
+        head[8..12].copy_from_slice(&meta.gid.to_le_bytes());
+        head[12..20].copy_from_slice(&self.file_size().to_le_bytes());
+        head[20..28].copy_from_slice(&self.rdev().to_le_bytes());
+        head[28..32].copy_from_slice(&self.link.to_le_bytes());
+        head[32..34].copy_from_slice(&(self.name.len() as u16).to_le_bytes());
+        hasher.update(&head[..34]);
+        hasher.update(self.name);
+        hasher.update(&(self.target().len() as u16).to_le_bytes());
+        hasher.update(self.target());
+        hasher.update(&self.hash);
+        let mut set = Vec::new();
+        write_xattrs(&meta.xattrs, &mut set);
+        hasher.update(&set);
+    }
+}
+
+fn write_xattrs(xattrs: &Xattrs, out: &mut Vec<u8>) {
+    out.extend((xattrs.len() as u16).to_le_bytes());
+    for (name, value) in xattrs {
+        out.extend((name.len() as u16).to_le_bytes());
+        out.extend((value.len() as u32).to_le_bytes());
+        out.extend(&**name);
+        out.extend(&**value);
+    }
+}
+
+fn check_meta(meta: &Meta) -> Result<(), TreeError> {
+    if meta.xattrs.len() > MAX_XATTRS {
+        return Err(TreeError::Xattr(Vec::new()));
+    }
+    for (name, value) in &meta.xattrs {
+        let fits = !name.is_empty()
+            && name.len() <= MAX_XATTR_NAME
+            && !name.contains(&0)
+            && value.len() <= MAX_XATTR_VALUE;
+        if !fits {
+            return Err(TreeError::Xattr(name.to_vec()));
+        }
+    }
+    Ok(())
+}
+
+/// Lays the entries of `tree` out breadth first.
+fn flatten(tree: &Tree) -> Result<Vec<Flat<'_>>, TreeError> {
+    let flat = |name, node, parent, depth| Flat {
+        name,
+        node,
+        parent,
+        depth,
+        first_child: 0,
+        link: 0,
+        hash: [0; 32],
+    };
+    let mut nodes = vec![flat(&[][..], FlatNode::Dir(tree), 0, 0)];
+    let mut next = 0;
+    while next < nodes.len() {
+        if let FlatNode::Dir(dir) = nodes[next].node {
+            nodes[next].first_child = nodes.len() as u32;
+            let depth = nodes[next].depth + 1;
+            if nodes.len() + dir.entries.len() > MAX_NODES {
+                return Err(TreeError::TooLarge);
+            }
+            if usize::from(depth) > MAX_DEPTH && !dir.entries.is_empty() {
+                return Err(TreeError::Depth);
+            }
+            for (name, node) in &dir.entries {
+                tree::check_name(name)?;
+                let node = match node {
+                    Node::Dir(dir) => FlatNode::Dir(dir),
+                    Node::Leaf(leaf) => FlatNode::Leaf(leaf),
+                };
+                nodes.push(flat(name, node, next as u32, depth));
+            }
+        }
+        next += 1;
+    }
+    Ok(nodes)
+}
+
+/// Numbers the hardlink groups by their first name and returns (group, node) pairs, sorted.
+fn number_links(nodes: &mut [Flat<'_>]) -> Vec<(u32, u32)> {
+    let label = |flat: &Flat<'_>| match flat.node {
+        FlatNode::Leaf(leaf) if leaf.content != Content::Whiteout => leaf.link,
+        _ => None,
+    };
+    let mut names: HashMap<u64, u32> = HashMap::new();
+    for flat in &*nodes {
+        if let Some(label) = label(flat) {
+            *names.entry(label).or_default() += 1;
+        }
+    }
+    names.retain(|_, count| *count > 1);
+    let mut groups: HashMap<u64, u32> = HashMap::new();
+    let mut links = Vec::new();
+    for (ix, flat) in nodes.iter_mut().enumerate() {
+        let Some(label) = label(flat).filter(|label| names.contains_key(label)) else {
+            continue;
+        };
+        let number = groups.len() as u32 + 1;
+        flat.link = *groups.entry(label).or_insert(number);
+        links.push((flat.link, ix as u32));
+    }
+    links.sort_unstable();
+    links
+}
+
+/// Encodes `tree`. Deterministic: equal trees give equal bytes, whatever made them.
+pub fn encode(tree: &Tree) -> Result<EncodedLayer, TreeError> {
+    let mut nodes = flatten(tree)?;
+    let links = number_links(&mut nodes);
+    let mut files = 0;
+    let mut logical_bytes = 0_u64;
+    // Children stand after their parent, so going backwards every child is hashed before its directory is.
+    for ix in (0..nodes.len()).rev() {
+        match nodes[ix].node {
+            FlatNode::Leaf(leaf) => {
+                if let Content::File { object, size } = leaf.content {
+                    nodes[ix].hash = *object.as_bytes();
+                    files += 1;
+                    logical_bytes = logical_bytes.saturating_add(size);
+                }
+                if let Content::Symlink { target } = &leaf.content
+                    && (target.is_empty() || target.len() > MAX_TARGET || target.contains(&0))
+                {
+                    return Err(TreeError::Target);
+                }
+                check_meta(&leaf.meta)?;
+            }
+            FlatNode::Dir(dir) => {
+                check_meta(&dir.meta)?;
+                let first = nodes[ix].first_child as usize;
+                let children = &nodes[first..first + dir.entries.len()];
+                nodes[ix].hash = *hash_entries(children).as_bytes();
+            }
+        }
+    }
+    let root: TreeId = hash_entries(&nodes[..1]).into();
+    for pair in links.windows(2) {
+        if pair[0].0 == pair[1].0 {
+            logical_bytes -= nodes[pair[1].1 as usize].file_size();
+        }
+    }
+
+    let mut layer = blake3::Hasher::new_derive_key(LAYER_CONTEXT);
+    layer.update(root.as_bytes());
+    let mut blob = Vec::new();
+    let mut bytes = Vec::with_capacity(HEADER + nodes.len() * (NODE + 24));
+    bytes.resize(HEADER, 0);
+    for flat in &nodes {
+        let meta = flat.meta();
+        layer.update(&meta.mtime.sec.to_le_bytes());
+        layer.update(&meta.mtime.nsec.to_le_bytes());
+        encode_node(flat, &meta, &mut blob, &mut bytes)?;
+    }
+    for (group, node) in &links {
+        bytes.extend(group.to_le_bytes());
+        bytes.extend(node.to_le_bytes());
+    }
+    bytes.extend(&blob);
+    let layer_id: LayerId = layer.finalize().into();
+    let body = blake3::hash(&bytes[HEADER..]);
+
+    let mut header = Vec::with_capacity(HEADER);
+    header.extend(MAGIC);
+    for word in [VERSION, 0, 0, 0, nodes.len() as u32, links.len() as u32] {
+        header.extend(word.to_le_bytes());
+    }
+    header.extend((blob.len() as u64).to_le_bytes());
+    header.extend(logical_bytes.to_le_bytes());
+    header.extend(u64::from(files).to_le_bytes());
+    header.extend(root.as_bytes());
+    header.extend(layer_id.as_bytes());
+    header.extend(body.as_bytes());
+    bytes[..header.len()].copy_from_slice(&header);
+    Ok(EncodedLayer {
+        tree_id: root,
+        layer_id,
+        nodes: nodes.len() as u32,
+        files,
+        logical_bytes,
+        bytes,
+    })
+}
+
+fn hash_entries(entries: &[Flat<'_>]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new_derive_key(TREE_CONTEXT);
+    hasher.update(&(entries.len() as u32).to_le_bytes());
+    for entry in entries {
+        entry.hash_into(&entry.meta(), &mut hasher);
+    }
+    hasher.finalize()
+}
+
+fn encode_node(
+    flat: &Flat<'_>,
+    meta: &Meta,
+    blob: &mut Vec<u8>,
+    out: &mut Vec<u8>,
+) -> Result<(), TreeError> {
+    let mut put = |bytes: &[u8]| -> Result<u32, TreeError> {
+        let at = u32::try_from(blob.len()).map_err(|_| TreeError::TooLarge)?;
+        blob.extend(bytes);
+        Ok(at)
+    };
+    let name = put(flat.name)?;
+    let (size, aux) = match flat.node {
+        FlatNode::Dir(dir) => (dir.entries.len() as u64, u64::from(flat.first_child)),
+        FlatNode::Leaf(leaf) => match &leaf.content {
+            Content::Symlink { target } => (target.len() as u64, u64::from(put(target)?)),
+            _ => (flat.file_size(), flat.rdev()),
+        },
+    };
+    let xattrs = if meta.xattrs.is_empty() {
+        NO_XATTRS
+    } else {
+        let mut set = Vec::new();
+        write_xattrs(&meta.xattrs, &mut set);
+        put(&set)?
+    };
+    out.extend(name.to_le_bytes());
+    out.extend((flat.name.len() as u16).to_le_bytes());
+    out.extend([flat.kind() as u8, flat.flags()]);
+    out.extend(meta.mode.to_le_bytes());
+    out.extend([0; 2]);
+    out.extend(meta.uid.to_le_bytes());
+    out.extend(meta.gid.to_le_bytes());
+    out.extend(flat.parent.to_le_bytes());
+    out.extend(meta.mtime.sec.to_le_bytes());
+    out.extend(meta.mtime.nsec.to_le_bytes());
+    out.extend(xattrs.to_le_bytes());
+    out.extend(size.to_le_bytes());
+    out.extend(aux.to_le_bytes());
+    out.extend(flat.link.to_le_bytes());
+    out.extend([0; 4]);
+    out.extend(flat.hash);
+    Ok(())
+}
+
+/// The bytes of a layer: mapped from its file, or held in memory by tests and fuzzers.
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// A layer, read in place. Opening checks the whole structure once (not the hashes), so that reading afterwards can
+/// neither fail nor leave the file. Shared freely between threads.
+#[derive(Debug)]
+pub struct Layer {
+    bytes: Bytes,
+    nodes: usize,
+    links: usize,
+    blob: usize,
+}
+
+fn le_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn le_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn le_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(le_u32(bytes, at)) | u64::from(le_u32(bytes, at + 4)) << 32
+}
+
+fn array(bytes: &[u8], at: usize) -> [u8; 32] {
+    let mut out = [0; 32];
+    out.copy_from_slice(&bytes[at..at + 32]);
+    out
+}
+
+impl Layer {
+    /// Maps and checks the layer file at `path`.
+    pub fn open(path: &Path) -> Result<Self, LayerError> {
+        let file = File::open(path).map_err(LayerError::Map)?;
+        // SAFETY: layer files are written once under a temporary name, renamed into place and from then on only ever
+        // unlinked, never written or truncated, so the mapping does not change and stays backed.
+        let map = unsafe { Mmap::map(&file) }.map_err(LayerError::Map)?;
+        Self::check(Bytes::Mapped(map))
+    }
+
+    /// A layer held in memory.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, LayerError> {
+        Self::check(Bytes::Owned(bytes))
+    }
+
+    fn check(bytes: Bytes) -> Result<Self, LayerError> {
+        if bytes.len() < HEADER || bytes[..8] != *MAGIC {
+            return Err(LayerError::NotALayer);
+        }
+        let (version, incompat) = (le_u32(&bytes, 8), le_u32(&bytes, 20));
+        if version != VERSION || incompat != 0 {
+            return Err(LayerError::Unsupported { version, incompat });
+        }
+        let (nodes, links) = (le_u32(&bytes, 24) as usize, le_u32(&bytes, 28) as usize);
+        let end = HEADER as u128 + nodes as u128 * NODE as u128 + links as u128 * LINK as u128;
+        if nodes > MAX_NODES || end + u128::from(le_u64(&bytes, 32)) != bytes.len() as u128 {
+            return Err(LayerError::NotALayer);
+        }
+        let layer = Self {
+            bytes,
+            nodes,
+            links,
+            blob: end as usize,
+        };
+        layer.check_nodes()?;
+        layer.check_links()?;
+        Ok(layer)
+    }
+
+    fn check_nodes(&self) -> Result<(), LayerError> {
+        use LayerError::Damaged;
+        let root = self.node(0).ok_or(Damaged("no root"))?;
+        if root.raw_kind() != Some(Kind::Dir) || root.u16(4) != 0 || root.parent_ix() != 0 {
+            return Err(Damaged("root"));
+        }
+        let blob = self.bytes.len() - self.blob;
+        let within =
+            |off: u64, len: u64| off.checked_add(len).is_some_and(|end| end <= blob as u64);
+        // Children stand in the order of their parents, each range beginning where the last one ended.
+        let mut next_child = 1_u64;
+        for ix in 0..self.nodes as u32 {
+            let node = NodeRef { layer: self, ix };
+            let kind = node.raw_kind().ok_or(Damaged("kind"))?;
+            if !within(u64::from(node.u32(0)), u64::from(node.u16(4))) {
+                return Err(Damaged("name out of bounds"));
+            }
+            if ix != 0 && tree::check_name(node.name()).is_err() {
+                return Err(Damaged("name"));
+            }
+            if node.u32(32) >= 1_000_000_000 || node.u16(8) > 0o7777 {
+                return Err(Damaged("mode or mtime"));
+            }
+            if node.u32(36) != NO_XATTRS && !self.xattrs_hold(node.u32(36)) {
+                return Err(Damaged("xattrs"));
+            }
+            match kind {
+                Kind::Dir => {
+                    let (first, count) = (node.u64(48), node.u64(40));
+                    let end = first.checked_add(count).ok_or(Damaged("children"))?;
+                    if first != next_child || end > self.nodes as u64 || first <= u64::from(ix) {
+                        return Err(Damaged("children"));
+                    }
+                    next_child = end;
+                    let mut last: Option<&[u8]> = None;
+                    for child in node.children() {
+                        if child.parent_ix() != ix {
+                            return Err(Damaged("parent"));
+                        }
+                        if !within(u64::from(child.u32(0)), u64::from(child.u16(4)))
+                            || last.is_some_and(|last| last >= child.name())
+                        {
+                            return Err(Damaged("order of names"));
+                        }
+                        last = Some(child.name());
+                    }
+                }
+                Kind::Symlink => {
+                    let (off, len) = (node.u64(48), node.u64(40));
+                    if len == 0 || len > MAX_TARGET as u64 || !within(off, len) {
+                        return Err(Damaged("target"));
+                    }
+                }
+                _ => {}
+            }
+        }
+        if next_child != self.nodes as u64 {
+            return Err(Damaged("orphans"));
+        }
+        Ok(())
+    }
+
+    fn check_links(&self) -> Result<(), LayerError> {
+        let damaged = LayerError::Damaged("hardlinks");
+        let mut last = (0, 0);
+        for at in 0..self.links {
+            let link = self.link(at);
+            let node = self.node(link.1).filter(|node| node.u32(56) == link.0);
+            let fits = node.is_some_and(|node| !matches!(node.kind(), Kind::Dir | Kind::Whiteout));
+            if !fits || link <= last || link.0 - last.0 > 1 {
+                return Err(damaged);
+            }
+            last = link;
+        }
+        let linked = (0..self.nodes as u32)
+            .filter(|&ix| NodeRef { layer: self, ix }.u32(56) != 0)
+            .count();
+        if linked == self.links {
+            Ok(())
+        } else {
+            Err(damaged)
+        }
+    }
+
+    fn link(&self, at: usize) -> (u32, u32) {
+        let at = HEADER + self.nodes * NODE + at * LINK;
+        (le_u32(&self.bytes, at), le_u32(&self.bytes, at + 4))
+    }
+
+    fn blob(&self) -> &[u8] {
+        &self.bytes[self.blob..]
+    }
+
+    fn xattrs_hold(&self, off: u32) -> bool {
+        let Some(set) = self.blob().get(off as usize..) else {
+            return false;
+        };
+        let mut reader = XattrIter::new(set);
+        let mut last: Option<&[u8]> = None;
+        for (name, _) in reader.by_ref() {
+            if last.is_some_and(|last| last >= name) {
+                return false;
+            }
+            last = Some(name);
+        }
+        reader.left == 0
+    }
+
+    /// Its id, as its header says. [`crate::verify`] checks that it is true.
+    pub fn layer_id(&self) -> LayerId {
+        LayerId::from_bytes(array(&self.bytes, 88))
+    }
+
+    /// Its id without mtimes, as its header says.
+    pub fn tree_id(&self) -> TreeId {
+        TreeId::from_bytes(array(&self.bytes, 56))
+    }
+
+    /// Number of entries, the root and whiteouts included.
+    pub fn node_count(&self) -> u32 {
+        self.nodes as u32
+    }
+
+    /// Number of regular files.
+    pub fn file_count(&self) -> u32 {
+        le_u32(&self.bytes, 48)
+    }
+
+    /// Sum of the sizes of its regular files, each hardlinked file once.
+    pub fn logical_bytes(&self) -> u64 {
+        le_u64(&self.bytes, 40)
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> NodeRef<'_> {
+        NodeRef { layer: self, ix: 0 }
+    }
+
+    /// The entry with this index, if there is one.
+    pub fn node(&self, ix: u32) -> Option<NodeRef<'_>> {
+        ((ix as usize) < self.nodes).then_some(NodeRef { layer: self, ix })
+    }
+
+    /// All entries, parents before their children.
+    pub fn nodes(&self) -> impl ExactSizeIterator<Item = NodeRef<'_>> {
+        (0..self.nodes as u32).map(|ix| NodeRef { layer: self, ix })
+    }
+
+    /// The entry at a relative path such as `usr/bin/node`, without following symlinks. The empty path is the root.
+    pub fn lookup(&self, path: &[u8]) -> Option<NodeRef<'_>> {
+        tree::components(path).try_fold(self.root(), |dir, name| dir.child(name))
+    }
+
+    /// Whether the bytes after the header are those that were written.
+    pub fn body_holds(&self) -> bool {
+        *blake3::hash(&self.bytes[HEADER..]).as_bytes() == array(&self.bytes, 120)
+    }
+
+    /// The tree that this layer encodes. What [`encode`] makes of it is this layer again.
+    pub fn to_tree(&self) -> Tree {
+        self.root().to_dir()
+    }
+}
+
+/// An entry of a layer.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeRef<'a> {
+    layer: &'a Layer,
+    ix: u32,
+}
+
+impl<'a> NodeRef<'a> {
+    fn at(self, off: usize) -> usize {
+        HEADER + self.ix as usize * NODE + off
+    }
+
+    fn u16(self, off: usize) -> u16 {
+        le_u16(&self.layer.bytes, self.at(off))
+    }
+
+    fn u32(self, off: usize) -> u32 {
+        le_u32(&self.layer.bytes, self.at(off))
+    }
+
+    fn u64(self, off: usize) -> u64 {
+        le_u64(&self.layer.bytes, self.at(off))
+    }
+
+    fn raw_kind(self) -> Option<Kind> {
+        Kind::from_u8(self.layer.bytes[self.at(6)])
+    }
+
+    fn parent_ix(self) -> u32 {
+        self.u32(20)
+    }
+
+    fn flags(self) -> u8 {
+        self.layer.bytes[self.at(7)]
+    }
+
+    /// The layer it stands in.
+    pub fn layer(self) -> &'a Layer {
+        self.layer
+    }
+
+    /// Its index in the layer; the root has 0.
+    pub fn index(self) -> u32 {
+        self.ix
+    }
+
+    /// Its name; the root's is empty.
+    pub fn name(self) -> &'a [u8] {
+        let off = self.u32(0) as usize;
+        &self.layer.blob()[off..off + self.u16(4) as usize]
+    }
+
+    /// What it is.
+    pub fn kind(self) -> Kind {
+        self.raw_kind().unwrap_or(Kind::Whiteout)
+    }
+
+    /// How this directory combines with those below. [`DirKind::Merged`] for what is not a directory.
+    pub fn dir_kind(self) -> DirKind {
+        if self.flags() & FLAG_OPAQUE != 0 {
+            DirKind::Opaque
+        } else if self.flags() & FLAG_IMPLICIT != 0 {
+            DirKind::Implicit
+        } else {
+            DirKind::Merged
+        }
+    }
+
+    /// `mode & 07777`.
+    pub fn mode(self) -> u16 {
+        self.u16(8)
+    }
+
+    /// Owner.
+    pub fn uid(self) -> u32 {
+        self.u32(12)
+    }
+
+    /// Group.
+    pub fn gid(self) -> u32 {
+        self.u32(16)
+    }
+
+    /// Modification time.
+    pub fn mtime(self) -> Mtime {
+        Mtime {
+            sec: self.u64(24) as i64,
+            nsec: self.u32(32),
+        }
+    }
+
+    /// A file's or a symlink's length in bytes; 0 for what has none.
+    pub fn size(self) -> u64 {
+        match self.kind() {
+            Kind::File | Kind::Symlink => self.u64(40),
+            _ => 0,
+        }
+    }
+
+    /// A device's number.
+    pub fn rdev(self) -> Rdev {
+        match self.kind() {
+            Kind::Char | Kind::Block => Rdev {
+                major: (self.u64(48) >> 32) as u32,
+                minor: self.u64(48) as u32,
+            },
+            _ => Rdev::default(),
+        }
+    }
+
+    /// A file's contents. Meaningless for anything else.
+    pub fn object(self) -> ObjectId {
+        ObjectId::from_bytes(array(&self.layer.bytes, self.at(64)))
+    }
+
+    /// The id of what a directory holds: equal ids mean equal subtrees, mtimes apart. Meaningless for anything else.
+    pub fn subtree(self) -> TreeId {
+        TreeId::from_bytes(array(&self.layer.bytes, self.at(64)))
+    }
+
+    /// A symlink's target; empty for anything else.
+    pub fn target(self) -> &'a [u8] {
+        if self.kind() != Kind::Symlink {
+            return &[];
+        }
+        let off = self.u64(48) as usize;
+        &self.layer.blob()[off..off + self.u64(40) as usize]
+    }
+
+    /// The directory that it stands in; the root's is itself.
+    pub fn parent(self) -> NodeRef<'a> {
+        NodeRef {
+            ix: self.parent_ix(),
+            ..self
+        }
+    }
+
+    /// Its path from the root, without a leading slash.
+    pub fn path(self) -> Vec<u8> {
+        let mut names = Vec::new();
+        let mut node = self;
+        while node.ix != 0 {
+            names.push(node.name());
+            node = node.parent();
+        }
+        names.reverse();
+        names.join(&b'/')
+    }
+
+    fn child_range(self) -> std::ops::Range<u32> {
+        if self.kind() == Kind::Dir {
+            let first = self.u64(48) as u32;
+            first..first + self.u64(40) as u32
+        } else {
+            0..0
+        }
+    }
+
+    /// A directory's entries in the order of their names; none for anything else.
+    pub fn children(self) -> impl ExactSizeIterator<Item = NodeRef<'a>> + use<'a> {
+        let layer = self.layer;
+        self.child_range().map(move |ix| NodeRef { layer, ix })
+    }
+
+    /// A directory's number of entries.
+    pub fn child_count(self) -> u32 {
+        self.child_range().len() as u32
+    }
+
+    /// The entry called `name` in this directory. One binary search.
+    pub fn child(self, name: &[u8]) -> Option<NodeRef<'a>> {
+        let layer = self.layer;
+        let std::ops::Range {
+            start: mut low,
+            end: mut high,
+        } = self.child_range();
+        while low < high {
+            let ix = low + (high - low) / 2;
+            let node = NodeRef { layer, ix };
+            match node.name().cmp(name) {
+                std::cmp::Ordering::Equal => return Some(node),
+                std::cmp::Ordering::Less => low = ix + 1,
+                std::cmp::Ordering::Greater => high = ix,
+            }
+        }
+        None
+    }
+
+    /// Its xattrs, sorted by name.
+    pub fn xattrs(self) -> XattrIter<'a> {
+        match self.u32(36) {
+            NO_XATTRS => XattrIter { set: &[], left: 0 },
+            off => XattrIter::new(&self.layer.blob()[off as usize..]),
+        }
+    }
+
+    /// The entries that are the same file as this one, this one included, in order; empty if it has one name only.
+    pub fn links(self) -> impl Iterator<Item = NodeRef<'a>> + use<'a> {
+        let layer = self.layer;
+        let group = self.u32(56);
+        let (mut low, mut high) = (0, layer.links);
+        while low < high {
+            let at = low + (high - low) / 2;
+            if layer.link(at).0 < group {
+                low = at + 1;
+            } else {
+                high = at;
+            }
+        }
+        (low..layer.links)
+            .map(move |at| layer.link(at))
+            .take_while(move |link| link.0 == group)
+            .map(move |(_, ix)| NodeRef { layer, ix })
+    }
+
+    /// Whether the same file has other names in this layer.
+    pub fn is_hardlinked(self) -> bool {
+        self.u32(56) != 0
+    }
+
+    /// Its metadata.
+    pub fn meta(self) -> Meta {
+        Meta {
+            mode: self.mode(),
+            uid: self.uid(),
+            gid: self.gid(),
+            mtime: self.mtime(),
+            xattrs: self.xattrs().map(|(k, v)| (k.into(), v.into())).collect(),
+        }
+    }
+
+    /// What it is, unless it is a directory.
+    pub fn content(self) -> Option<Content> {
+        Some(match self.kind() {
+            Kind::Dir => return None,
+            Kind::File => Content::File {
+                object: self.object(),
+                size: self.size(),
+            },
+            Kind::Symlink => Content::Symlink {
+                target: self.target().into(),
+            },
+            Kind::Fifo => Content::Fifo,
+            Kind::Socket => Content::Socket,
+            Kind::Char => Content::Char(self.rdev()),
+            Kind::Block => Content::Block(self.rdev()),
+            Kind::Whiteout => Content::Whiteout,
+        })
+    }
+
+    fn to_dir(self) -> Dir {
+        let implicit = self.dir_kind() == DirKind::Implicit;
+        let entries = self.children().map(|child| {
+            let node = match child.content() {
+                None => Node::Dir(child.to_dir()),
+                Some(content) => Node::Leaf(tree::Leaf {
+                    meta: child.meta(),
+                    content,
+                    link: child.is_hardlinked().then(|| u64::from(child.u32(56))),
+                }),
+            };
+            (child.name().into(), node)
+        });
+        Dir {
+            meta: if implicit {
+                Meta::default()
+            } else {
+                self.meta()
+            },
+            kind: self.dir_kind(),
+            entries: entries.collect(),
+        }
+    }
+}
+
+/// The xattrs of an entry: (name, value), sorted by name.
+#[derive(Debug, Clone)]
+pub struct XattrIter<'a> {
+    set: &'a [u8],
+    left: u16,
+}
+
+impl<'a> XattrIter<'a> {
+    fn new(set: &'a [u8]) -> Self {
+        match set.split_first_chunk::<2>() {
+            Some((count, set)) => Self {
+                set,
+                left: u16::from_le_bytes(*count),
+            },
+            // One left that is not there: the check at opening sees it.
+            None => Self { set: &[], left: 1 },
+        }
+    }
+}
+
+impl<'a> Iterator for XattrIter<'a> {
+    type Item = (&'a [u8], &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        let (name_len, rest) = self.set.split_first_chunk::<2>()?;
+        let (value_len, rest) = rest.split_first_chunk::<4>()?;
+        let (name, rest) = rest.split_at_checked(u16::from_le_bytes(*name_len) as usize)?;
+        let (value, rest) = rest.split_at_checked(u32::from_le_bytes(*value_len) as usize)?;
+        self.set = rest;
+        self.left -= 1;
+        Some((name, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str, link: Option<u64>) -> Node {
+        Node::Leaf(tree::Leaf {
+            meta: Meta {
+                mode: 0o644,
+                mtime: Mtime { sec: -5, nsec: 7 },
+                ..Meta::default()
+            },
+            content: Content::File {
+                object: ObjectId::of(text.as_bytes()),
+                size: text.len() as u64,
+            },
+            link,
+        })
+    }
+
+    fn leaf(content: Content) -> Node {
+        Node::Leaf(tree::Leaf {
+            meta: Meta::default(),
+            content,
+            link: None,
+        })
+    }
+
+    /// One of everything.
+    fn sample() -> Tree {
+        let mut tree = Tree::default();
+        tree.meta.mode = 0o755;
+        let etc = tree.dir_at(b"usr/etc").unwrap();
+        etc.kind = DirKind::Opaque;
+        etc.meta.mode = 0o1777;
+        etc.meta.xattrs.insert((*b"user.a").into(), (*b"1").into());
+        etc.meta.xattrs.insert((*b"user.b").into(), (*b"").into());
+        etc.entries.insert((*b"one").into(), file("1", Some(77)));
+        etc.entries.insert((*b"two").into(), file("1", Some(77)));
+        etc.entries.insert((*b"alone").into(), file("22", Some(78)));
+        let dev = tree.dir_at(b"dev").unwrap();
+        let rdev = Rdev { major: 1, minor: 3 };
+        dev.entries
+            .insert((*b"null").into(), leaf(Content::Char(rdev)));
+        dev.entries
+            .insert((*b"disk").into(), leaf(Content::Block(rdev)));
+        dev.entries.insert((*b"pipe").into(), leaf(Content::Fifo));
+        dev.entries.insert((*b"sock").into(), leaf(Content::Socket));
+        let target = Content::Symlink {
+            target: (*b"/etc/x").into(),
+        };
+        tree.entries.insert((*b"ln\xff").into(), leaf(target));
+        tree.entries
+            .insert((*b"gone").into(), leaf(Content::Whiteout));
+        tree
+    }
+
+    #[test]
+    fn round_trip() {
+        let encoded = encode(&sample()).unwrap();
+        let layer = Layer::from_bytes(encoded.bytes.clone()).unwrap();
+        assert_eq!(layer.layer_id(), encoded.layer_id);
+        assert_eq!(layer.tree_id(), encoded.tree_id);
+        assert!(layer.body_holds());
+        assert_eq!((layer.file_count(), layer.logical_bytes()), (3, 3));
+        assert_eq!(encode(&layer.to_tree()).unwrap().bytes, encoded.bytes);
+        let one = layer.lookup(b"usr/etc/one").unwrap();
+        assert_eq!(one.path(), b"usr/etc/one");
+        assert_eq!(one.mtime(), Mtime { sec: -5, nsec: 7 });
+        let names: Vec<_> = one.links().map(NodeRef::name).collect();
+        assert_eq!(names, [b"one", b"two"]);
+        assert!(!layer.lookup(b"usr/etc/alone").unwrap().is_hardlinked());
+        assert_eq!(
+            layer.lookup(b"dev/null").unwrap().rdev(),
+            Rdev { major: 1, minor: 3 }
+        );
+        assert_eq!(layer.lookup(b"ln\xff").unwrap().target(), b"/etc/x");
+        assert_eq!(layer.lookup(b"gone").unwrap().kind(), Kind::Whiteout);
+        assert!(layer.lookup(b"usr/nothing").is_none());
+        assert!(layer.lookup(b"dev/null/x").is_none());
+        assert_eq!(layer.lookup(b"usr/etc").unwrap().xattrs().count(), 2);
+    }
+
+    /// The format: these values may never change.
+    #[test]
+    fn golden_ids() {
+        let ids = |tree: &Tree| {
+            let encoded = encode(tree).unwrap();
+            (encoded.tree_id.to_string(), encoded.layer_id.to_string())
+        };
+        let (tree, layer) = ids(&Tree::default());
+        assert_eq!(tree, "e5632fcf7d83a7e54ff80b6de3502868c2c60128d5b2f41a90ccca155299fd2b");
+        assert_eq!(layer, "6c34f127740a3e2a35660a0e8d4d93a6b9413f4aee3867a5b8ae693cbe8945bf");
+        let (tree, layer) = ids(&sample());
+        assert_eq!(tree, "ef410ced5f2ada0802187bc0ad3051d99acd16e2682964c3080d6a7cd801e1ca");
+        assert_eq!(layer, "f5724684bee1e4b0525022a68a3b4dce1c946051123f5c6c95e3988c8eef9eed");
+        let bytes = encode(&sample()).unwrap().bytes;
+        assert_eq!(ObjectId::of(&bytes).to_string(), "6f360755ae38c34cbe4541a232e03d331459f9239c904c67b91d1afd5d5bf99f");
+    }
+
+    #[test]
+    fn mtimes_are_in_the_layer_id_alone() {
+        let base = encode(&sample()).unwrap();
+        let mut tree = sample();
+        tree.dir_at(b"usr/etc").unwrap().meta.mtime.sec = 9;
+        let touched = encode(&tree).unwrap();
+        assert_eq!(base.tree_id, touched.tree_id);
+        assert_ne!(base.layer_id, touched.layer_id);
+        // The metadata of an implicit directory is nobody's.
+        let mut tree = sample();
+        tree.dir_at(b"usr").unwrap().meta.mtime.sec = 9;
+        assert_eq!(encode(&tree).unwrap().layer_id, base.layer_id);
+    }
+
+    #[test]
+    fn equal_subtrees_have_equal_ids() {
+        let mut tree = Tree::default();
+        for at in [&b"a/x"[..], b"deep/er/x"] {
+            tree.dir_at(at)
+                .unwrap()
+                .entries
+                .insert((*b"f").into(), file("1", None));
+        }
+        let layer = Layer::from_bytes(encode(&tree).unwrap().bytes).unwrap();
+        let id = |path: &[u8]| layer.lookup(path).unwrap().subtree();
+        assert_eq!(id(b"a/x"), id(b"deep/er/x"));
+        assert_ne!(id(b"a"), id(b"deep"));
+    }
+
+    /// No byte of a layer file can be changed unseen: either the structure or the body hash tells.
+    #[test]
+    fn every_flipped_byte_is_found_and_none_panics() {
+        let encoded = encode(&sample()).unwrap();
+        for at in 0..encoded.bytes.len() {
+            let mut bytes = encoded.bytes.clone();
+            bytes[at] ^= 0x41;
+            let Ok(layer) = Layer::from_bytes(bytes) else {
+                continue;
+            };
+            let told = !layer.body_holds()
+                || encode(&layer.to_tree()).is_ok_and(|again| again.bytes != *layer.bytes);
+            assert!(told, "byte {at}");
+        }
+        for len in 0..encoded.bytes.len() {
+            assert!(
+                Layer::from_bytes(encoded.bytes[..len].to_vec()).is_err(),
+                "cut to {len}"
+            );
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Trees in memory: what a layer says, before it is encoded.
+//!
+//! A [`Tree`] is built by an ingest, an unpacked archive or a frozen upper, and becomes bytes, a [`TreeId`] and a
+//! [`LayerId`] in [`crate::layer::encode`]. Names are raw bytes and are compared as such: no Unicode
+//! normalisation, no case folding. There is no atime, no ctime and no inode number.
+//!
+//! [`TreeId`]: crate::TreeId
+//! [`LayerId`]: crate::LayerId
+
+use std::collections::BTreeMap;
+
+use crate::id::ObjectId;
+
+/// Longest name of one entry, in bytes (Linux's `NAME_MAX`).
+pub const MAX_NAME: usize = 255;
+/// Longest symlink target, in bytes (Linux's `PATH_MAX` less the NUL).
+pub const MAX_TARGET: usize = 4095;
+/// Deepest nesting of directories. A path of `PATH_MAX` bytes has at most 2,048 components.
+pub const MAX_DEPTH: usize = 2048;
+/// Most entries in one tree.
+pub const MAX_NODES: usize = 16 << 20;
+/// Longest xattr name, in bytes (Linux's `XATTR_NAME_MAX`).
+pub const MAX_XATTR_NAME: usize = 255;
+/// Longest xattr value, in bytes (Linux's `XATTR_SIZE_MAX`).
+pub const MAX_XATTR_VALUE: usize = 64 << 10;
+/// Most xattrs of one entry.
+pub const MAX_XATTRS: usize = 1024;
+
+/// Why an entry cannot be part of a tree.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TreeError {
+    /// Empty, `.`, `..`, too long, or with a `/` or NUL in it.
+    #[error("{:?} cannot be a name in a tree", String::from_utf8_lossy(.0))]
+    Name(Vec<u8>),
+    /// More than [`MAX_DEPTH`] directories deep.
+    #[error("a path is more than {MAX_DEPTH} directories deep")]
+    Depth,
+    /// A component on the way is not a directory.
+    #[error("{:?} is not a directory", String::from_utf8_lossy(.0))]
+    NotADirectory(Vec<u8>),
+    /// A symlink target that is empty, too long, or has a NUL in it.
+    #[error("a symlink's target must be 1 to {MAX_TARGET} bytes without NUL")]
+    Target,
+    /// An xattr beyond the limits.
+    #[error("xattr {:?} is beyond the limits ({MAX_XATTRS} of {MAX_XATTR_NAME} + {MAX_XATTR_VALUE} bytes)", String::from_utf8_lossy(.0))]
+    Xattr(Vec<u8>),
+    /// More than [`MAX_NODES`] entries, or more than 4 GiB of names.
+    #[error(
+        "the tree is too large: at most {MAX_NODES} entries and 4 GiB of names, targets and xattrs"
+    )]
+    TooLarge,
+}
+
+/// A modification time: seconds since 1970, negative before, and nanoseconds below 1,000,000,000.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Mtime {
+    /// Seconds since 1970-01-01T00:00:00Z, rounded towards minus infinity.
+    pub sec: i64,
+    /// Nanoseconds after `sec`.
+    pub nsec: u32,
+}
+
+/// A device number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Rdev {
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+/// Extended attributes, sorted by name by the map itself.
+pub type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
+/// What every entry has.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Meta {
+    /// Permission bits, setuid, setgid and sticky: `mode & 07777`.
+    pub mode: u16,
+    /// Owner as the sandbox sees it.
+    pub uid: u32,
+    /// Group as the sandbox sees it.
+    pub gid: u32,
+    /// Modification time.
+    pub mtime: Mtime,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
+}
+
+/// What an entry that is not a directory is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// A regular file.
+    File {
+        /// Its contents.
+        object: ObjectId,
+        /// Their length in bytes.
+        size: u64,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// Its target, 1 to [`MAX_TARGET`] bytes.
+        target: Box<[u8]>,
+    },
+    /// A named pipe.
+    Fifo,
+    /// A Unix socket.
+    Socket,
+    /// A character device.
+    Char(Rdev),
+    /// A block device.
+    Block(Rdev),
+    /// The name is absent here and below. Its [`Meta`] is ignored.
+    Whiteout,
+}
+
+/// An entry that is not a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaf {
+    /// Mode, owner, times, xattrs.
+    pub meta: Meta,
+    /// What it is.
+    pub content: Content,
+    /// Leaves of one tree with the same label are one file with several names. Labels are the builder's own;
+    /// encoding renumbers them. A label that stands once means nothing.
+    pub link: Option<u64>,
+}
+
+/// How a directory combines with those of the same name below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirKind {
+    /// Its own metadata, and the entries below show through.
+    #[default]
+    Merged,
+    /// Its own metadata, and nothing below shows through.
+    Opaque,
+    /// Only on the way to something: the metadata of the directory below holds, if there is one. Its own [`Meta`] is
+    /// encoded as mode 0755, owner 0:0, mtime 0, without xattrs.
+    Implicit,
+}
+
+/// A directory.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dir {
+    /// Mode, owner, times, xattrs.
+    pub meta: Meta,
+    /// How it combines with what is below.
+    pub kind: DirKind,
+    /// Its entries by name.
+    pub entries: BTreeMap<Box<[u8]>, Node>,
+}
+
+/// An entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Node {
+    /// A directory.
+    Dir(Dir),
+    /// Anything else.
+    Leaf(Leaf),
+}
+
+/// A whole tree: its root directory.
+pub type Tree = Dir;
+
+/// Checks that `name` can stand in a tree.
+pub fn check_name(name: &[u8]) -> Result<(), TreeError> {
+    let fits = !name.is_empty()
+        && name.len() <= MAX_NAME
+        && name != b"."
+        && name != b".."
+        && !name.iter().any(|&byte| byte == b'/' || byte == 0);
+    if fits {
+        Ok(())
+    } else {
+        Err(TreeError::Name(
+            name.iter().copied().take(MAX_NAME + 1).collect(),
+        ))
+    }
+}
+
+/// The components of a relative path such as `usr/bin/node`; empty ones are dropped.
+pub fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+    path.split(|&byte| byte == b'/')
+        .filter(|name| !name.is_empty())
+}
+
+impl Dir {
+    /// A directory that is only on the way to something.
+    pub fn implicit() -> Self {
+        Self {
+            meta: Meta::default(),
+            kind: DirKind::Implicit,
+            entries: BTreeMap::new(),
+        }
+    }
+
+    /// The directory at `path`, made of implicit ones where it is missing.
+    pub fn dir_at(&mut self, path: &[u8]) -> Result<&mut Dir, TreeError> {
+        let mut dir = self;
+        for (depth, name) in components(path).enumerate() {
+            if depth >= MAX_DEPTH {
+                return Err(TreeError::Depth);
+            }
+            check_name(name)?;
+            let node = dir
+                .entries
+                .entry(name.into())
+                .or_insert_with(|| Node::Dir(Dir::implicit()));
+            match node {
+                Node::Dir(next) => dir = next,
+                Node::Leaf(_) => return Err(TreeError::NotADirectory(name.into())),
+            }
+        }
+        Ok(dir)
+    }
+
+    /// The entry at `path`, if there is one.
+    pub fn get(&self, path: &[u8]) -> Option<&Node> {
+        let mut names = components(path);
+        let mut node = self.entries.get(names.next()?)?;
+        for name in names {
+            match node {
+                Node::Dir(dir) => node = dir.entries.get(name)?,
+                Node::Leaf(_) => return None,
+            }
+        }
+        Some(node)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        let long = [b'a'; 256];
+        for (name, fits) in [
+            (&b"a"[..], true),
+            (b"...", true),
+            (b"\xff\xfe", true),
+            (&long[..255], true),
+            (&long[..], false),
+            (b"", false),
+            (b".", false),
+            (b"..", false),
+            (b"a/b", false),
+            (b"a\0b", false),
+        ] {
+            assert_eq!(check_name(name).is_ok(), fits, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn missing_parents_are_implicit() {
+        let mut tree = Tree::default();
+        tree.dir_at(b"usr/local").unwrap();
+        let Some(Node::Dir(usr)) = tree.get(b"usr") else {
+            panic!("no usr")
+        };
+        assert_eq!(usr.kind, DirKind::Implicit);
+        let leaf = Node::Leaf(Leaf {
+            meta: Meta::default(),
+            content: Content::Fifo,
+            link: None,
+        });
+        tree.entries.insert((*b"p").into(), leaf);
+        assert_eq!(
+            tree.dir_at(b"p/q").unwrap_err(),
+            TreeError::NotADirectory(b"p".to_vec())
+        );
+    }
+}
