@@ -1,6 +1,7 @@
 """A worker that says hello."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -12,6 +13,9 @@ def hello(data: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
+    # A KeyboardInterrupt would leave the SDK's thread, and so the process, alive.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     url = os.environ.get("III_URL", "ws://localhost:49134")
     worker = register_worker(url)
     worker.register_function("hello::python", hello)
