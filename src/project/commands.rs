@@ -1,0 +1,144 @@
+//! The commands and the base image of a project that does not name its own.
+//!
+//! A setup command asks first whether the tool is there, so that on a base image that has it the step does nothing and its
+//! layer is empty. Where it is not, Debian's packages are the one source every base image of ours can reach.
+
+use super::detect::PythonInputs;
+use super::manifest::{Language, PackageManager, Scripts};
+
+/// What decides the inferred commands.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe<'a> {
+    /// The project's language.
+    pub language: Language,
+    /// Its package manager, if it is a Node project.
+    pub package_manager: PackageManager,
+    /// Its entry; required for Python, else [`infer`] has nothing to start.
+    pub entry: Option<&'a str>,
+    /// What pip can install, if it is a Python project.
+    pub python: PythonInputs,
+}
+
+/// The commands for `recipe`, or `None` for a Python project without an entry.
+pub fn infer(recipe: Recipe<'_>) -> Option<Scripts> {
+    let (setup, install, start) = match recipe.language {
+        Language::TypeScript | Language::JavaScript => node(recipe),
+        Language::Python => python(recipe.python, recipe.entry?),
+        Language::Rust => (
+            RUST_SETUP.to_owned(),
+            "cargo build --release".to_owned(),
+            "cargo run --release".to_owned(),
+        ),
+    };
+    Some(Scripts {
+        setup: Some(setup),
+        install: Some(install),
+        start,
+    })
+}
+
+/// The image a project is built on unless its manifest names one.
+pub fn base_image(
+    language: Option<Language>,
+    package_manager: Option<PackageManager>,
+) -> &'static str {
+    match (language, package_manager) {
+        (Some(Language::Python), _) => "docker.io/iiidev/python:latest",
+        (Some(Language::Rust), _) => "docker.io/library/rust:slim-bookworm",
+        (_, Some(PackageManager::Bun)) => "docker.io/oven/bun:latest",
+        _ => "docker.io/iiidev/node:latest",
+    }
+}
+
+/// Installs what follows it. It says what is wrong where there is no apt, since "not found" would not.
+macro_rules! apt_install {
+    ($packages:literal) => {
+        concat!(
+            "{ command -v apt-get >/dev/null || { echo 'the base image has neither ",
+            $packages,
+            " nor apt-get to install it; name another in runtime.base_image' >&2; exit 1; }; ",
+            "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ",
+            $packages,
+            " ca-certificates; }"
+        )
+    };
+}
+
+const NODE_SETUP: &str = concat!(
+    "{ command -v node && command -v npm; } >/dev/null || ",
+    apt_install!("nodejs npm")
+);
+
+const PYTHON_SETUP: &str = concat!(
+    "python3 -c 'import ensurepip, pip, venv' 2>/dev/null || ",
+    apt_install!("python3 python3-pip python3-venv")
+);
+
+// Debian 12's own cargo is too old for most of today's crates. It carries a current one for its browsers' sake.
+const RUST_SETUP: &str = concat!(
+    "command -v cargo >/dev/null || ",
+    apt_install!("cargo-web rustc-web gcc libc6-dev"),
+    " || ",
+    apt_install!("cargo rustc gcc libc6-dev")
+);
+
+// Major versions are pinned: a later major wants a newer Node than Debian's, and another lockfile format.
+fn node(recipe: Recipe<'_>) -> (String, String, String) {
+    let then = |tool, package| {
+        format!("{NODE_SETUP}\ncommand -v {tool} >/dev/null || npm install -g {package}")
+    };
+    let entry = recipe.entry.map(shell_word);
+    let start = |exec: &str, run: &str| match &entry {
+        Some(entry) => format!("{exec} {entry}"),
+        None => format!("{run} dev"),
+    };
+    match recipe.package_manager {
+        PackageManager::Npm => (
+            NODE_SETUP.to_owned(),
+            "npm install".to_owned(),
+            start("npx tsx", "npm run"),
+        ),
+        PackageManager::Yarn => (
+            then("yarn", "yarn@1"),
+            "yarn install".to_owned(),
+            start("yarn exec tsx", "yarn run"),
+        ),
+        PackageManager::Pnpm => (
+            then("pnpm", "pnpm@10"),
+            "pnpm install".to_owned(),
+            start("pnpm exec tsx", "pnpm run"),
+        ),
+        PackageManager::Bun => (
+            format!("command -v bun >/dev/null || {{ {NODE_SETUP}\nnpm install -g bun@1; }}"),
+            "bun install".to_owned(),
+            start("bun", "bun run"),
+        ),
+    }
+}
+
+fn python(inputs: PythonInputs, entry: &str) -> (String, String, String) {
+    let mut install = String::from("python3 -m venv .venv");
+    if inputs.package || inputs.requirements {
+        install.push_str(" && .venv/bin/pip install");
+    }
+    if inputs.requirements {
+        install.push_str(" -r requirements.txt");
+    }
+    if inputs.package {
+        install.push_str(" -e .");
+    }
+    // `-m` takes a module; the path of a file there could only fail.
+    let module = if entry.ends_with(".py") { "" } else { "-m " };
+    let start = format!(".venv/bin/python {module}{}", shell_word(entry));
+    (PYTHON_SETUP.to_owned(), install, start)
+}
+
+/// `text` as one word of a shell command.
+fn shell_word(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-./@%+:,".contains(&b);
+    if !text.is_empty() && text.bytes().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
