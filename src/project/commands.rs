@@ -3,6 +3,8 @@
 //! A setup command asks first whether the tool is there, so that on a base image that has it the step does nothing and its
 //! layer is empty. Where it is not, Debian's packages are the one source every base image of ours can reach.
 
+use std::path::Path;
+
 use super::detect::PythonInputs;
 use super::manifest::{Language, PackageManager, Scripts};
 
@@ -128,7 +130,10 @@ fn python(inputs: PythonInputs, entry: &str) -> (String, String, String) {
         install.push_str(" -e .");
     }
     // `-m` takes a module; the path of a file there could only fail.
-    let module = if entry.ends_with(".py") { "" } else { "-m " };
+    let is_file = Path::new(entry)
+        .extension()
+        .is_some_and(|extension| extension == "py");
+    let module = if is_file { "" } else { "-m " };
     let start = format!(".venv/bin/python {module}{}", shell_word(entry));
     (PYTHON_SETUP.to_owned(), install, start)
 }

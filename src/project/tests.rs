@@ -1,5 +1,6 @@
 //! Whole manifests and whole directories, with the messages people get.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -208,6 +209,7 @@ fn unknown_keys() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table")]
 fn wrong_types_and_values() {
     rejects(
         "name: w\n\n\n\n\nruntime:\n  kind: tsx",
@@ -443,7 +445,7 @@ fn bombs_stay_small() {
     let mut billion = String::from("name: w\nconfig:\n  a: &a [x,x,x,x,x,x,x,x,x]\n");
     for (from, to) in "abcdefghi".chars().zip("bcdefghij".chars()) {
         let list = [format!("*{from}").as_str()].repeat(9).join(",");
-        billion.push_str(&format!("  {to}: &{to} [{list}]\n"));
+        writeln!(billion, "  {to}: &{to} [{list}]").unwrap();
     }
     let error = manifest(&billion).unwrap_err();
     assert!(
@@ -469,7 +471,8 @@ fn bombs_stay_small() {
     rejects(chained, "5: nested more than 32 levels deep");
 
     // Many keys are not quadratic.
-    let many: String = (0..8_000).map(|i| format!("  k{i}: v\n")).collect();
+    let many: Vec<String> = (0..8_000).map(|i| format!("  k{i}: v")).collect();
+    let many = many.join("\n");
     assert_eq!(
         manifest(format!("name: w\nenv:\n{many}"))
             .unwrap()
@@ -553,6 +556,7 @@ fn inferred(files: &[(&str, &str)]) -> String {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table")]
 fn commands_are_inferred() {
     let node = "docker.io/iiidev/node:latest";
     let python = "docker.io/iiidev/python:latest";

@@ -377,7 +377,7 @@ impl Document {
             let (before, after) = bytes.split_at(error.valid_up_to());
             DocumentError::NotUtf8 {
                 path: path.to_owned(),
-                line: 1 + before.iter().filter(|&&b| b == b'\n').count(),
+                line: before.split(|&b| b == b'\n').count(),
                 byte: after.first().copied().unwrap_or_default(),
             }
         })?;
@@ -579,21 +579,19 @@ impl<'a> Table<'a> {
         };
         let table = |(index, item): (usize, &'a Rc<Node>)| {
             let key = format!("{key}[{index}]");
-            match &item.kind {
-                Kind::Map(entries) => Ok(Table {
+            if let Kind::Map(entries) = &item.kind {
+                return Ok(Table {
                     document: self.document,
                     name: self.field(&key),
                     line: item.line,
                     entries,
-                }),
-                _ => {
-                    let problem = FieldProblem::Expected {
-                        expected: "a mapping".into(),
-                        found: item.describe(),
-                    };
-                    Err(self.fault(&key, item.line, problem))
-                }
+                });
             }
+            let problem = FieldProblem::Expected {
+                expected: "a mapping".into(),
+                found: item.describe(),
+            };
+            Err(self.fault(&key, item.line, problem))
         };
         items.iter().enumerate().map(table).collect()
     }
@@ -658,11 +656,14 @@ impl Loader {
     fn event(&mut self, event: Event<'_>, span: Span) -> Result<(), Fault> {
         let line = span.start.line();
         match event {
-            Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => Ok(()),
             Event::DocumentStart(_) if self.root.is_some() => {
                 Err((line, SyntaxProblem::SecondDocument))
             }
-            Event::DocumentStart(_) => Ok(()),
+            Event::Nothing
+            | Event::StreamStart
+            | Event::StreamEnd
+            | Event::DocumentStart(_)
+            | Event::DocumentEnd => Ok(()),
             Event::Alias(anchor) => match self.anchors.get(&anchor) {
                 Some(node) => self.attach(line, Rc::clone(node)),
                 None => Err((line, SyntaxProblem::RecursiveAlias)),
@@ -733,31 +734,31 @@ impl Loader {
                 entries,
                 lines,
                 key,
-            }) => match key.take() {
-                Some((name, line)) => entries.push(Entry {
-                    key: name,
-                    line,
-                    value: node,
-                }),
-                None => {
-                    let found = match &node.kind {
-                        Kind::Scalar { text, .. } => {
-                            if let Some(first) = lines.insert(text.clone(), line) {
-                                let key = shorten(text).escape_debug().to_string();
-                                return Err((line, SyntaxProblem::DuplicateKey { key, first }));
-                            }
-                            *key = Some((text.clone(), line));
-                            return Ok(());
-                        }
-                        Kind::List(_) => "a list",
-                        Kind::Map(_) => "a mapping",
-                    };
-                    return Err((line, SyntaxProblem::ComplexKey { found }));
+            }) => {
+                if let Some((key, line)) = key.take() {
+                    let value = node;
+                    entries.push(Entry { key, line, value });
+                } else {
+                    let text = key_text(line, &node)?;
+                    if let Some(first) = lines.insert(text.to_owned(), line) {
+                        let key = shorten(text).escape_debug().to_string();
+                        return Err((line, SyntaxProblem::DuplicateKey { key, first }));
+                    }
+                    *key = Some((text.to_owned(), line));
                 }
-            },
+            }
         }
         Ok(())
     }
+}
+
+fn key_text(line: usize, node: &Node) -> Result<&str, Fault> {
+    let found = match &node.kind {
+        Kind::Scalar { text, .. } => return Ok(text),
+        Kind::List(_) => "a list",
+        Kind::Map(_) => "a mapping",
+    };
+    Err((line, SyntaxProblem::ComplexKey { found }))
 }
 
 /// The name of a tag of YAML's core schema. Any other tag asks for something we do not do.
