@@ -3,12 +3,14 @@
 //! [`Project::open`] is the only entry point that a command needs. The module reads the manifest and looks for files by
 //! name; it knows no environment, no terminal and no network, and runs nothing.
 //!
-//!     yaml       a file people write, as values with their lines
-//!     manifest   iii.worker.yaml
-//!     config     one worker's entry in config.yaml
-//!     detect     file names -> language, package manager, entry        (pure)
-//!     commands   language, package manager, entry -> scripts, image    (pure)
-//!     caches     language, package manager -> directories to mount     (pure)
+//! ```text
+//! yaml       a file people write, as values with their lines
+//! manifest   iii.worker.yaml
+//! config     one worker's entry in config.yaml
+//! detect     file names -> language, package manager, entry        (pure)
+//! commands   language, package manager, entry -> scripts, image    (pure)
+//! caches     language, package manager -> directories to mount     (pure)
+//! ```
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

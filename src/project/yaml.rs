@@ -21,7 +21,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Span, Tag};
 /// How deep lists and mappings may nest, aliases included. Manifests need 3 levels; recursion over a tree relies on it.
 pub const MAX_DEPTH: usize = 32;
 
-/// What a tree may amount to once every alias is written out: the bytes of its text plus [`NODE_SIZE`] per value.
+/// What a tree may amount to once every alias is written out: the bytes of its text plus 32 per value.
 pub const MAX_EXPANDED: usize = 8 << 20;
 
 /// What a value counts towards [`MAX_EXPANDED`] besides its text.
