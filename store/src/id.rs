@@ -99,6 +99,14 @@ id_type! {
     /// The inputs of a recipe.
     KeyId
 }
+id_type! {
+    /// BLAKE3 of a pack's index, and so of which objects it holds and where.
+    PackId
+}
+id_type! {
+    /// What was seen at a path: see [`crate::facts`].
+    SeenHash
+}
 
 impl ObjectId {
     /// The id of these bytes.

@@ -9,34 +9,39 @@
 //! blob     blob_len bytes: names, symlink targets, xattr sets
 //! ```
 //!
-//! Header: magic `III-LAYR`; version, compat, ro_compat, incompat: u32; node_count, link_count: u32; blob_len: u64;
-//! logical_bytes: u64; file_count: u32; 0: u32; tree_id, layer_id, body: 32 bytes each; zeroes. `body` is the BLAKE3
-//! of everything after the header.
+//! ```text
+//! header   magic `III-LAYR`; version, compat, ro_compat, incompat: u32; node_count, link_count: u32; blob_len: u64;
+//!          logical_bytes: u64; file_count: u64; tree_id, layer_id, body: 32 bytes each; zeroes
+//! node     name_off: u32, name_len: u16, kind: u8, flags: u8; mode: u16, 0: u16, uid: u32; gid: u32, parent: u32;
+//!          mtime_sec: i64; mtime_nsec: u32, xattr_off: u32 (`!0`: none); size: u64; aux: u64; link: u32, 0: u32;
+//!          hash: 32 bytes
+//! link     group: u32, node: u32
+//! xattrs   count: u16, then per xattr, sorted by name: name_len: u16, value_len: u32, name, value
+//! ```
 //!
-//! Node: name_off: u32, name_len: u16, kind: u8, flags: u8; mode: u16, 0: u16, uid: u32; gid: u32, parent: u32;
-//! mtime_sec: i64; mtime_nsec: u32, xattr_off: u32 (`!0`: none); size: u64; aux: u64; link: u32, 0: u32; hash: 32 bytes.
-//! `size` is a file's length, a target's length or a directory's number of children; `aux` is a target's offset, the
-//! first child's index or a device's `major << 32 | minor`; `hash` is a file's object id or the [`TreeId`] of what a
-//! directory holds.
-//!
-//! Xattr set: count: u16, then per xattr, sorted by name: name_len: u16, value_len: u32, name, value.
+//! `body` is the BLAKE3 of everything after the header. `size` is a file's length, a target's length or a directory's
+//! number of children; `aux` is a target's offset, the first child's index or a device's `major << 32 | minor`; `hash` is
+//! a file's object id or the [`TreeId`] of what a directory holds.
 //!
 //! # Hashes
 //!
 //! The id of a directory's contents is BLAKE3 with the `derive_key` context [`TREE_CONTEXT`] over the number of entries
-//! (u32) and per entry: kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0), rdev: u64 (devices,
-//! else 0), link: u32, name_len: u16, name, target_len: u16, target, hash: 32 bytes, and the xattr set. The [`TreeId`] of
-//! a layer is the same over one entry, its root, with an empty name. Equal subtrees without hardlinks have equal ids
-//! wherever they stand. The [`LayerId`] is BLAKE3 with [`LAYER_CONTEXT`] over the tree id and, for each node in order,
-//! mtime_sec: i64 and mtime_nsec: u32.
+//! (u32) and per entry
+//!
+//! ```text
+//! kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0), rdev: u64 (devices, else 0), link: u32,
+//! name_len: u16, name, target_len: u16, target, hash: 32 bytes, xattrs
+//! ```
+//!
+//! The [`TreeId`] of a layer is the same over one entry, its root, with an empty name. Equal subtrees without hardlinks
+//! have equal ids wherever they stand. The [`LayerId`] is BLAKE3 with [`LAYER_CONTEXT`] over the tree id and, for each
+//! node in order, its seconds (i64) and nanoseconds (u32) of mtime.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::Path;
 
-use memmap2::Mmap;
-
 use crate::id::{LayerId, ObjectId, TreeId};
+use crate::map::Bytes;
 use crate::tree::{
     self, Content, Dir, DirKind, MAX_DEPTH, MAX_NODES, MAX_TARGET, MAX_XATTR_NAME, MAX_XATTR_VALUE,
     MAX_XATTRS, Meta, Mtime, Node, Rdev, Tree, TreeError, Xattrs,
@@ -82,7 +87,8 @@ pub enum LayerError {
 }
 
 /// The type of an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum Kind {
     /// A directory.
@@ -467,24 +473,6 @@ fn encode_node(
     Ok(())
 }
 
-/// The bytes of a layer: mapped from its file, or held in memory by tests and fuzzers.
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Mmap),
-    Owned(Vec<u8>),
-}
-
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Owned(bytes) => bytes,
-        }
-    }
-}
-
 /// A layer, read in place. Opening checks the whole structure once (not the hashes), so that reading afterwards can
 /// neither fail nor leave the file. Shared freely between threads.
 #[derive(Debug)]
@@ -516,11 +504,7 @@ fn array(bytes: &[u8], at: usize) -> [u8; 32] {
 impl Layer {
     /// Maps and checks the layer file at `path`.
     pub fn open(path: &Path) -> Result<Self, LayerError> {
-        let file = File::open(path).map_err(LayerError::Map)?;
-        // SAFETY: layer files are written once under a temporary name, renamed into place and from then on only ever
-        // unlinked, never written or truncated, so the mapping does not change and stays backed.
-        let map = unsafe { Mmap::map(&file) }.map_err(LayerError::Map)?;
-        Self::check(Bytes::Mapped(map))
+        Self::check(Bytes::map(path).map_err(LayerError::Map)?)
     }
 
     /// A layer held in memory.
@@ -702,7 +686,7 @@ impl Layer {
 
     /// The entry at a relative path such as `usr/bin/node`, without following symlinks. The empty path is the root.
     pub fn lookup(&self, path: &[u8]) -> Option<NodeRef<'_>> {
-        tree::components(path).try_fold(self.root(), |dir, name| dir.child(name))
+        tree::components(path).try_fold(self.root(), NodeRef::child)
     }
 
     /// Whether the bytes after the header are those that were written.
@@ -846,6 +830,7 @@ impl<'a> NodeRef<'a> {
     }
 
     /// The directory that it stands in; the root's is itself.
+    #[must_use]
     pub fn parent(self) -> NodeRef<'a> {
         NodeRef {
             ix: self.parent_ix(),
@@ -1118,13 +1103,28 @@ mod tests {
             (encoded.tree_id.to_string(), encoded.layer_id.to_string())
         };
         let (tree, layer) = ids(&Tree::default());
-        assert_eq!(tree, "e5632fcf7d83a7e54ff80b6de3502868c2c60128d5b2f41a90ccca155299fd2b");
-        assert_eq!(layer, "6c34f127740a3e2a35660a0e8d4d93a6b9413f4aee3867a5b8ae693cbe8945bf");
+        assert_eq!(
+            tree,
+            "e5632fcf7d83a7e54ff80b6de3502868c2c60128d5b2f41a90ccca155299fd2b"
+        );
+        assert_eq!(
+            layer,
+            "6c34f127740a3e2a35660a0e8d4d93a6b9413f4aee3867a5b8ae693cbe8945bf"
+        );
         let (tree, layer) = ids(&sample());
-        assert_eq!(tree, "ef410ced5f2ada0802187bc0ad3051d99acd16e2682964c3080d6a7cd801e1ca");
-        assert_eq!(layer, "f5724684bee1e4b0525022a68a3b4dce1c946051123f5c6c95e3988c8eef9eed");
+        assert_eq!(
+            tree,
+            "ef410ced5f2ada0802187bc0ad3051d99acd16e2682964c3080d6a7cd801e1ca"
+        );
+        assert_eq!(
+            layer,
+            "f5724684bee1e4b0525022a68a3b4dce1c946051123f5c6c95e3988c8eef9eed"
+        );
         let bytes = encode(&sample()).unwrap().bytes;
-        assert_eq!(ObjectId::of(&bytes).to_string(), "6f360755ae38c34cbe4541a232e03d331459f9239c904c67b91d1afd5d5bf99f");
+        assert_eq!(
+            ObjectId::of(&bytes).to_string(),
+            "6f360755ae38c34cbe4541a232e03d331459f9239c904c67b91d1afd5d5bf99f"
+        );
     }
 
     #[test]

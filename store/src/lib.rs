@@ -1,10 +1,72 @@
 //! The store: objects, trees, layers, keys, refs and leases, shared by every worker of a machine.
 //!
 //! It knows no network, no terminal, no environment and no home directory; progress is an event handed in.
+//!
+//! # On disk
+//!
+//! ```text
+//! format                   JSON: version; compat, ro_compat, incompat: names of features
+//! packs/<pack>.pack .idx   objects below 1 MiB that one ingest brought, and where each is: `pack`
+//! loose/<object>           an object of 1 MiB or more
+//! layers/<layer>           a tree with its mtimes, read in place: `layer`
+//! keys/<key>               JSON: recipe -> at most 8 of (facts, layer, provenance): `keys`
+//! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
+//! leases/<random>          what a living process needs; flocked by it: `lease`
+//! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
+//! stat/<project>           the stat cache of a project: `snapshot`
+//! tmp/<lease>.<n>          what the holder of a lease is writing
+//! ```
+//!
+//! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
+//! filesystem indexes well; so publishing syncs one directory of each kind, and one mtime tells of new packs.
+//! Everything under `packs`, `loose` and `layers` is immutable: written once, durable before it has its name, and then
+//! only ever removed. The rest is replaced as a whole by a rename.
+//!
+//! # Publishing
+//!
+//! 1. A lease is taken. What will be reused is pinned in it *before* it is looked for.
+//! 2. The new objects, the index of their pack and the layer are written under temporary names and synced.
+//! 3. The objects get their names (loose files, pack, then index), and these names are synced.
+//! 4. The layer gets its name, and that name is synced.
+//! 5. Keys and refs name layers, and only layers that are there.
+//!
+//! So a name means durable and whole, a layer never names an object that is not there, and a crash at any point leaves
+//! at worst temporary files of a dead lease, and objects that no layer names. Deletion runs the other way round.
+//! An ingest that failed to write once writes no more.
+//!
+//! The media are assumed to keep what was synced, to rename atomically, and not to show a rename before the file's
+//! bytes that were synced ahead of it.
+//!
+//! # Locks
+//!
+//! Among processes, in this order: flight (a key is being built), lease, key (its records are being written). Among
+//! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
+pub mod diff;
+pub mod disk;
+mod error;
+pub mod facts;
 pub mod id;
+mod ingest;
+mod keys;
 pub mod layer;
+mod lease;
+mod lock;
+mod map;
+mod objects;
+pub mod pack;
+mod refs;
+pub mod store;
 pub mod tree;
 
-pub use id::{KeyId, LayerId, ObjectId, TreeId};
+pub use diff::{Change, ChangeKind, diff};
+pub use error::StoreError;
+pub use facts::{Fact, Seen};
+pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
+pub use ingest::{Added, Ingest, Published};
+pub use keys::{MAX_RECORDS, Record};
 pub use layer::{Kind, Layer, NodeRef};
+pub use lease::Lease;
+pub use objects::{Blob, LOOSE_MIN};
+pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
+pub use store::{Flight, Store};

@@ -1,0 +1,131 @@
+//! What can go wrong in the store.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::id::{LayerId, ObjectId};
+use crate::layer::LayerError;
+use crate::tree::TreeError;
+
+/// An operation on the store that failed. The message names the operation and the path; the cause is the `source`.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A system call on a file of the store failed.
+    #[error("{op} {} failed", path.display())]
+    Io {
+        /// What was being done: a verb such as "reading".
+        op: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// What was to be stored could not be read. The store itself is well.
+    #[error("reading the data to store failed")]
+    Input(#[source] io::Error),
+    /// The directory is in use for something else.
+    #[error(
+        "{} is not a store: it holds {found:?} and no `format` file; name an empty or a new directory",
+        path.display()
+    )]
+    NotAStore {
+        /// The directory.
+        path: PathBuf,
+        /// Something in it that no store has.
+        found: String,
+    },
+    /// The store's format is one that this program does not know.
+    #[error(
+        "the store at {} has format version {version}, incompat features {incompat:?}: this program reads version {}; \
+         use the program that made it, or another store directory",
+        path.display(),
+        crate::store::FORMAT_VERSION
+    )]
+    Unsupported {
+        /// The store.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+        /// Its incompat features that are unknown here.
+        incompat: Vec<String>,
+    },
+    /// The store can be read but not written.
+    #[error("the store at {} is read-only here: {why}", path.display())]
+    ReadOnly {
+        /// The store.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// A layer file that cannot be read as one.
+    #[error("layer {id} cannot be read ({})", path.display())]
+    Layer {
+        /// The layer.
+        id: LayerId,
+        /// Its file.
+        path: PathBuf,
+        /// The cause.
+        source: LayerError,
+    },
+    /// A file of the store does not hold what its name promises.
+    #[error("{} is damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What contradicts itself.
+        what: &'static str,
+    },
+    /// A JSON file of the store that does not parse.
+    #[error("{} is damaged: it does not parse", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// No such layer.
+    #[error("layer {0} is not in the store")]
+    MissingLayer(LayerId),
+    /// No such object.
+    #[error("object {0} is not in the store")]
+    MissingObject(ObjectId),
+    /// The tree cannot be encoded.
+    #[error("the tree cannot be stored")]
+    Tree(#[from] TreeError),
+    /// An earlier call of the same ingest failed while writing, so that nothing of it can be trusted.
+    #[error("the ingest is void: writing to the store failed before")]
+    Poisoned,
+    /// More than a named bound.
+    #[error("{what} is larger than the limit of {limit}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// The bound.
+        limit: u64,
+    },
+}
+
+impl StoreError {
+    /// The kind of the input/output error behind this one, if there is one: tells a full disk from the rest.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { source, .. } | Self::Input(source) => Some(source.kind()),
+            _ => None,
+        }
+    }
+}
+
+/// Adds operation and path to an [`io::Error`].
+pub(crate) trait IoContext<T> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, StoreError>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for Result<T, E> {
+    fn at(self, op: &'static str, path: &Path) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Io {
+            op,
+            path: path.to_owned(),
+            source: source.into(),
+        })
+    }
+}

@@ -1,0 +1,69 @@
+//! Keys: from the inputs of a recipe to the layers that it made.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::StoreError;
+use crate::facts::Fact;
+use crate::id::{KeyId, LayerId, TreeId};
+use crate::lock::FileLock;
+use crate::store::{Store, read_json, write_json};
+
+/// Most records of one key; the oldest go first.
+pub const MAX_RECORDS: usize = 8;
+/// Longest file of one key, in bytes.
+const MAX_KEY_FILE: u64 = 256 << 20;
+
+/// One result of a recipe: what it looked at, and the layer it made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What it saw of the project. The record holds for a project of which all of this is true.
+    pub facts: Vec<Fact>,
+    /// The layer.
+    pub layer_id: LayerId,
+    /// The layer without its mtimes.
+    pub tree_id: TreeId,
+    /// For people: what kind of step, when, how long it took, why it ran.
+    pub provenance: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The file of a key.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct KeyFile {
+    /// Newest first.
+    records: Vec<Record>,
+}
+
+impl Store {
+    fn key_path(&self, key: &KeyId) -> PathBuf {
+        self.dir().join("keys").join(key.to_string())
+    }
+
+    /// The records of a key, newest first. Their layers may be gone: pin, then look.
+    pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
+        let file: Option<KeyFile> = read_json(&self.key_path(key), MAX_KEY_FILE)?;
+        Ok(file.unwrap_or_default().records)
+    }
+
+    /// Adds a record in front of the key's others, durably. It replaces one with the same facts. Its layer must be in the
+    /// store and pinned by the caller.
+    pub fn put_record(&self, key: &KeyId, record: Record) -> Result<(), StoreError> {
+        let lease = self.lease("record")?;
+        if !self.has_layer(&record.layer_id) {
+            return Err(StoreError::MissingLayer(record.layer_id));
+        }
+        let lock = self.dir().join("locks").join(format!("{key}.key"));
+        let _lock = FileLock::acquire(lock, &|| {})?;
+        // A damaged file would keep the key from ever being built again; what it said can be built anew.
+        let mut records = match self.records(key) {
+            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Vec::new(),
+            other => other?,
+        };
+        records.retain(|old| old.facts != record.facts);
+        records.insert(0, record);
+        records.truncate(MAX_RECORDS);
+        let path = self.key_path(key);
+        write_json(self, &lease, &path, &KeyFile { records }, MAX_KEY_FILE)
+    }
+}

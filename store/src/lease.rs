@@ -1,0 +1,189 @@
+//! Leases: what a living process still needs.
+//!
+//! A lease is a file in `leases/` that its holder keeps flocked, so that it ends with the holder, however that ends; a
+//! lease that can be locked is dead, whatever pid wrote it. Its first line says what it is for; every other line pins
+//! a layer: `layer <id>`. A pin is written *before* the holder asks whether the layer exists. Files in `tmp/` begin
+//! with the name of the lease that they belong to.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::disk::TmpFile;
+use crate::error::{IoContext, StoreError};
+use crate::id::LayerId;
+use crate::lock::try_lock;
+use crate::objects::lock;
+use crate::store::Store;
+
+/// Longest purpose, in bytes.
+const MAX_PURPOSE: usize = 200;
+
+/// Protects what it pins, and what its holder is writing, from garbage collection. Ends when dropped or when the
+/// process ends. It is inherited by a fork, not by an exec.
+#[derive(Debug)]
+pub struct Lease {
+    store: Store,
+    name: String,
+    path: PathBuf,
+    file: File,
+    pinned: Mutex<HashSet<LayerId>>,
+    next_tmp: AtomicU64,
+}
+
+fn random_name() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled +=
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(blake3::Hash::from_bytes({
+        let mut wide = [0; 32];
+        wide[..16].copy_from_slice(&bytes);
+        wide
+    })
+    .to_hex()[..32]
+        .to_owned())
+}
+
+impl Lease {
+    pub(crate) fn take(store: &Store, purpose: &str) -> Result<Self, StoreError> {
+        let dir = store.dir();
+        loop {
+            let name = random_name().at("naming a lease in", dir)?;
+            let tmp = dir.join("tmp").join(format!("{name}.lease"));
+            let path = dir.join("leases").join(&name);
+            // Locked under a temporary name first: in `leases/`, an unlocked file is a dead one.
+            let mut file = store.disk().create(&tmp).at("creating", &tmp)?;
+            if !try_lock(&file).at("locking", &tmp)? {
+                continue;
+            }
+            let purpose: String = purpose
+                .chars()
+                .map(|c| if c.is_control() { ' ' } else { c })
+                .take(MAX_PURPOSE)
+                .collect();
+            let line = format!("iii-lease 1 {purpose}\n");
+            file.write_all(line.as_bytes()).at("writing", &tmp)?;
+            match store.disk().rename(&tmp, &path) {
+                // Swept between create and lock.
+                Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+                other => other.at("renaming", &tmp)?,
+            }
+            return Ok(Self {
+                store: store.clone(),
+                name,
+                path,
+                file,
+                pinned: Mutex::default(),
+                next_tmp: AtomicU64::new(0),
+            });
+        }
+    }
+
+    /// Keeps these layers, and all objects in them, as long as the lease lives. They need not exist (yet): pin first,
+    /// then look.
+    pub fn pin(&self, layers: &[LayerId]) -> Result<(), StoreError> {
+        let mut pinned = lock(&self.pinned);
+        let mut lines = String::new();
+        for id in layers {
+            if !pinned.contains(id) {
+                lines.push_str("layer ");
+                lines.push_str(&id.to_string());
+                lines.push('\n');
+            }
+        }
+        if !lines.is_empty() {
+            (&self.file)
+                .write_all(lines.as_bytes())
+                .at("writing", &self.path)?;
+            pinned.extend(layers);
+        }
+        Ok(())
+    }
+
+    /// The store it belongs to.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// A new temporary file.
+    pub(crate) fn tmp(&self) -> Result<TmpFile, StoreError> {
+        let number = self.next_tmp.fetch_add(1, Ordering::Relaxed);
+        let path = self
+            .store
+            .dir()
+            .join("tmp")
+            .join(format!("{}.{number}", self.name));
+        TmpFile::create(self.store.disk().clone(), path.clone()).at("creating", &path)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Still locked: a sweeper either sees it alive or not at all.
+        let _ = self.store.disk().remove(&self.path);
+    }
+}
+
+/// Removes the leases of the dead and the temporary files that belonged to them. Returns how many leases there were.
+pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
+    let (leases, tmp) = (store.dir().join("leases"), store.dir().join("tmp"));
+    let mut alive = HashSet::new();
+    // Listed before the leases: a file that is here belongs to a lease that is there by then, or is dead.
+    let leftovers = names(&tmp)?;
+    let mut dead = Vec::new();
+    for name in names(&leases)? {
+        match dead_lease(&leases.join(&name)).at("locking", &leases.join(&name))? {
+            Some(file) => dead.push((name, file)),
+            None => {
+                alive.insert(name);
+            }
+        }
+    }
+    for name in leftovers {
+        let (owner, rest) = name.split_once('.').unwrap_or((&name, ""));
+        let path = tmp.join(&name);
+        // A lease that is being taken is a temporary file itself, and locked but for a moment; its taker tries again.
+        let taking = rest == "lease" && !matches!(dead_lease(&path), Ok(Some(_)));
+        if !alive.contains(owner) && !taking {
+            remove(store, &path)?;
+        }
+    }
+    let count = dead.len();
+    for (name, file) in dead {
+        remove(store, &leases.join(name))?;
+        drop(file);
+    }
+    Ok(count)
+}
+
+/// The lease's file, locked, if nobody holds it.
+fn dead_lease(path: &std::path::Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(try_lock(&file)?.then_some(file)),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(err),
+    }
+}
+
+fn remove(store: &Store, path: &std::path::Path) -> Result<(), StoreError> {
+    match store.disk().remove(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.at("removing", path),
+    }
+}
+
+/// The names in a directory of the store. Names that are not UTF-8 are not the store's.
+fn names(dir: &std::path::Path) -> Result<Vec<String>, StoreError> {
+    let mut names = Vec::new();
+    for entry in dir.read_dir().at("listing", dir)? {
+        let entry = entry.at("listing", dir)?;
+        names.extend(entry.file_name().into_string());
+    }
+    Ok(names)
+}

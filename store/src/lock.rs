@@ -1,0 +1,79 @@
+//! Locks among processes: files under `locks/` that are flocked while held and gone when free.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{IoContext, StoreError};
+
+/// A lock that one process at a time holds. Dropping it, or the death of the process, releases it.
+#[derive(Debug)]
+pub(crate) struct FileLock {
+    path: PathBuf,
+    /// Closing it releases the lock.
+    _file: File,
+}
+
+impl FileLock {
+    /// Waits for the lock. Calls `on_wait` once if somebody else has it.
+    pub(crate) fn acquire(path: PathBuf, on_wait: &dyn Fn()) -> Result<Self, StoreError> {
+        let mut waited = false;
+        loop {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .at("opening the lock", &path)?;
+            if !try_lock(&file).at("locking", &path)? {
+                if !waited {
+                    on_wait();
+                    waited = true;
+                }
+                wait_lock(&file).at("locking", &path)?;
+            }
+            // Whoever had it may have removed the file meanwhile, and somebody else made the next one.
+            if is_at(&file, &path) {
+                return Ok(Self { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        // While it is still locked, so that nobody else can hold the file that is removed.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Locks `file` if nobody else has it.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
+}
+
+fn wait_lock(file: &File) -> io::Result<()> {
+    loop {
+        match flock(file, FlockOperation::LockExclusive) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+/// Whether `path` names this very file.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::symlink_metadata(path)) {
+        (Ok(held), Ok(named)) => held.dev() == named.dev() && held.ino() == named.ino(),
+        _ => false,
+    }
+}

@@ -1,0 +1,346 @@
+//! Finding objects: the indexes of all packs, one table over them, and the files behind them.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use crate::error::{IoContext, StoreError};
+use crate::id::{ObjectId, PackId};
+use crate::pack::{Index, Place};
+
+/// Files of the store that are held open for reading.
+const MAX_OPEN_FILES: usize = 128;
+/// A directory whose mtime is younger than this may change again without its mtime telling.
+const MTIME_GRANULARITY: Duration = Duration::from_millis(50);
+
+/// Objects of at least this many bytes are files of their own, smaller ones go into packs.
+pub const LOOSE_MIN: u64 = 1 << 20;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the mutexes here guard is whole between any two statements that can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An object's bytes: a range of a file that stays readable as long as this lives.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    file: Arc<File>,
+    offset: u64,
+    len: u64,
+}
+
+impl Blob {
+    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end. A pack or an
+    /// object that was cut short is an error, never a shorter object.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let left = self.len.saturating_sub(offset);
+        let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        if want == 0 {
+            return Ok(0);
+        }
+        match self.file.read_at(&mut buf[..want], self.offset + offset)? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => Ok(count),
+        }
+    }
+
+    /// All of it, if it is at most `limit` bytes long.
+    pub fn read_all(&self, limit: u64) -> io::Result<Vec<u8>> {
+        if self.len > limit {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let mut bytes = vec![0; self.len as usize];
+        self.file.read_exact_at(&mut bytes, self.offset)?;
+        Ok(bytes)
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The file it stands in: a pack or its own. Opened for reading.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it begins in [`Blob::file`].
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum FileKey {
+    Pack(PackId),
+    Loose(ObjectId),
+}
+
+/// The most recently used files, open.
+#[derive(Debug, Default)]
+struct OpenFiles {
+    files: HashMap<FileKey, (Arc<File>, u64)>,
+    clock: u64,
+}
+
+impl OpenFiles {
+    fn get(&mut self, key: FileKey) -> Option<Arc<File>> {
+        self.clock += 1;
+        let (file, used) = self.files.get_mut(&key)?;
+        *used = self.clock;
+        Some(Arc::clone(file))
+    }
+
+    fn insert(&mut self, key: FileKey, file: Arc<File>) {
+        if self.files.len() >= MAX_OPEN_FILES {
+            let oldest = self.files.iter().min_by_key(|(_, (_, used))| *used);
+            if let Some(oldest) = oldest.map(|(key, _)| *key) {
+                self.files.remove(&oldest);
+            }
+        }
+        self.clock += 1;
+        self.files.insert(key, (file, self.clock));
+    }
+}
+
+#[derive(Debug)]
+struct Pack {
+    id: PackId,
+    index: Index,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Slot {
+    /// Number of the pack + 1; 0 for an empty slot.
+    pack: u32,
+    /// Bits of the id that the slot's position does not tell.
+    tag: u32,
+}
+
+/// All indexes of a moment, and an open-addressing table from ids to packs, so that a lookup, negative ones included,
+/// costs one probe however many packs there are.
+#[derive(Debug, Default)]
+struct PackSet {
+    packs: Vec<Pack>,
+    slots: Vec<Slot>,
+    objects: usize,
+    known: HashSet<PackId>,
+    /// The packs directory's mtime before it was listed, unless it may change unseen.
+    listed: Option<SystemTime>,
+}
+
+fn position(id: &ObjectId) -> (u64, u32) {
+    let bytes = id.as_bytes();
+    let mut position = [0; 8];
+    position.copy_from_slice(&bytes[..8]);
+    let mut tag = [0; 4];
+    tag.copy_from_slice(&bytes[8..12]);
+    (u64::from_le_bytes(position), u32::from_le_bytes(tag))
+}
+
+impl PackSet {
+    fn find(&self, id: &ObjectId) -> Option<(PackId, Place)> {
+        let mask = self.slots.len().checked_sub(1)? as u64;
+        let (start, tag) = position(id);
+        for step in 0..=mask {
+            let slot = self.slots[(start.wrapping_add(step) & mask) as usize];
+            let number = slot.pack.checked_sub(1)?;
+            if slot.tag == tag
+                && let Some(pack) = self.packs.get(number as usize)
+                && let Some(place) = pack.index.find(id)
+            {
+                return Some((pack.id, place));
+            }
+        }
+        None
+    }
+
+    fn add(&mut self, packs: Vec<Pack>) {
+        let before = self.packs.len();
+        self.objects += packs
+            .iter()
+            .map(|pack| pack.index.count() as usize)
+            .sum::<usize>();
+        self.packs.extend(packs);
+        // At most half full, so that probes are short and always end at an empty slot.
+        let wanted = (self.objects * 2).next_power_of_two().max(64);
+        let fresh = if wanted > self.slots.len() {
+            self.slots = vec![Slot::default(); wanted * 2];
+            0
+        } else {
+            before
+        };
+        let mask = self.slots.len() as u64 - 1;
+        for (number, pack) in self.packs.iter().enumerate().skip(fresh) {
+            for (id, _) in pack.index.objects() {
+                let (start, tag) = position(&id);
+                let mut at = start & mask;
+                while self.slots[at as usize].pack != 0 {
+                    at = (at + 1) & mask;
+                }
+                self.slots[at as usize] = Slot {
+                    pack: number as u32 + 1,
+                    tag,
+                };
+            }
+        }
+    }
+}
+
+/// Where the objects of a store are found.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    packs_dir: PathBuf,
+    loose_dir: PathBuf,
+    packs: RwLock<PackSet>,
+    files: Mutex<OpenFiles>,
+}
+
+impl Objects {
+    /// Nothing is read before the first question.
+    pub(crate) fn new(packs_dir: PathBuf, loose_dir: PathBuf) -> Self {
+        Self {
+            packs_dir,
+            loose_dir,
+            packs: RwLock::default(),
+            files: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn pack_path(&self, id: &PackId) -> PathBuf {
+        self.packs_dir.join(format!("{id}.pack"))
+    }
+
+    pub(crate) fn index_path(&self, id: &PackId) -> PathBuf {
+        self.packs_dir.join(format!("{id}.idx"))
+    }
+
+    pub(crate) fn loose_path(&self, id: &ObjectId) -> PathBuf {
+        self.loose_dir.join(id.to_string())
+    }
+
+    /// Looks at the packs that appeared or went since the last time. Cheap when none did.
+    pub(crate) fn refresh(&self) -> Result<(), StoreError> {
+        let mtime = || -> io::Result<SystemTime> { self.packs_dir.metadata()?.modified() };
+        let now = mtime().at("looking at", &self.packs_dir)?;
+        {
+            let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+            if set.listed == Some(now) {
+                return Ok(());
+            }
+        }
+        let mut set = self.packs.write().unwrap_or_else(PoisonError::into_inner);
+        let settled = SystemTime::now()
+            .duration_since(now)
+            .is_ok_and(|age| age > MTIME_GRANULARITY);
+        let mut found = HashSet::new();
+        for entry in self.packs_dir.read_dir().at("listing", &self.packs_dir)? {
+            let entry = entry.at("listing", &self.packs_dir)?;
+            let name = entry.file_name();
+            if let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".idx"))
+                && let Ok(id) = id.parse::<PackId>()
+            {
+                found.insert(id);
+            }
+        }
+        if set.known.iter().any(|id| !found.contains(id)) {
+            *set = PackSet::default();
+        }
+        let mut new = Vec::new();
+        for id in &found {
+            // An index that does not hold is passed over: what it named is missing, and `verify` says why.
+            if set.known.insert(*id)
+                && let Ok(index) = Index::open(&self.index_path(id), id)
+            {
+                new.push(Pack { id: *id, index });
+            }
+        }
+        if !new.is_empty() {
+            new.sort_by_key(|pack| pack.id);
+            set.add(new);
+        }
+        set.listed = settled.then_some(now);
+        Ok(())
+    }
+
+    /// The object's place in a pack, as of the last [`Objects::refresh`].
+    pub(crate) fn find_packed(&self, id: &ObjectId) -> Option<(PackId, Place)> {
+        let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        set.find(id)
+    }
+
+    /// Whether there is a file of this object of `len` bytes.
+    pub(crate) fn has_loose(&self, id: &ObjectId, len: Option<u64>) -> bool {
+        std::fs::symlink_metadata(self.loose_path(id))
+            .is_ok_and(|meta| meta.is_file() && len.is_none_or(|len| meta.size() == len))
+    }
+
+    /// Whether the object is there, without looking for packs that other processes added since the last refresh.
+    pub(crate) fn contains_known(&self, id: &ObjectId, size: Option<u64>) -> bool {
+        self.find_packed(id).is_some()
+            || (size.is_none_or(|size| size >= LOOSE_MIN) && self.has_loose(id, size))
+    }
+
+    fn open_file(&self, key: FileKey, path: &Path) -> io::Result<Arc<File>> {
+        if let Some(file) = lock(&self.files).get(key) {
+            return Ok(file);
+        }
+        let file = Arc::new(File::open(path)?);
+        lock(&self.files).insert(key, Arc::clone(&file));
+        Ok(file)
+    }
+
+    /// The object's bytes, as of the last refresh.
+    fn open_known(&self, id: &ObjectId) -> Result<Option<Blob>, StoreError> {
+        if let Some((pack, place)) = self.find_packed(id) {
+            let path = self.pack_path(&pack);
+            match self.open_file(FileKey::Pack(pack), &path) {
+                Ok(file) => {
+                    return Ok(Some(Blob {
+                        file,
+                        offset: place.offset,
+                        len: place.len,
+                    }));
+                }
+                Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+                err => {
+                    err.at("opening", &path)?;
+                }
+            }
+        }
+        let path = self.loose_path(id);
+        match self.open_file(FileKey::Loose(*id), &path) {
+            Ok(file) => {
+                let len = file.metadata().at("looking at", &path)?.len();
+                Ok(Some(Blob {
+                    file,
+                    offset: 0,
+                    len,
+                }))
+            }
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(err) => Err(err).at("opening", &path),
+        }
+    }
+
+    pub(crate) fn open(&self, id: &ObjectId) -> Result<Blob, StoreError> {
+        if let Some(blob) = self.open_known(id)? {
+            return Ok(blob);
+        }
+        self.refresh()?;
+        self.open_known(id)?.ok_or(StoreError::MissingObject(*id))
+    }
+
+    pub(crate) fn contains(&self, id: &ObjectId) -> bool {
+        self.contains_known(id, None) || (self.refresh().is_ok() && self.find_packed(id).is_some())
+    }
+}

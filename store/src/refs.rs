@@ -1,0 +1,142 @@
+//! Refs: names that keep layers.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{IoContext, StoreError};
+use crate::id::LayerId;
+use crate::store::{Store, read_json, write_json};
+
+/// Longest name, in bytes.
+pub const MAX_REF_NAME: usize = 4096;
+/// Most layers of one ref.
+pub const MAX_REF_LAYERS: usize = 1024;
+/// Longest file of one ref, in bytes.
+const MAX_REF_FILE: u64 = 16 << 20;
+/// Longest escaped name that is a file name as it is.
+const MAX_PLAIN: usize = 180;
+
+/// What a name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RefKind {
+    /// An image, by its reference.
+    Image,
+    /// A worker's sandbox, by the worker's name.
+    Worker,
+}
+
+impl RefKind {
+    fn dir(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Worker => "worker",
+        }
+    }
+}
+
+/// The layers under a name, and what its owner wants to know of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ref {
+    /// Bottom first.
+    pub layers: Vec<LayerId>,
+    /// The owner's own; the store does not look into it.
+    #[serde(default)]
+    pub info: serde_json::Value,
+}
+
+/// The file of a ref.
+#[derive(Debug, Serialize, Deserialize)]
+struct RefFile {
+    name: String,
+    #[serde(flatten)]
+    content: Ref,
+}
+
+/// The file name of a ref. Names that differ differ here, on filesystems that fold case, too.
+fn escape(name: &str) -> String {
+    let mut escaped = String::new();
+    for &byte in name.as_bytes() {
+        match byte {
+            b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-' => escaped.push(byte.into()),
+            b'.' if !escaped.is_empty() => escaped.push('.'),
+            _ => {
+                // Writing to a string cannot fail.
+                let _ = write!(escaped, "%{byte:02x}");
+            }
+        }
+    }
+    if escaped.len() > MAX_PLAIN {
+        escaped.truncate(MAX_PLAIN - 80);
+        escaped.push_str("%-");
+        escaped.push_str(&blake3::hash(name.as_bytes()).to_hex());
+    }
+    escaped
+}
+
+impl Store {
+    fn ref_path(&self, kind: RefKind, name: &str) -> Result<PathBuf, StoreError> {
+        if name.is_empty() || name.len() > MAX_REF_NAME {
+            return Err(StoreError::TooLarge {
+                what: "the name of a ref (or it is empty)",
+                limit: MAX_REF_NAME as u64,
+            });
+        }
+        Ok(self.dir().join("refs").join(kind.dir()).join(escape(name)))
+    }
+
+    /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned by the caller.
+    pub fn set_ref(&self, kind: RefKind, name: &str, content: &Ref) -> Result<(), StoreError> {
+        let path = self.ref_path(kind, name)?;
+        if content.layers.len() > MAX_REF_LAYERS {
+            return Err(StoreError::TooLarge {
+                what: "the number of layers of a ref",
+                limit: MAX_REF_LAYERS as u64,
+            });
+        }
+        let lease = self.lease("ref")?;
+        if let Some(missing) = content.layers.iter().find(|id| !self.has_layer(id)) {
+            return Err(StoreError::MissingLayer(*missing));
+        }
+        let file = RefFile {
+            name: name.to_owned(),
+            content: content.clone(),
+        };
+        write_json(self, &lease, &path, &file, MAX_REF_FILE)
+    }
+
+    /// What has this name.
+    pub fn get_ref(&self, kind: RefKind, name: &str) -> Result<Option<Ref>, StoreError> {
+        let file: Option<RefFile> = read_json(&self.ref_path(kind, name)?, MAX_REF_FILE)?;
+        Ok(file
+            .filter(|file| file.name == name)
+            .map(|file| file.content))
+    }
+
+    /// All names of a kind, sorted, with what has them. One that is damaged is an error: it may be what keeps a layer.
+    pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
+        let dir = self.dir().join("refs").join(kind.dir());
+        let mut refs = Vec::new();
+        for entry in dir.read_dir().at("listing", &dir)? {
+            let path = entry.at("listing", &dir)?.path();
+            // One that went meanwhile is not there.
+            let file: Option<RefFile> = read_json(&path, MAX_REF_FILE)?;
+            refs.extend(file.map(|file| (file.name, file.content)));
+        }
+        refs.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(refs)
+    }
+
+    /// Removes a name, durably. Says whether there was one.
+    pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
+        let path = self.ref_path(kind, name)?;
+        match self.disk().remove(&path) {
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            other => other.at("removing", &path)?,
+        }
+        let dir = path.parent().unwrap_or(&path);
+        self.disk().sync_dir(dir).at("syncing", dir)?;
+        Ok(true)
+    }
+}

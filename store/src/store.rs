@@ -1,0 +1,312 @@
+//! Opening a store, and reading from it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::{Disk, RealDisk};
+use crate::error::{IoContext, StoreError};
+use crate::id::{KeyId, LayerId, ObjectId};
+use crate::ingest::Ingest;
+use crate::layer::Layer;
+use crate::lease::{self, Lease};
+use crate::lock::FileLock;
+use crate::objects::{Blob, Objects, lock};
+
+/// Version of the layout described in the crate's documentation.
+pub const FORMAT_VERSION: u32 = 1;
+/// Longest `format` file, in bytes.
+const MAX_FORMAT: u64 = 64 << 10;
+/// The directories of a store.
+const DIRS: [&str; 11] = [
+    "packs",
+    "loose",
+    "layers",
+    "keys",
+    "refs",
+    "refs/image",
+    "refs/worker",
+    "leases",
+    "locks",
+    "tmp",
+    "stat",
+];
+/// Directories that later versions of this program make.
+const OTHER_DIRS: [&str; 2] = ["trash", "chains"];
+
+/// The `format` file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Format {
+    version: u32,
+    /// Features that whoever does not know them may ignore.
+    #[serde(default)]
+    compat: Vec<String>,
+    /// Features that whoever does not know them may read past but not write beside.
+    #[serde(default)]
+    ro_compat: Vec<String>,
+    /// Features without which nothing may be read.
+    #[serde(default)]
+    incompat: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    read_only: Option<String>,
+    objects: Objects,
+    layers: Mutex<HashMap<LayerId, Weak<Layer>>>,
+}
+
+/// A store of layers and their objects: see the crate's documentation. Cheap to clone; shared freely between threads and,
+/// through its directory, between processes.
+#[derive(Debug, Clone)]
+pub struct Store(Arc<Inner>);
+
+impl Store {
+    /// Opens the store in `dir`, or makes one if there is nothing.
+    ///
+    /// A directory that cannot be written, or that has ro-compat features unknown here, is opened for reading: whatever
+    /// would write says so with [`StoreError::ReadOnly`].
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::open_on(dir.as_ref(), Arc::new(RealDisk))
+    }
+
+    /// Opens the store on a disk of the caller's, for tests that make it fail.
+    pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
+        let path = dir.join("format");
+        let format = match read_json::<Format>(&path, MAX_FORMAT)? {
+            Some(format) => format,
+            None => create(dir, disk.as_ref())?,
+        };
+        if format.version != FORMAT_VERSION || !format.incompat.is_empty() {
+            return Err(StoreError::Unsupported {
+                path: dir.to_owned(),
+                version: format.version,
+                incompat: format.incompat,
+            });
+        }
+        let tmp = dir.join("tmp");
+        let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+        let read_only = if format.ro_compat.is_empty() {
+            rustix::fs::access(&tmp, access)
+                .err()
+                .map(|err| format!("{}: {}", tmp.display(), io::Error::from(err)))
+        } else {
+            Some(format!("unknown ro-compat features {:?}", format.ro_compat))
+        };
+        Ok(Self(Arc::new(Inner {
+            objects: Objects::new(dir.join("packs"), dir.join("loose")),
+            dir: dir.to_owned(),
+            disk,
+            read_only,
+            layers: Mutex::default(),
+        })))
+    }
+
+    /// The store's directory.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.0.disk
+    }
+
+    pub(crate) fn objects(&self) -> &Objects {
+        &self.0.objects
+    }
+
+    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.
+    pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
+        if let Some(why) = &self.0.read_only {
+            return Err(StoreError::ReadOnly {
+                path: self.0.dir.clone(),
+                why: why.clone(),
+            });
+        }
+        Lease::take(self, purpose)
+    }
+
+    /// Removes what processes that died left behind: their leases and temporary files. Returns the number of leases.
+    /// Safe beside everything else.
+    pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
+        lease::sweep(self)
+    }
+
+    /// Begins to write a layer's objects. Nothing is visible before [`Ingest::finish`].
+    pub fn ingest<'a>(&self, lease: &'a Lease) -> Result<Ingest<'a>, StoreError> {
+        Ingest::begin(self, lease)
+    }
+
+    pub(crate) fn layer_path(&self, id: &LayerId) -> PathBuf {
+        self.0.dir.join("layers").join(id.to_string())
+    }
+
+    /// Whether the layer is there. Only of use to who has pinned it.
+    pub fn has_layer(&self, id: &LayerId) -> bool {
+        self.layer_path(id).is_file()
+    }
+
+    /// Opens a layer. Two callers share one mapping.
+    pub fn layer(&self, id: &LayerId) -> Result<Arc<Layer>, StoreError> {
+        if let Some(layer) = lock(&self.0.layers).get(id).and_then(Weak::upgrade) {
+            return Ok(layer);
+        }
+        let path = self.layer_path(id);
+        if !path.is_file() {
+            return Err(StoreError::MissingLayer(*id));
+        }
+        let layer = Layer::open(&path).map_err(|source| StoreError::Layer {
+            id: *id,
+            path: path.clone(),
+            source,
+        })?;
+        if layer.layer_id() != *id || !layer.body_holds() {
+            let what = "it is not the layer that its name says";
+            return Err(StoreError::Damaged { path, what });
+        }
+        let layer = Arc::new(layer);
+        let mut layers = lock(&self.0.layers);
+        layers.retain(|_, layer| layer.strong_count() > 0);
+        layers.insert(*id, Arc::downgrade(&layer));
+        Ok(layer)
+    }
+
+    /// Whether the object is there, and so durable and whole.
+    pub fn contains(&self, id: &ObjectId) -> bool {
+        self.0.objects.contains(id)
+    }
+
+    /// The object's bytes. Costs no system call when its file is open already.
+    pub fn object(&self, id: &ObjectId) -> Result<Blob, StoreError> {
+        self.0.objects.open(id)
+    }
+
+    /// Waits until no other process builds `key`, and keeps others from it until the guard is dropped. `on_wait` is called
+    /// once if somebody else is at it; who waited looks for the record again before building.
+    pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
+        let path = self.0.dir.join("locks").join(format!("{key}.flight"));
+        Ok(Flight {
+            _lock: FileLock::acquire(path, on_wait)?,
+        })
+    }
+}
+
+/// The right to build one key, see [`Store::flight`].
+#[derive(Debug)]
+pub struct Flight {
+    _lock: FileLock,
+}
+
+fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
+    let known = |name: &str| name == "format" || DIRS.contains(&name) || OTHER_DIRS.contains(&name);
+    match dir.read_dir() {
+        Ok(entries) => {
+            for entry in entries {
+                let name = entry.at("listing", dir)?.file_name();
+                if !name.to_str().is_some_and(known) {
+                    return Err(StoreError::NotAStore {
+                        path: dir.to_owned(),
+                        found: name.to_string_lossy().into_owned(),
+                    });
+                }
+            }
+        }
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            let mut missing: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
+            missing.retain(|dir| !dir.as_os_str().is_empty());
+            for dir in missing.into_iter().rev() {
+                disk.create_dir(dir).at("making", dir)?;
+            }
+        }
+        Err(err) => return Err(err).at("listing", dir),
+    }
+    for name in DIRS {
+        let path = dir.join(name);
+        disk.create_dir(&path).at("making", &path)?;
+    }
+    let format = Format {
+        version: FORMAT_VERSION,
+        compat: Vec::new(),
+        ro_compat: Vec::new(),
+        incompat: Vec::new(),
+    };
+    let path = dir.join("format");
+    // Two processes that make the store at once write the same bytes.
+    let tmp = dir
+        .join("tmp")
+        .join(format!("format.{}", std::process::id()));
+    let _ = disk.remove(&tmp);
+    let file = disk.create(&tmp).at("creating", &tmp)?;
+    let text = serde_json::to_vec(&format).map_err(|source| StoreError::Json {
+        path: path.clone(),
+        source,
+    })?;
+    disk.write_at(&file, &text, 0).at("writing", &tmp)?;
+    disk.sync(&file).at("syncing", &tmp)?;
+    disk.rename(&tmp, &path).at("renaming", &tmp)?;
+    disk.sync_dir(&dir.join("refs")).at("syncing", dir)?;
+    disk.sync_dir(dir).at("syncing", dir)?;
+    Ok(format)
+}
+
+/// Reads a small JSON file of the store, if there is one.
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    limit: u64,
+) -> Result<Option<T>, StoreError> {
+    let file = match File::open(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.at("opening", path)?,
+    };
+    let mut text = Vec::new();
+    file.take(limit + 1)
+        .read_to_end(&mut text)
+        .at("reading", path)?;
+    if text.len() as u64 > limit {
+        let what = "it is larger than any such file";
+        return Err(StoreError::Damaged {
+            path: path.to_owned(),
+            what,
+        });
+    }
+    let value = serde_json::from_slice(&text).map_err(|source| StoreError::Json {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(Some(value))
+}
+
+/// Writes a JSON file, durably, replacing the one before.
+pub(crate) fn write_json<T: Serialize>(
+    store: &Store,
+    lease: &Lease,
+    path: &Path,
+    value: &T,
+    limit: u64,
+) -> Result<(), StoreError> {
+    let json = |source| StoreError::Json {
+        path: path.to_owned(),
+        source,
+    };
+    let mut text = serde_json::to_vec_pretty(value).map_err(json)?;
+    text.push(b'\n');
+    if text.len() as u64 > limit {
+        let what = "what is to be recorded";
+        return Err(StoreError::TooLarge { what, limit });
+    }
+    let mut tmp = lease.tmp()?;
+    store
+        .disk()
+        .write_at(&tmp.file, &text, 0)
+        .at("writing", &tmp.path)?;
+    store.disk().sync(&tmp.file).at("syncing", &tmp.path)?;
+    tmp.publish(path).at("renaming to", path)?;
+    let dir = path.parent().unwrap_or(path);
+    store.disk().sync_dir(dir).at("syncing", dir)
+}
