@@ -103,7 +103,12 @@ pub fn tool_env(
                 ("pnpm_config_store_dir", PNPM_STORE),
             ]
         }
-        _ => &[],
+        // Nobody is there to answer npx, nor to read of newer versions of npm.
+        (None | Some(Language::TypeScript | Language::JavaScript), _) => &[
+            ("npm_config_yes", "true"),
+            ("npm_config_update_notifier", "false"),
+        ],
+        (Some(Language::Rust), _) => &[],
     }
 }
 

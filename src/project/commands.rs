@@ -52,36 +52,44 @@ pub fn base_image(
     }
 }
 
-/// Installs what follows it. It says what is wrong where there is no apt, since "not found" would not.
+/// Installs `$packages`, so that `$tool` is there. It says what is wrong where there is no apt, since "not found" would not.
 macro_rules! apt_install {
-    ($packages:literal) => {
+    ($tool:literal, $($packages:literal)||+) => {
         concat!(
-            "{ command -v apt-get >/dev/null || { echo 'the base image has neither ",
-            $packages,
-            " nor apt-get to install it; name another in runtime.base_image' >&2; exit 1; }; ",
-            "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ",
-            $packages,
-            " ca-certificates; }"
+            "{ command -v apt-get >/dev/null || { echo 'the base image has no ",
+            $tool,
+            ", and no apt-get to install it with; name another in runtime.base_image' >&2; exit 1; }\n",
+            "apt-get update && { false",
+            $(
+                " || DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates ",
+                $packages,
+            )+
+            "; }; }"
         )
     };
 }
 
 const NODE_SETUP: &str = concat!(
     "{ command -v node && command -v npm; } >/dev/null || ",
-    apt_install!("nodejs npm")
+    apt_install!("Node", "nodejs npm")
 );
 
+// -B, or looking would leave compiled modules in the layer.
 const PYTHON_SETUP: &str = concat!(
-    "python3 -c 'import ensurepip, pip, venv' 2>/dev/null || ",
-    apt_install!("python3 python3-pip python3-venv")
+    "python3 -Bc 'import ensurepip, pip, venv' 2>/dev/null || ",
+    apt_install!(
+        "Python with pip and venv",
+        "python3 python3-pip python3-venv"
+    )
 );
 
-// Debian 12's own cargo is too old for most of today's crates. It carries a current one for its browsers' sake.
+// Debian's own cargo is older than most of today's crates accept. Releases that build browsers carry a current one too.
 const RUST_SETUP: &str = concat!(
     "command -v cargo >/dev/null || ",
-    apt_install!("cargo-web rustc-web gcc libc6-dev"),
-    " || ",
-    apt_install!("cargo rustc gcc libc6-dev")
+    apt_install!(
+        "cargo",
+        "cargo-web rustc-web gcc libc6-dev" || "cargo rustc gcc libc6-dev"
+    )
 );
 
 // Major versions are pinned: a later major wants a newer Node than Debian's, and another lockfile format.

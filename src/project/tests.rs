@@ -701,7 +701,8 @@ fn setup_does_nothing_where_the_tool_is() {
         let message = String::from_utf8_lossy(&absent.stderr);
         assert_eq!(absent.status.code(), Some(1), "{setup}: {message}");
         assert!(
-            message.contains("nor apt-get to install it; name another in runtime.base_image"),
+            message
+                .contains("and no apt-get to install it with; name another in runtime.base_image"),
             "{message}"
         );
     }
