@@ -1,0 +1,205 @@
+//! Projects, images and machines that are not as they should be.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+
+use rustix::mount::{MountFlags, mount};
+
+use crate::harness::{Home, Project, is_root, skip};
+
+/// What is wrong, the project's only file and its text, and what the error has to say.
+type Case<'a> = (&'a str, Option<(&'a str, &'a str)>, &'a [&'a str]);
+
+#[test]
+fn a_project_that_cannot_be_opened() {
+    let home = Home::with_busybox();
+    let long = format!("name: box\ndescription: {}\n", "x".repeat(65 << 10));
+    let cases: &[Case] = &[
+        ("an empty directory", None, &["empty", "package.json"]),
+        (
+            "an unknown type",
+            Some(("notes.txt", "")),
+            &["package.json", "Cargo.toml", "pyproject.toml"],
+        ),
+        (
+            "an unknown key",
+            Some(("iii.worker.yaml", "name: box\nresource:\n  cpus: 1\n")),
+            &["iii.worker.yaml:2", "resource"],
+        ),
+        (
+            "a wrong type",
+            Some((
+                "iii.worker.yaml",
+                "name: box\nruntime:\n  kind: javascript\nresources:\n  memory: lots\n",
+            )),
+            &["iii.worker.yaml:5", "memory"],
+        ),
+        (
+            "no name",
+            Some(("iii.worker.yaml", "runtime:\n  kind: javascript\n")),
+            &["iii.worker.yaml", "name"],
+        ),
+        (
+            "too long",
+            Some(("iii.worker.yaml", &long)),
+            &["iii.worker.yaml", "64 KiB"],
+        ),
+        (
+            "not YAML",
+            Some(("iii.worker.yaml", "name: [box\n")),
+            &["iii.worker.yaml"],
+        ),
+    ];
+    for (what, file, says) in cases {
+        let project = Project::empty();
+        if let Some((name, text)) = file {
+            project.write(name, text);
+        }
+        for command in ["build", "dev"] {
+            eprintln!("{what}, worker {command}");
+            home.run(&["worker", command, project.arg()])
+                .fails()
+                .says(says);
+        }
+    }
+    home.run(&["worker", "dev", "/nonexistent/project"])
+        .fails()
+        .says(&["/nonexistent/project"]);
+}
+
+#[test]
+fn a_missing_base_says_how_to_get_one() {
+    let home = Home::new();
+    let project = Project::scripts("true", "true", "true");
+    for options in [&[][..], &["--base", "registry.invalid/some/image:1"]] {
+        let mut args = vec!["worker", "build", project.arg()];
+        args.extend(options);
+        let image = options
+            .last()
+            .copied()
+            .unwrap_or(crate::harness::NODE_IMAGE);
+        home.run(&args).fails().says(&[image, "iii image import"]);
+    }
+}
+
+#[test]
+fn names_and_links_that_are_odd_are_simply_right() {
+    let home = Home::with_busybox();
+    let project = Project::scripts(
+        "true",
+        "true",
+        "ls -A | wc -l; cat *.odd; readlink loop dangling; test ! -e socket && echo no socket; echo started; exec sleep 1000",
+    );
+    let mut name = vec![0xff_u8; 251];
+    name.extend(b".odd");
+    fs::write(
+        project.path().join(OsStr::from_bytes(&name)),
+        "odd contents\n",
+    )
+    .unwrap();
+    symlink("loop", project.path().join("loop")).unwrap();
+    symlink("/nowhere", project.path().join("dangling")).unwrap();
+    let _socket = UnixListener::bind(project.path().join("socket")).unwrap();
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("4");
+    dev.wait_for("odd contents");
+    dev.wait_for("loop");
+    dev.wait_for("/nowhere");
+    dev.wait_for("no socket");
+    dev.wait_for("started");
+    let ended = dev.stop();
+    assert!(ended.stderr.contains("socket"), "{}", ended.stderr);
+    assert_eq!(home.build(&project, &[]).built(), "");
+}
+
+#[test]
+fn a_start_command_that_ends_at_once() {
+    let home = Home::with_busybox();
+    let project = Project::scripts("true", "true", "no-such-program");
+    home.run(&["worker", "dev", project.arg()])
+        .exits(127)
+        .says(&["no-such-program", "127"]);
+}
+
+#[test]
+fn excluded_directories_are_left_out() {
+    let home = Home::with_busybox();
+    let project = Project::scripts(
+        "true",
+        "true",
+        "find . | sort | tr '\\n' ' '; echo; exec sleep 1000",
+    );
+    for name in [
+        "node_modules/a",
+        "sub/node_modules/b",
+        ".git/c",
+        "target/d",
+        "__pycache__/e",
+        ".venv/f",
+        "dist/g",
+        "sub/kept",
+    ] {
+        project.write(name, "");
+    }
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for(". ./iii.worker.yaml ./sub ./sub/kept");
+    dev.stop();
+}
+
+#[test]
+fn a_full_disk() {
+    if !is_root() {
+        skip("a full disk", "needs root to mount a small tmpfs");
+        return;
+    }
+    let home = Home::new();
+    fs::create_dir(home.state()).unwrap();
+    mount(
+        "tmpfs",
+        home.state(),
+        "tmpfs",
+        MountFlags::empty(),
+        Some(c"size=48m"),
+    )
+    .unwrap();
+    home.import_busybox();
+
+    // In the sandbox: the writer hears of it, and the sandbox goes on.
+    let project = Project::scripts(
+        "true",
+        "echo installed >installed.txt",
+        "dd if=/dev/zero of=/big bs=1M count=100; cat installed.txt; rm -f /big; echo again >/small && cat /small; exec sleep 1000",
+    );
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("No space left on device");
+    dev.wait_for("installed");
+    dev.wait_for("again");
+    dev.stop();
+    assert_eq!(home.build(&project, &[]).built(), "");
+
+    // In a step: it fails, commits nothing, and gives the space back.
+    project.edit(
+        "iii.worker.yaml",
+        "echo installed",
+        "dd if=/dev/zero of=big bs=1M count=100; echo installed",
+    );
+    home.run(&["worker", "build", project.arg()])
+        .fails()
+        .says(&["No space left on device"]);
+    project.edit("iii.worker.yaml", "count=100", "count=1");
+    assert!(home.build(&project, &[]).built().starts_with("install"));
+
+    // In the project itself, on its way into the store.
+    let big: Vec<u8> = (0..60_u32 << 20 >> 2)
+        .flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes())
+        .collect();
+    fs::write(project.path().join("big-file"), big).unwrap();
+    home.run(&["worker", "build", project.arg()])
+        .fails()
+        .says(&["No space left on device"]);
+    project.remove("big-file");
+    assert_eq!(home.build(&project, &[]).bytes(), 0);
+}

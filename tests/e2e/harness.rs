@@ -1,0 +1,696 @@
+//! Runs the `iii` binary in a home of its own and checks what it leaves behind.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+use crate::engine::holds_within;
+
+/// The image name under which the busybox base is imported: what a Node project gets without a word.
+pub const NODE_IMAGE: &str = "docker.io/iiidev/node:latest";
+
+/// Long enough for anything that a busybox project does, even where other tests share two cores.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long what belongs to an ended run may still be seen.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Says on stderr, past the capture of the test harness, that something was not tested.
+pub fn skip(what: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {what}: {why}");
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Where bases are kept between runs.
+fn cache() -> PathBuf {
+    let dir = std::env::var_os("III_TEST_CACHE")
+        .map_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")), PathBuf::from);
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The tar of a real base image, made from Debian packages; says why where that cannot be done.
+pub fn debian_base(kind: &str) -> Result<PathBuf, String> {
+    let out = cache().join("bases");
+    let run = Command::new(repository("scripts/make-base"))
+        .arg(kind)
+        .arg(&out)
+        .output()
+        .map_err(|error| error.to_string())?;
+    if run.status.success() {
+        return Ok(out.join(format!("{kind}.tar")));
+    }
+    let stderr = String::from_utf8_lossy(&run.stderr);
+    Err(stderr.lines().last().unwrap_or("failed").to_owned())
+}
+
+/// A root filesystem with busybox in it.
+fn busybox_base() -> &'static Path {
+    static DIR: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
+    let (_, root) = DIR.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        let root = dir.path().join("busybox");
+        let status = Command::new(repository("scripts/make-busybox-base"))
+            .arg(&root)
+            .status()
+            .unwrap();
+        assert!(status.success(), "scripts/make-busybox-base failed");
+        (dir, root)
+    });
+    root
+}
+
+/// A project directory under test.
+pub struct Project {
+    dir: TempDir,
+}
+
+impl Project {
+    /// A project for the busybox base with a manifest of these scripts.
+    pub fn scripts(setup: &str, install: &str, start: &str) -> Self {
+        let project = Project {
+            dir: TempDir::with_prefix("project-").unwrap(),
+        };
+        project.write(
+            "iii.worker.yaml",
+            &format!(
+                "name: box\nruntime:\n  kind: javascript\nscripts:\n  setup: {}\n  install: {}\n  start: {}\n",
+                yaml(setup),
+                yaml(install),
+                yaml(start)
+            ),
+        );
+        project
+    }
+
+    pub fn empty() -> Self {
+        Project {
+            dir: TempDir::with_prefix("project-").unwrap(),
+        }
+    }
+
+    /// A copy of the files of `from`, which has no symlinks.
+    pub fn copy(from: &Path) -> Self {
+        let project = Project::empty();
+        copy_files(from, project.path());
+        project
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn arg(&self) -> &str {
+        self.path().to_str().unwrap()
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        let path = self.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    /// Replaces `old`, which must be there, in the file `name`.
+    pub fn edit(&self, name: &str, old: &str, new: &str) {
+        let path = self.path().join(name);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(old), "{name} has no {old:?}");
+        fs::write(path, text.replace(old, new)).unwrap();
+    }
+
+    pub fn remove(&self, name: &str) {
+        fs::remove_file(self.path().join(name)).unwrap();
+    }
+}
+
+fn yaml(text: &str) -> String {
+    // JSON's strings are YAML's.
+    serde_json::to_string(text).unwrap()
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    const BUILT: [&str; 4] = ["node_modules", "target", ".venv", "__pycache__"];
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name();
+        if entry.file_type().unwrap().is_file() {
+            fs::copy(entry.path(), to.join(name)).unwrap();
+        } else if !BUILT.iter().any(|built| name == OsStr::new(built)) {
+            copy_files(&entry.path(), &to.join(name));
+        }
+    }
+}
+
+/// A home directory, and with it a store, sandboxes and caches, that one test has for itself.
+pub struct Home {
+    dir: TempDir,
+    /// What runs the binary: the program itself, or a wrapper and its arguments in front of it.
+    program: Vec<PathBuf>,
+}
+
+impl Home {
+    pub fn new() -> Self {
+        Home {
+            dir: TempDir::with_prefix("home-").unwrap(),
+            program: vec![PathBuf::from(env!("CARGO_BIN_EXE_iii"))],
+        }
+    }
+
+    /// A home whose runs go through `program`, which ends with the binary itself.
+    pub fn through(dir: TempDir, program: Vec<PathBuf>) -> Self {
+        Home { dir, program }
+    }
+
+    /// A home whose Node base is busybox.
+    pub fn with_busybox() -> Self {
+        let home = Home::new();
+        home.import(busybox_base(), NODE_IMAGE);
+        home
+    }
+
+    pub fn import_busybox(&self) {
+        self.import(busybox_base(), NODE_IMAGE);
+    }
+
+    pub fn import(&self, from: &Path, image: &str) {
+        self.run(&["image", "import", from.to_str().unwrap(), "--as", image])
+            .ok();
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The tool's state.
+    pub fn state(&self) -> PathBuf {
+        self.path().join(".iii")
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program[0]);
+        command.args(&self.program[1..]).args(args);
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("III_") || text.starts_with("XDG_") {
+                command.env_remove(&name);
+            }
+        }
+        command
+            .env("HOME", self.path())
+            .env("NO_COLOR", "1")
+            .current_dir(self.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        command
+    }
+
+    /// Starts `iii` with `args` and lets it run.
+    pub fn start(&self, args: &[&str]) -> Running<'_> {
+        let mut child = self.command(args).spawn().unwrap();
+        let (sender, lines) = channel();
+        let stdout = child.stdout.take().unwrap();
+        let stderr = child.stderr.take().unwrap();
+        let errors = sender.clone();
+        let forward = |stream: Stream, line: Vec<u8>| {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            (stream, text)
+        };
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                if sender.send(forward(Stream::Out, line)).is_err() {
+                    break;
+                }
+            }
+        });
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                if errors.send(forward(Stream::Err, line)).is_err() {
+                    break;
+                }
+            }
+        });
+        Running {
+            home: self,
+            what: args.join(" "),
+            child,
+            lines,
+            seen: Vec::new(),
+            family: Vec::new(),
+        }
+    }
+
+    /// Runs `iii` with `args` to its end, which has to come within [`LIMIT`], and checks that nothing is left of it.
+    pub fn run(&self, args: &[&str]) -> Ended {
+        self.run_within(args, LIMIT)
+    }
+
+    pub fn run_within(&self, args: &[&str], limit: Duration) -> Ended {
+        let ended = self.start(args).finish(limit);
+        self.assert_nothing_left();
+        ended
+    }
+
+    /// `iii worker dev` of `project` with no engine behind it.
+    pub fn dev(&self, project: &Project, options: &[&str]) -> Running<'_> {
+        let port = crate::engine::free_port().to_string();
+        let mut args = vec!["worker", "dev", project.arg(), "--port", &port];
+        args.extend(options);
+        self.start(&args)
+    }
+
+    /// `iii worker build --json` of `project`, which has to succeed.
+    pub fn build(&self, project: &Project, options: &[&str]) -> Layers {
+        self.build_within(project, options, LIMIT)
+    }
+
+    pub fn build_within(&self, project: &Project, options: &[&str], limit: Duration) -> Layers {
+        let mut args = vec!["worker", "build", project.arg(), "--json"];
+        args.extend(options);
+        let ended = self.run_within(&args, limit).ok();
+        Layers::parse(&ended)
+    }
+
+    /// Processes, mounts and held leases that name this home, each in words.
+    fn remains(&self) -> Vec<String> {
+        let home = self.path().to_str().unwrap();
+        let mut remains = Vec::new();
+        for process in processes() {
+            let read = |file| fs::read(format!("/proc/{}/{file}", process.pid)).unwrap_or_default();
+            let names_home = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).contains(home);
+            if names_home(read("cmdline")) || names_home(read("environ")) {
+                let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+                remains.push(format!("process {}: {command}", process.pid));
+            }
+        }
+        remains.extend(self.mounts().iter().map(|path| format!("mount {path}")));
+        for lease in files(&self.state().join("store")) {
+            let is_lease = lease.parent().is_some_and(|dir| dir.ends_with("leases"));
+            if is_lease
+                && let Ok(file) = File::open(&lease)
+                && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+            {
+                remains.push(format!("lease {}", lease.display()));
+            }
+        }
+        remains
+    }
+
+    /// Mount points below this home.
+    pub fn mounts(&self) -> Vec<String> {
+        let home = self.path().to_str().unwrap();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        points
+            .filter(|point| point.starts_with(home) && !point.ends_with("/.iii"))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    pub fn assert_nothing_left(&self) {
+        let mut remains = Vec::new();
+        let clean = holds_within(SETTLE, || {
+            remains = self.remains();
+            remains.is_empty()
+        });
+        assert!(clean, "left behind: {remains:#?}");
+    }
+}
+
+impl Drop for Home {
+    /// So that a failed test does not remove the home through a mount.
+    fn drop(&mut self) {
+        let home = self.path().to_str().unwrap();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+        for point in points.filter(|point| point.starts_with(home)) {
+            let _ = unmount(point, UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// All regular files below `dir`.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut todo = vec![dir.to_owned()];
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => todo.push(entry.path()),
+                Ok(kind) if kind.is_file() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// A process by its number and the time of its start, which together are never used again.
+#[derive(Clone, PartialEq, Eq)]
+struct Process {
+    pid: i32,
+    started: String,
+    parent: i32,
+}
+
+/// Every process but zombies.
+fn processes() -> Vec<Process> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter_map(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before the last parenthesis may hold anything.
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+        if fields.next()? == "Z" {
+            return None;
+        }
+        let parent = fields.next()?.parse().ok()?;
+        let started = fields.nth(17)?.to_owned();
+        Some(Process {
+            pid,
+            started,
+            parent,
+        })
+    })
+    .collect()
+}
+
+/// `pid` and its descendants.
+fn family(pid: i32) -> Vec<Process> {
+    let all = processes();
+    let mut family: Vec<Process> = all.iter().filter(|p| p.pid == pid).cloned().collect();
+    let mut next = 0;
+    while let Some(parent) = family.get(next).map(|process| process.pid) {
+        family.extend(all.iter().filter(|p| p.parent == parent).cloned());
+        next += 1;
+    }
+    family
+}
+
+/// Where a line came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    Out,
+    Err,
+}
+
+/// A run that has not ended. Dropped, it is killed.
+pub struct Running<'a> {
+    home: &'a Home,
+    what: String,
+    child: Child,
+    lines: Receiver<(Stream, String)>,
+    seen: Vec<(Stream, String)>,
+    /// Processes of the run seen so far; none may outlive it.
+    family: Vec<Process>,
+}
+
+impl Running<'_> {
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Blocks until a line with `needle` in it comes, and returns that line.
+    pub fn wait_for(&mut self, needle: &str) -> String {
+        self.wait_within(needle, LIMIT)
+    }
+
+    pub fn wait_within(&mut self, needle: &str, limit: Duration) -> String {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok((stream, line)) => {
+                    self.seen.push((stream, line.clone()));
+                    if line.contains(needle) {
+                        self.remember_family();
+                        return line;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!(
+                        "`{}` never said {needle:?}\n{}",
+                        self.what,
+                        self.transcript()
+                    )
+                }
+                Err(RecvTimeoutError::Disconnected) => panic!(
+                    "`{}` ended without saying {needle:?}\n{}",
+                    self.what,
+                    self.transcript()
+                ),
+            }
+        }
+    }
+
+    pub fn says_so_far(&self) -> impl Iterator<Item = &str> {
+        self.seen.iter().map(|(_, line)| line.as_str())
+    }
+
+    fn remember_family(&mut self) {
+        for process in family(self.pid()) {
+            if !self.family.contains(&process) {
+                self.family.push(process);
+            }
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Sends `signal` to the tool alone.
+    pub fn signal(&mut self, signal: Signal) {
+        self.remember_family();
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// What a terminal does on Ctrl-C: SIGINT to the tool's whole process group.
+    pub fn ctrl_c(&mut self) {
+        self.remember_family();
+        kill_process_group(Pid::from_child(&self.child), Signal::INT).unwrap();
+    }
+
+    /// Ctrl-C, then a clean end: exit code 0 and nothing left.
+    pub fn stop(mut self) -> Ended {
+        let home = self.home;
+        self.ctrl_c();
+        let ended = self.finish(LIMIT).ok();
+        home.assert_nothing_left();
+        ended
+    }
+
+    /// Blocks until the tool has ended and every process of its run with it.
+    pub fn finish(mut self, limit: Duration) -> Ended {
+        let deadline = Instant::now() + limit;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let transcript = self.drain();
+                panic!("`{}` did not end within {limit:?}\n{transcript}", self.what);
+            }
+            // Reading on keeps the pipes from filling up.
+            if let Ok(line) = self.lines.recv_timeout(Duration::from_millis(10)) {
+                self.seen.push(line);
+            }
+        };
+        let mut outliving = Vec::new();
+        let gone = holds_within(SETTLE, || {
+            let alive = processes();
+            outliving = self
+                .family
+                .iter()
+                .filter(|process| {
+                    alive
+                        .iter()
+                        .any(|p| p.pid == process.pid && p.started == process.started)
+                })
+                .map(|process| process.pid)
+                .collect();
+            outliving.is_empty()
+        });
+        let transcript = self.drain();
+        assert!(
+            gone,
+            "`{}` left processes {outliving:?}\n{transcript}",
+            self.what
+        );
+        let text = |wanted| {
+            let lines = self.seen.iter().filter(|(stream, _)| *stream == wanted);
+            lines.fold(String::new(), |text, (_, line)| text + line + "\n")
+        };
+        Ended {
+            what: self.what.clone(),
+            status,
+            stdout: text(Stream::Out),
+            stderr: text(Stream::Err),
+            transcript,
+        }
+    }
+
+    /// Everything said until the pipes closed, or until now where something still holds them open.
+    fn drain(&mut self) -> String {
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(500)) {
+            self.seen.push(line);
+        }
+        self.transcript()
+    }
+
+    fn transcript(&self) -> String {
+        let mark = |stream| if stream == Stream::Out { "1" } else { "2" };
+        self.seen
+            .iter()
+            .fold(String::new(), |text, (stream, line)| {
+                format!("{text}{}| {line}\n", mark(*stream))
+            })
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A run that has ended.
+pub struct Ended {
+    what: String,
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+    transcript: String,
+}
+
+impl Ended {
+    /// It has to have succeeded.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        self.exits(0)
+    }
+
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(
+            self.status.code(),
+            Some(code),
+            "`{}` ended with {:?}, signal {:?}\n{}",
+            self.what,
+            self.status.code(),
+            self.status.signal(),
+            self.transcript
+        );
+        self
+    }
+
+    /// It has to have failed in an orderly way: a code of its own choosing, an `error:`, no panic.
+    #[track_caller]
+    pub fn fails(self) -> Self {
+        let code = self.status.code();
+        let orderly = code.is_some_and(|code| code != 0 && code != 101);
+        assert!(
+            orderly && self.stderr.contains("error:") && !self.stderr.contains("panicked"),
+            "`{}` did not fail in an orderly way: {code:?}\n{}",
+            self.what,
+            self.transcript
+        );
+        self
+    }
+
+    /// All of `needles` have to be in what it said, whatever their case.
+    #[track_caller]
+    pub fn says(self, needles: &[&str]) -> Self {
+        let said = self.transcript.to_lowercase();
+        for needle in needles {
+            assert!(
+                said.contains(&needle.to_lowercase()),
+                "`{}` did not say {needle:?}\n{}",
+                self.what,
+                self.transcript
+            );
+        }
+        self
+    }
+}
+
+/// One layer of `iii worker build --json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Realised {
+    pub kind: String,
+    pub status: String,
+    pub layer_id: String,
+    pub tree_id: String,
+    pub bytes: u64,
+    pub files: u64,
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Layers {
+    pub layers: Vec<Realised>,
+}
+
+impl Layers {
+    fn parse(ended: &Ended) -> Self {
+        let layers: Layers = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| {
+            panic!("stdout is not the JSON: {error}\n{}", ended.transcript)
+        });
+        for layer in layers.layers.iter().filter(|layer| layer.status == "hit") {
+            assert_eq!(
+                (layer.bytes, layer.files),
+                (0, 0),
+                "a hit adds nothing: {layer:#?}"
+            );
+        }
+        layers
+    }
+
+    /// What was built, by kind, bottom first: `"install project"`, or `""` where all was cached.
+    pub fn built(&self) -> String {
+        let built = self.layers.iter().filter(|layer| layer.status != "hit");
+        let kinds: Vec<_> = built.map(|layer| layer.kind.as_str()).collect();
+        kinds.join(" ")
+    }
+
+    /// Bytes of file data that the build added to the store.
+    pub fn bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.bytes).sum()
+    }
+
+    pub fn get(&self, kind: &str) -> &Realised {
+        let found = self.layers.iter().find(|layer| layer.kind == kind);
+        found.unwrap_or_else(|| panic!("no {kind} layer in {self:#?}"))
+    }
+
+    /// Why install ran.
+    pub fn reason(&self) -> &str {
+        self.get("install").reason.as_deref().unwrap_or_default()
+    }
+}

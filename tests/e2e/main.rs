@@ -1,0 +1,12 @@
+//! The `iii` binary from the outside: real processes, mounts and layers, in homes of their own.
+//!
+//! `workers` runs the three examples with their real package managers on base images made from Debian packages; the rest
+//! uses a busybox base that is made in a second.
+
+mod bad_input;
+mod engine;
+mod harness;
+mod layers;
+mod lifecycle;
+mod ordinary_user;
+mod workers;
