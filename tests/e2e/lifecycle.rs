@@ -204,7 +204,7 @@ fn the_second_run_of_one_sandbox_is_refused() {
     let mut first = home.dev(&project, &[]);
     first.wait_for("started");
     let second = home.start(&["worker", "dev", project.arg()]);
-    second.finish(LIMIT).fails().says(&["already running"]);
+    second.finish(LIMIT).fails().says(&["in use"]);
     assert!(first.is_running());
     // Under another name it is another sandbox.
     let mut other = home.dev(&project, &["--name", "other"]);
