@@ -159,6 +159,19 @@ impl<'a> Ingest<'a> {
         self.add_reader(&mut FromStart { file, at: 0 })
     }
 
+    /// As [`Ingest::add_file`], of a file that was `size` bytes long a moment ago. Of a small one it adds at most those:
+    /// the caller sees by its times whether it changed.
+    pub(crate) fn add_file_of(&self, file: &File, size: u64) -> Result<Added, StoreError> {
+        if size >= LOOSE_MIN {
+            return self.add_file(file);
+        }
+        with_buffer(|buffer| {
+            let buffer = &mut buffer[..size as usize];
+            let len = read_full(&mut FromStart { file, at: 0 }, buffer)?;
+            self.guard(|| self.add_small(&buffer[..len]))
+        })
+    }
+
     /// Adds these bytes.
     pub fn add_bytes(&self, bytes: &[u8]) -> Result<Added, StoreError> {
         if bytes.len() as u64 >= LOOSE_MIN {

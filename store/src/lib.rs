@@ -56,6 +56,8 @@ mod map;
 mod objects;
 pub mod pack;
 mod refs;
+pub mod snapshot;
+pub mod stat_cache;
 pub mod store;
 pub mod tree;
 

@@ -55,7 +55,7 @@ struct RefFile {
 }
 
 /// The file name of a ref. Names that differ differ here, on filesystems that fold case, too.
-fn escape(name: &str) -> String {
+pub(crate) fn escape(name: &str) -> String {
     let mut escaped = String::new();
     for &byte in name.as_bytes() {
         match byte {

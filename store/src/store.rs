@@ -187,6 +187,20 @@ impl Store {
         self.0.objects.open(id)
     }
 
+    /// Replaces a cache. A crash may lose or cut it: its reader checks it.
+    pub(crate) fn put_cache(
+        &self,
+        lease: &Lease,
+        path: &Path,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        let mut tmp = lease.tmp()?;
+        let disk = self.disk();
+        disk.write_at(&tmp.file, bytes, 0)
+            .at("writing", &tmp.path)?;
+        tmp.publish(path).at("renaming to", path)
+    }
+
     /// Waits until no other process builds `key`, and keeps others from it until the guard is dropped. `on_wait` is called
     /// once if somebody else is at it; who waited looks for the record again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
