@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ObjectId, SeenHash};
+use crate::id::{ObjectId, SeenHash, TreeId};
 use crate::layer::{Kind, NodeRef};
 use crate::tree::components;
 
@@ -43,6 +43,8 @@ pub enum Seen {
     Contents(ObjectId),
     /// Where a symlink points: [`Seen::target`].
     Target(SeenHash),
+    /// Everything in a directory.
+    Tree(TreeId),
 }
 
 impl Seen {
@@ -80,6 +82,7 @@ impl Seen {
             }
             (Self::Contents(_), Kind::File) => Self::Contents(node.object()),
             (Self::Target(_), Kind::Symlink) => Self::target(node.target()),
+            (Self::Tree(_), Kind::Dir) => Self::Tree(node.subtree()),
             (_, kind) => Self::Stat {
                 kind,
                 mode: node.mode(),
