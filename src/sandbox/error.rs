@@ -1,0 +1,234 @@
+//! What can go wrong, and what to do about it.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::Failure;
+
+/// A step on the way to a running command. Displays as what could not be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "their Display says it")]
+pub enum Step {
+    Talk,
+    OpenRoot,
+    OpenMount,
+    OpenHost,
+    Unshare,
+    OpenFuse,
+    BecomeRoot,
+    Fork,
+    MountFuse,
+    MountRoot,
+    Mount,
+    Bind,
+    HostFile,
+    Pivot,
+    Hostname,
+    FindUser,
+    BecomeUser,
+    DropCapabilities,
+    Chdir,
+    Streams,
+    Exec,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Talk => "talk to the tool",
+            Self::OpenRoot => "open the root directory",
+            Self::OpenMount => "open the mounted directory",
+            Self::OpenHost => "take over from the host",
+            Self::Unshare => "create the namespaces",
+            Self::OpenFuse => "open",
+            Self::BecomeRoot => "become root inside the user namespace",
+            Self::Fork => "fork",
+            Self::MountFuse => "mount the overlay over FUSE",
+            Self::MountRoot => "mount the root directory",
+            Self::Mount => "mount",
+            Self::Bind => "make visible inside",
+            Self::HostFile => "place the host's settings at",
+            Self::Pivot => "switch to the new root",
+            Self::Hostname => "set the host name",
+            Self::FindUser => "find the user in /etc/passwd or the group in /etc/group",
+            Self::BecomeUser => "become the user",
+            Self::DropCapabilities => "drop capabilities",
+            Self::Chdir => "change to the working directory",
+            Self::Streams => "set up the standard streams",
+            Self::Exec => "execute",
+        })
+    }
+}
+
+/// Why a sandbox did not start, or could not be waited for.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The spec contradicts itself.
+    #[error("sandbox: {0}")]
+    Spec(String),
+    /// The init program did not start.
+    #[error("sandbox: cannot start {}", program.display())]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A step inside failed before the command ran.
+    #[error("sandbox: cannot {step}{}{what}", if what.is_empty() { "" } else { " " })]
+    SetUp {
+        /// The step.
+        step: Step,
+        /// What it was done to; may be empty.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nothing in the sandbox goes by the command's name.
+    #[error("{command}: command not found in the sandbox")]
+    CommandNotFound {
+        /// The command.
+        command: String,
+    },
+    /// The command is there but cannot be executed.
+    #[error("{command}: cannot be executed in the sandbox")]
+    NotExecutable {
+        /// The command.
+        command: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// An operation on the host's side failed.
+    #[error("sandbox: cannot {operation} {}", path.display())]
+    Host {
+        /// The operation.
+        operation: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `newuidmap` or `newgidmap` refused.
+    #[error("sandbox: {helper} refused to map ids: {message}")]
+    IdHelper {
+        /// Which.
+        helper: &'static str,
+        /// What it wrote.
+        message: String,
+    },
+    /// The root's filesystem server failed.
+    #[error("sandbox: the root's filesystem server failed")]
+    Server(#[source] io::Error),
+    /// The socket to the init failed.
+    #[error("sandbox: cannot talk to the init")]
+    Talk(#[source] io::Error),
+    /// The init was killed before the command ran.
+    #[error("sandbox: killed before the command ran")]
+    Killed,
+}
+
+impl From<Failure> for SandboxError {
+    fn from(Failure { step, what, errno }: Failure) -> Self {
+        let source = io::Error::from_raw_os_error(errno);
+        match (step, errno) {
+            (Step::Exec, libc::ENOENT) => Self::CommandNotFound { command: what },
+            (Step::Exec, _) => Self::NotExecutable {
+                command: what,
+                source,
+            },
+            _ => Self::SetUp { step, what, source },
+        }
+    }
+}
+
+impl SandboxError {
+    /// The exit code that shells and container engines give to this.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::CommandNotFound { .. } => 127,
+            Self::NotExecutable { .. } => 126,
+            _ => 125,
+        }
+    }
+
+    /// What to do about it, where that is known.
+    pub fn hint(&self) -> Option<String> {
+        let Self::SetUp { step, source, .. } = self else {
+            return None;
+        };
+        let errno = source.raw_os_error()?;
+        let sysctl = |name: &str| {
+            let path = format!("/proc/sys/{}", name.replace('.', "/"));
+            let value = std::fs::read_to_string(path).ok()?;
+            value.trim().parse::<u64>().ok()
+        };
+        let refused = matches!(errno, libc::EPERM | libc::EACCES);
+        let hint = match step {
+            Step::Unshare if sysctl("user.max_user_namespaces") == Some(0) => {
+                "user namespaces are switched off; as root: sysctl user.max_user_namespaces=15000"
+            }
+            Step::Unshare if refused && sysctl("kernel.unprivileged_userns_clone") == Some(0) => {
+                "user namespaces are for root only here; as root: sysctl kernel.unprivileged_userns_clone=1"
+            }
+            Step::Unshare | Step::BecomeRoot | Step::MountFuse | Step::Mount
+                if refused && sysctl("kernel.apparmor_restrict_unprivileged_userns") == Some(1) =>
+            {
+                "AppArmor restricts user namespaces; as root: sysctl kernel.apparmor_restrict_unprivileged_userns=0, \
+                 or give this program a profile with the `userns` permission"
+            }
+            Step::Unshare if refused => {
+                "user namespaces are refused, as in most containers; run outside of it, \
+                 or give the container --privileged (or a seccomp profile that allows unshare and mount)"
+            }
+            Step::OpenFuse if errno == libc::ENOENT || errno == libc::ENODEV => {
+                "the FUSE device is missing; as root: modprobe fuse (in a container: --device /dev/fuse)"
+            }
+            Step::OpenFuse if refused => {
+                "the FUSE device must be open to you; as root: chmod 666 /dev/fuse"
+            }
+            Step::MountFuse if refused => {
+                "mounting FUSE in a user namespace needs Linux 4.18 and a container that allows mount"
+            }
+            Step::BecomeUser if errno == libc::EINVAL => {
+                "that id is not mapped into the sandbox; see the warning about /etc/subuid"
+            }
+            _ if errno == libc::ENOSYS => "the namespace runtime needs Linux 5.12",
+            _ => return None,
+        };
+        Some(hint.into())
+    }
+}
+
+/// Something that works worse than it could. Displays as one line that says what and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Warning {
+    /// Only one id exists inside the sandbox.
+    SingleId {
+        /// Why no more could be mapped.
+        reason: String,
+        /// The account, as `usermod` wants it.
+        account: String,
+        /// The start of a range of ids that is granted to nobody.
+        first_free: u32,
+    },
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::SingleId {
+            reason,
+            account,
+            first_free,
+        } = self;
+        let last = first_free.saturating_add(65_535);
+        write!(
+            f,
+            "only root exists inside the sandbox ({reason}): chown to another user and programs that change \
+             user, such as apt's _apt or a database's own account, will fail; as root: apt install uidmap && \
+             usermod --add-subuids {first_free}-{last} --add-subgids {first_free}-{last} {account}"
+        )
+    }
+}

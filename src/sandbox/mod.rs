@@ -1,0 +1,57 @@
+//! Sandboxes: where a worker's steps and its start command run.
+//!
+//! A [`SandboxSpec`] says what to run on which root filesystem. The namespace runtime runs it as an
+//! ordinary process tree in Linux namespaces of its own (user, mount, pid, ipc, uts, cgroup).
+//!
+//! What it isolates, and what not: files, processes, ids, System V ipc and host name are the
+//! sandbox's own; the **kernel and the network are the host's**. `localhost` inside is `localhost`
+//! outside, which is how a worker reaches the engine.
+//!
+//! # How a sandbox comes to life
+//!
+//! ```text
+//! tool                      stage 1 (tool's own binary)      pid 1 (fork of stage 1)    command
+//!  spawn self, socket = fd 0 ->
+//!  Start + plan, stdio fds   ->
+//!                             unshare, open /dev/fuse
+//!                            <- Unshared
+//!  write uid_map, gid_map
+//!  MapsWritten               ->
+//!                             become root inside, fork   ->
+//!                                                          mount the root
+//!                            <- FuseMounted + fd
+//!  serve the filesystem                                    proc, sys, dev, binds
+//!                                                          pivot_root, fork        ->
+//!                                                                                     exec
+//!                            <- Running
+//!  Signal, Stop              ->                            forward, reap
+//!                            <- Exited
+//! ```
+//!
+//! # Invariants
+//!
+//! - Every mount is made in the sandbox's own mount namespace, and after `pivot_root` wherever a
+//!   name of the image takes part: nothing appears in the host's mount table, and a symlink in an
+//!   image never resolves on the host.
+//! - Pid 1 lives no longer than the tool: when the control socket closes, for whatever reason, it
+//!   exits and the kernel kills everything in its pid namespace. The mounts go with the last
+//!   process. A parent-death signal would not do between tool and stage 1, since it fires when the
+//!   *thread* that spawned it ends; between stage 1 and pid 1, both single-threaded, it serves.
+//! - Root inside is never root outside. See [`IdMaps`](ids::IdMaps).
+//! - The host's DNS settings, `hosts` and certificates lie on a read-only tmpfs above the layers.
+
+mod error;
+mod host;
+mod ids;
+mod init;
+mod namespace;
+mod passwd;
+mod root;
+mod spec;
+mod wire;
+
+pub use error::{SandboxError, Step, Warning};
+pub use host::{CA_BUNDLE, HostSettings};
+pub use init::maybe_run_init;
+pub use namespace::{Controller, NamespaceSupport, Sandbox, probe};
+pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};

@@ -1,0 +1,364 @@
+//! The namespace runtime, as the tool sees it.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, PipeReader, Seek as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::Signal;
+
+use super::ids::IdMaps;
+use super::init::MARKER;
+use super::wire::{self, Mount, Plan, Report, Request, Root, encode};
+use super::{FuseServer, RootSource, SandboxError, SandboxSpec, ServeFuse, Stdio, Warning};
+
+/// Linux's bound on a host name.
+const MAX_HOSTNAME: usize = 64;
+
+/// A running sandbox. Dropped, it is killed and everything in it is gone, as it is when this
+/// process dies.
+pub struct Sandbox {
+    child: Child,
+    control: Arc<OwnedFd>,
+    server: Option<Box<dyn FuseServer>>,
+    status: Option<ExitStatus>,
+    warnings: Vec<Warning>,
+    /// The command's output, with [`Stdio::Piped`]. To be read, lest the command block.
+    pub stdout: Option<PipeReader>,
+    /// The command's error output, with [`Stdio::Piped`]. To be read, lest the command block.
+    pub stderr: Option<PipeReader>,
+}
+
+impl Sandbox {
+    /// Starts the command and returns once it has been executed.
+    pub fn start(spec: SandboxSpec) -> Result<Self, SandboxError> {
+        spec.check()?;
+        let (ids, warning) = IdMaps::for_this_process();
+        if let Some((uid, gid)) = ids.foreign_root() {
+            give_mounts_to(uid, gid, &spec)?;
+        }
+        let plan = plan(&spec);
+        let mut sandbox = match spec.stdio {
+            Stdio::Inherit => {
+                let streams = [
+                    rustix::stdio::stdin(),
+                    rustix::stdio::stdout(),
+                    rustix::stdio::stderr(),
+                ];
+                Self::spawn(&spec.init, &plan, streams)?
+            }
+            Stdio::Piped => {
+                let null = File::open("/dev/null").map_err(host("open", "/dev/null"))?;
+                let (stdout, stdout_end) = pipe(&ids)?;
+                let (stderr, stderr_end) = pipe(&ids)?;
+                let streams = [null.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
+                let mut sandbox = Self::spawn(&spec.init, &plan, streams)?;
+                (sandbox.stdout, sandbox.stderr) = (Some(stdout), Some(stderr));
+                sandbox
+            }
+        };
+        sandbox.warnings.extend(warning);
+        let serve = match spec.root {
+            RootSource::Fuse(serve) => Some(serve),
+            RootSource::Dir(_) => None,
+        };
+        sandbox.set_up(&ids, serve)?;
+        Ok(sandbox)
+    }
+
+    /// The process, as the host sees it, whose end is the sandbox's end. Not the command.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What works worse than it could.
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// A handle for other threads.
+    pub fn controller(&self) -> Controller {
+        Controller {
+            control: Arc::clone(&self.control),
+        }
+    }
+
+    /// Waits until the sandbox is gone: every process reaped, everything written handed to the
+    /// server of its root. The command's status; SIGKILL's where the sandbox was killed as a whole.
+    pub fn wait(&mut self) -> Result<ExitStatus, SandboxError> {
+        if let Some(status) = self.status {
+            return Ok(status);
+        }
+        let status = match wire::recv(&self.control).map_err(SandboxError::Talk)? {
+            Some((Report::Exited(status), _)) => status,
+            Some((report, _)) => return Err(unexpected(&report)),
+            None => Signal::KILL.as_raw(),
+        };
+        let status = ExitStatus::from_raw(status);
+        self.status = Some(status);
+        self.end()?;
+        Ok(status)
+    }
+
+    /// As [`wait`](Self::wait), for at most `timeout`. `None` if the sandbox still runs then.
+    pub fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<ExitStatus>, SandboxError> {
+        let deadline = Instant::now() + timeout;
+        while self.status.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).ok();
+            let mut fds = [PollFd::new(&self.control, PollFlags::IN)];
+            match poll(&mut fds, left.as_ref()) {
+                Ok(0) => return Ok(None),
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(SandboxError::Talk(error.into())),
+            }
+        }
+        self.wait().map(Some)
+    }
+
+    /// [`Controller::stop`], then [`wait`](Self::wait).
+    pub fn stop(&mut self, signal: Signal, grace: Duration) -> Result<ExitStatus, SandboxError> {
+        self.controller().stop(signal, grace)?;
+        self.wait()
+    }
+
+    fn spawn(
+        program: &Path,
+        plan: &Plan,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Result<Self, SandboxError> {
+        let (ours, theirs) = wire::pair().map_err(SandboxError::Talk)?;
+        // The socket rides as standard input and the streams over it, so that nothing has to lose
+        // its close-on-exec flag while other threads may be spawning, too. The environment stays
+        // behind: pid 1's could be read from inside.
+        let child = Command::new(program)
+            .arg(MARKER)
+            .env_clear()
+            .stdin(theirs)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .map_err(|source| SandboxError::Spawn {
+                program: program.to_owned(),
+                source,
+            })?;
+        let sandbox = Self {
+            child,
+            control: Arc::new(ours),
+            server: None,
+            status: None,
+            warnings: Vec::new(),
+            stdout: None,
+            stderr: None,
+        };
+        let plan = plan_file(plan).map_err(SandboxError::Talk)?;
+        let [stdin, stdout, stderr] = streams;
+        request(
+            &sandbox.control,
+            &Request::Start,
+            &[plan.as_fd(), stdin, stdout, stderr],
+        )?;
+        Ok(sandbox)
+    }
+
+    /// Answers the init until it reports that the command runs.
+    fn set_up(&mut self, ids: &IdMaps, serve: Option<Box<ServeFuse>>) -> Result<(), SandboxError> {
+        let mut serve = serve;
+        loop {
+            let message = wire::recv(&self.control).map_err(SandboxError::Talk)?;
+            let (report, mut fds) = message.ok_or(SandboxError::Killed)?;
+            match report {
+                Report::Unshared => {
+                    self.warnings.extend(ids.write(self.child.id())?);
+                    request(&self.control, &Request::MapsWritten, &[])?;
+                }
+                Report::FuseMounted => {
+                    // A probe has no server and lets go of the descriptor.
+                    if let (Some(serve), Some(fd)) = (serve.take(), fds.pop()) {
+                        self.server = Some(serve(fd).map_err(SandboxError::Server)?);
+                    }
+                }
+                Report::Running => return Ok(()),
+                Report::Failed(failure) => return Err(failure.into()),
+                Report::Exited(_) => return Err(unexpected(&report)),
+            }
+        }
+    }
+
+    /// Reaps the init and lets the server come to its end, which follows from it.
+    fn end(&mut self) -> Result<(), SandboxError> {
+        self.child.wait().map_err(SandboxError::Talk)?;
+        match self.server.take() {
+            Some(server) => server.join().map_err(SandboxError::Server),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Nobody is left to tell, and each step is right whatever the one before it did.
+        let _ = self.child.kill();
+        let _ = self.end();
+    }
+}
+
+/// Reaches a sandbox while another thread waits for it. Once the sandbox has ended, nothing happens.
+#[derive(Clone)]
+pub struct Controller {
+    control: Arc<OwnedFd>,
+}
+
+impl Controller {
+    /// Sends `signal` to the command's process group, as a terminal would.
+    pub fn signal(&self, signal: Signal) -> Result<(), SandboxError> {
+        let signal = signal.as_raw();
+        request(&self.control, &Request::Signal(signal), &[])
+    }
+
+    /// Ends the sandbox: `signal` to the command's process group; once the command has ended, to
+    /// whatever it left running; after `grace`, SIGKILL to all. Returns at once. Called again, it
+    /// can only shorten the grace.
+    pub fn stop(&self, signal: Signal, grace: Duration) -> Result<(), SandboxError> {
+        let signal = signal.as_raw();
+        request(&self.control, &Request::Stop { signal, grace }, &[])
+    }
+}
+
+fn request(
+    control: &OwnedFd,
+    request: &Request,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), SandboxError> {
+    match wire::send(control, request, fds) {
+        // The other side has ended, which the next `recv` tells.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(SandboxError::Talk),
+    }
+}
+
+/// What the namespace runtime can do for this process.
+#[derive(Debug)]
+pub struct NamespaceSupport {
+    /// Why no sandbox can start; `None` if one can.
+    pub blocker: Option<SandboxError>,
+    /// What works worse than it could.
+    pub warnings: Vec<Warning>,
+    /// The host's uid and gid behind the sandbox's root; files in a [`RootSource::Dir`] that are
+    /// to be root's inside belong to them.
+    pub root_ids: (u32, u32),
+}
+
+/// Finds out by trying: makes the namespaces, maps the ids and mounts FUSE, as a sandbox would.
+/// Takes milliseconds. `init` is as in [`SandboxSpec::init`].
+pub fn probe(init: &Path) -> NamespaceSupport {
+    let (ids, warning) = IdMaps::for_this_process();
+    let plan = Plan {
+        root: Root::Probe,
+        argv: Vec::new(),
+        env: Vec::new(),
+        cwd: String::new(),
+        user: String::new(),
+        hostname: String::new(),
+        mounts: Vec::new(),
+        files: Vec::new(),
+        owns_output: false,
+    };
+    let mut warnings = Vec::from_iter(warning);
+    let streams = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    let tried = Sandbox::spawn(init, &plan, streams).and_then(|mut sandbox| {
+        sandbox.set_up(&ids, None)?;
+        warnings.append(&mut sandbox.warnings);
+        Ok(())
+    });
+    NamespaceSupport {
+        blocker: tried.err(),
+        warnings,
+        root_ids: ids.root(),
+    }
+}
+
+fn plan(spec: &SandboxSpec) -> Plan {
+    let mut hostname = spec.hostname.clone();
+    while hostname.len() > MAX_HOSTNAME {
+        hostname.pop();
+    }
+    let mut env = spec.env.clone();
+    spec.host.extend_env(&mut env);
+    Plan {
+        root: match &spec.root {
+            RootSource::Fuse(_) => Root::Fuse,
+            RootSource::Dir(path) => Root::Dir(path.into()),
+        },
+        argv: spec.argv.clone(),
+        env,
+        cwd: spec.cwd.clone(),
+        user: spec.user.clone(),
+        files: spec.host.files(&hostname),
+        hostname,
+        mounts: spec
+            .mounts
+            .iter()
+            .map(|mount| Mount {
+                host: OsString::from(&mount.host),
+                target: mount.target.clone(),
+                read_only: mount.read_only,
+            })
+            .collect(),
+        owns_output: spec.stdio == Stdio::Piped,
+    }
+}
+
+fn plan_file(plan: &Plan) -> io::Result<File> {
+    let mut file = File::from(memfd_create("iii-plan", MemfdFlags::CLOEXEC)?);
+    file.write_all(&encode(plan)?)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// A pipe whose writing end the sandbox's root may reopen by name, as `/dev/stdout`.
+fn pipe(ids: &IdMaps) -> Result<(PipeReader, OwnedFd), SandboxError> {
+    let (reader, writer) = io::pipe().map_err(host("make", "a pipe"))?;
+    if let Some((uid, gid)) = ids.foreign_root() {
+        std::os::unix::fs::fchown(&writer, Some(uid), Some(gid))
+            .map_err(host("chown", "a pipe"))?;
+    }
+    Ok((reader, writer.into()))
+}
+
+fn give_mounts_to(uid: u32, gid: u32, spec: &SandboxSpec) -> Result<(), SandboxError> {
+    for mount in spec.mounts.iter().filter(|mount| !mount.read_only) {
+        let owner = fs::metadata(&mount.host).map_err(host("stat", &mount.host))?;
+        if (owner.uid(), owner.gid()) != (uid, gid) {
+            std::os::unix::fs::chown(&mount.host, Some(uid), Some(gid))
+                .map_err(host("chown", &mount.host))?;
+        }
+    }
+    Ok(())
+}
+
+fn host(operation: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> SandboxError {
+    let path = path.as_ref().to_owned();
+    move |source| SandboxError::Host {
+        operation,
+        path,
+        source,
+    }
+}
+
+fn unexpected(report: &Report) -> SandboxError {
+    let message = format!("{report:?} out of turn");
+    SandboxError::Talk(io::Error::new(io::ErrorKind::InvalidData, message))
+}

@@ -1,0 +1,122 @@
+//! What to run, on what, and with what around it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use super::{HostSettings, SandboxError};
+
+/// Everything that a sandbox is made from.
+pub struct SandboxSpec {
+    /// The root filesystem.
+    pub root: RootSource,
+    /// The command and its arguments. A name without `/` is looked up in the `PATH` of [`env`](Self::env).
+    pub argv: Vec<OsString>,
+    /// The command's whole environment. Added where absent: `HOME` of the user, and the variables
+    /// that point at [`CA_BUNDLE`](super::CA_BUNDLE) when the host has one to hand on.
+    pub env: Vec<(String, String)>,
+    /// Working directory, absolute. Created when missing.
+    pub cwd: String,
+    /// As `User` in an OCI image's config: empty for root, `name`, `uid`, `name:group`, `uid:gid`.
+    /// Names are looked up inside the root.
+    pub user: String,
+    /// Host name; cut to the 64 bytes that Linux allows.
+    pub hostname: String,
+    /// Host directories or files that are visible inside, in mount order.
+    pub mounts: Vec<BindMount>,
+    /// Where the command's standard streams lead.
+    pub stdio: Stdio,
+    /// What of the host's network identity is visible inside.
+    pub host: HostSettings,
+    /// The program whose `main` calls [`maybe_run_init`](super::maybe_run_init).
+    pub init: PathBuf,
+}
+
+impl SandboxSpec {
+    /// A spec that runs `argv` as root in `/workspace`, with an empty environment, inherited
+    /// streams, the host's settings as detected, and this very program as the init.
+    pub fn new(root: RootSource, argv: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        Self {
+            root,
+            argv: argv.into_iter().map(Into::into).collect(),
+            env: Vec::new(),
+            cwd: "/workspace".into(),
+            user: String::new(),
+            hostname: "iii".into(),
+            mounts: Vec::new(),
+            stdio: Stdio::Inherit,
+            host: HostSettings::detect(),
+            init: "/proc/self/exe".into(),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<(), SandboxError> {
+        if self.argv.is_empty() {
+            return Err(SandboxError::Spec("the command is empty".into()));
+        }
+        if !self.cwd.starts_with('/') {
+            let cwd = &self.cwd;
+            return Err(SandboxError::Spec(format!(
+                "the working directory {cwd:?} is not absolute"
+            )));
+        }
+        for BindMount { target, .. } in &self.mounts {
+            if !target.starts_with('/') || target.split('/').any(|part| part == "..") {
+                return Err(SandboxError::Spec(format!(
+                    "the mount target {target:?} is not an absolute path without `..`"
+                )));
+            }
+        }
+        for (name, _) in &self.env {
+            if name.is_empty() || name.contains('=') {
+                return Err(SandboxError::Spec(format!(
+                    "{name:?} cannot be the name of an environment variable"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the root filesystem comes from.
+pub enum RootSource {
+    /// A filesystem that this process serves over FUSE.
+    Fuse(Box<ServeFuse>),
+    /// A directory of the host, bind-mounted writable. Its files keep their owners, so those that
+    /// the sandbox's ids do not cover belong to `nobody` inside.
+    Dir(PathBuf),
+}
+
+/// Starts serving on a `/dev/fuse` descriptor that is mounted already; answers `INIT` before or
+/// after it returns.
+pub type ServeFuse = dyn FnOnce(OwnedFd) -> io::Result<Box<dyn FuseServer>> + Send;
+
+/// A running FUSE server.
+pub trait FuseServer: Send {
+    /// Waits until the kernel has closed the connection, which it does once the sandbox's last
+    /// process is gone and everything written has reached the server.
+    fn join(self: Box<Self>) -> io::Result<()>;
+}
+
+/// A host path that is visible inside.
+#[derive(Clone, Debug)]
+pub struct BindMount {
+    /// A directory or file that exists. Where it is writable and the tool runs as the host's root,
+    /// it is given to the sandbox's root (the top only): meant for package caches, not for
+    /// directories that belong to somebody.
+    pub host: PathBuf,
+    /// Absolute path inside; created when missing.
+    pub target: String,
+    /// Whether the sandbox may only read it.
+    pub read_only: bool,
+}
+
+/// Where the command's standard streams lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdio {
+    /// To this process's own.
+    Inherit,
+    /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox).
+    Piped,
+}
