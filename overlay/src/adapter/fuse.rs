@@ -1,0 +1,754 @@
+//! Serving over `/dev/fuse`, by `fuser`, which parses the wire format.
+//!
+//! The kernel is the only client and this server the only one who changes anything, so whatever the kernel learns stays
+//! true until it changes it itself, and it is told to keep it without limit: entries, absent entries, attributes, listings,
+//! targets and pages. Opening and closing need no request ([`Mode::Quiet`]): data is addressed by inode.
+//!
+//! While a build step runs, its looks are recorded ([`Mode::Observed`]): opens are real requests, and listings bring no
+//! attributes, so that the kernel asks for each entry that is looked at. What it asked once is recorded once.
+//!
+//! Not offered: locks (the kernel's own are right, for it is one kernel), POSIX ACLs, export by NFS, writeback (the kernel
+//! would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no request for: programs are told that it
+//! is not supported, and fall back to a named file.
+//!
+//! setuid and setgid go with a write, a truncation or a change of the owner (`HANDLE_KILLPRIV_V2`). `fuser` does not tell
+//! whether the kernel asked for that when truncating, so there it is done for everybody but uid 0.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    CopyFileRangeFlags, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow,
+    WriteFlags,
+};
+use iii_store::layer::Kind;
+use iii_store::tree::Rdev;
+
+use crate::fs::{
+    Allocate, Attr, Caller, Errno, Filesystem, Open, Rename, Seek, SetAttr, SetTime, SetXattr,
+    Special, Time,
+};
+
+/// How long the kernel may keep what it is told: as long as it likes.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
+/// Longest read or write in one request.
+const MAX_IO: u32 = 1 << 20;
+/// Requests that the kernel sends ahead without a process waiting for them, such as readahead.
+const MAX_BACKGROUND: u16 = 64;
+/// No inode number is used again while the kernel may remember it.
+const GENERATION: Generation = Generation(0);
+
+/// How much the kernel may do without asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Everything that it knows already.
+    Quiet,
+    /// It asks for whatever a program looks at, at least the first time.
+    Observed,
+}
+
+/// A filesystem being served, until it is unmounted.
+#[derive(Debug)]
+pub struct FuseSession(fuser::BackgroundSession);
+
+impl FuseSession {
+    /// Waits until the filesystem is unmounted everywhere.
+    pub fn join(self) -> io::Result<()> {
+        self.0.join()
+    }
+
+    /// Whether it is unmounted everywhere.
+    pub fn is_finished(&self) -> bool {
+        self.0.guard.is_finished()
+    }
+}
+
+/// Serves `fs` on `fuse`, a `/dev/fuse` descriptor that is mounted already, on `threads` threads. The mount needs the
+/// options `default_permissions` and, for more than one user, `allow_other`. Returns once the kernel has been answered
+/// for the first time; the mount ends the session.
+pub fn serve<F: Filesystem + 'static>(
+    fs: Arc<F>,
+    fuse: OwnedFd,
+    threads: usize,
+    mode: Mode,
+) -> io::Result<FuseSession> {
+    let mut config = fuser::Config::default();
+    config.acl = SessionACL::All;
+    config.n_threads = Some(threads.max(1));
+    let adapter = Adapter { fs, mode };
+    let session = fuser::Session::from_fd(adapter, fuse, SessionACL::All, config)?;
+    Ok(FuseSession(session.spawn()?))
+}
+
+struct Adapter<F> {
+    fs: Arc<F>,
+    mode: Mode,
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn errno(error: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(error.raw_os_error())
+}
+
+fn caller(req: &Request) -> Caller {
+    Caller {
+        uid: req.uid(),
+        gid: req.gid(),
+    }
+}
+
+fn to_system_time(time: Time) -> SystemTime {
+    let nsec = Duration::from_nanos(u64::from(time.nsec));
+    let whole = Duration::from_secs(time.sec.unsigned_abs());
+    let base = if time.sec >= 0 {
+        UNIX_EPOCH.checked_add(whole)
+    } else {
+        UNIX_EPOCH.checked_sub(whole)
+    };
+    base.and_then(|base| base.checked_add(nsec))
+        .unwrap_or(UNIX_EPOCH)
+}
+
+/// Undoes what `fuser` 0.18 makes of the request's seconds and nanoseconds, which for times before 1970 is
+/// `1970 - (-seconds + nanoseconds)`.
+fn from_fuser_time(time: SystemTime) -> Time {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => Time {
+            sec: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+            nsec: after.subsec_nanos(),
+        },
+        Err(before) => Time {
+            sec: 0_i64.saturating_sub_unsigned(before.duration().as_secs()),
+            nsec: before.duration().subsec_nanos(),
+        },
+    }
+}
+
+fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(time) => SetTime::At(from_fuser_time(time)),
+    }
+}
+
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Dir => FileType::Directory,
+        Kind::File | Kind::Whiteout => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::Socket => FileType::Socket,
+        Kind::Char => FileType::CharDevice,
+        Kind::Block => FileType::BlockDevice,
+    }
+}
+
+/// The kernel's 32-bit encoding of device numbers: 12 bits of major, 20 of minor.
+fn encode_rdev(rdev: Rdev) -> u32 {
+    (rdev.minor & 0xff) | (rdev.major & 0xfff) << 8 | (rdev.minor & 0xf_ff00) << 12
+}
+
+fn decode_rdev(rdev: u32) -> Rdev {
+    Rdev {
+        major: rdev >> 8 & 0xfff,
+        minor: (rdev & 0xff) | (rdev >> 12 & 0xf_ff00),
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: to_system_time(attr.atime),
+        mtime: to_system_time(attr.mtime),
+        ctime: to_system_time(attr.ctime),
+        crtime: to_system_time(attr.btime),
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: encode_rdev(attr.rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// What tells the kernel that a name is absent, for it to remember.
+fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
+fn reply_entry(result: Result<Attr, Errno>, reply: ReplyEntry) {
+    match result {
+        Ok(attr) => reply.entry(&FOREVER, &file_attr(&attr), GENERATION),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn reply_attr(result: Result<Attr, Errno>, reply: ReplyAttr) {
+    match result {
+        Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn reply_empty(result: Result<(), Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn reply_xattr(result: Result<Vec<u8>, Errno>, size: u32, reply: ReplyXattr) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(errno(Errno::RANGE)),
+        Ok(value) => reply.data(&value),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn open_intent(flags: i32) -> Open {
+    let access = OpenFlags(flags).acc_mode();
+    Open {
+        read: access != OpenAccMode::O_WRONLY,
+        write: access != OpenAccMode::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+    }
+}
+
+impl<F: Filesystem> Adapter<F> {
+    fn make_special(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        rdev: u32,
+    ) -> Result<Attr, Errno> {
+        let special = match mode & libc::S_IFMT {
+            0 | libc::S_IFREG => Special::File,
+            libc::S_IFIFO => Special::Fifo,
+            libc::S_IFSOCK => Special::Socket,
+            libc::S_IFCHR => Special::Char(decode_rdev(rdev)),
+            libc::S_IFBLK => Special::Block(decode_rdev(rdev)),
+            _ => return Err(Errno::INVAL),
+        };
+        let mode = (mode & 0o7777) as u16;
+        self.fs
+            .mknod(caller(req), parent.0, name.as_bytes(), mode, special)
+    }
+}
+
+impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+        ];
+        if self.mode == Mode::Quiet {
+            wanted.extend([
+                InitFlags::FUSE_DO_READDIRPLUS,
+                InitFlags::FUSE_READDIRPLUS_AUTO,
+                InitFlags::FUSE_NO_OPEN_SUPPORT,
+                InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            ]);
+        }
+        for flag in wanted {
+            // An older kernel without it asks more often.
+            let _ = config.add_capabilities(flag);
+        }
+        // The nearest value that is taken will do.
+        let _ = config.set_max_write(MAX_IO);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.fs.lookup(parent.0, name.as_bytes()) {
+            Err(Errno::NOENT) => reply.entry(&FOREVER, &absent(), GENERATION),
+            result => reply_entry(result, reply),
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.fs.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        reply_attr(self.fs.getattr(ino.0), reply);
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<fuser::BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = SetAttr {
+            mode: mode.map(|mode| (mode & 0o7777) as u16),
+            uid,
+            gid,
+            size,
+            atime: atime.map(set_time),
+            mtime: mtime.map(set_time),
+            kill_suid: size.is_some() && req.uid() != 0,
+        };
+        reply_attr(self.fs.setattr(ino.0, &set), reply);
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.fs.readlink(ino.0) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(self.make_special(req, parent, name, mode, rdev), reply);
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let mode = (mode & 0o7777) as u16;
+        let made = self.fs.mkdir(caller(req), parent.0, name.as_bytes(), mode);
+        reply_entry(made, reply);
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.unlink(parent.0, name.as_bytes()), reply);
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.rmdir(parent.0, name.as_bytes()), reply);
+    }
+
+    fn symlink(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        link_name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let target = target.as_os_str().as_bytes();
+        let name = link_name.as_bytes();
+        let made = self.fs.symlink(caller(req), parent.0, name, target);
+        reply_entry(made, reply);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let how = if flags == RenameFlags::empty() {
+            Rename::Replace
+        } else if flags == RenameFlags::RENAME_NOREPLACE {
+            Rename::NoReplace
+        } else if flags == RenameFlags::RENAME_EXCHANGE {
+            Rename::Exchange
+        } else if flags == RenameFlags::RENAME_WHITEOUT {
+            Rename::Whiteout
+        } else {
+            return reply.error(errno(Errno::INVAL));
+        };
+        let renamed = self.fs.rename(
+            parent.0,
+            name.as_bytes(),
+            newparent.0,
+            newname.as_bytes(),
+            how,
+        );
+        reply_empty(renamed, reply);
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        newparent: INodeNo,
+        newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        let made = self.fs.link(ino.0, newparent.0, newname.as_bytes());
+        reply_entry(made, reply);
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if self.mode == Mode::Quiet {
+            return reply.error(errno(Errno::NOSYS));
+        }
+        match self.fs.open(ino.0, open_intent(flags.0)) {
+            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let size = size.min(MAX_IO) as usize;
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match self.fs.read(ino.0, &mut buffer[..size], offset) {
+                Ok(count) => reply.data(&buffer[..count]),
+                Err(error) => reply.error(errno(error)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(ino.0, data, offset, kill) {
+            Ok(count) => reply.written(count as u32),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        // Writes are through when they are answered. The kernel does not ask again.
+        reply.error(errno(Errno::NOSYS));
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(self.fs.fsync(ino.0, datasync), reply);
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.mode == Mode::Quiet {
+            return reply.error(errno(Errno::NOSYS));
+        }
+        let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
+        reply.opened(FileHandle(0), flags);
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let listed = self.fs.readdir(ino.0, offset, false, &mut |entry| {
+            let name = OsStr::from_bytes(entry.name);
+            !reply.add(
+                INodeNo(entry.ino),
+                entry.cookie,
+                file_type(entry.kind),
+                name,
+            )
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let listed = self.fs.readdir(ino.0, offset, true, &mut |entry| {
+            let name = OsStr::from_bytes(entry.name);
+            // The kernel takes number and type of `.` and `..`, and nothing else.
+            let attr = entry.attr.as_ref().map_or_else(
+                || FileAttr {
+                    ino: INodeNo(entry.ino),
+                    kind: file_type(entry.kind),
+                    ..absent()
+                },
+                file_attr,
+            );
+            let ino = INodeNo(entry.ino);
+            !reply.add(ino, entry.cookie, name, &FOREVER, &attr, GENERATION)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(self.fs.fsync(ino.0, datasync), reply);
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.fs.statfs() {
+            Ok(stat) => reply.statfs(
+                stat.blocks,
+                stat.free,
+                stat.available,
+                stat.files,
+                stat.files_free,
+                stat.block_size,
+                stat.name_max,
+                stat.block_size,
+            ),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let how = match flags {
+            0 => SetXattr::Set,
+            libc::XATTR_CREATE => SetXattr::Create,
+            libc::XATTR_REPLACE => SetXattr::Replace,
+            _ => return reply.error(errno(Errno::INVAL)),
+        };
+        let set = self.fs.setxattr(ino.0, name.as_bytes(), value, how);
+        reply_empty(set, reply);
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        reply_xattr(self.fs.getxattr(ino.0, name.as_bytes()), size, reply);
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(self.fs.listxattr(ino.0), size, reply);
+    }
+
+    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.removexattr(ino.0, name.as_bytes()), reply);
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        if self.mode == Mode::Quiet {
+            // It makes the node, and then opens it without asking.
+            return reply.error(errno(Errno::NOSYS));
+        }
+        let mode = libc::S_IFREG | mode & 0o7777;
+        let made = match self.make_special(req, parent, name, mode, 0) {
+            Err(Errno::EXIST) if flags & libc::O_EXCL == 0 => self
+                .fs
+                .lookup(parent.0, name.as_bytes())
+                .and_then(|attr| self.fs.open(attr.ino, open_intent(flags)).map(|()| attr)),
+            made => made,
+        };
+        match made {
+            Ok(attr) => reply.created(
+                &FOREVER,
+                &file_attr(&attr),
+                GENERATION,
+                FileHandle(0),
+                FopenFlags::FOPEN_KEEP_CACHE,
+            ),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(errno(Errno::NOTTY));
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        const PUNCH_KEEP: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+        const ZERO_KEEP: i32 = ZERO | KEEP;
+        let how = match mode {
+            0 => Allocate::Grow,
+            KEEP => Allocate::KeepSize,
+            PUNCH_KEEP => Allocate::PunchHole,
+            ZERO => Allocate::ZeroGrow,
+            ZERO_KEEP => Allocate::ZeroKeepSize,
+            _ => return reply.error(errno(Errno::OPNOTSUPP)),
+        };
+        reply_empty(self.fs.fallocate(ino.0, how, offset, length), reply);
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let whence = match whence {
+            libc::SEEK_DATA => Seek::Data,
+            libc::SEEK_HOLE => Seek::Hole,
+            _ => return reply.error(errno(Errno::INVAL)),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return reply.error(errno(Errno::NXIO));
+        };
+        match self.fs.lseek(ino.0, offset, whence) {
+            Ok(found) => reply.offset(found as i64),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let len = len.min(u64::from(u32::MAX >> 1));
+        match self
+            .fs
+            .copy_file_range(ino_in.0, offset_in, ino_out.0, offset_out, len)
+        {
+            Ok(count) => reply.written(count as u32),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Ways to serve a [`crate::fs::Filesystem`].
+
+pub mod fuse;

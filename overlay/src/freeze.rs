@@ -1,0 +1,337 @@
+//! An upper as a layer: what has to stand on the lower for it to look as the overlay does now.
+//!
+//! The result depends on what is there, not on how it came to be: an entry that equals the lower's, mtime included, is
+//! left out; a whiteout stands only where the lower has the name, an opaque mark only on a directory where the lower
+//! has one. A directory that is only on the way to a change is implicit, and one of which nothing but the mtime changed is
+//! left out. A lower directory that was moved is written out in full at its new place, by object ids: no data is
+//! copied. All names of a hardlinked file are written out together if one is. Sockets are left out: nobody listens on them
+//! any more.
+
+use std::collections::{HashMap, HashSet};
+
+use iii_store::Ingest;
+use iii_store::ObjectId;
+use iii_store::StoreError;
+use iii_store::layer::Kind;
+use iii_store::tree::{
+    Content, Dir, DirKind, Leaf, MAX_DEPTH, Meta, Node, Tree, TreeError, components,
+};
+use rayon::prelude::*;
+
+use crate::fs::Errno;
+use crate::ino::{Ino, ROOT};
+use crate::merge::Lower;
+use crate::overlay::{Found, Overlay};
+use crate::upper::batch::lower_record;
+use crate::upper::record::{Body, Data, Record};
+use crate::upper::state::State;
+
+/// Stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
+const STACK: usize = 64 << 20;
+
+/// Why an upper cannot be frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// What it holds is too deep for a layer.
+    #[error("what was written cannot be a layer")]
+    Tree(#[from] TreeError),
+    /// A file's data cannot be read.
+    #[error("opening the data of a changed file failed")]
+    Data(#[source] std::io::Error),
+    /// A file's data cannot be stored.
+    #[error("storing the changed files failed")]
+    Store(#[from] Box<StoreError>),
+    /// The upper contradicts itself.
+    #[error("the upper is damaged")]
+    Upper(#[source] Errno),
+    /// The walk could not be started.
+    #[error("starting a thread failed")]
+    Thread(#[source] std::io::Error),
+}
+
+struct Walk<'a> {
+    overlay: &'a Overlay,
+    state: &'a State,
+    objects: HashMap<u64, (ObjectId, u64)>,
+    /// Lower directories with a change somewhere in them.
+    touched: HashSet<Ino>,
+    /// Hardlinked lower files of which a name is written out although nothing changed them.
+    linked: HashSet<Ino>,
+}
+
+impl Overlay {
+    /// The changes of the upper as a tree, with the data of its files stored through `ingest`. Nothing may write meanwhile:
+    /// the sandbox is gone, or stopped. Facts about what of the project became part of the result are recorded, so ask
+    /// for [`Overlay::facts`] afterwards.
+    pub fn freeze(&self, ingest: &Ingest<'_>) -> Result<Tree, FreezeError> {
+        let inner = self.upper.read();
+        let state = &inner.state;
+        let flats: Vec<u64> = state
+            .nodes()
+            .filter(|(_, node)| node.record.nlink != 0)
+            .filter_map(|(_, node)| node.record.flat())
+            .collect();
+        let objects = flats
+            .into_par_iter()
+            .map(|flat| {
+                let file = self.upper.data.get(flat).map_err(FreezeError::Data)?;
+                let added = ingest.add_file(&file).map_err(Box::new)?;
+                Ok((flat, (added.object, added.size)))
+            })
+            .collect::<Result<HashMap<_, _>, FreezeError>>()?;
+        let mut walk = Walk {
+            overlay: self,
+            state,
+            objects,
+            touched: HashSet::new(),
+            linked: HashSet::new(),
+        };
+        walk.find_touched();
+        std::thread::scope(|scope| {
+            let walking = std::thread::Builder::new()
+                .stack_size(STACK)
+                .spawn_scoped(scope, || walk.dir(ROOT, Some(ROOT), 0));
+            match walking.map_err(FreezeError::Thread)?.join() {
+                Ok(tree) => Ok(tree?.unwrap_or_else(Tree::implicit)),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+}
+
+impl Walk<'_> {
+    fn touch_path(&mut self, path: &[u8]) {
+        let lower = &self.overlay.lower;
+        let mut dir = ROOT;
+        self.touched.insert(dir);
+        for name in components(path) {
+            match lower.lookup(dir, name) {
+                Some(next) if next.node.kind() == Kind::Dir => {
+                    dir = next.ino;
+                    self.touched.insert(dir);
+                }
+                _ => return,
+            }
+        }
+    }
+
+    fn find_touched(&mut self) {
+        let mut pending = Vec::new();
+        for (_, node) in self.state.nodes() {
+            let Some(lower) = node.lower.and_then(|ino| self.overlay.lower.get(ino)) else {
+                continue;
+            };
+            for path in self.overlay.lower.visible_paths(lower) {
+                self.touch_path(&path);
+            }
+            if node.dir.as_ref().is_some_and(|dir| dir.parent.is_some()) {
+                pending.push(lower.ino);
+            }
+        }
+        // What moved directories hold of hardlinked files brings their other names along.
+        while let Some(dir) = pending.pop() {
+            for (_, _, child) in self.overlay.lower.children(dir, 0) {
+                if child.node.kind() == Kind::Dir {
+                    pending.push(child.ino);
+                } else if child.node.is_hardlinked() && self.linked.insert(child.ino) {
+                    for path in self.overlay.lower.visible_paths(child) {
+                        self.touch_path(&path);
+                    }
+                }
+            }
+        }
+    }
+
+    fn record(&self, ino: Ino) -> Result<Record, FreezeError> {
+        Ok(
+            match self
+                .overlay
+                .find(self.state, ino)
+                .map_err(FreezeError::Upper)?
+            {
+                Found::Upper(_, node) => node.record.clone(),
+                Found::Lower(lower) => lower_record(&self.overlay.lower, lower),
+            },
+        )
+    }
+
+    /// The directory `ino`, where the lower has `base` at the same path. None if there is nothing to say of it.
+    fn dir(&self, ino: Ino, base: Option<Ino>, depth: usize) -> Result<Option<Dir>, FreezeError> {
+        if depth > MAX_DEPTH {
+            return Err(TreeError::Depth.into());
+        }
+        let record = self.record(ino)?;
+        let mut dir = Dir {
+            meta: meta(&record),
+            ..Dir::default()
+        };
+        if base != Some(ino) {
+            if let (Some(observer), Some(origin)) = (&self.overlay.observer, &record.origin) {
+                observer.everything(origin);
+            }
+            if base.is_some() {
+                dir.kind = DirKind::Opaque;
+            }
+            self.all_children(ino, &mut dir, depth)?;
+            return Ok(Some(dir));
+        }
+        self.changed_children(ino, &mut dir, depth)?;
+        let lower = self.overlay.lower.get(ino);
+        let was = lower.map(|lower| self.overlay.lower.meta(lower).meta());
+        let but_mtime = |meta: &Meta| Meta {
+            mtime: iii_store::tree::Mtime::default(),
+            ..meta.clone()
+        };
+        if was.as_ref() == Some(&dir.meta) {
+            dir.kind = DirKind::Implicit;
+            dir.meta = Meta::default();
+        }
+        let same = was.is_some_and(|was| but_mtime(&was) == but_mtime(&dir.meta));
+        let nothing = dir.entries.is_empty() && (same || dir.kind == DirKind::Implicit);
+        Ok((!nothing).then_some(dir))
+    }
+
+    fn all_children(&self, ino: Ino, dir: &mut Dir, depth: usize) -> Result<(), FreezeError> {
+        let mut children = Vec::new();
+        self.overlay
+            .for_each(self.state, ino, 0, &mut |_, name, child| {
+                children.push((name, child));
+                true
+            })
+            .map_err(FreezeError::Upper)?;
+        for (name, child) in children {
+            if let Some(node) = self.entry(child, None, depth)? {
+                dir.entries.insert(name.into(), node);
+            }
+        }
+        Ok(())
+    }
+
+    fn changed_children(&self, ino: Ino, dir: &mut Dir, depth: usize) -> Result<(), FreezeError> {
+        let lower = &self.overlay.lower;
+        let upper = match self
+            .overlay
+            .find(self.state, ino)
+            .map_err(FreezeError::Upper)?
+        {
+            Found::Upper(_, node) => node.dir.as_deref(),
+            Found::Lower(_) => None,
+        };
+        for (name, to) in upper.into_iter().flat_map(|upper| upper.entries()) {
+            let below = lower.lookup(ino, name);
+            let node = match to {
+                Some(to) => self.entry(self.state.ino(to), below, depth)?,
+                None => None,
+            };
+            match node {
+                Some(node) => {
+                    dir.entries.insert(name.into(), node);
+                }
+                None if to.is_none() && below.is_some() => {
+                    dir.entries.insert(name.into(), whiteout());
+                }
+                None => {}
+            }
+        }
+        if !self.touched.contains(&ino) {
+            return Ok(());
+        }
+        for (_, name, child) in lower.children(ino, 0) {
+            let told = upper.is_some_and(|upper| upper.get(name).is_some());
+            let changed = self.touched.contains(&child.ino)
+                || self.linked.contains(&child.ino)
+                || self.state.number(child.ino).is_some();
+            if !told
+                && changed
+                && let Some(node) = self.entry(child.ino, Some(child), depth)?
+            {
+                dir.entries.insert(name.into(), node);
+            }
+        }
+        Ok(())
+    }
+
+    /// The entry that leads to `ino`, where the lower has `below` at the same path. None if there is nothing to say.
+    fn entry(
+        &self,
+        ino: Ino,
+        below: Option<Lower<'_>>,
+        depth: usize,
+    ) -> Result<Option<Node>, FreezeError> {
+        let record = self.record(ino)?;
+        if record.is_dir() {
+            let base = below
+                .filter(|below| below.node.kind() == Kind::Dir)
+                .map(|below| below.ino);
+            return Ok(self.dir(ino, base, depth + 1)?.map(Node::Dir));
+        }
+        if record.kind() == Kind::Socket {
+            return Ok(below.map(|_| whiteout()));
+        }
+        let content = self.content(&record);
+        let meta = meta(&record);
+        let alone = record.nlink <= 1 && !self.linked.contains(&ino);
+        if let Some(below) = below
+            && self.overlay.lower.meta(below).meta() == meta
+            && below.node.content().as_ref() == Some(&content)
+        {
+            let was = self.overlay.lower.visible_paths(below).len();
+            let unchanged = below.ino == ino && was as u32 == record.nlink;
+            if (alone && was <= 1) || (unchanged && !self.linked.contains(&ino)) {
+                return Ok(None);
+            }
+        }
+        if let Some(observer) = &self.overlay.observer {
+            observer.contents(self.overlay, self.state, ino);
+        }
+        Ok(Some(Node::Leaf(Leaf {
+            meta,
+            content,
+            link: (!alone).then_some(ino),
+        })))
+    }
+
+    fn content(&self, record: &Record) -> Content {
+        match &record.body {
+            Body::File { data, size } => {
+                let (object, size) = match data {
+                    Data::Lower(object) => (ObjectId::from_bytes(*object), *size),
+                    Data::Flat { number, .. } => self
+                        .objects
+                        .get(number)
+                        .copied()
+                        .unwrap_or((ObjectId::of(b""), 0)),
+                    Data::Empty => (ObjectId::of(b""), 0),
+                };
+                Content::File { object, size }
+            }
+            Body::Symlink(target) => Content::Symlink {
+                target: target.clone(),
+            },
+            Body::Fifo => Content::Fifo,
+            Body::Socket => Content::Socket,
+            Body::Char(rdev) => Content::Char((*rdev).into()),
+            Body::Block(rdev) => Content::Block((*rdev).into()),
+            // Its caller has taken directories out.
+            Body::Dir => Content::Whiteout,
+        }
+    }
+}
+
+fn meta(record: &Record) -> Meta {
+    Meta {
+        mode: record.mode,
+        uid: record.uid,
+        gid: record.gid,
+        mtime: record.mtime.into(),
+        xattrs: record.xattrs.clone(),
+    }
+}
+
+fn whiteout() -> Node {
+    Node::Leaf(Leaf {
+        meta: Meta::default(),
+        content: Content::Whiteout,
+        link: None,
+    })
+}

@@ -1,0 +1,334 @@
+//! Operations on a file's bytes. The first write to a lower file copies it up; see [`crate::upper`] for the order.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use iii_store::{Kind, ObjectId};
+use rustix::fs::{FallocateFlags, SeekFrom};
+
+use super::dir::strip_privileges;
+use super::{Allocate, Errno, Open, Result, Seek, Time};
+use crate::ino::Ino;
+use crate::overlay::{Bytes, Found, Overlay};
+use crate::upper::batch::Batch;
+use crate::upper::errno;
+use crate::upper::record::{Body, Data};
+
+impl Overlay {
+    pub(super) fn do_open(&self, ino: Ino, how: Open) -> Result<()> {
+        {
+            let inner = self.upper.read();
+            let found = self.find(&inner.state, ino)?;
+            if found.kind() == Kind::Dir && (how.write || how.truncate) {
+                return Err(Errno::ISDIR);
+            }
+            if let Some(observer) = &self.observer
+                && how.read
+                && found.kind() == Kind::File
+            {
+                observer.contents(self, &inner.state, ino);
+            }
+        }
+        if how.truncate {
+            self.truncate(ino, 0)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn do_read(&self, ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let bytes = {
+            let inner = self.upper.read();
+            if let Some(observer) = &self.observer {
+                observer.contents(self, &inner.state, ino);
+            }
+            self.bytes(&inner.state, ino)?
+        };
+        self.read_bytes(bytes, buf, offset)
+    }
+
+    /// The flat file of `ino`, ready to be written to: its record is dirty. Copies up the first `keep` bytes of a file whose
+    /// data is in the store. `kill_suid` as for a write.
+    fn writable(&self, ino: Ino, keep: u64, kill_suid: bool) -> Result<Arc<File>> {
+        loop {
+            let bytes = {
+                let inner = self.upper.read();
+                let bytes = self.bytes(&inner.state, ino)?;
+                if let Data::Flat {
+                    number,
+                    dirty: true,
+                } = bytes.data
+                    && let Found::Upper(_, node) = self.find(&inner.state, ino)?
+                    && (node.record.xattrs.is_empty() && node.record.mode & 0o6000 == 0)
+                {
+                    return self.upper.data.get(number).map_err(|error| errno(&error));
+                }
+                if let Some(observer) = &self.observer
+                    && keep != 0
+                {
+                    observer.contents(self, &inner.state, ino);
+                }
+                bytes
+            };
+            let (flat, file) = match bytes.data {
+                Data::Flat { number, .. } => (number, self.upper.data.get(number)),
+                Data::Empty => split(self.upper.data.create()),
+                Data::Lower(object) => split(self.copy_up(&object, bytes.size.min(keep))),
+            };
+            let file = file.map_err(|error| errno(&error))?;
+            let switched = self.switch(ino, bytes, flat, keep, kill_suid);
+            if switched != Ok(true) && !matches!(bytes.data, Data::Flat { .. }) {
+                self.upper.data.remove(flat);
+            }
+            if switched? {
+                return Ok(file);
+            }
+        }
+    }
+
+    /// A new flat file that holds the first `len` bytes of the object, durable if the upper is.
+    fn copy_up(&self, object: &[u8; 32], len: u64) -> io::Result<(u64, Arc<File>)> {
+        let (flat, file) = self.upper.data.create()?;
+        let copied = self
+            .objects
+            .copy_to(&ObjectId::from_bytes(*object), len, &file)
+            .and_then(|()| {
+                if self.upper.volatile {
+                    Ok(())
+                } else {
+                    self.upper.data.sync(flat, true, true)
+                }
+            });
+        if let Err(error) = copied {
+            self.upper.data.remove(flat);
+            return Err(error);
+        }
+        Ok((flat, file))
+    }
+
+    /// Points the record of `ino` to the flat file, unless its data is no longer what it was when that was made.
+    fn switch(&self, ino: Ino, was: Bytes, flat: u64, keep: u64, kill_suid: bool) -> Result<bool> {
+        let mut inner = self.upper.write();
+        let is = self.bytes(&inner.state, ino)?;
+        if is.data != was.data {
+            return Ok(false);
+        }
+        let mut batch = Batch::new(&mut inner);
+        let (_, record) = batch.inode(ino)?;
+        let cleaned = strip_privileges(record, kill_suid);
+        if cleaned || !matches!(was.data, Data::Flat { dirty: true, .. }) {
+            let size = match was.data {
+                Data::Flat { .. } => is.size,
+                _ => is.size.min(keep),
+            };
+            record.body = Body::File {
+                data: Data::Flat {
+                    number: flat,
+                    dirty: true,
+                },
+                size,
+            };
+            batch.commit()?;
+        }
+        self.upper.compact(&mut inner);
+        Ok(true)
+    }
+
+    /// Notes in memory that the file, which is dirty, was written to.
+    fn written(&self, ino: Ino, size: impl FnOnce(u64) -> u64) {
+        let mut inner = self.upper.write();
+        let number = inner.state.number(ino);
+        if let Some(node) = number.and_then(|number| inner.state.node_mut(number)) {
+            let now = Time::now();
+            node.record.mtime = now;
+            node.record.ctime = now;
+            if let Body::File { size: known, .. } = &mut node.record.body {
+                *known = size(*known);
+            }
+        }
+    }
+
+    pub(super) fn do_write(
+        &self,
+        ino: Ino,
+        data: &[u8],
+        offset: u64,
+        kill_suid: bool,
+    ) -> Result<usize> {
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|&end| i64::try_from(end).is_ok())
+            .ok_or(Errno::FBIG)?;
+        let file = self.writable(ino, u64::MAX, kill_suid)?;
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let mut done = 0;
+        while done < data.len() {
+            match file.write_at(&data[done..], offset + done as u64) {
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if done == 0 => return Err(errno(&error)),
+                Err(_) => break,
+            }
+        }
+        let end = end - (data.len() - done) as u64;
+        self.written(ino, |size| size.max(end));
+        Ok(done)
+    }
+
+    /// Sets the length.
+    pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {
+        let was = self.bytes(&self.upper.read().state, ino)?;
+        if size == 0 && !matches!(was.data, Data::Flat { .. }) {
+            let mut inner = self.upper.write();
+            if !matches!(self.bytes(&inner.state, ino)?.data, Data::Flat { .. }) {
+                let mut batch = Batch::new(&mut inner);
+                let now = batch.now;
+                let (_, record) = batch.inode(ino)?;
+                record.body = Body::File {
+                    data: Data::Empty,
+                    size: 0,
+                };
+                record.mtime = now;
+                record.ctime = now;
+                return batch.commit();
+            }
+        }
+        let file = self.writable(ino, size, false)?;
+        rustix::fs::ftruncate(&file, size)?;
+        self.written(ino, |_| size);
+        Ok(())
+    }
+
+    pub(super) fn do_fallocate(
+        &self,
+        ino: Ino,
+        how: Allocate,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let end = offset
+            .checked_add(len)
+            .filter(|&end| i64::try_from(end).is_ok())
+            .ok_or(Errno::FBIG)?;
+        if len == 0 {
+            return Err(Errno::INVAL);
+        }
+        let file = self.writable(ino, u64::MAX, false)?;
+        let (flags, grows) = match how {
+            Allocate::Grow => (FallocateFlags::empty(), true),
+            Allocate::KeepSize => (FallocateFlags::KEEP_SIZE, false),
+            Allocate::PunchHole => (
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                false,
+            ),
+            Allocate::ZeroGrow => (FallocateFlags::ZERO_RANGE, true),
+            Allocate::ZeroKeepSize => (
+                FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+                false,
+            ),
+        };
+        rustix::fs::fallocate(&file, flags, offset, len)?;
+        self.written(ino, |size| if grows { size.max(end) } else { size });
+        Ok(())
+    }
+
+    pub(super) fn do_lseek(&self, ino: Ino, offset: u64, whence: Seek) -> Result<u64> {
+        let bytes = self.bytes(&self.upper.read().state, ino)?;
+        if offset >= bytes.size {
+            return Err(Errno::NXIO);
+        }
+        let Data::Flat { number, .. } = bytes.data else {
+            // All data, and the hole that every file has at its end.
+            return Ok(match whence {
+                Seek::Data => offset,
+                Seek::Hole => bytes.size,
+            });
+        };
+        // A descriptor of its own: seeking moves the position, which nobody else minds, but which is one.
+        let file = self.upper.data.get(number).map_err(|error| errno(&error))?;
+        let from = match whence {
+            Seek::Data => SeekFrom::Data(offset),
+            Seek::Hole => SeekFrom::Hole(offset),
+        };
+        rustix::fs::seek(&*file, from)
+    }
+
+    pub(super) fn do_copy_file_range(
+        &self,
+        from: Ino,
+        from_offset: u64,
+        to: Ino,
+        to_offset: u64,
+        len: u64,
+    ) -> Result<u64> {
+        let source = {
+            let inner = self.upper.read();
+            if let Some(observer) = &self.observer {
+                observer.contents(self, &inner.state, from);
+            }
+            self.bytes(&inner.state, from)?
+        };
+        let len = len.min(source.size.saturating_sub(from_offset));
+        if len == 0 {
+            return Ok(0);
+        }
+        if let Data::Flat { number, .. } = source.data {
+            let source = self.upper.data.get(number).map_err(|error| errno(&error))?;
+            let target = self.writable(to, u64::MAX, false)?;
+            let (mut from_at, mut to_at) = (from_offset, to_offset);
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let done = rustix::fs::copy_file_range(
+                &source,
+                Some(&mut from_at),
+                &target,
+                Some(&mut to_at),
+                len,
+            )?;
+            self.written(to, |size| size.max(to_offset + done as u64));
+            return Ok(done as u64);
+        }
+        let mut buf = vec![0; COPY_CHUNK.min(len) as usize];
+        let mut done = 0;
+        while done < len {
+            let want = buf.len().min((len - done) as usize);
+            let got = self.read_bytes(source, &mut buf[..want], from_offset + done)?;
+            if got == 0 {
+                break;
+            }
+            done += self.do_write(to, &buf[..got], to_offset + done, false)? as u64;
+            if done >= COPY_MOST {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    pub(super) fn do_fsync(&self, ino: Ino, data_only: bool) -> Result<()> {
+        let flat = {
+            let inner = self.upper.read();
+            match self.find(&inner.state, ino)? {
+                Found::Upper(number, node) => node.record.flat().map(|flat| (number, flat)),
+                Found::Lower(_) => None,
+            }
+        };
+        if let Some((number, flat)) = flat {
+            self.upper.sync_flat(number, flat, data_only)?;
+        }
+        self.upper.sync()
+    }
+}
+
+/// Bytes of a copy between files that are read at once.
+const COPY_CHUNK: u64 = 1 << 18;
+/// Bytes that one copy between files moves, so that the request does not take forever.
+const COPY_MOST: u64 = 64 << 20;
+
+fn split(made: io::Result<(u64, Arc<File>)>) -> (u64, io::Result<Arc<File>>) {
+    match made {
+        Ok((number, file)) => (number, Ok(file)),
+        Err(error) => (0, Err(error)),
+    }
+}

@@ -1,0 +1,49 @@
+//! The overlay as a [`Filesystem`]: every request is counted, then done.
+
+use super::{
+    Allocate, Attr, Caller, DirEntry, Filesystem, Open, Rename, Result, Seek, SetAttr, SetXattr,
+    Special, StatFs,
+};
+use crate::ino::Ino;
+use crate::overlay::Overlay;
+use crate::stats::Op;
+
+macro_rules! serve {
+    ($($op:ident: fn $name:ident => $does:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {
+        impl Filesystem for Overlay {
+            $(fn $name(&self, $($arg: $type),*) -> $out {
+                self.stats.count(Op::$op);
+                self.$does($($arg),*)
+            })*
+        }
+    };
+}
+
+serve! {
+    Lookup: fn lookup => do_lookup(parent: Ino, name: &[u8]) -> Result<Attr>;
+    Forget: fn forget => do_forget(ino: Ino, lookups: u64) -> ();
+    Getattr: fn getattr => do_getattr(ino: Ino) -> Result<Attr>;
+    Setattr: fn setattr => do_setattr(ino: Ino, set: &SetAttr) -> Result<Attr>;
+    Readlink: fn readlink => do_readlink(ino: Ino) -> Result<Vec<u8>>;
+    Mknod: fn mknod => do_mknod(caller: Caller, parent: Ino, name: &[u8], mode: u16, special: Special) -> Result<Attr>;
+    Mkdir: fn mkdir => do_mkdir(caller: Caller, parent: Ino, name: &[u8], mode: u16) -> Result<Attr>;
+    Symlink: fn symlink => do_symlink(caller: Caller, parent: Ino, name: &[u8], target: &[u8]) -> Result<Attr>;
+    Tmpfile: fn tmpfile => do_tmpfile(caller: Caller, parent: Ino, mode: u16) -> Result<Attr>;
+    Unlink: fn unlink => do_unlink(parent: Ino, name: &[u8]) -> Result<()>;
+    Rmdir: fn rmdir => do_rmdir(parent: Ino, name: &[u8]) -> Result<()>;
+    Rename: fn rename => do_rename(parent: Ino, name: &[u8], new_parent: Ino, new_name: &[u8], how: Rename) -> Result<()>;
+    Link: fn link => do_link(ino: Ino, new_parent: Ino, new_name: &[u8]) -> Result<Attr>;
+    Open: fn open => do_open(ino: Ino, how: Open) -> Result<()>;
+    Read: fn read => do_read(ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize>;
+    Write: fn write => do_write(ino: Ino, data: &[u8], offset: u64, kill_suid: bool) -> Result<usize>;
+    Fallocate: fn fallocate => do_fallocate(ino: Ino, how: Allocate, offset: u64, len: u64) -> Result<()>;
+    Lseek: fn lseek => do_lseek(ino: Ino, offset: u64, whence: Seek) -> Result<u64>;
+    CopyFileRange: fn copy_file_range => do_copy_file_range(from: Ino, from_offset: u64, to: Ino, to_offset: u64, len: u64) -> Result<u64>;
+    Fsync: fn fsync => do_fsync(ino: Ino, data_only: bool) -> Result<()>;
+    Readdir: fn readdir => do_readdir(ino: Ino, cookie: u64, attrs: bool, sink: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<()>;
+    Statfs: fn statfs => do_statfs() -> Result<StatFs>;
+    Setxattr: fn setxattr => do_setxattr(ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()>;
+    Getxattr: fn getxattr => do_getxattr(ino: Ino, name: &[u8]) -> Result<Vec<u8>>;
+    Listxattr: fn listxattr => do_listxattr(ino: Ino) -> Result<Vec<u8>>;
+    Removexattr: fn removexattr => do_removexattr(ino: Ino, name: &[u8]) -> Result<()>;
+}

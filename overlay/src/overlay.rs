@@ -1,0 +1,407 @@
+//! The overlay: a lower and an upper, seen as one filesystem.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use iii_store::layer::{Kind, Layer};
+use iii_store::{ObjectId, Store};
+
+use crate::fs::{Attr, Errno, Result, Time};
+use crate::ino::Ino;
+use crate::lookups::Lookups;
+use crate::merge::{Lower, Merged};
+use crate::observe::Observer;
+use crate::stats::Stats;
+use crate::upper::record::{Body, Data, Record};
+use crate::upper::state::{Node, State};
+use crate::upper::{Inner, Opened, Upper, errno};
+use crate::{OpenError, OverlayOptions};
+
+/// Where the bytes of the layers' files come from.
+pub trait Objects: Send + Sync {
+    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end.
+    fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Copies the first `len` bytes of the object to the start of `to`.
+    fn copy_to(&self, object: &ObjectId, len: u64, to: &std::fs::File) -> io::Result<()>;
+}
+
+impl Objects for Store {
+    fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.object(object)
+            .map_err(io::Error::other)?
+            .read_at(buf, offset)
+    }
+
+    fn copy_to(&self, object: &ObjectId, len: u64, to: &std::fs::File) -> io::Result<()> {
+        let blob = self.object(object).map_err(io::Error::other)?;
+        let (mut from, mut at) = (blob.offset(), 0);
+        while at < len {
+            let left = usize::try_from(len - at).unwrap_or(usize::MAX);
+            match rustix::fs::copy_file_range(blob.file(), Some(&mut from), to, Some(&mut at), left)
+            {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                // Another filesystem, or one that cannot.
+                Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
+                    return copy_by_reading(&|buf, off| blob.read_at(buf, off), at, len, to);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies the bytes from `at` to `len` of what `read` reads to the same place in `to`.
+pub(crate) fn copy_by_reading(
+    read: &dyn Fn(&mut [u8], u64) -> io::Result<usize>,
+    mut at: u64,
+    len: u64,
+    to: &std::fs::File,
+) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut buf = vec![0; 1 << 17];
+    while at < len {
+        let want = buf
+            .len()
+            .min(usize::try_from(len - at).unwrap_or(usize::MAX));
+        let got = read(&mut buf[..want], at)?;
+        if got == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        to.write_all_at(&buf[..got], at)?;
+        at += got as u64;
+    }
+    Ok(())
+}
+
+/// Layers and an upper as one filesystem. See the crate's documentation for what holds.
+pub struct Overlay {
+    pub(crate) lower: Arc<Merged>,
+    pub(crate) upper: Upper,
+    pub(crate) objects: Arc<dyn Objects>,
+    pub(crate) lookups: Lookups,
+    pub(crate) observer: Option<Observer>,
+    pub(crate) stats: Stats,
+    /// Number of visible names of hardlinked lower files.
+    links: Mutex<HashMap<Ino, u32>>,
+}
+
+impl std::fmt::Debug for Overlay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Overlay")
+            .field("upper", &self.upper.dir())
+            .finish_non_exhaustive()
+    }
+}
+
+/// An inode: known to the upper, or as the lower has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Found<'a> {
+    Upper(u64, &'a Node),
+    Lower(Lower<'a>),
+}
+
+impl Found<'_> {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::Upper(_, node) => node.record.kind(),
+            Self::Lower(lower) => lower.node.kind(),
+        }
+    }
+}
+
+/// Where a file's bytes are, and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bytes {
+    pub(crate) data: Data,
+    pub(crate) size: u64,
+}
+
+impl Overlay {
+    /// Composes `layers`, bottom first, and the upper in the directory `upper`, which is made when missing and locked as
+    /// long as the overlay lives. If the upper stood on another chain, its changes are carried over first: see
+    /// [`crate::rebase`]. The caller has pinned the layers, and those of [`crate::chain_of`].
+    pub fn open(
+        store: &Store,
+        layers: Vec<Arc<Layer>>,
+        upper: &Path,
+        options: OverlayOptions,
+    ) -> std::result::Result<Self, OpenError> {
+        let old = |id: &iii_store::LayerId| {
+            store
+                .layer(id)
+                .map_err(|error| Box::new(error) as Box<dyn std::error::Error + Send + Sync>)
+        };
+        Self::open_with(Arc::new(store.clone()), layers, &old, upper, options)
+    }
+
+    /// [`Overlay::open`] with the bytes and the layers of the former chain from anywhere.
+    pub fn open_with(
+        objects: Arc<dyn Objects>,
+        layers: Vec<Arc<Layer>>,
+        old_layer: &crate::rebase::OldLayer<'_>,
+        upper: &Path,
+        options: OverlayOptions,
+    ) -> std::result::Result<Self, OpenError> {
+        let chain = crate::upper::record::Chain {
+            layers: layers.iter().map(|l| *l.layer_id().as_bytes()).collect(),
+            project: options.project.as_ref().map(|project| project.slot as u32),
+        };
+        let observer = match options.project {
+            Some(project) if options.observe => {
+                let layer = layers.get(project.slot).ok_or(OpenError::NoProject)?;
+                Some(Observer::new(layer.clone(), project))
+            }
+            _ => None,
+        };
+        let lower = Arc::new(Merged::new(layers)?);
+        let mut opened = Opened::new(upper)?;
+        let known = opened.chain().cloned();
+        let (state, written) = match known {
+            Some(known) if known.layers != chain.layers => {
+                let state = crate::rebase::rebase(
+                    &mut opened,
+                    &known,
+                    old_layer,
+                    &lower,
+                    &chain,
+                    &*objects,
+                )?;
+                (state, false)
+            }
+            Some(_) => (opened.replay(lower.clone()), true),
+            None => {
+                let mut state = State::new(lower.clone());
+                state.chain = chain;
+                (state, false)
+            }
+        };
+        let upper = opened.start(state, written, options.volatile)?;
+        Ok(Self {
+            lower,
+            upper,
+            objects,
+            lookups: Lookups::default(),
+            observer,
+            stats: Stats::default(),
+            links: Mutex::default(),
+        })
+    }
+
+    /// The inode with this number.
+    pub(crate) fn find<'a>(&'a self, state: &'a State, ino: Ino) -> Result<Found<'a>> {
+        if let Some(number) = state.number(ino) {
+            let node = state.node(number).ok_or(Errno::STALE)?;
+            return Ok(Found::Upper(number, node));
+        }
+        let lower = self.lower.get(ino).ok_or(Errno::STALE)?;
+        if lower.node.kind() == Kind::Whiteout {
+            return Err(Errno::STALE);
+        }
+        Ok(Found::Lower(lower))
+    }
+
+    /// The entry `name` of `parent`, if there is one.
+    pub(crate) fn child(&self, state: &State, parent: Ino, name: &[u8]) -> Result<Option<Ino>> {
+        let found = self.find(state, parent)?;
+        if found.kind() != Kind::Dir {
+            return Err(Errno::NOTDIR);
+        }
+        if name.len() > iii_store::tree::MAX_NAME {
+            return Err(Errno::NAMETOOLONG);
+        }
+        let below = |dir: Ino| self.lower.lookup(dir, name).map(|lower| lower.ino);
+        Ok(match found {
+            Found::Lower(lower) => below(lower.ino),
+            Found::Upper(_, node) if node.record.nlink == 0 => None,
+            Found::Upper(_, node) => match node.dir.as_ref().and_then(|dir| dir.get(name)) {
+                Some(to) => to.map(|to| state.ino(to)),
+                None => node.lower.and_then(below),
+            },
+        })
+    }
+
+    /// The directory in which a directory stands.
+    pub(crate) fn parent(&self, state: &State, dir: Ino) -> Ino {
+        let lower = |ino| {
+            self.lower
+                .get(ino)
+                .map_or(crate::ino::ROOT, |lower| self.lower.parent(lower))
+        };
+        match state.number(dir).and_then(|number| state.node(number)) {
+            Some(node) => match node.dir.as_ref().and_then(|dir| dir.parent) {
+                Some(parent) => state.ino(parent),
+                None => node.lower.map_or(crate::ino::ROOT, lower),
+            },
+            None => lower(dir),
+        }
+    }
+
+    fn lower_nlink(&self, lower: Lower<'_>) -> u32 {
+        if lower.node.kind() == Kind::Dir {
+            return 2 + self.lower.subdirs(lower.ino);
+        }
+        if !lower.node.is_hardlinked() {
+            return 1;
+        }
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        *links
+            .entry(lower.ino)
+            .or_insert_with(|| self.lower.visible_paths(lower).len().max(1) as u32)
+    }
+
+    pub(crate) fn attr(&self, state: &State, ino: Ino) -> Result<Attr> {
+        match self.find(state, ino)? {
+            Found::Upper(_, node) => Ok(self.upper_attr(ino, node)),
+            Found::Lower(lower) => {
+                let meta = self.lower.meta(lower);
+                let mtime: Time = meta.mtime().into();
+                let size = lower.node.size();
+                Ok(Attr {
+                    ino,
+                    kind: lower.node.kind(),
+                    mode: meta.mode(),
+                    nlink: self.lower_nlink(lower),
+                    uid: meta.uid(),
+                    gid: meta.gid(),
+                    rdev: lower.node.rdev(),
+                    size: dir_size(lower.node.kind(), size),
+                    blocks: size.div_ceil(512),
+                    atime: mtime,
+                    mtime,
+                    ctime: mtime,
+                    btime: mtime,
+                })
+            }
+        }
+    }
+
+    fn upper_attr(&self, ino: Ino, node: &Node) -> Attr {
+        let record = &node.record;
+        let nlink = match &node.dir {
+            Some(dir) if record.nlink != 0 => 2 + dir.subdirs,
+            _ => record.nlink,
+        };
+        let size = record.size();
+        let blocks = match record.flat() {
+            Some(flat) => self
+                .upper
+                .data
+                .stat(flat)
+                .map_or(size.div_ceil(512), |stat| stat.st_blocks as u64),
+            None => size.div_ceil(512),
+        };
+        Attr {
+            ino,
+            kind: record.kind(),
+            mode: record.mode,
+            nlink,
+            uid: record.uid,
+            gid: record.gid,
+            rdev: match record.body {
+                Body::Char(rdev) | Body::Block(rdev) => rdev.into(),
+                _ => iii_store::tree::Rdev::default(),
+            },
+            size: dir_size(record.kind(), size),
+            blocks,
+            atime: record.atime,
+            mtime: record.mtime,
+            ctime: record.ctime,
+            btime: record.btime,
+        }
+    }
+
+    /// Where a regular file's bytes are.
+    pub(crate) fn bytes(&self, state: &State, ino: Ino) -> Result<Bytes> {
+        match self.find(state, ino)? {
+            Found::Upper(_, node) => bytes_of(&node.record),
+            Found::Lower(lower) if lower.node.kind() == Kind::File => Ok(Bytes {
+                data: if lower.node.size() == 0 {
+                    Data::Empty
+                } else {
+                    Data::object(lower.node.object())
+                },
+                size: lower.node.size(),
+            }),
+            Found::Lower(lower) => Err(not_a_file(lower.node.kind())),
+        }
+    }
+
+    /// Drops an inode that has no name and that the kernel has forgotten.
+    pub(crate) fn reap(&self, inner: &mut Inner, ino: Ino) {
+        let Some(number) = inner.state.number(ino) else {
+            return;
+        };
+        let Some(node) = inner.state.node(number) else {
+            return;
+        };
+        if node.record.nlink != 0 || self.lookups.has(ino) {
+            return;
+        }
+        let flat = node.record.flat();
+        inner.state.remove(number);
+        if let Some(flat) = flat {
+            self.upper.data.remove(flat);
+        }
+    }
+
+    /// Reads from wherever the bytes are until `buf` is full or the file ends.
+    pub(crate) fn read_bytes(&self, bytes: Bytes, buf: &mut [u8], offset: u64) -> Result<usize> {
+        use std::os::unix::fs::FileExt;
+        let left = bytes.size.saturating_sub(offset);
+        let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let buf = &mut buf[..want];
+        if want == 0 {
+            return Ok(0);
+        }
+        let flat = match bytes.data {
+            Data::Flat { number, .. } => {
+                Some(self.upper.data.get(number).map_err(|error| errno(&error))?)
+            }
+            _ => None,
+        };
+        let mut done = 0;
+        while done < want {
+            let at = offset + done as u64;
+            let got = match (&bytes.data, &flat) {
+                (Data::Lower(object), _) => {
+                    let object = ObjectId::from_bytes(*object);
+                    self.objects.read_at(&object, &mut buf[done..], at)
+                }
+                (_, Some(flat)) => flat.read_at(&mut buf[done..], at),
+                _ => Ok(0),
+            };
+            match got {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(errno(&error)),
+            }
+        }
+        Ok(done)
+    }
+}
+
+pub(crate) fn bytes_of(record: &Record) -> Result<Bytes> {
+    match record.body {
+        Body::File { data, size } => Ok(Bytes { data, size }),
+        _ => Err(not_a_file(record.kind())),
+    }
+}
+
+fn not_a_file(kind: Kind) -> Errno {
+    if kind == Kind::Dir {
+        Errno::ISDIR
+    } else {
+        Errno::INVAL
+    }
+}
+
+/// Directories say one block, as most filesystems do; some programs take 0 for a broken one.
+fn dir_size(kind: Kind, size: u64) -> u64 {
+    if kind == Kind::Dir { 4096 } else { size }
+}

@@ -1,0 +1,199 @@
+//! The upper's log: an append-only file of batches, each applied whole or not at all.
+//!
+//! ```text
+//! header   magic `III-UPPR`, version: u32, 0: u32
+//! frame    length: u32, checksum: 8 bytes, payload
+//! ```
+//!
+//! The payload is a postcard-encoded list of [`Op`]s; the checksum is the first 8 bytes of its BLAKE3. A batch is one
+//! `write`, so it is in the page cache when the operation returns and survives the death of the process; syncing
+//! the file makes it survive that of the machine. Reading ends at the first frame that is cut short or does not match its checksum,
+//! and what follows is cut off: it was never acknowledged as durable. A write that fails is undone by cutting the file
+//! back; if even that fails, the log takes no more.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::record::Op;
+use super::{UpperError, io_error};
+
+/// Version of the format described above and of the records in it.
+pub const VERSION: u32 = 1;
+/// Longest payload. Three inodes with all the xattrs they may have fit many times over.
+pub const MAX_PAYLOAD: usize = 64 << 20;
+
+const MAGIC: &[u8; 8] = b"III-UPPR";
+const HEADER: u64 = 16;
+const FRAME: usize = 12;
+/// Name of the log in the upper's directory.
+const NAME: &str = "log";
+/// Name of the log that compaction writes.
+const NEW_NAME: &str = "log.new";
+
+/// The open log.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+    path: PathBuf,
+    len: u64,
+    broken: bool,
+}
+
+fn header() -> [u8; HEADER as usize] {
+    let mut header = [0; HEADER as usize];
+    header[..8].copy_from_slice(MAGIC);
+    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    header
+}
+
+fn frame(ops: &[Op]) -> io::Result<Vec<u8>> {
+    let mut frame = postcard::to_extend(ops, vec![0; FRAME]).map_err(io::Error::other)?;
+    let payload = &frame[FRAME..];
+    if payload.len() > MAX_PAYLOAD {
+        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+    }
+    let len = payload.len() as u32;
+    let sum = blake3::hash(payload);
+    frame[..4].copy_from_slice(&len.to_le_bytes());
+    frame[4..FRAME].copy_from_slice(&sum.as_bytes()[..8]);
+    Ok(frame)
+}
+
+/// The batches in `bytes`, which follow the header, and how many bytes of it they take.
+pub fn parse(bytes: &[u8]) -> (Vec<Vec<Op>>, usize) {
+    let mut batches = Vec::new();
+    let mut at = 0;
+    while let Some((head, rest)) = bytes[at..].split_first_chunk::<FRAME>() {
+        let len = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
+        let Some(payload) = rest.get(..len).filter(|_| len <= MAX_PAYLOAD) else {
+            break;
+        };
+        if blake3::hash(payload).as_bytes()[..8] != head[4..] {
+            break;
+        }
+        let Ok(ops) = postcard::from_bytes(payload) else {
+            break;
+        };
+        batches.push(ops);
+        at += FRAME + len;
+    }
+    (batches, at)
+}
+
+impl Log {
+    /// Opens the log in `dir`, made when missing, and returns it with the batches that it holds.
+    pub fn open(dir: &Path) -> Result<(Self, Vec<Vec<Op>>), UpperError> {
+        let path = dir.join(NAME);
+        let fail = |what| io_error(what, &path);
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(fail("opening"))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(fail("reading"))?;
+        let torn_header = bytes.len() < HEADER as usize && header().starts_with(&bytes);
+        if torn_header {
+            file.set_len(0).map_err(fail("resetting"))?;
+            file.write_all_at(&header(), 0).map_err(fail("writing"))?;
+            bytes = header().to_vec();
+        }
+        if bytes[..8] != *MAGIC {
+            return Err(UpperError::NotAnUpper(path));
+        }
+        let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
+        if version != VERSION {
+            return Err(UpperError::Version { path, version });
+        }
+        let (batches, used) = parse(&bytes[HEADER as usize..]);
+        let len = HEADER + used as u64;
+        if len != bytes.len() as u64 {
+            file.set_len(len)
+                .map_err(fail("cutting the torn end off"))?;
+        }
+        file.seek(SeekFrom::Start(len))
+            .map_err(fail("seeking in"))?;
+        let log = Self {
+            file,
+            path,
+            len,
+            broken: false,
+        };
+        Ok((log, batches))
+    }
+
+    /// Appends a batch: all of it or, on an error, nothing.
+    pub fn append(&mut self, ops: &[Op]) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let frame = frame(ops)?;
+        if let Err(error) = self.file.write_all(&frame) {
+            let undone = self
+                .file
+                .set_len(self.len)
+                .and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
+            self.broken = undone.is_err();
+            return Err(error);
+        }
+        self.len += frame.len() as u64;
+        Ok(())
+    }
+
+    /// Takes nothing more: syncing failed, so what is on disk is unknown.
+    pub fn break_off(&mut self) {
+        self.broken = true;
+    }
+
+    /// A second handle on the file, to sync it without holding up appends.
+    pub fn handle(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Replaces the log by one that holds just these batches. The old one stays until the new one is whole and, if
+    /// `durable`, on disk.
+    pub fn rewrite<'a>(
+        &mut self,
+        batches: impl Iterator<Item = &'a [Op]>,
+        durable: bool,
+    ) -> io::Result<()> {
+        let new = self.path.with_file_name(NEW_NAME);
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&new)?;
+        let mut out = io::BufWriter::with_capacity(1 << 20, &file);
+        out.write_all(&header())?;
+        let mut len = HEADER;
+        for ops in batches {
+            let frame = frame(ops)?;
+            out.write_all(&frame)?;
+            len += frame.len() as u64;
+        }
+        out.flush()?;
+        drop(out);
+        if durable {
+            file.sync_all()?;
+        }
+        std::fs::rename(&new, &self.path)?;
+        if durable && let Some(dir) = self.path.parent() {
+            File::open(dir)?.sync_all()?;
+        }
+        file.seek(SeekFrom::Start(len))?;
+        self.file = file;
+        self.len = len;
+        self.broken = false;
+        Ok(())
+    }
+}
