@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::{Shutdown, shutdown};
 use rustix::process::Signal;
 
 use super::ids::IdMaps;
@@ -205,8 +206,9 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        // Nobody is left to tell, and each step is right whatever the one before it did.
-        let _ = self.child.kill();
+        // The init takes the end of the socket for the end of the tool. Killed instead, stage 1
+        // would be gone before those that it waits for. Nobody is left to tell of a failure.
+        let _ = shutdown(&self.control, Shutdown::Both);
         let _ = self.end();
     }
 }
