@@ -1,0 +1,524 @@
+//! Base images: from a directory, an archive or an OCI layout into the store, under the name of an image.
+//!
+//! An image is a ref of the store: its layers, bottom first, and what it says about running it. Importing under a name
+//! that is taken replaces the image of that name in one step; nothing is seen of an import that fails.
+//!
+//! [`stream`] reads blobs and verifies them, [`unpack`] makes trees of archives, [`layers`] keeps what the store has
+//! already from being unpacked again; [`layout`] finds images in files.
+
+pub mod digest;
+pub mod layers;
+pub mod layout;
+pub mod reference;
+pub mod rootfs;
+pub mod stream;
+pub mod tar;
+pub mod unpack;
+
+use std::fs::File;
+use std::io::{self, Seek};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use iii_store::{LayerId, Lease, Ref, RefKind, Store, StoreError};
+use serde::{Deserialize, Serialize};
+
+pub use digest::Digest;
+pub use layers::LayerError;
+pub use layout::LayoutError;
+pub use reference::{Reference, ReferenceError};
+pub use rootfs::RootfsError;
+
+use layers::Realised;
+use layout::Files;
+use stream::{Promise, StreamError};
+use unpack::Dialect;
+
+/// How much of anything an archive may bring. The values of [`Limits::default`] are the constants of this module.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// See [`MAX_ENTRIES`].
+    pub entries: u64,
+    /// See [`MAX_PATH`].
+    pub path: usize,
+    /// See [`MAX_METADATA`].
+    pub metadata: u64,
+    /// See [`MAX_EXTENSION`].
+    pub extension: u64,
+    /// See [`MAX_BYTES`].
+    pub bytes: u64,
+    /// See [`MAX_RATIO`].
+    pub ratio: u64,
+    /// See [`MAX_HOLES`].
+    pub holes: u64,
+    /// See [`MAX_SEGMENTS`].
+    pub segments: usize,
+}
+
+/// Most entries of one archive, replaced ones included.
+pub const MAX_ENTRIES: u64 = 2 << 20;
+/// Longest name, and longest link target, in bytes (Linux's `PATH_MAX`).
+pub const MAX_PATH: usize = 4096;
+/// Most bytes of names, link targets and xattrs of one archive together; they are held in memory.
+pub const MAX_METADATA: u64 = 256 << 20;
+/// Longest PAX header or GNU long name, in bytes (as in Go's `archive/tar`).
+pub const MAX_EXTENSION: u64 = 1 << 20;
+/// Most bytes of one archive, and of all files in it together.
+pub const MAX_BYTES: u64 = 64 << 30;
+/// Most plain bytes per compressed byte of an archive of more than 1 GiB. DEFLATE reaches 1032 on zeros alone.
+pub const MAX_RATIO: u64 = 200;
+/// Most bytes of holes in the sparse files of one archive together. They are stored as zeros.
+pub const MAX_HOLES: u64 = 4 << 30;
+/// Most stretches of data between the holes of one sparse file.
+pub const MAX_SEGMENTS: usize = 64 << 10;
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            entries: MAX_ENTRIES,
+            path: MAX_PATH,
+            metadata: MAX_METADATA,
+            extension: MAX_EXTENSION,
+            bytes: MAX_BYTES,
+            ratio: MAX_RATIO,
+            holes: MAX_HOLES,
+            segments: MAX_SEGMENTS,
+        }
+    }
+}
+
+/// What an image says about running it. All empty for a root filesystem that never was an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImageConfig {
+    /// `NAME=value` each.
+    pub env: Vec<String>,
+    /// `USER`, `UID`, `USER:GROUP` or `UID:GID`; empty for root.
+    pub user: String,
+    /// Empty for `/`.
+    pub working_dir: String,
+    /// The first words of the command.
+    pub entrypoint: Vec<String>,
+    /// The rest of the command, if no other is given.
+    pub cmd: Vec<String>,
+}
+
+/// What an image was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// A directory with a root filesystem.
+    RootfsDir,
+    /// A tar archive of a root filesystem.
+    RootfsTar,
+    /// An OCI layout, or the archive of an image.
+    OciLayout,
+}
+
+/// An image in the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its complete name.
+    #[serde(default)]
+    pub name: String,
+    /// Its layers, bottom first.
+    #[serde(default)]
+    pub layers: Vec<LayerId>,
+    /// Digest of its manifest. Without one: of its configuration, or of the plain archive. None for a directory.
+    pub digest: Option<Digest>,
+    /// What it says about running it.
+    pub config: ImageConfig,
+    /// What it was made from.
+    pub origin: Origin,
+    /// When, in seconds since 1970.
+    pub imported_at: u64,
+    /// Sum of the sizes of the files in its layers.
+    pub size: u64,
+}
+
+/// An image that was imported.
+#[derive(Debug, Clone)]
+pub struct Imported {
+    /// The image.
+    pub image: Image,
+    /// Objects that the store did not have before.
+    pub new_files: u64,
+    /// Their bytes.
+    pub new_bytes: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// What happens during an import.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// A layer begins.
+    Layer {
+        /// From 0.
+        index: usize,
+        /// How many there are.
+        count: usize,
+        /// Bytes to be read for it, if it has to be read.
+        bytes: u64,
+    },
+    /// How much of the layer has been read.
+    Read {
+        /// Since its beginning.
+        bytes: u64,
+    },
+    /// Another process is importing the same layer; this one waits for it.
+    Waiting,
+    /// Something of a directory was left out.
+    LeftOut {
+        /// What.
+        path: &'a Path,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+/// Why an image cannot be imported, listed or found.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Not the name of an image.
+    #[error(transparent)]
+    Name(#[from] ReferenceError),
+    /// A file or directory could not be read.
+    #[error("{op} {} failed", path.display())]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Nothing that can be imported.
+    #[error(
+        "{} is no image: expected an OCI layout, an archive of an image, or a root filesystem as a directory or a tar \
+         archive (plain, gzip or zstd); {why}",
+        path.display()
+    )]
+    NotAnImage {
+        /// What was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The name has a digest that the image does not have.
+    #[error("{name} names an image by its digest, but this one has {}", actual.map_or_else(|| "none".to_owned(), |d| d.to_string()))]
+    Pinned {
+        /// The name.
+        name: String,
+        /// The digest of what was given.
+        actual: Option<Digest>,
+    },
+    /// The layout or archive of an image is not right.
+    #[error("importing {} failed", path.display())]
+    Import {
+        /// What was given.
+        path: PathBuf,
+        /// The cause.
+        source: Box<ImageError>,
+    },
+    /// The layout or archive of an image is not right.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A layer is not right.
+    #[error("layer {blob} cannot be used")]
+    Layer {
+        /// The layer's digest, or its name in the archive.
+        blob: String,
+        /// The cause.
+        source: LayerError,
+    },
+    /// The archive of a root filesystem is not right.
+    #[error("the archive cannot be unpacked")]
+    Archive(#[source] LayerError),
+    /// The directory cannot be taken.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// What the store knows of an image does not parse.
+    #[error("what the store knows of the image {name} does not parse; import it again")]
+    Info {
+        /// The image's name.
+        name: String,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Brings what is at `path` into the store as the image `name`, in place of what had that name.
+///
+/// `path` is a directory with a root filesystem, a tar archive of one, the directory of an OCI layout, or a tar archive
+/// of an image; archives may be compressed with gzip or zstd. Which it is is found out by looking. When this returns, the
+/// image is durable; when it fails, nothing has changed.
+pub fn import(
+    store: &Store,
+    path: &Path,
+    name: &str,
+    progress: &dyn Fn(Event<'_>),
+) -> Result<Imported, ImageError> {
+    let start = Instant::now();
+    let name: Reference = name.parse()?;
+    let limits = Limits::default();
+    let lease = store.lease("import of an image")?;
+    let importer = Importer {
+        store,
+        lease: &lease,
+        limits: &limits,
+        progress,
+    };
+    let content = importer.content(path, &name)?;
+    if let Some(expected) = name.digest()
+        && content.digest.as_ref() != Some(expected)
+    {
+        return Err(ImageError::Pinned {
+            name: name.to_string(),
+            actual: content.digest,
+        });
+    }
+    let mut size = 0;
+    for id in &content.realised.layers {
+        size += store.layer(id)?.logical_bytes();
+    }
+    let imported_at = SystemTime::now().duration_since(UNIX_EPOCH);
+    let image = Image {
+        name: name.to_string(),
+        layers: content.realised.layers,
+        digest: content.digest,
+        config: content.config,
+        origin: content.origin,
+        imported_at: imported_at.map_or(0, |since| since.as_secs()),
+        size,
+    };
+    keep(store, &image)?;
+    Ok(Imported {
+        image,
+        new_files: content.realised.new_files,
+        new_bytes: content.realised.new_bytes,
+        elapsed: start.elapsed(),
+    })
+}
+
+/// All images of the store, sorted by name.
+pub fn list(store: &Store) -> Result<Vec<Image>, ImageError> {
+    let refs = store.list_refs(RefKind::Image)?;
+    refs.into_iter()
+        .map(|(name, content)| image_of(name, content))
+        .collect()
+}
+
+/// The image that `name`, completed as docker completes names, stands for in the store.
+pub fn resolve(store: &Store, name: &str) -> Result<Option<Image>, ImageError> {
+    let name = name.parse::<Reference>()?.to_string();
+    let content = store.get_ref(RefKind::Image, &name)?;
+    content.map(|content| image_of(name, content)).transpose()
+}
+
+/// Removes the name of an image, and says whether there was one. Its layers stay until they are collected.
+pub fn remove(store: &Store, name: &str) -> Result<bool, ImageError> {
+    let name = name.parse::<Reference>()?.to_string();
+    Ok(store.remove_ref(RefKind::Image, &name)?)
+}
+
+fn keep(store: &Store, image: &Image) -> Result<(), ImageError> {
+    let mut info = serde_json::to_value(image).map_err(|source| ImageError::Info {
+        name: image.name.clone(),
+        source,
+    })?;
+    // The ref has these itself.
+    if let Some(fields) = info.as_object_mut() {
+        fields.remove("name");
+        fields.remove("layers");
+    }
+    let content = Ref {
+        layers: image.layers.clone(),
+        info,
+    };
+    Ok(store.set_ref(RefKind::Image, &image.name, &content)?)
+}
+
+fn image_of(name: String, content: Ref) -> Result<Image, ImageError> {
+    let image: Image = match serde_json::from_value(content.info) {
+        Ok(image) => image,
+        Err(source) => return Err(ImageError::Info { name, source }),
+    };
+    Ok(Image {
+        name,
+        layers: content.layers,
+        ..image
+    })
+}
+
+/// What a path holds, in the store.
+struct Contents {
+    realised: Realised,
+    digest: Option<Digest>,
+    config: ImageConfig,
+    origin: Origin,
+}
+
+struct Importer<'a> {
+    store: &'a Store,
+    lease: &'a Lease,
+    limits: &'a Limits,
+    progress: &'a dyn Fn(Event<'_>),
+}
+
+impl Importer<'_> {
+    fn content(&self, path: &Path, name: &Reference) -> Result<Contents, ImageError> {
+        let metadata = std::fs::metadata(path).map_err(io_error("reading", path))?;
+        let content = if metadata.is_dir() {
+            self.directory(path, name)
+        } else {
+            self.archive(path, name)
+        };
+        content.map_err(|source| match source {
+            source @ (ImageError::NotAnImage { .. } | ImageError::Io { .. }) => source,
+            source => ImageError::Import {
+                path: path.to_owned(),
+                source: Box::new(source),
+            },
+        })
+    }
+
+    fn directory(&self, path: &Path, name: &Reference) -> Result<Contents, ImageError> {
+        if path.join("oci-layout").is_file() || path.join("index.json").is_file() {
+            return self.image(&Files::Dir(path.to_owned()), name);
+        }
+        if path.join("manifest.json").is_file() {
+            return Err(ImageError::NotAnImage {
+                path: path.to_owned(),
+                why: "it has a manifest.json and no index.json: give the archive that it was unpacked from, or an OCI layout",
+            });
+        }
+        if !["usr", "bin", "etc", "lib", "nix"]
+            .iter()
+            .any(|name| path.join(name).is_dir())
+        {
+            return Err(ImageError::NotAnImage {
+                path: path.to_owned(),
+                why: "the directory has neither an index.json nor a usr, bin or etc",
+            });
+        }
+        let ingest = self.store.ingest(self.lease)?;
+        let taken = rootfs::take(path, &ingest, self.limits, &|_| {})?;
+        for left_out in &taken.left_out {
+            (self.progress)(Event::LeftOut {
+                path: &left_out.path,
+                why: left_out.why,
+            });
+        }
+        Ok(Contents {
+            realised: one_layer(&ingest.finish(&taken.tree)?),
+            digest: None,
+            config: ImageConfig::default(),
+            origin: Origin::RootfsDir,
+        })
+    }
+
+    fn archive(&self, path: &Path, name: &Reference) -> Result<Contents, ImageError> {
+        let (file, size) = layout::open_regular(path).map_err(io_error("opening", path))?;
+        let plain = self.plain_image(file.try_clone().map_err(io_error("opening", path))?, path)?;
+        let files = match plain {
+            Some(plain) => Files::of_archive(plain, self.limits)?,
+            None => None,
+        };
+        match files {
+            Some(files) => self.image(&files, name),
+            None => self.rootfs_archive(file, size, path),
+        }
+    }
+
+    /// The archive, decompressed, if it begins like one of an image. What does not is read only once.
+    fn plain_image(&self, mut file: File, path: &Path) -> Result<Option<File>, ImageError> {
+        let rewind = |mut file: &File| file.rewind().map_err(io_error("reading", path));
+        let blob = |source: StreamError| ImageError::Archive(source.into());
+        let (compression, mut plain) = stream::plain(&file).map_err(blob)?;
+        let begins = layout::begins_like_image(&mut *plain, self.limits);
+        drop(plain);
+        rewind(&file)?;
+        if !begins {
+            return Ok(None);
+        }
+        if compression.is_none() {
+            return Ok(Some(file));
+        }
+        let mut copy = tempfile::tempfile_in(self.store.dir())
+            .map_err(io_error("making a temporary file in", self.store.dir()))?;
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let copied =
+            stream::read_blob(&mut file, Promise::default(), self.limits, &read, |plain| {
+                io::copy(plain, &mut copy).map_err(StreamError::Read)
+            });
+        copied.map_err(blob)?;
+        rewind(&copy)?;
+        Ok(Some(copy))
+    }
+
+    fn image(&self, files: &Files, name: &Reference) -> Result<Contents, ImageError> {
+        let found = files.find_image(name)?;
+        Ok(Contents {
+            realised: layers::realise(
+                self.store,
+                self.lease,
+                &found.layers,
+                self.limits,
+                self.progress,
+            )?,
+            digest: Some(found.digest),
+            config: found.config,
+            origin: Origin::OciLayout,
+        })
+    }
+
+    fn rootfs_archive(&self, file: File, size: u64, path: &Path) -> Result<Contents, ImageError> {
+        (self.progress)(Event::Layer {
+            index: 0,
+            count: 1,
+            bytes: size,
+        });
+        let ingest = self.store.ingest(self.lease)?;
+        let (unpacked, seen) = layers::unpack_blob(
+            file,
+            Promise::default(),
+            &ingest,
+            Dialect::Rootfs,
+            self.limits,
+            self.progress,
+        )
+        .map_err(ImageError::Archive)?;
+        if unpacked.tree.entries.is_empty() {
+            return Err(ImageError::NotAnImage {
+                path: path.to_owned(),
+                why: "the archive is empty",
+            });
+        }
+        Ok(Contents {
+            realised: one_layer(&ingest.finish(&unpacked.tree)?),
+            digest: Some(seen.diff_id),
+            config: ImageConfig::default(),
+            origin: Origin::RootfsTar,
+        })
+    }
+}
+
+fn one_layer(published: &iii_store::Published) -> Realised {
+    Realised {
+        layers: vec![published.layer_id],
+        new_files: published.new_files,
+        new_bytes: published.new_bytes,
+    }
+}
+
+fn io_error(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageError {
+    move |source| ImageError::Io {
+        op,
+        path: path.to_owned(),
+        source,
+    }
+}
