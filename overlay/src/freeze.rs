@@ -21,10 +21,11 @@ use rayon::prelude::*;
 use crate::fs::Errno;
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
-use crate::overlay::{Found, Overlay};
+use crate::overlay::Overlay;
 use crate::upper::batch::lower_record;
 use crate::upper::record::{Body, Data, Record};
 use crate::upper::state::State;
+use crate::view::Found;
 
 /// Stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
 const STACK: usize = 64 << 20;
@@ -79,6 +80,8 @@ impl Overlay {
                 Ok((flat, (added.object, added.size)))
             })
             .collect::<Result<HashMap<_, _>, FreezeError>>()?;
+        // What was never written to has no flat file, but is a file with contents all the same.
+        ingest.add_bytes(&[]).map_err(Box::new)?;
         let mut walk = Walk {
             overlay: self,
             state,
@@ -143,16 +146,10 @@ impl Walk<'_> {
     }
 
     fn record(&self, ino: Ino) -> Result<Record, FreezeError> {
-        Ok(
-            match self
-                .overlay
-                .find(self.state, ino)
-                .map_err(FreezeError::Upper)?
-            {
-                Found::Upper(_, node) => node.record.clone(),
-                Found::Lower(lower) => lower_record(&self.overlay.lower, lower),
-            },
-        )
+        Ok(match self.state.find(ino).map_err(FreezeError::Upper)? {
+            Found::Upper(_, node) => node.record.clone(),
+            Found::Lower(lower) => lower_record(&self.overlay.lower, lower),
+        })
     }
 
     /// The directory `ino`, where the lower has `base` at the same path. None if there is nothing to say of it.
@@ -193,8 +190,8 @@ impl Walk<'_> {
 
     fn all_children(&self, ino: Ino, dir: &mut Dir, depth: usize) -> Result<(), FreezeError> {
         let mut children = Vec::new();
-        self.overlay
-            .for_each(self.state, ino, 0, &mut |_, name, child| {
+        self.state
+            .for_each(ino, 0, &mut |_, name, child| {
                 children.push((name, child));
                 true
             })
@@ -209,11 +206,7 @@ impl Walk<'_> {
 
     fn changed_children(&self, ino: Ino, dir: &mut Dir, depth: usize) -> Result<(), FreezeError> {
         let lower = &self.overlay.lower;
-        let upper = match self
-            .overlay
-            .find(self.state, ino)
-            .map_err(FreezeError::Upper)?
-        {
+        let upper = match self.state.find(ino).map_err(FreezeError::Upper)? {
             Found::Upper(_, node) => node.dir.as_deref(),
             Found::Lower(_) => None,
         };
@@ -282,7 +275,7 @@ impl Walk<'_> {
             }
         }
         if let Some(observer) = &self.overlay.observer {
-            observer.contents(self.overlay, self.state, ino);
+            observer.contents(self.state, ino);
         }
         Ok(Some(Node::Leaf(Leaf {
             meta,

@@ -11,6 +11,7 @@ mod overlay;
 pub mod rebase;
 mod stats;
 pub mod upper;
+mod view;
 
 use std::path::Path;
 

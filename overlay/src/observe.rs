@@ -15,9 +15,9 @@ use iii_store::tree::components;
 
 use crate::Project;
 use crate::ino::Ino;
-use crate::overlay::{Found, Overlay};
 use crate::upper::record::{Body, Data};
 use crate::upper::state::State;
+use crate::view::Found;
 
 /// Most facts that are kept apart. A step that sees more depends on the whole project.
 pub const MAX_FACTS: usize = 200_000;
@@ -78,16 +78,16 @@ impl Observer {
     }
 
     /// Where the lower has what `ino` is, from the project's root.
-    fn origin(&self, overlay: &Overlay, state: &State, ino: Ino) -> Option<Vec<u8>> {
-        match overlay.find(state, ino).ok()? {
+    fn origin(&self, state: &State, ino: Ino) -> Option<Vec<u8>> {
+        match state.find(ino).ok()? {
             Found::Lower(lower) => self.relative(&lower.node.path()),
             Found::Upper(_, node) => self.relative(node.record.origin.as_ref()?),
         }
     }
 
     /// `name` is looked up in `parent`.
-    pub(crate) fn lookup(&self, overlay: &Overlay, state: &State, parent: Ino, name: &[u8]) {
-        if let Ok(Found::Upper(_, node)) = overlay.find(state, parent) {
+    pub(crate) fn lookup(&self, state: &State, parent: Ino, name: &[u8]) {
+        if let Ok(Found::Upper(_, node)) = state.find(parent) {
             let own = node.dir.as_ref().is_some_and(|d| d.get(name).is_some());
             if own || node.record.nlink == 0 {
                 return;
@@ -96,7 +96,7 @@ impl Observer {
         if iii_store::tree::check_name(name).is_err() {
             return;
         }
-        if let Some(mut path) = self.origin(overlay, state, parent) {
+        if let Some(mut path) = self.origin(state, parent) {
             if !path.is_empty() {
                 path.push(b'/');
             }
@@ -106,21 +106,21 @@ impl Observer {
     }
 
     /// `dir` is listed.
-    pub(crate) fn listing(&self, overlay: &Overlay, state: &State, dir: Ino) {
+    pub(crate) fn listing(&self, state: &State, dir: Ino) {
         if !self.lock().read.insert(dir) {
             return;
         }
-        if let Some(path) = self.origin(overlay, state, dir) {
+        if let Some(path) = self.origin(state, dir) {
             self.add(path, Seen::listing([]));
         }
     }
 
     /// The contents of the file `ino`, or its target, become known.
-    pub(crate) fn contents(&self, overlay: &Overlay, state: &State, ino: Ino) {
+    pub(crate) fn contents(&self, state: &State, ino: Ino) {
         if !self.lock().read.insert(ino) {
             return;
         }
-        let (from_lower, lower) = match overlay.find(state, ino) {
+        let (from_lower, lower) = match state.find(ino) {
             Ok(Found::Lower(lower)) => (true, Some(lower.ino)),
             Ok(Found::Upper(_, node)) => {
                 let own = matches!(
@@ -134,11 +134,11 @@ impl Observer {
             }
             Err(_) => return,
         };
-        let slot = lower.and_then(|ino| overlay.lower.place(ino));
+        let slot = lower.and_then(|ino| state.lower.place(ino));
         if !from_lower || slot.is_none_or(|place| usize::from(place.slot) != self.project.slot) {
             return;
         }
-        if let Some(path) = self.origin(overlay, state, ino) {
+        if let Some(path) = self.origin(state, ino) {
             let how = match self.node(&path).map(NodeRef::kind) {
                 Some(Kind::File) => Seen::Contents(iii_store::ObjectId::of(b"")),
                 Some(Kind::Symlink) => Seen::target(b""),

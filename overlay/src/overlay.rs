@@ -17,6 +17,7 @@ use crate::stats::Stats;
 use crate::upper::record::{Body, Data, Record};
 use crate::upper::state::{Node, State};
 use crate::upper::{Inner, Opened, Upper, errno};
+use crate::view::Found;
 use crate::{OpenError, OverlayOptions};
 
 /// Where the bytes of the layers' files come from.
@@ -98,22 +99,6 @@ impl std::fmt::Debug for Overlay {
     }
 }
 
-/// An inode: known to the upper, or as the lower has it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Found<'a> {
-    Upper(u64, &'a Node),
-    Lower(Lower<'a>),
-}
-
-impl Found<'_> {
-    pub(crate) fn kind(self) -> Kind {
-        match self {
-            Self::Upper(_, node) => node.record.kind(),
-            Self::Lower(lower) => lower.node.kind(),
-        }
-    }
-}
-
 /// Where a file's bytes are, and how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Bytes {
@@ -168,8 +153,9 @@ impl Overlay {
                     &known,
                     old_layer,
                     &lower,
-                    &chain,
+                    chain,
                     &*objects,
+                    options.volatile,
                 )?;
                 (state, false)
             }
@@ -192,55 +178,6 @@ impl Overlay {
         })
     }
 
-    /// The inode with this number.
-    pub(crate) fn find<'a>(&'a self, state: &'a State, ino: Ino) -> Result<Found<'a>> {
-        if let Some(number) = state.number(ino) {
-            let node = state.node(number).ok_or(Errno::STALE)?;
-            return Ok(Found::Upper(number, node));
-        }
-        let lower = self.lower.get(ino).ok_or(Errno::STALE)?;
-        if lower.node.kind() == Kind::Whiteout {
-            return Err(Errno::STALE);
-        }
-        Ok(Found::Lower(lower))
-    }
-
-    /// The entry `name` of `parent`, if there is one.
-    pub(crate) fn child(&self, state: &State, parent: Ino, name: &[u8]) -> Result<Option<Ino>> {
-        let found = self.find(state, parent)?;
-        if found.kind() != Kind::Dir {
-            return Err(Errno::NOTDIR);
-        }
-        if name.len() > iii_store::tree::MAX_NAME {
-            return Err(Errno::NAMETOOLONG);
-        }
-        let below = |dir: Ino| self.lower.lookup(dir, name).map(|lower| lower.ino);
-        Ok(match found {
-            Found::Lower(lower) => below(lower.ino),
-            Found::Upper(_, node) if node.record.nlink == 0 => None,
-            Found::Upper(_, node) => match node.dir.as_ref().and_then(|dir| dir.get(name)) {
-                Some(to) => to.map(|to| state.ino(to)),
-                None => node.lower.and_then(below),
-            },
-        })
-    }
-
-    /// The directory in which a directory stands.
-    pub(crate) fn parent(&self, state: &State, dir: Ino) -> Ino {
-        let lower = |ino| {
-            self.lower
-                .get(ino)
-                .map_or(crate::ino::ROOT, |lower| self.lower.parent(lower))
-        };
-        match state.number(dir).and_then(|number| state.node(number)) {
-            Some(node) => match node.dir.as_ref().and_then(|dir| dir.parent) {
-                Some(parent) => state.ino(parent),
-                None => node.lower.map_or(crate::ino::ROOT, lower),
-            },
-            None => lower(dir),
-        }
-    }
-
     fn lower_nlink(&self, lower: Lower<'_>) -> u32 {
         if lower.node.kind() == Kind::Dir {
             return 2 + self.lower.subdirs(lower.ino);
@@ -255,7 +192,7 @@ impl Overlay {
     }
 
     pub(crate) fn attr(&self, state: &State, ino: Ino) -> Result<Attr> {
-        match self.find(state, ino)? {
+        match state.find(ino)? {
             Found::Upper(_, node) => Ok(self.upper_attr(ino, node)),
             Found::Lower(lower) => {
                 let meta = self.lower.meta(lower);
@@ -317,7 +254,7 @@ impl Overlay {
 
     /// Where a regular file's bytes are.
     pub(crate) fn bytes(&self, state: &State, ino: Ino) -> Result<Bytes> {
-        match self.find(state, ino)? {
+        match state.find(ino)? {
             Found::Upper(_, node) => bytes_of(&node.record),
             Found::Lower(lower) if lower.node.kind() == Kind::File => Ok(Bytes {
                 data: if lower.node.size() == 0 {

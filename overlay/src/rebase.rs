@@ -1,30 +1,422 @@
-//! Carrying an upper over to another chain.
+//! Carrying an upper over to another chain: the sandbox starts again on changed layers.
+//!
+//! The upper says of some paths that they are otherwise than in its old lower. What it says stays, but where the project
+//! itself changed the path since: there the project wins. So
+//!
+//! - a file or whiteout of the upper at a path that changed goes;
+//! - a directory of the upper at a path that changed keeps its other entries, and takes the project's metadata; if the
+//!   project has no directory there any more, it stays as long as the upper has something to say in it;
+//! - where the sandbox had removed or replaced a directory in which something changed, that alone shows again;
+//! - what the upper says of all other paths stays, whatever the new lower has there.
+//!
+//! Afterwards no record but those of directories has an origin, and every file whose data is an object names one that the
+//! new chain holds, and thereby pins; others are copied out of the store first.
+
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use iii_store::{Layer, LayerId};
+use iii_store::layer::Kind;
+use iii_store::tree::components;
+use iii_store::{ChangeKind, Layer, LayerId, ObjectId, diff};
 
 use crate::OpenError;
-use crate::merge::Merged;
+use crate::fs::Errno;
+use crate::ino::{Ino, ROOT};
+use crate::merge::{Lower, Merged};
 use crate::overlay::Objects;
-use crate::upper::record::Chain;
+use crate::upper::batch::lower_record;
+use crate::upper::record::{Body, Chain, Data, Op, Record};
 use crate::upper::state::State;
-use crate::upper::{Opened, UpperError};
+use crate::upper::{Opened, UpperError, io_error};
+use crate::view::Found;
 
-/// Where the layers of a former chain come from.
+/// The layers of a former chain, by id.
 pub type OldLayer<'a> =
     dyn Fn(&LayerId) -> Result<Arc<Layer>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
+/// The state of the upper over `lower`, the merged `chain`. Until it has been written down, the old one holds.
 pub(crate) fn rebase(
-    _opened: &mut Opened,
-    _known: &Chain,
-    _old_layer: &OldLayer<'_>,
-    _lower: &Arc<Merged>,
-    _chain: &Chain,
-    _objects: &dyn Objects,
+    opened: &mut Opened,
+    known: &Chain,
+    old_layer: &OldLayer<'_>,
+    lower: &Arc<Merged>,
+    chain: Chain,
+    objects: &dyn Objects,
+    volatile: bool,
 ) -> Result<State, OpenError> {
-    Err(UpperError::Chain {
-        path: std::path::PathBuf::new(),
-        source: "another chain".into(),
+    let fail = |source| UpperError::Chain {
+        path: opened.dir().to_path_buf(),
+        source,
+    };
+    let old_layers = known
+        .layers
+        .iter()
+        .map(|id| old_layer(&LayerId::from_bytes(*id)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(fail)?;
+    let project = |layers: &[Arc<Layer>], slot: Option<u32>| layers.get(slot? as usize).cloned();
+    let changed = match (
+        project(&old_layers, known.project),
+        project(lower.layers(), chain.project),
+    ) {
+        (Some(old), Some(new)) => diff(&old, &new),
+        _ => Vec::new(),
+    };
+    let old = opened.replay(Arc::new(Merged::new(old_layers)?));
+    let mut new = State::new(lower.clone());
+    new.chain = chain;
+    let mut carry = Carry {
+        paths: changed.iter().map(|change| &*change.path).collect(),
+        old: &old,
+        new,
+        leaves: HashMap::new(),
+    };
+    let damaged = |error: Errno| io_error("reading", opened.dir())(error.into());
+    carry.walk().map_err(damaged)?;
+    for change in changed.iter().filter(|c| c.kind != ChangeKind::Removed) {
+        carry.expose(&change.path).map_err(damaged)?;
     }
-    .into())
+    let mut new = carry.new;
+    materialise(&mut new, opened, objects, volatile)?;
+    Ok(new)
+}
+
+/// Copies out of the store what the new chain does not pin.
+fn materialise(
+    new: &mut State,
+    opened: &Opened,
+    objects: &dyn Objects,
+    volatile: bool,
+) -> Result<(), UpperError> {
+    let of_store = |record: &Record| match record.body {
+        Body::File {
+            data: Data::Lower(object),
+            size,
+        } => Some((ObjectId::from_bytes(object), size)),
+        _ => None,
+    };
+    let wanted: Vec<(u64, ObjectId, u64)> = new
+        .nodes()
+        .filter_map(|(number, node)| {
+            let (object, size) = of_store(&node.record)?;
+            Some((number, object, size))
+        })
+        .collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let pinned: HashSet<ObjectId> = new
+        .lower
+        .layers()
+        .iter()
+        .flat_map(|layer| layer.nodes())
+        .filter(|node| node.kind() == Kind::File)
+        .map(|node| node.object())
+        .collect();
+    let fail = io_error("copying a file of a former layer to", opened.dir());
+    for (number, object, size) in wanted {
+        if pinned.contains(&object) {
+            continue;
+        }
+        let (flat, file) = opened.data().create().map_err(&fail)?;
+        objects.copy_to(&object, size, &file).map_err(&fail)?;
+        if !volatile {
+            opened.data().sync(flat, true, true).map_err(&fail)?;
+        }
+        if let Some(node) = new.node_mut(number) {
+            node.record.body = Body::File {
+                data: Data::Flat {
+                    number: flat,
+                    dirty: false,
+                },
+                size,
+            };
+        }
+    }
+    Ok(())
+}
+
+struct Carry<'a> {
+    /// The paths that changed in the project.
+    paths: HashSet<&'a [u8]>,
+    old: &'a State,
+    new: State,
+    /// The new numbers of leaves, by their old inode.
+    leaves: HashMap<Ino, u64>,
+}
+
+fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
+    if dir.is_empty() {
+        return name.to_vec();
+    }
+    [dir, b"/", name].concat()
+}
+
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|&byte| byte == b'/') {
+        Some(at) => (&path[..at], &path[at + 1..]),
+        None => (b"", path),
+    }
+}
+
+fn is_dir(lower: Option<Lower<'_>>) -> bool {
+    lower.is_some_and(|lower| lower.node.kind() == Kind::Dir)
+}
+
+impl<'a> Carry<'a> {
+    /// What the old view knows of an inode.
+    fn old_record(&self, ino: Ino) -> Result<Record, Errno> {
+        Ok(match self.old.find(ino)? {
+            Found::Upper(_, node) => node.record.clone(),
+            Found::Lower(lower) => lower_record(&self.old.lower, lower),
+        })
+    }
+
+    /// Puts a new inode at a path whose directory is `dir`.
+    fn put(&mut self, dir: u64, name: &[u8], mut record: Record, nlink: u32) -> u64 {
+        record.origin = None;
+        record.nlink = nlink;
+        let number = self.new.next_number();
+        self.new.apply(Op::Inode(number, Box::new(record)));
+        self.new.apply(Op::Entry(dir, name.into(), Some(number)));
+        number
+    }
+
+    /// The number of the directory at `path`, which is made, and those on the way, where there is none.
+    fn dir(&mut self, path: &[u8]) -> Result<u64, Errno> {
+        if let Some(ino) = self.new.at_path(path)
+            && self.new.find(ino)?.kind() == Kind::Dir
+        {
+            return self.known(ino);
+        }
+        let (parent, name) = split(path);
+        let parent = self.dir(parent)?;
+        // Whoever needs the directory has it from the old view, or from the new lower.
+        let from_old = self.old.at_path(path).map(|ino| self.old_record(ino));
+        let from_new = || {
+            let lower = self.new.lower.lookup_path(path)?;
+            Some(lower_record(&self.new.lower, lower))
+        };
+        let record = from_old
+            .transpose()?
+            .filter(Record::is_dir)
+            .or_else(|| from_new().filter(Record::is_dir))
+            .ok_or(Errno::NOTDIR)?;
+        Ok(self.put(parent, name, record, 1))
+    }
+
+    /// The number of a directory of the new view, which gets a record if it has none.
+    fn known(&mut self, ino: Ino) -> Result<u64, Errno> {
+        if let Some(number) = self.new.number(ino) {
+            return Ok(number);
+        }
+        let lower = self.new.lower.get(ino).ok_or(Errno::STALE)?;
+        let record = lower_record(&self.new.lower, lower);
+        let number = self.new.next_number();
+        self.new.apply(Op::Inode(number, Box::new(record)));
+        Ok(number)
+    }
+
+    fn walk(&mut self) -> Result<(), Errno> {
+        // A directory is done before what is in it, and either as a lower one with changes or in full.
+        let mut pending = vec![(ROOT, Vec::new())];
+        let touched = touched(self.old);
+        while let Some((ino, path)) = pending.pop() {
+            let same = self.old.lower.lookup_path(&path).map(|lower| lower.ino) == Some(ino);
+            if same {
+                self.changed_dir(ino, &path, &touched, &mut pending)?;
+            } else {
+                self.whole_dir(ino, &path, &mut pending)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A lower directory at its own place: what the upper says in it.
+    fn changed_dir(
+        &mut self,
+        ino: Ino,
+        path: &[u8],
+        touched: &HashSet<Ino>,
+        pending: &mut Vec<(Ino, Vec<u8>)>,
+    ) -> Result<(), Errno> {
+        let old = self.old;
+        let node = old.number(ino).and_then(|number| old.node(number));
+        if let Some(node) = node
+            && !self.paths.contains(path)
+            && let Some(lower) = old.lower.get(ino)
+        {
+            let was = old.lower.meta(lower);
+            let record = &node.record;
+            let same = (was.mode(), was.uid(), was.gid()) == (record.mode, record.uid, record.gid)
+                && was
+                    .xattrs()
+                    .eq(record.xattrs.iter().map(|(k, v)| (&**k, &**v)));
+            if !same {
+                let number = self.dir(path)?;
+                if let Some(new) = self.new.node_mut(number) {
+                    new.record = Record {
+                        origin: new.record.origin.take(),
+                        ..record.clone()
+                    };
+                }
+            }
+        }
+        let upper = node.and_then(|node| node.dir.as_deref());
+        for (name, to) in upper.into_iter().flat_map(|dir| dir.entries()) {
+            let at = join(path, name);
+            match to {
+                Some(to) => self.entry(old.ino(to), at, pending)?,
+                None if self.paths.contains(&*at) => {}
+                None => {
+                    if self.new.lower.lookup_path(&at).is_some() {
+                        let dir = self.dir(path)?;
+                        self.new.apply(Op::Entry(dir, name.into(), None));
+                    }
+                }
+            }
+        }
+        for (_, name, child) in old.lower.children(ino, 0) {
+            let told = upper.is_some_and(|dir| dir.get(name).is_some());
+            if told || !touched.contains(&child.ino) {
+                continue;
+            }
+            self.entry(child.ino, join(path, name), pending)?;
+        }
+        Ok(())
+    }
+
+    /// A directory that is the upper's own, or moved: everything in it.
+    fn whole_dir(
+        &mut self,
+        ino: Ino,
+        path: &[u8],
+        pending: &mut Vec<(Ino, Vec<u8>)>,
+    ) -> Result<(), Errno> {
+        let old = self.old;
+        let mut children = Vec::new();
+        old.for_each(ino, 0, &mut |_, name, child| {
+            children.push((child, join(path, name)));
+            true
+        })?;
+        for (child, at) in children {
+            self.entry(child, at, pending)?;
+        }
+        Ok(())
+    }
+
+    /// The upper says that `ino` is at `path`.
+    fn entry(
+        &mut self,
+        ino: Ino,
+        path: Vec<u8>,
+        pending: &mut Vec<(Ino, Vec<u8>)>,
+    ) -> Result<(), Errno> {
+        let changed = self.paths.contains(&*path);
+        let record = self.old_record(ino)?;
+        let (parent, name) = split(&path);
+        let here = self.new.lower.lookup_path(&path);
+        if !record.is_dir() {
+            if changed {
+                return Ok(());
+            }
+            let dir = self.dir(parent)?;
+            match self.leaves.get(&ino) {
+                Some(&number) => {
+                    if let Some(node) = self.new.node_mut(number) {
+                        node.record.nlink += 1;
+                    }
+                    self.new.apply(Op::Entry(dir, name.into(), Some(number)));
+                }
+                None => {
+                    let number = self.put(dir, name, record, 1);
+                    self.leaves.insert(ino, number);
+                }
+            }
+            return Ok(());
+        }
+        if changed && here.is_some() && !is_dir(here) {
+            return Ok(());
+        }
+        let own = self.old.lower.lookup_path(&path).map(|lower| lower.ino) != Some(ino);
+        // A directory that the project removed comes back with its first entry, if it has one.
+        if own && !(changed && here.is_none()) {
+            let mut record = record;
+            if changed && let Some(here) = here {
+                let theirs = lower_record(&self.new.lower, here);
+                record = Record {
+                    btime: record.btime,
+                    ..theirs
+                };
+            }
+            let dir = self.dir(parent)?;
+            self.put(dir, name, record, 1);
+        }
+        pending.push((ino, path));
+        Ok(())
+    }
+
+    /// Shows again what the new lower has at `path`.
+    fn expose(&mut self, path: &[u8]) -> Result<(), Errno> {
+        let lower = self.new.lower.clone();
+        let Some(there) = lower.lookup_path(path) else {
+            return Ok(());
+        };
+        let shown = self.new.at_path(path);
+        if shown == Some(there.ino) {
+            return Ok(());
+        }
+        if there.node.kind() == Kind::Dir
+            && let Some(shown) = shown
+            && self.new.find(shown)?.kind() == Kind::Dir
+        {
+            return Ok(());
+        }
+        let mut dir = self.known(ROOT)?;
+        let mut at = Vec::new();
+        let mut names = components(path).peekable();
+        while let Some(name) = names.next() {
+            at = join(&at, name);
+            let below = self.new.child(self.new.ino(dir), name)?;
+            let below_is_dir = match below {
+                Some(ino) => self.new.find(ino)?.kind() == Kind::Dir,
+                None => false,
+            };
+            if let Some(ino) = below
+                && below_is_dir
+                && names.peek().is_some()
+            {
+                dir = self.known(ino)?;
+                continue;
+            }
+            let entry = lower.lookup_path(&at).ok_or(Errno::NOENT)?;
+            let record = lower_record(&lower, entry);
+            dir = self.put(dir, name, record, 1);
+        }
+        Ok(())
+    }
+}
+
+/// The lower inodes that have a record, and the directories on the way to them.
+fn touched(state: &State) -> HashSet<Ino> {
+    let mut touched = HashSet::new();
+    for (_, node) in state.nodes() {
+        let Some(lower) = node.lower.and_then(|ino| state.lower.get(ino)) else {
+            continue;
+        };
+        touched.insert(lower.ino);
+        for path in state.lower.visible_paths(lower) {
+            let mut dir = ROOT;
+            for name in components(&path) {
+                match state.lower.lookup(dir, name) {
+                    Some(next) => {
+                        dir = next.ino;
+                        touched.insert(dir);
+                    }
+                    None => break,
+                }
+            }
+        }
+    }
+    touched
 }

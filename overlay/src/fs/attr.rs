@@ -3,9 +3,10 @@
 use super::dir::strip_privileges;
 use super::{Attr, Errno, Result, SetAttr, SetTime, SetXattr, StatFs};
 use crate::ino::Ino;
-use crate::overlay::{Found, Overlay};
+use crate::overlay::Overlay;
 use crate::upper::batch::Batch;
 use crate::upper::record::{Body, Data};
+use crate::view::Found;
 use iii_store::Kind;
 use iii_store::tree::{MAX_NAME, MAX_XATTR_NAME, MAX_XATTR_VALUE, MAX_XATTRS};
 
@@ -27,7 +28,7 @@ impl Overlay {
         let mut inner = self.upper.write();
         let rest = SetAttr { size: None, ..*set };
         if set.size.is_some() && rest == SetAttr::default() {
-            let clean = match self.find(&inner.state, ino)? {
+            let clean = match inner.state.find(ino)? {
                 Found::Upper(_, node) => node.record.xattrs.is_empty(),
                 Found::Lower(_) => false,
             };
@@ -79,7 +80,7 @@ impl Overlay {
 
     pub(super) fn do_readlink(&self, ino: Ino) -> Result<Vec<u8>> {
         let inner = self.upper.read();
-        let target = match self.find(&inner.state, ino)? {
+        let target = match inner.state.find(ino)? {
             Found::Upper(_, node) => match &node.record.body {
                 Body::Symlink(target) => target.to_vec(),
                 _ => return Err(Errno::INVAL),
@@ -90,7 +91,7 @@ impl Overlay {
             Found::Lower(_) => return Err(Errno::INVAL),
         };
         if let Some(observer) = &self.observer {
-            observer.contents(self, &inner.state, ino);
+            observer.contents(&inner.state, ino);
         }
         Ok(target)
     }
@@ -142,7 +143,7 @@ impl Overlay {
     pub(super) fn do_getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         check_xattr_name(name)?;
         let inner = self.upper.read();
-        match self.find(&inner.state, ino)? {
+        match inner.state.find(ino)? {
             Found::Upper(_, node) => node.record.xattrs.get(name).map(|value| value.to_vec()),
             Found::Lower(lower) => self
                 .lower
@@ -161,7 +162,7 @@ impl Overlay {
             list.extend(name);
             list.push(0);
         };
-        match self.find(&inner.state, ino)? {
+        match inner.state.find(ino)? {
             Found::Upper(_, node) => node.record.xattrs.keys().for_each(|name| add(name)),
             Found::Lower(lower) => {
                 let meta = self.lower.meta(lower);

@@ -4,20 +4,17 @@ use iii_store::Kind;
 use iii_store::tree::{self, MAX_NAME, MAX_TARGET};
 
 use super::{Attr, Caller, DirEntry, Errno, Rename, Result, Special, Time};
-use crate::ino::{Ino, ROOT};
-use crate::overlay::{Found, Overlay};
+use crate::ino::Ino;
+use crate::overlay::Overlay;
 use crate::upper::batch::Batch;
 use crate::upper::record::{Body, Data, Device, Record};
-use crate::upper::state::{OWN_NAMES, State};
+use crate::view::Found;
 
 /// Most names of one file.
 pub const MAX_LINKS: u32 = 65_000;
 
 const SETUID: u16 = 0o4000;
 const SETGID: u16 = 0o2000;
-
-/// `.` and `..` come first, so the lower's position `p` is cookie `p + 2`, and its successor's `p + 3`.
-const FIRST_NAME: u64 = 2;
 
 fn new_record(caller: Caller, mode: u16, body: Body, now: Time) -> Record {
     Record {
@@ -46,14 +43,12 @@ impl Overlay {
     pub(super) fn do_lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
         let inner = self.upper.read();
         if let Some(observer) = &self.observer {
-            observer.lookup(self, &inner.state, parent, name);
+            observer.lookup(&inner.state, parent, name);
         }
         let ino = match name {
             b"." => parent,
-            b".." => self.parent(&inner.state, parent),
-            _ => self
-                .child(&inner.state, parent, name)?
-                .ok_or(Errno::NOENT)?,
+            b".." => inner.state.parent(parent),
+            _ => inner.state.child(parent, name)?.ok_or(Errno::NOENT)?,
         };
         let attr = self.attr(&inner.state, ino)?;
         self.lookups.add(ino);
@@ -80,7 +75,7 @@ impl Overlay {
     fn make(&self, parent: Ino, name: &[u8], mut record: Record) -> Result<Attr> {
         check_name(name)?;
         let mut inner = self.upper.write();
-        if self.child(&inner.state, parent, name)?.is_some() {
+        if inner.state.child(parent, name)?.is_some() {
             return Err(Errno::EXIST);
         }
         let mut batch = Batch::new(&mut inner);
@@ -153,7 +148,7 @@ impl Overlay {
 
     pub(super) fn do_tmpfile(&self, caller: Caller, parent: Ino, mode: u16) -> Result<Attr> {
         let mut inner = self.upper.write();
-        let (dir_gid, dir_mode) = match self.find(&inner.state, parent)? {
+        let (dir_gid, dir_mode) = match inner.state.find(parent)? {
             Found::Upper(_, node) if node.record.is_dir() => (node.record.gid, node.record.mode),
             Found::Lower(lower) if lower.node.kind() == Kind::Dir => {
                 let meta = self.lower.meta(lower);
@@ -180,10 +175,8 @@ impl Overlay {
 
     pub(super) fn do_unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
         let mut inner = self.upper.write();
-        let ino = self
-            .child(&inner.state, parent, name)?
-            .ok_or(Errno::NOENT)?;
-        if self.find(&inner.state, ino)?.kind() == Kind::Dir {
+        let ino = inner.state.child(parent, name)?.ok_or(Errno::NOENT)?;
+        if inner.state.find(ino)?.kind() == Kind::Dir {
             return Err(Errno::ISDIR);
         }
         let mut batch = Batch::new(&mut inner);
@@ -198,13 +191,11 @@ impl Overlay {
 
     pub(super) fn do_rmdir(&self, parent: Ino, name: &[u8]) -> Result<()> {
         let mut inner = self.upper.write();
-        let ino = self
-            .child(&inner.state, parent, name)?
-            .ok_or(Errno::NOENT)?;
-        if self.find(&inner.state, ino)?.kind() != Kind::Dir {
+        let ino = inner.state.child(parent, name)?.ok_or(Errno::NOENT)?;
+        if inner.state.find(ino)?.kind() != Kind::Dir {
             return Err(Errno::NOTDIR);
         }
-        if !self.is_empty(&inner.state, ino)? {
+        if !inner.state.is_empty(ino)? {
             return Err(Errno::NOTEMPTY);
         }
         let mut batch = Batch::new(&mut inner);
@@ -217,22 +208,13 @@ impl Overlay {
         Ok(())
     }
 
-    pub(crate) fn is_empty(&self, state: &State, dir: Ino) -> Result<bool> {
-        let mut empty = true;
-        self.for_each(state, dir, 0, &mut |_, _, _| {
-            empty = false;
-            false
-        })?;
-        Ok(empty)
-    }
-
     pub(super) fn do_link(&self, ino: Ino, new_parent: Ino, new_name: &[u8]) -> Result<Attr> {
         check_name(new_name)?;
         let mut inner = self.upper.write();
-        if self.find(&inner.state, ino)?.kind() == Kind::Dir {
+        if inner.state.find(ino)?.kind() == Kind::Dir {
             return Err(Errno::PERM);
         }
-        if self.child(&inner.state, new_parent, new_name)?.is_some() {
+        if inner.state.child(new_parent, new_name)?.is_some() {
             return Err(Errno::EXIST);
         }
         let mut batch = Batch::new(&mut inner);
@@ -264,11 +246,11 @@ impl Overlay {
         check_name(new_name)?;
         let mut inner = self.upper.write();
         let state = &inner.state;
-        let ino = self.child(state, parent, name)?.ok_or(Errno::NOENT)?;
-        let target = self.child(state, new_parent, new_name)?;
-        let is_dir = self.find(state, ino)?.kind() == Kind::Dir;
+        let ino = state.child(parent, name)?.ok_or(Errno::NOENT)?;
+        let target = state.child(new_parent, new_name)?;
+        let is_dir = state.find(ino)?.kind() == Kind::Dir;
         let target_is_dir = match target {
-            Some(target) => self.find(state, target)?.kind() == Kind::Dir,
+            Some(target) => state.find(target)?.kind() == Kind::Dir,
             None => false,
         };
         match (how, target) {
@@ -283,18 +265,18 @@ impl Overlay {
                 if !is_dir && target_is_dir {
                     return Err(Errno::ISDIR);
                 }
-                if target_is_dir && !self.is_empty(state, target)? {
+                if target_is_dir && !state.is_empty(target)? {
                     return Err(Errno::NOTEMPTY);
                 }
             }
             _ => {}
         }
-        if is_dir && self.is_within(state, new_parent, ino) {
+        if is_dir && state.is_within(new_parent, ino) {
             return Err(Errno::INVAL);
         }
         if let (Rename::Exchange, Some(target)) = (how, target)
             && target_is_dir
-            && self.is_within(state, parent, target)
+            && state.is_within(parent, target)
         {
             return Err(Errno::INVAL);
         }
@@ -332,56 +314,6 @@ impl Overlay {
         Ok(())
     }
 
-    /// Whether `dir` is `ancestor` or in it.
-    fn is_within(&self, state: &State, mut dir: Ino, ancestor: Ino) -> bool {
-        loop {
-            if dir == ancestor {
-                return true;
-            }
-            if dir == ROOT {
-                return false;
-            }
-            dir = self.parent(state, dir);
-        }
-    }
-
-    /// Calls `each` with the cookie, the name and the inode of every entry from `cookie` on, as long as it returns true.
-    pub(crate) fn for_each<'a>(
-        &'a self,
-        state: &'a State,
-        dir: Ino,
-        cookie: u64,
-        each: &mut dyn FnMut(u64, &'a [u8], Ino) -> bool,
-    ) -> Result<()> {
-        let (lower, upper) = match self.find(state, dir)? {
-            found if found.kind() != Kind::Dir => return Err(Errno::NOTDIR),
-            Found::Lower(lower) => (Some(lower.ino), None),
-            Found::Upper(_, node) if node.record.nlink == 0 => return Ok(()),
-            Found::Upper(_, node) => (node.lower, node.dir.as_deref()),
-        };
-        if let Some(lower) = lower.filter(|_| cookie < OWN_NAMES) {
-            let from = cookie.saturating_sub(FIRST_NAME) as usize;
-            for (position, name, child) in self.lower.children(lower, from) {
-                let ino = match upper.and_then(|upper| upper.get(name)) {
-                    None => child.ino,
-                    Some(Some(number)) => state.ino(number),
-                    Some(None) => continue,
-                };
-                if !each(position as u64 + FIRST_NAME + 1, name, ino) {
-                    return Ok(());
-                }
-            }
-        }
-        if let Some(upper) = upper {
-            for (position, name, number) in upper.own_from(cookie.max(OWN_NAMES)) {
-                if !each(position + 1, name, state.ino(number)) {
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn do_readdir(
         &self,
         ino: Ino,
@@ -391,13 +323,13 @@ impl Overlay {
     ) -> Result<()> {
         let inner = self.upper.read();
         let state = &inner.state;
-        if self.find(state, ino)?.kind() != Kind::Dir {
+        if state.find(ino)?.kind() != Kind::Dir {
             return Err(Errno::NOTDIR);
         }
         if let Some(observer) = &self.observer {
-            observer.listing(self, state, ino);
+            observer.listing(state, ino);
         }
-        let dots = [(&b"."[..], ino), (b"..", self.parent(state, ino))];
+        let dots = [(&b"."[..], ino), (b"..", state.parent(ino))];
         for (at, (name, dot)) in dots.into_iter().enumerate().skip(cookie as usize) {
             let entry = DirEntry {
                 ino: dot,
@@ -411,7 +343,7 @@ impl Overlay {
             }
         }
         let mut failed = None;
-        self.for_each(state, ino, cookie, &mut |cookie, name, ino| {
+        state.for_each(ino, cookie, &mut |cookie, name, ino| {
             let (kind, attr) = if attrs {
                 match self.attr(state, ino) {
                     Ok(attr) => (attr.kind, Some(attr)),
@@ -421,7 +353,7 @@ impl Overlay {
                     }
                 }
             } else {
-                let found = self.find(state, ino);
+                let found = state.find(ino);
                 (found.map_or(Kind::File, Found::kind), None)
             };
             let taken = sink(DirEntry {

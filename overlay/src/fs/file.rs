@@ -11,16 +11,17 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use super::dir::strip_privileges;
 use super::{Allocate, Errno, Open, Result, Seek, Time};
 use crate::ino::Ino;
-use crate::overlay::{Bytes, Found, Overlay};
+use crate::overlay::{Bytes, Overlay};
 use crate::upper::batch::Batch;
 use crate::upper::errno;
 use crate::upper::record::{Body, Data};
+use crate::view::Found;
 
 impl Overlay {
     pub(super) fn do_open(&self, ino: Ino, how: Open) -> Result<()> {
         {
             let inner = self.upper.read();
-            let found = self.find(&inner.state, ino)?;
+            let found = inner.state.find(ino)?;
             if found.kind() == Kind::Dir && (how.write || how.truncate) {
                 return Err(Errno::ISDIR);
             }
@@ -28,7 +29,7 @@ impl Overlay {
                 && how.read
                 && found.kind() == Kind::File
             {
-                observer.contents(self, &inner.state, ino);
+                observer.contents(&inner.state, ino);
             }
         }
         if how.truncate {
@@ -41,7 +42,7 @@ impl Overlay {
         let bytes = {
             let inner = self.upper.read();
             if let Some(observer) = &self.observer {
-                observer.contents(self, &inner.state, ino);
+                observer.contents(&inner.state, ino);
             }
             self.bytes(&inner.state, ino)?
         };
@@ -59,7 +60,7 @@ impl Overlay {
                     number,
                     dirty: true,
                 } = bytes.data
-                    && let Found::Upper(_, node) = self.find(&inner.state, ino)?
+                    && let Found::Upper(_, node) = inner.state.find(ino)?
                     && (node.record.xattrs.is_empty() && node.record.mode & 0o6000 == 0)
                 {
                     return self.upper.data.get(number).map_err(|error| errno(&error));
@@ -67,7 +68,7 @@ impl Overlay {
                 if let Some(observer) = &self.observer
                     && keep != 0
                 {
-                    observer.contents(self, &inner.state, ino);
+                    observer.contents(&inner.state, ino);
                 }
                 bytes
             };
@@ -267,7 +268,7 @@ impl Overlay {
         let source = {
             let inner = self.upper.read();
             if let Some(observer) = &self.observer {
-                observer.contents(self, &inner.state, from);
+                observer.contents(&inner.state, from);
             }
             self.bytes(&inner.state, from)?
         };
@@ -309,7 +310,7 @@ impl Overlay {
     pub(super) fn do_fsync(&self, ino: Ino, data_only: bool) -> Result<()> {
         let flat = {
             let inner = self.upper.read();
-            match self.find(&inner.state, ino)? {
+            match inner.state.find(ino)? {
                 Found::Upper(number, node) => node.record.flat().map(|flat| (number, flat)),
                 Found::Lower(_) => None,
             }

@@ -41,28 +41,40 @@ impl OpenFiles {
 }
 
 impl FlatFiles {
-    /// The flat files below `upper`, without those that are not in `live`: a process that died left them.
-    pub fn open(upper: &Path, live: &HashSet<u64>) -> Result<Self, UpperError> {
+    /// The flat files below `upper`.
+    pub fn open(upper: &Path) -> Result<Self, UpperError> {
         let dir = upper.join("data");
         std::fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
-        let mut next = 1;
-        for shard in list(&dir)? {
+        let files = Self {
+            dir,
+            next: AtomicU64::new(1),
+            open: Mutex::default(),
+        };
+        let numbers = files.all()?.into_iter().filter_map(|(number, _)| number);
+        let next = numbers.max().map_or(1, |max| max.saturating_add(1));
+        files.next.store(next, Ordering::Relaxed);
+        Ok(files)
+    }
+
+    fn all(&self) -> Result<Vec<(Option<u64>, PathBuf)>, UpperError> {
+        let mut all = Vec::new();
+        for shard in list(&self.dir)? {
             for path in list(&shard)? {
-                let number = path
-                    .file_name()
-                    .and_then(|name| name.to_str()?.parse::<u64>().ok());
-                next = next.max(number.map_or(1, |number| number.saturating_add(1)));
-                if number.is_none_or(|number| !live.contains(&number)) {
-                    std::fs::remove_file(&path).map_err(io_error("removing", &path))?;
-                }
+                let name = path.file_name().and_then(|name| name.to_str());
+                all.push((name.and_then(|name| name.parse().ok()), path));
             }
         }
-        next = next.max(live.iter().max().map_or(1, |max| max.saturating_add(1)));
-        Ok(Self {
-            dir,
-            next: AtomicU64::new(next),
-            open: Mutex::default(),
-        })
+        Ok(all)
+    }
+
+    /// Removes the flat files that are not in `live`: a process that died left them.
+    pub fn sweep(&self, live: &HashSet<u64>) -> Result<(), UpperError> {
+        for (number, path) in self.all()? {
+            if number.is_none_or(|number| !live.contains(&number)) {
+                std::fs::remove_file(&path).map_err(io_error("removing", &path))?;
+            }
+        }
+        Ok(())
     }
 
     fn path(&self, number: u64) -> PathBuf {

@@ -113,6 +113,7 @@ pub struct Opened {
     lock: File,
     log: Log,
     batches: Vec<Vec<Op>>,
+    data: FlatFiles,
 }
 
 impl Opened {
@@ -138,7 +139,18 @@ impl Opened {
             lock,
             log,
             batches,
+            data: FlatFiles::open(dir)?,
         })
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its flat files.
+    pub fn data(&self) -> &FlatFiles {
+        &self.data
     }
 
     /// The chain that it stood on last; none if it is new.
@@ -169,8 +181,6 @@ impl Opened {
         written: bool,
         volatile: bool,
     ) -> Result<Upper, UpperError> {
-        let live: HashSet<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
-        let data = FlatFiles::open(&self.dir, &live)?;
         let dirty: Vec<u64> = state
             .nodes()
             .filter(|(_, node)| is_dirty(&node.record))
@@ -180,7 +190,10 @@ impl Opened {
             if let Some(node) = state.node_mut(number)
                 && let Some(flat) = node.record.flat()
             {
-                let stat = data.stat(flat).map_err(io_error("looking at", &self.dir))?;
+                let stat = self
+                    .data
+                    .stat(flat)
+                    .map_err(io_error("looking at", &self.dir))?;
                 settle_in_memory(&mut node.record, &stat);
             }
         }
@@ -191,9 +204,12 @@ impl Opened {
                 .rewrite(batches.iter().map(Vec::as_slice), !volatile)
                 .map_err(io_error("rewriting the log in", &self.dir))?;
         }
+        // Only now does nothing name the others any more.
+        let live: HashSet<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
+        self.data.sweep(&live)?;
         Ok(Upper {
             dir: self.dir,
-            data,
+            data: self.data,
             volatile,
             inner: RwLock::new(Inner {
                 state,
