@@ -15,16 +15,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::Scope;
+use rayon::prelude::*;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
 use crate::error::StoreError;
 use crate::id::ObjectId;
 use crate::ingest::{Ingest, Published};
+use crate::layer::Layer;
 use crate::lease::Lease;
 use crate::objects::lock;
 use crate::refs::escape;
-use crate::stat_cache::{self, CachedDir, DirEntries, FileStat, StatCache, Time};
+use crate::stat_cache::{
+    self, CachedDir, DirEntries, FileEntry, FileStat, Outcome, StatCache, Time,
+};
 use crate::store::Store;
 use crate::tree::{
     Content, Dir, DirKind, Leaf, MAX_DEPTH, MAX_NODES, Meta, Mtime, Node, Tree, TreeError,
@@ -97,10 +101,12 @@ pub struct Skipped {
 }
 
 /// A directory that became a layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Snapshot {
-    /// The layer.
+    /// What was stored.
     pub published: Published,
+    /// The layer.
+    pub layer: Arc<Layer>,
     /// Regular files in it.
     pub files: u64,
     /// Files whose contents were read.
@@ -121,12 +127,32 @@ pub fn snapshot(
     dir: &Path,
     options: &Options<'_>,
 ) -> Result<Snapshot, SnapshotError> {
+    let cache = StatCache::open(&cache_path(store, options));
+    match attempt(store, lease, dir, options, &cache) {
+        // The cache names contents that the store has not any more: everything is read.
+        Err(SnapshotError::Store {
+            source: StoreError::MissingObject(_),
+            ..
+        }) => attempt(store, lease, dir, options, &StatCache::default()),
+        other => other,
+    }
+}
+
+fn cache_path(store: &Store, options: &Options<'_>) -> PathBuf {
+    store.dir().join("stat").join(escape(options.name))
+}
+
+fn attempt(
+    store: &Store,
+    lease: &Lease,
+    dir: &Path,
+    options: &Options<'_>,
+    cache: &StatCache,
+) -> Result<Snapshot, SnapshotError> {
     let stored = |source| SnapshotError::Store {
         path: dir.to_owned(),
         source,
     };
-    let cache_path = store.dir().join("stat").join(escape(options.name));
-    let cache = StatCache::open(&cache_path);
     let ingest = store.ingest(lease).map_err(stored)?;
     // Before anything is looked at: the racy rule counts from here.
     let stamp = now();
@@ -134,7 +160,7 @@ pub fn snapshot(
         root: dir,
         options,
         ingest: &ingest,
-        cache: &cache,
+        cache,
         dirs: Mutex::new(vec![Found::default()]),
         files: Mutex::default(),
         nodes: AtomicUsize::new(1),
@@ -146,33 +172,132 @@ pub fn snapshot(
         error: Mutex::default(),
     };
     let root = walk.open_root()?;
-    rayon::in_place_scope(|scope| walk.run(|| walk.visit(scope, 0, root, Vec::new(), 1)));
+    rayon::in_place_scope(|scope| walk.run(|| walk.visit(scope, 0, root, Vec::new(), 0)));
     let taken = walk.finish()?;
 
-    let mut tree = Tree::implicit();
-    match tree.dir_at(options.at) {
-        Ok(at) => *at = taken.tree,
-        Err(source) => {
-            let path = dir.to_owned();
-            return Err(SnapshotError::Tree { path, source });
+    let fingerprint = fingerprint(&taken.dirs, options);
+    let same = cache
+        .outcome()
+        .filter(|last| last.fingerprint == fingerprint && taken.read == 0);
+    if let Some(last) = same {
+        // First the pin, then the question. A layer that does not hold is made anew.
+        lease.pin(&[last.layer_id]).map_err(stored)?;
+        if let Ok(layer) = store.layer(&last.layer_id) {
+            let published = Published {
+                layer_id: last.layer_id,
+                tree_id: last.tree_id,
+                new_files: 0,
+                new_bytes: 0,
+                existed: true,
+            };
+            return Ok(taken.result(published, layer));
         }
     }
+
+    let tree = tree(&taken.dirs, dir, options)?;
     let published = ingest.finish(&tree).map_err(stored)?;
-    if (taken.read, taken.removed) != (0, 0)
-        && let Some(bytes) = stat_cache::encode(stamp, &taken.entries)
-    {
+    let layer = store.layer(&published.layer_id).map_err(stored)?;
+    let outcome = Outcome {
+        fingerprint,
+        layer_id: published.layer_id,
+        tree_id: published.tree_id,
+    };
+    if let Some(bytes) = stat_cache::encode(stamp, &outcome, &entries(&taken.dirs)) {
         store
-            .put_cache(lease, &cache_path, &bytes)
+            .put_cache(lease, &cache_path(store, options), &bytes)
             .map_err(stored)?;
     }
-    Ok(Snapshot {
-        published,
-        files: taken.files,
-        read: taken.read,
-        changed: taken.changed,
-        removed: taken.removed,
-        skipped: taken.skipped,
-    })
+    Ok(taken.result(published, layer))
+}
+
+/// A hash of all that goes into the layer.
+fn fingerprint(dirs: &[Found], options: &Options<'_>) -> [u8; 32] {
+    let parts: Vec<[u8; 32]> = dirs.par_iter().map(Found::fingerprint).collect();
+    let mut order: Vec<usize> = (0..dirs.len()).collect();
+    order.sort_unstable_by(|a, b| dirs[*a].path.cmp(&dirs[*b].path));
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&options.uid.to_le_bytes());
+    hasher.update(&options.gid.to_le_bytes());
+    hasher.update(options.at);
+    for ix in order {
+        hasher.update(&parts[ix]);
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// Puts the directories together.
+fn tree(dirs: &[Found], root: &Path, options: &Options<'_>) -> Result<Tree, SnapshotError> {
+    let meta = |stat: &FileStat| Meta {
+        mode: (stat.mode & 0o7777) as u16,
+        uid: options.uid,
+        gid: options.gid,
+        mtime: Mtime {
+            sec: stat.mtime.sec,
+            nsec: stat.mtime.nsec,
+        },
+        xattrs: BTreeMap::new(),
+    };
+    let mut children: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
+    children.resize_with(dirs.len(), Vec::new);
+    let mut project = Dir::default();
+    // Children stand after their parents: going backwards, every directory is whole when it is moved.
+    for found in dirs.iter().rev() {
+        let mut nodes = children.pop().unwrap_or_default();
+        let Some(stat) = &found.stat else { continue };
+        nodes.extend(found.links.iter().map(|(name, stat, target)| {
+            let leaf = Leaf {
+                meta: meta(stat),
+                content: Content::Symlink {
+                    target: target.clone(),
+                },
+                link: None,
+            };
+            (name.clone(), Node::Leaf(leaf))
+        }));
+        nodes.extend(found.files.iter().map(|(name, stat, object)| {
+            let leaf = Leaf {
+                meta: meta(stat),
+                content: Content::File {
+                    object: *object,
+                    size: stat.size,
+                },
+                link: None,
+            };
+            (name.clone(), Node::Leaf(leaf))
+        }));
+        let dir = Dir {
+            meta: meta(stat),
+            kind: DirKind::Merged,
+            entries: nodes.into_iter().collect(),
+        };
+        match children.get_mut(found.parent) {
+            Some(siblings) => siblings.push((found.name.clone(), Node::Dir(dir))),
+            None => project = dir,
+        }
+    }
+    let mut tree = Tree::implicit();
+    let at = tree
+        .dir_at(options.at)
+        .map_err(|source| SnapshotError::Tree {
+            path: root.to_owned(),
+            source,
+        })?;
+    *at = project;
+    Ok(tree)
+}
+
+/// What the next stat cache says.
+fn entries(dirs: &[Found]) -> Vec<DirEntries<'_>> {
+    let mut entries: Vec<_> = dirs
+        .iter()
+        .filter(|dir| !dir.files.is_empty())
+        .map(|dir| DirEntries {
+            path: &dir.path,
+            files: &dir.files,
+        })
+        .collect();
+    entries.sort_unstable_by_key(|dir| dir.path);
+    entries
 }
 
 /// The clock that the kernel stamps files with.
@@ -205,9 +330,6 @@ fn file_stat(stat: &Stat) -> FileStat {
     }
 }
 
-/// A regular file, as it looked when its contents were known.
-type FileEntry = (Box<[u8]>, FileStat, ObjectId);
-
 /// A directory that was found.
 #[derive(Debug, Default)]
 struct Found {
@@ -215,10 +337,42 @@ struct Found {
     name: Box<[u8]>,
     path: Vec<u8>,
     /// Nothing if it went before it could be opened.
-    meta: Option<Meta>,
-    links: Vec<(Box<[u8]>, Leaf)>,
+    stat: Option<FileStat>,
+    /// Sorted by name.
+    links: Vec<LinkEntry>,
     /// Sorted by name once all of them were read.
     files: Vec<FileEntry>,
+}
+
+/// A symlink: name, stat, target.
+type LinkEntry = (Box<[u8]>, FileStat, Box<[u8]>);
+
+impl Found {
+    /// A hash of all of it that goes into the layer.
+    fn fingerprint(&self) -> [u8; 32] {
+        let mut bytes = Vec::new();
+        let mut put = |name: &[u8], stat: &FileStat, content: &[u8]| {
+            bytes.extend((name.len() as u32).to_le_bytes());
+            bytes.extend(name);
+            bytes.extend(stat.mode.to_le_bytes());
+            bytes.extend(stat.mtime.sec.to_le_bytes());
+            bytes.extend(stat.mtime.nsec.to_le_bytes());
+            bytes.extend(stat.size.to_le_bytes());
+            bytes.extend((content.len() as u32).to_le_bytes());
+            bytes.extend(content);
+        };
+        if let Some(stat) = &self.stat {
+            // The length of a directory is the filesystem's own affair.
+            put(&self.path, &FileStat { size: 0, ..*stat }, b"");
+        }
+        for (name, stat, target) in &self.links {
+            put(name, stat, target);
+        }
+        for (name, stat, object) in &self.files {
+            put(name, stat, object.as_bytes());
+        }
+        *blake3::hash(&bytes).as_bytes()
+    }
 }
 
 /// A file that has to be read.
@@ -231,10 +385,9 @@ struct Stale {
 
 /// What is in one directory.
 struct Listing<'a> {
-    fd: OwnedFd,
-    path: Vec<u8>,
+    path: &'a [u8],
     cached: CachedDir<'a>,
-    links: Vec<(Box<[u8]>, Leaf)>,
+    links: Vec<LinkEntry>,
     files: Vec<FileEntry>,
     dirs: Vec<CString>,
     stale: Vec<Stale>,
@@ -259,14 +412,28 @@ struct Walk<'a> {
     error: Mutex<Option<SnapshotError>>,
 }
 
+/// What the walk found.
 struct Taken {
-    tree: Dir,
-    entries: Vec<DirEntries>,
-    files: u64,
+    /// A directory always stands after the one it is in.
+    dirs: Vec<Found>,
     read: u64,
     changed: u64,
     removed: u64,
     skipped: Vec<Skipped>,
+}
+
+impl Taken {
+    fn result(self, published: Published, layer: Arc<Layer>) -> Snapshot {
+        Snapshot {
+            published,
+            layer,
+            files: self.dirs.iter().map(|dir| dir.files.len() as u64).sum(),
+            read: self.read,
+            changed: self.changed,
+            removed: self.removed,
+            skipped: self.skipped,
+        }
+    }
 }
 
 const OPEN_DIR: OFlags = OFlags::RDONLY
@@ -331,19 +498,6 @@ impl Walk<'_> {
             .map_err(|err| self.error("opening the directory", b"", err))
     }
 
-    fn meta(&self, mode: u32, mtime: Time) -> Meta {
-        Meta {
-            mode: (mode & 0o7777) as u16,
-            uid: self.options.uid,
-            gid: self.options.gid,
-            mtime: Mtime {
-                sec: mtime.sec,
-                nsec: mtime.nsec,
-            },
-            xattrs: BTreeMap::new(),
-        }
-    }
-
     /// Runs a task, unless one failed. The first error is the one that is reported.
     fn run(&self, task: impl FnOnce() -> Result<(), SnapshotError>) {
         if self.failed.load(Ordering::Relaxed) {
@@ -367,24 +521,22 @@ impl Walk<'_> {
         let stat = rustix::fs::fstat(&fd).map_err(|err| self.error("looking at", &path, err))?;
         let stat = file_stat(&stat);
         let mut listing = Listing {
-            fd,
+            path: &path,
             cached: self.cache.dir(&path),
-            path,
             links: Vec::new(),
             files: Vec::new(),
             dirs: Vec::new(),
             stale: Vec::new(),
         };
-        self.list(&mut listing)?;
+        self.list(&fd, &mut listing)?;
         let Listing {
-            fd,
-            path,
-            links,
+            mut links,
             files,
             dirs,
             stale,
             ..
         } = listing;
+        links.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let nodes = links.len() + files.len() + dirs.len() + stale.len();
         if depth >= MAX_DEPTH && nodes != 0 {
             let (path, source) = (self.path(&path), TreeError::Depth);
@@ -404,7 +556,7 @@ impl Walk<'_> {
                 ..Found::default()
             }));
             if let Some(found) = all.get_mut(ix) {
-                found.meta = Some(self.meta(stat.mode, stat.mtime));
+                found.stat = Some(stat);
                 found.links = links;
                 found.files = files;
                 found.path.clone_from(&path);
@@ -455,28 +607,26 @@ impl Walk<'_> {
         self.visit(scope, ix, fd, join(path, name.to_bytes()), depth)
     }
 
-    fn list(&self, listing: &mut Listing<'_>) -> Result<(), SnapshotError> {
-        // A handle of its own: the listing is filled while the directory is read.
-        let dir = listing
-            .fd
-            .try_clone()
-            .map_err(|err| self.error("listing", &listing.path, err))?;
+    fn list(&self, dir: &OwnedFd, listing: &mut Listing<'_>) -> Result<(), SnapshotError> {
+        let path = listing.path;
         let mut buffer = Vec::with_capacity(LISTING);
-        let mut entries = RawDir::new(&dir, buffer.spare_capacity_mut());
+        let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
         while let Some(entry) = entries.next() {
-            let entry = entry.map_err(|err| self.error("listing", &listing.path, err))?;
+            let entry = entry.map_err(|err| self.error("listing", path, err))?;
             let name = entry.file_name();
             let bytes = name.to_bytes();
             if bytes == b"." || bytes == b".." || self.options.excludes.contains(&bytes) {
                 continue;
             }
-            match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => self.entry(listing, name, &file_stat(&stat))?,
+            if entry.file_type() == FileType::Directory {
+                listing.dirs.push(name.to_owned());
+                continue;
+            }
+            match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => self.entry(dir, listing, name, file_stat(&stat))?,
                 // Deleted since.
                 Err(Errno::NOENT) => {}
-                Err(err) => {
-                    return Err(self.error("looking at", &join(&listing.path, bytes), err));
-                }
+                Err(err) => return Err(self.error("looking at", &join(path, bytes), err)),
             }
         }
         Ok(())
@@ -484,9 +634,10 @@ impl Walk<'_> {
 
     fn entry(
         &self,
+        dir: &OwnedFd,
         listing: &mut Listing<'_>,
         name: &CStr,
-        stat: &FileStat,
+        stat: FileStat,
     ) -> Result<(), SnapshotError> {
         let bytes = name.to_bytes();
         let what = match FileType::from_raw_mode(stat.mode) {
@@ -495,61 +646,49 @@ impl Walk<'_> {
                 return Ok(());
             }
             FileType::RegularFile => {
-                let known = listing.cached.get(bytes, stat);
+                let known = listing.cached.get(bytes, &stat);
                 if known.is_some() {
                     self.known.fetch_add(1, Ordering::Relaxed);
                 }
                 match known {
-                    Some((object, true)) if self.has(&object, stat.size) => {
-                        listing.files.push((bytes.into(), *stat, object));
-                    }
+                    Some((object, true)) => listing.files.push((bytes.into(), stat, object)),
                     _ => listing.stale.push(Stale {
                         name: name.to_owned(),
-                        stat: *stat,
+                        stat,
                         held: known.map(|(object, _)| object),
                     }),
                 }
                 return Ok(());
             }
-            FileType::Symlink => return self.link(listing, name, stat),
+            FileType::Symlink => return self.link(dir, listing, name, stat),
             FileType::Socket => "socket",
             FileType::Fifo => "fifo",
             FileType::CharacterDevice | FileType::BlockDevice => "device",
             FileType::Unknown => "file of an unknown type",
         };
-        let path = join(&listing.path, bytes);
+        let path = join(listing.path, bytes);
         lock(&self.skipped).push(Skipped { path, what });
         Ok(())
     }
 
     fn link(
         &self,
+        dir: &OwnedFd,
         listing: &mut Listing<'_>,
         name: &CStr,
-        stat: &FileStat,
+        stat: FileStat,
     ) -> Result<(), SnapshotError> {
         let bytes = name.to_bytes();
-        match rustix::fs::readlinkat(&listing.fd, name, Vec::new()) {
+        match rustix::fs::readlinkat(dir, name, Vec::new()) {
             Ok(target) => {
-                let leaf = Leaf {
-                    meta: self.meta(stat.mode, stat.mtime),
-                    content: Content::Symlink {
-                        target: target.as_bytes().into(),
-                    },
-                    link: None,
-                };
-                listing.links.push((bytes.into(), leaf));
+                let target = target.into_bytes().into();
+                listing.links.push((bytes.into(), stat, target));
                 Ok(())
             }
             Err(Errno::NOENT) => Ok(()),
-            Err(Errno::INVAL) => Err(self.changing(&listing.path, bytes)),
-            Err(err) => Err(self.error("reading the link", &join(&listing.path, bytes), err)),
+            Err(Errno::INVAL) => Err(self.changing(listing.path, bytes)),
+            Err(err) => Err(self.error("reading the link", &join(listing.path, bytes), err)),
         }
-    }
-
-    fn has(&self, object: &ObjectId, size: u64) -> bool {
-        let objects = self.ingest.store().objects();
-        objects.contains_known(object, Some(size))
     }
 
     fn read_batch(
@@ -612,7 +751,7 @@ impl Walk<'_> {
         Err(self.changing(path, name))
     }
 
-    /// Puts together what the tasks found.
+    /// Gathers what the tasks found.
     fn finish(self) -> Result<Taken, SnapshotError> {
         fn inner<T>(mutex: Mutex<T>) -> T {
             mutex.into_inner().unwrap_or_else(PoisonError::into_inner)
@@ -626,67 +765,12 @@ impl Walk<'_> {
                 dir.files.push(file);
             }
         }
-        let meta = |stat: &FileStat| Meta {
-            mode: (stat.mode & 0o7777) as u16,
-            uid: self.options.uid,
-            gid: self.options.gid,
-            mtime: Mtime {
-                sec: stat.mtime.sec,
-                nsec: stat.mtime.nsec,
-            },
-            xattrs: BTreeMap::new(),
-        };
-        let mut entries = Vec::with_capacity(dirs.len());
-        let mut files = 0;
-        // Children stand after their parents: going backwards, every directory is whole when it is moved.
-        let mut children: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
-        children.resize_with(dirs.len(), Vec::new);
-        let mut tree = Dir::default();
-        while let Some(mut found) = dirs.pop() {
-            let mut nodes = children.pop().unwrap_or_default();
-            let Some(own) = found.meta else { continue };
-            found.files.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-            files += found.files.len() as u64;
-            nodes.extend(
-                found
-                    .links
-                    .into_iter()
-                    .map(|(name, leaf)| (name, Node::Leaf(leaf))),
-            );
-            nodes.extend(found.files.iter().map(|(name, stat, object)| {
-                let leaf = Leaf {
-                    meta: meta(stat),
-                    content: Content::File {
-                        object: *object,
-                        size: stat.size,
-                    },
-                    link: None,
-                };
-                (name.clone(), Node::Leaf(leaf))
-            }));
-            let dir = Dir {
-                meta: own,
-                kind: DirKind::Merged,
-                entries: nodes.into_iter().collect(),
-            };
-            if !found.files.is_empty() {
-                entries.push(DirEntries {
-                    path: found.path,
-                    files: found.files,
-                });
-            }
-            match children.get_mut(found.parent) {
-                Some(siblings) => siblings.push((found.name, Node::Dir(dir))),
-                None => tree = dir,
-            }
-        }
-        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        dirs.par_iter_mut()
+            .for_each(|dir| dir.files.sort_unstable_by(|a, b| a.0.cmp(&b.0)));
         let mut skipped = inner(self.skipped);
         skipped.sort_unstable();
         Ok(Taken {
-            tree,
-            entries,
-            files,
+            dirs,
             read: self.read.into_inner(),
             changed: self.changed.into_inner(),
             removed: (self.cache.len() as u64).saturating_sub(self.known.into_inner()),

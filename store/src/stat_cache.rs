@@ -4,8 +4,9 @@
 //! little-endian. The file is
 //!
 //! ```text
-//! header   96 bytes: magic `III-STAT`; version, compat, ro_compat, incompat: u32; dir_count, entry_count: u32;
-//!          blob_len: u64; stamp_sec: i64; stamp_nsec: u32; 0: u32; checksum: 32 bytes; 0: u64
+//! header   192 bytes: magic `III-STAT`; version, compat, ro_compat, incompat: u32; dir_count, entry_count: u32;
+//!          blob_len: u64; stamp_sec: i64; stamp_nsec: u32; 0: u32; checksum, fingerprint, layer_id, tree_id: 32 bytes
+//!          each; 0: u64
 //! dirs     dir_count x (path_off, path_len, first, count: u32), sorted by path; first, count: its range of entries
 //! entries  entry_count x 96 bytes, those of one directory sorted by name: name_off, name_len: u32; mtime_sec,
 //!          ctime_sec: i64; mtime_nsec, ctime_nsec: u32; ino, dev, size: u64; mode: u32; 0: u32; object: 32 bytes
@@ -22,17 +23,18 @@
 
 use std::path::Path;
 
-use crate::id::ObjectId;
+use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
 
 const MAGIC: &[u8; 8] = b"III-STAT";
 const VERSION: u32 = 1;
-const HEADER: usize = 96;
+const HEADER: usize = 192;
 const CHECKSUM: std::ops::Range<usize> = 56..88;
 const DIR: usize = 16;
 const ENTRY: usize = 96;
-/// Times of files advance in ticks of the kernel's clock, which are at most 10 ms; twice that.
-const GRANULARITY_NS: i128 = 20_000_000;
+/// Times of files advance in ticks of the kernel's clock, which are at most 10 ms. The rest is for a write under way: it
+/// sets the times when it begins, and may still change bytes when it was read.
+const GRANULARITY_NS: i128 = 100_000_000;
 /// A time without nanoseconds is taken for one of a filesystem that has none; FAT counts in steps of 2 s.
 const COARSE_GRANULARITY_NS: i128 = 2_000_000_000;
 
@@ -49,6 +51,17 @@ impl Time {
     fn ns(self) -> i128 {
         i128::from(self.sec) * 1_000_000_000 + i128::from(self.nsec)
     }
+}
+
+/// What became of the project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Of everything that went into the layer.
+    pub fingerprint: [u8; 32],
+    /// The layer.
+    pub layer_id: LayerId,
+    /// The layer without its mtimes.
+    pub tree_id: TreeId,
 }
 
 /// What tells that a file was not touched.
@@ -80,17 +93,20 @@ impl FileStat {
     }
 }
 
+/// A regular file: name, how it looked when its contents were known, contents.
+pub type FileEntry = (Box<[u8]>, FileStat, ObjectId);
+
 /// A directory of the cache to be written.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct DirEntries {
+#[derive(Debug, Clone, Copy)]
+pub struct DirEntries<'a> {
     /// Relative to the project.
-    pub path: Vec<u8>,
-    /// Its regular files: name, stat, contents. Sorted by name.
-    pub files: Vec<(Box<[u8]>, FileStat, ObjectId)>,
+    pub path: &'a [u8],
+    /// Its regular files, sorted by name.
+    pub files: &'a [FileEntry],
 }
 
 /// Encodes a cache. `dirs` must be sorted by path. Nothing if it would not fit the format.
-pub fn encode(stamp: Time, dirs: &[DirEntries]) -> Option<Vec<u8>> {
+pub fn encode(stamp: Time, outcome: &Outcome, dirs: &[DirEntries<'_>]) -> Option<Vec<u8>> {
     let entries: usize = dirs.iter().map(|dir| dir.files.len()).sum();
     let mut out = vec![0; HEADER];
     let mut blob = Vec::new();
@@ -101,14 +117,14 @@ pub fn encode(stamp: Time, dirs: &[DirEntries]) -> Option<Vec<u8>> {
     };
     let mut first = 0_u32;
     for dir in dirs {
-        let [at, len] = put(&dir.path)?;
+        let [at, len] = put(dir.path)?;
         let count = u32::try_from(dir.files.len()).ok()?;
         for word in [at, len, first, count] {
             out.extend(word.to_le_bytes());
         }
         first = first.checked_add(count)?;
     }
-    for (name, stat, object) in dirs.iter().flat_map(|dir| &dir.files) {
+    for (name, stat, object) in dirs.iter().flat_map(|dir| dir.files) {
         let [at, len] = put(name)?;
         out.extend(at.to_le_bytes());
         out.extend(len.to_le_bytes());
@@ -132,6 +148,10 @@ pub fn encode(stamp: Time, dirs: &[DirEntries]) -> Option<Vec<u8>> {
     header.extend((blob.len() as u64).to_le_bytes());
     header.extend(stamp.sec.to_le_bytes());
     header.extend(stamp.nsec.to_le_bytes());
+    header.resize(CHECKSUM.end, 0);
+    header.extend(outcome.fingerprint);
+    header.extend(outcome.layer_id.as_bytes());
+    header.extend(outcome.tree_id.as_bytes());
     out[..header.len()].copy_from_slice(&header);
     let checksum = blake3::hash(&out);
     out[CHECKSUM].copy_from_slice(checksum.as_bytes());
@@ -238,6 +258,15 @@ impl StatCache {
     /// Whether it knows no file.
     pub fn is_empty(&self) -> bool {
         self.entries == 0
+    }
+
+    /// What the walk that made it came to.
+    pub fn outcome(&self) -> Option<Outcome> {
+        (!self.bytes.is_empty()).then(|| Outcome {
+            fingerprint: le(&self.bytes, CHECKSUM.end),
+            layer_id: LayerId::from_bytes(le(&self.bytes, CHECKSUM.end + 32)),
+            tree_id: TreeId::from_bytes(le(&self.bytes, CHECKSUM.end + 64)),
+        })
     }
 
     /// When the walk that made it began.

@@ -251,11 +251,16 @@ fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
         incompat: Vec::new(),
     };
     let path = dir.join("format");
-    // Two processes that make the store at once write the same bytes.
-    let tmp = dir
-        .join("tmp")
-        .join(format!("format.{}", std::process::id()));
-    let _ = disk.remove(&tmp);
+    // Two processes may make the store at once.
+    let _lock = FileLock::acquire(dir.join("locks/format"), &|| {})?;
+    if let Some(format) = read_json(&path, MAX_FORMAT)? {
+        return Ok(format);
+    }
+    let tmp = dir.join("tmp/format");
+    match disk.remove(&tmp) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("removing", &tmp)?,
+        _ => {}
+    }
     let file = disk.create(&tmp).at("creating", &tmp)?;
     let text = serde_json::to_vec(&format).map_err(|source| StoreError::Json {
         path: path.clone(),

@@ -1,0 +1,102 @@
+//! What the tests share.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use iii_store::tree::{Content, Leaf, Meta, Mtime, Node, Tree};
+use iii_store::{Ingest, Kind, Layer, ObjectId, Published, Store, StoreError};
+
+/// Files by path.
+pub type Files = BTreeMap<Vec<u8>, Vec<u8>>;
+
+pub fn files(list: &[(&str, &str)]) -> Files {
+    let pair = |(path, text): &(&str, &str)| (path.as_bytes().to_vec(), text.as_bytes().to_vec());
+    list.iter().map(pair).collect()
+}
+
+/// A tree of these files, their objects added to `ingest`.
+pub fn add_files(ingest: &Ingest<'_>, files: &Files) -> Result<Tree, StoreError> {
+    let mut tree = Tree::default();
+    for (path, bytes) in files {
+        let added = ingest.add_bytes(bytes)?;
+        assert_eq!(added.object, ObjectId::of(bytes));
+        put(&mut tree, path, added.object, added.size);
+    }
+    Ok(tree)
+}
+
+/// Puts a file into a tree.
+pub fn put(tree: &mut Tree, path: &[u8], object: ObjectId, size: u64) {
+    let cut = path.iter().rposition(|&byte| byte == b'/');
+    let (dir, name) = cut.map_or((&b""[..], path), |cut| (&path[..cut], &path[cut + 1..]));
+    let leaf = Node::Leaf(Leaf {
+        meta: Meta {
+            mode: 0o644,
+            mtime: Mtime { sec: 7, nsec: 0 },
+            ..Meta::default()
+        },
+        content: Content::File { object, size },
+        link: None,
+    });
+    tree.dir_at(dir).unwrap().entries.insert(name.into(), leaf);
+}
+
+/// Stores a layer of these files.
+pub fn publish(store: &Store, files: &Files) -> Result<Published, StoreError> {
+    let lease = store.lease("test")?;
+    let ingest = store.ingest(&lease)?;
+    let tree = add_files(&ingest, files)?;
+    ingest.finish(&tree)
+}
+
+/// The files of a layer, read back and checked against their ids.
+pub fn read_back(store: &Store, layer: &Layer) -> Files {
+    let mut files = Files::new();
+    let mut nodes = vec![layer.root()];
+    while let Some(node) = nodes.pop() {
+        nodes.extend(node.children());
+        if node.kind() == Kind::File {
+            let blob = store.object(&node.object()).unwrap();
+            let bytes = blob.read_all(u64::MAX).unwrap();
+            assert_eq!(ObjectId::of(&bytes), node.object());
+            assert_eq!(bytes.len() as u64, node.size());
+            files.insert(node.path(), bytes);
+        }
+    }
+    files
+}
+
+/// Every name of the store means durable and whole: all layers open, and all that they name is there. Returns how many
+/// layers there are.
+pub fn check_whole(dir: &Path) -> usize {
+    let store = Store::open(dir).unwrap();
+    let layers: Vec<_> = names(&dir.join("layers"));
+    for name in &layers {
+        let layer = store.layer(&name.parse().unwrap()).unwrap();
+        read_back(&store, &layer);
+    }
+    for name in names(&dir.join("loose")) {
+        let id: ObjectId = name.parse().unwrap();
+        let bytes = std::fs::read(dir.join("loose").join(&name)).unwrap();
+        assert_eq!(ObjectId::of(&bytes), id);
+    }
+    layers.len()
+}
+
+/// The names in a directory, sorted.
+pub fn names(dir: &Path) -> Vec<String> {
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
+    let entries = std::fs::read_dir(dir).unwrap().map(name);
+    let mut names: Vec<_> = entries.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Bytes that do not repeat.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}

@@ -1,0 +1,9 @@
+//! The store's contract, tested from outside. One binary, a directory of its own for each test.
+
+mod diffs;
+mod faults;
+mod helpers;
+mod ingests;
+mod names;
+mod processes;
+mod snapshots;

@@ -1,0 +1,342 @@
+//! Opening, keys, refs, leases.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use iii_store::{
+    Fact, KeyId, LayerId, MAX_RECORDS, ObjectId, Record, Ref, RefKind, Seen, Store, StoreError,
+};
+
+use crate::helpers::{files, names, publish};
+
+fn record(layer: &iii_store::Published, fact: &str) -> Record {
+    Record {
+        facts: vec![Fact {
+            path: fact.as_bytes().to_vec(),
+            seen: Seen::Absent,
+        }],
+        layer_id: layer.layer_id,
+        tree_id: layer.tree_id,
+        provenance: serde_json::Map::from_iter([("kind".to_owned(), "install".into())]),
+    }
+}
+
+#[test]
+fn opening() {
+    let dir = tempfile::tempdir().unwrap();
+    // Missing parents are made.
+    let path = dir.path().join("a/b/store");
+    let store = Store::open(&path).unwrap();
+    assert_eq!(
+        fs::read_to_string(path.join("format")).unwrap(),
+        r#"{"version":1,"compat":[],"ro_compat":[],"incompat":[]}"#
+    );
+    drop(store);
+    Store::open(&path).unwrap();
+    // A store whose making was cut short is made whole.
+    fs::remove_file(path.join("format")).unwrap();
+    Store::open(&path).unwrap();
+
+    let other = dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("thesis.tex"), "").unwrap();
+    let err = Store::open(&other).unwrap_err();
+    assert!(matches!(&err, StoreError::NotAStore { found, .. } if found == "thesis.tex"));
+    assert_eq!(names(&other), ["thesis.tex"]);
+}
+
+#[test]
+fn formats_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let format = dir.path().join("format");
+    Store::open(dir.path()).unwrap();
+    for (text, outcome) in [
+        (r#"{"version":1}"#, "writes"),
+        (r#"{"version":1,"compat":["x"],"later":1}"#, "writes"),
+        (r#"{"version":1,"ro_compat":["x"]}"#, "reads"),
+        (r#"{"version":1,"incompat":["x"]}"#, "unsupported"),
+        (r#"{"version":2}"#, "unsupported"),
+        ("", "damaged"),
+        ("{", "damaged"),
+        (r#"{"version":-1}"#, "damaged"),
+    ] {
+        fs::remove_file(&format).unwrap();
+        fs::write(&format, text).unwrap();
+        let got = match Store::open(dir.path()) {
+            Ok(store) => match store.lease("test") {
+                Ok(_) => "writes",
+                Err(StoreError::ReadOnly { .. }) => "reads",
+                Err(err) => panic!("{text}: {err}"),
+            },
+            Err(StoreError::Unsupported { .. }) => "unsupported",
+            Err(StoreError::Json { .. }) => "damaged",
+            Err(err) => panic!("{text}: {err}"),
+        };
+        assert_eq!(got, outcome, "{text}");
+    }
+}
+
+#[test]
+fn without_permission() {
+    let dir = tempfile::tempdir().unwrap();
+    Store::open(dir.path()).unwrap();
+    if rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: a store without write permission: root may write everywhere");
+        return;
+    }
+    fs::set_permissions(dir.path().join("tmp"), fs::Permissions::from_mode(0o500)).unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert!(matches!(
+        store.lease("test"),
+        Err(StoreError::ReadOnly { .. })
+    ));
+}
+
+#[test]
+fn keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    assert_eq!(store.records(&key).unwrap(), []);
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    for n in 0..MAX_RECORDS + 3 {
+        store
+            .put_record(&key, record(&layer, &n.to_string()))
+            .unwrap();
+    }
+    let records = store.records(&key).unwrap();
+    assert_eq!(records.len(), MAX_RECORDS);
+    assert_eq!(records[0], record(&layer, "10"));
+    // The same facts again: the newest result counts.
+    store.put_record(&key, record(&layer, "8")).unwrap();
+    let records = store.records(&key).unwrap();
+    assert_eq!(records.len(), MAX_RECORDS);
+    assert_eq!(records[0], record(&layer, "8"));
+    assert_eq!(records.iter().filter(|r| **r == records[0]).count(), 1);
+
+    let mut absent = record(&layer, "x");
+    absent.layer_id = LayerId::from_bytes([1; 32]);
+    assert!(matches!(
+        store.put_record(&key, absent),
+        Err(StoreError::MissingLayer(_))
+    ));
+    for name in ["locks", "leases", "tmp"] {
+        assert!(names(&dir.path().join(name)).is_empty(), "{name}");
+    }
+}
+
+/// The format: stores that exist have these.
+#[test]
+fn golden_record() {
+    let text = concat!(
+        r#"{"records":[{"facts":["#,
+        r#"{"path":"","seen":{"listing":"0000000000000000000000000000000000000000000000000000000000000000"}},"#,
+        r#"{"path":"caf\u00e9%ff%25%0a","seen":"absent"},"#,
+        r#"{"path":"a/b","seen":{"stat":{"kind":"symlink","mode":511}}},"#,
+        r#"{"path":"c","seen":{"contents":"af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"}},"#,
+        r#"{"path":"d","seen":{"target":"0000000000000000000000000000000000000000000000000000000000000000"}}],"#,
+        r#""layer_id":"0000000000000000000000000000000000000000000000000000000000000000","#,
+        r#""tree_id":"0000000000000000000000000000000000000000000000000000000000000000","#,
+        r#""provenance":{"kind":"install"}}]}"#
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    fs::write(dir.path().join("keys").join(key.to_string()), text).unwrap();
+    let records = store.records(&key).unwrap();
+    assert_eq!(records[0].facts[1].path, b"caf\xc3\xa9\xff%\n");
+    assert_eq!(records[0].facts[3].seen, Seen::Contents(ObjectId::of(b"")));
+    let again = serde_json::json!({ "records": records });
+    assert_eq!(
+        again,
+        serde_json::from_str::<serde_json::Value>(text).unwrap()
+    );
+    let seen = Seen::listing([
+        (&b"b"[..], iii_store::Kind::Dir),
+        (b"a", iii_store::Kind::File),
+    ]);
+    let Seen::Listing(hash) = seen else { panic!() };
+    assert_eq!(
+        hash.to_string(),
+        "3830fccb4c32646a7be6842b5fa76a5d1c79b1e272b77e5144909bceda44aec4"
+    );
+    let Seen::Target(hash) = Seen::target(b"../x") else {
+        panic!()
+    };
+    assert_eq!(
+        hash.to_string(),
+        "2e135f440e5cb6496f46d4331a05e4c768bc364126ff47ce3640dc501d869c4d"
+    );
+}
+
+#[test]
+fn a_damaged_key_is_told_and_can_be_built_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    fs::write(dir.path().join("keys").join(key.to_string()), "{\"rec").unwrap();
+    assert!(matches!(store.records(&key), Err(StoreError::Json { .. })));
+    store.put_record(&key, record(&layer, "x")).unwrap();
+    assert_eq!(store.records(&key).unwrap().len(), 1);
+}
+
+#[test]
+fn refs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let one = publish(&store, &files(&[("a", "1")])).unwrap().layer_id;
+    let two = publish(&store, &files(&[("a", "2")])).unwrap().layer_id;
+    let long = "x/".repeat(2000);
+    let mut expected = Vec::new();
+    for (n, name) in [
+        "docker.io/library/node:latest",
+        "docker.io/library/Node:latest",
+        "..",
+        ".",
+        "a b\nc",
+        "é%2f",
+        "%",
+        long.as_str(),
+        &long[..3998],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(store.get_ref(RefKind::Image, name).unwrap(), None);
+        let content = Ref {
+            layers: vec![one, two],
+            info: serde_json::json!({ "n": n }),
+        };
+        store.set_ref(RefKind::Image, name, &content).unwrap();
+        assert_eq!(
+            store.get_ref(RefKind::Image, name).unwrap().as_ref(),
+            Some(&content)
+        );
+        expected.push((name.to_owned(), content));
+    }
+    expected.sort_by(|a, b| a.0.cmp(&b.0));
+    assert_eq!(store.list_refs(RefKind::Image).unwrap(), expected);
+    assert_eq!(store.list_refs(RefKind::Worker).unwrap(), []);
+    assert_eq!(names(&dir.path().join("refs")), ["image", "worker"]);
+    assert!(store.remove_ref(RefKind::Image, "..").unwrap());
+    assert!(!store.remove_ref(RefKind::Image, "..").unwrap());
+    assert_eq!(
+        store.list_refs(RefKind::Image).unwrap().len(),
+        expected.len() - 1
+    );
+
+    let absent = Ref {
+        layers: vec![LayerId::from_bytes([1; 32])],
+        info: serde_json::Value::Null,
+    };
+    assert!(matches!(
+        store.set_ref(RefKind::Worker, "w", &absent),
+        Err(StoreError::MissingLayer(_))
+    ));
+    let empty = Ref {
+        layers: Vec::new(),
+        info: serde_json::Value::Null,
+    };
+    for name in ["", "x".repeat(5000).as_str()] {
+        assert!(store.set_ref(RefKind::Worker, name, &empty).is_err());
+    }
+}
+
+#[test]
+fn leases_pin_and_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let lease = store.lease("build of\nx").unwrap();
+    let (one, two) = (LayerId::from_bytes([1; 32]), LayerId::from_bytes([2; 32]));
+    lease.pin(&[one]).unwrap();
+    lease.pin(&[one, two]).unwrap();
+    let leases = dir.path().join("leases");
+    let [name] = &names(&leases)[..] else {
+        panic!()
+    };
+    let text = fs::read_to_string(leases.join(name)).unwrap();
+    assert_eq!(
+        text,
+        format!("iii-lease 1 build of x\nlayer {one}\nlayer {two}\n")
+    );
+    // It is held, and so left alone.
+    assert_eq!(store.sweep_dead_leases().unwrap(), 0);
+    assert_eq!(names(&leases).len(), 1);
+    drop(lease);
+    assert!(names(&leases).is_empty());
+    // Nobody holds this one.
+    fs::write(leases.join("dead"), "iii-lease 1 x\n").unwrap();
+    fs::write(dir.path().join("tmp/dead.3"), "half").unwrap();
+    fs::write(dir.path().join("tmp/deader.lease"), "").unwrap();
+    assert_eq!(store.sweep_dead_leases().unwrap(), 1);
+    for name in ["leases", "tmp"] {
+        assert!(names(&dir.path().join(name)).is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn damaged_layers_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let all = files(&[("a", "1")]);
+    let id = publish(&store, &all).unwrap().layer_id;
+    let absent = LayerId::from_bytes([1; 32]);
+    assert!(matches!(
+        store.layer(&absent),
+        Err(StoreError::MissingLayer(_))
+    ));
+    let path = dir.path().join("layers").join(id.to_string());
+    let good = fs::read(&path).unwrap();
+    let replace = |path: &std::path::Path, bytes: &[u8]| {
+        let _ = fs::remove_file(path);
+        fs::write(path, bytes).unwrap();
+    };
+    for bytes in [
+        &good[..good.len() - 1],
+        b"",
+        &[good.as_slice(), b"x"].concat(),
+    ] {
+        replace(&path, bytes);
+        assert!(matches!(store.layer(&id), Err(StoreError::Layer { .. })));
+    }
+    let mut flipped = good.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    replace(&path, &flipped);
+    assert!(store.layer(&id).is_err());
+    // Under another's name.
+    replace(&dir.path().join("layers").join(absent.to_string()), &good);
+    assert!(matches!(
+        store.layer(&absent),
+        Err(StoreError::Damaged { .. })
+    ));
+    // Stored again, it is mended.
+    assert!(!publish(&store, &all).unwrap().existed);
+    assert_eq!(store.layer(&id).unwrap().file_count(), 1);
+}
+
+#[test]
+fn a_damaged_index_hides_its_objects_and_breaks_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    publish(&store, &files(&[("a", "1")])).unwrap();
+    let packs = dir.path().join("packs");
+    let idx = names(&packs)
+        .into_iter()
+        .find(|name| name.ends_with(".idx"))
+        .unwrap();
+    let mut bytes = fs::read(packs.join(&idx)).unwrap();
+    bytes[70] ^= 1;
+    fs::remove_file(packs.join(&idx)).unwrap();
+    fs::write(packs.join(&idx), bytes).unwrap();
+    fs::write(packs.join("notes.txt"), "").unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let id = ObjectId::of(b"1");
+    assert!(!store.contains(&id));
+    assert!(matches!(
+        store.object(&id),
+        Err(StoreError::MissingObject(_))
+    ));
+    publish(&store, &files(&[("b", "2"), ("a", "1")])).unwrap();
+    assert!(store.contains(&id));
+}
