@@ -11,12 +11,11 @@ pub fn layer_of(tree: &Tree) -> Layer {
 
 fn name() -> impl Strategy<Value = Box<[u8]>> {
     prop_oneof![
-        prop::sample::select(vec![&b"a"[..], b"b", b"c", b"\xff"]).prop_map(Into::into),
-        prop::collection::vec(1_u8..47, 1..4).prop_map(Into::into),
+        prop::sample::select(vec![&b"a"[..], b"b", b"c", b"\xff"]).prop_map(<[u8]>::to_vec),
+        prop::collection::vec(1_u8..47, 1..4),
     ]
-    .prop_filter("a name", |name: &Box<[u8]>| {
-        iii_store::tree::check_name(name).is_ok()
-    })
+    .prop_filter("a name", |name| iii_store::tree::check_name(name).is_ok())
+    .prop_map(Into::into)
 }
 
 fn meta() -> impl Strategy<Value = Meta> {

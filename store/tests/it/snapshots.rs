@@ -206,6 +206,9 @@ fn one_of_everything() {
     check_whole(bench.store.dir());
 }
 
+/// What is done, how, and how many files are then read, changed and removed.
+type Edit = (&'static str, fn(&Path), [u64; 3]);
+
 /// Reads what changed, and nothing else; writes nothing if nothing did.
 #[test]
 fn reads_what_changed() {
@@ -236,7 +239,6 @@ fn reads_what_changed() {
     assert!(again.published.existed);
     assert_eq!(everything(), before);
 
-    type Edit = (&'static str, fn(&Path), [u64; 3]);
     let edits: [Edit; 8] = [
         (
             "edit",
@@ -304,7 +306,7 @@ fn a_racy_file_is_read_again() {
     bench.write("f", "one");
     let path = bench.project.join("f");
     for round in 0..50 {
-        let texts = [format!("{:03}", round), format!("{:03}", round + 500)];
+        let texts = [format!("{round:03}"), format!("{:03}", round + 500)];
         fs::write(&path, &texts[0]).unwrap();
         bench.take();
         // As soon as can be, and no less often than that do both fall into one tick.
@@ -388,7 +390,7 @@ fn what_cannot_be_read_is_named() {
     let bench = Bench::new();
     bench.write("d/secret", "x");
     let path = bench.project.join("d/secret");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
     if rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: an unreadable project file: root may read everything");
     } else {
@@ -503,7 +505,7 @@ fn place(root: &Path, at: u8) -> PathBuf {
     let mut path = root.to_owned();
     for digit in [at % 3, at / 3 % 3, at / 9 % 4] {
         path.push(["a", "b", "c", "d"][usize::from(digit)]);
-        if at % 5 == 0 {
+        if at.is_multiple_of(5) {
             break;
         }
     }
