@@ -2,4 +2,16 @@
 //!
 //! The only crate that knows a terminal, the environment, the home directory or the network.
 
+pub mod build;
+pub mod cli;
+pub mod compose;
+pub mod dev;
+pub mod environment;
+pub mod home;
+pub mod oci;
+pub mod plan;
 pub mod project;
+pub mod sandbox;
+pub mod supervise;
+pub mod tail;
+pub mod ui;

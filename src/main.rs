@@ -1,2 +1,5 @@
 //! The `iii` program.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    iii::cli::iii()
+}

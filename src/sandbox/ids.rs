@@ -360,131 +360,47 @@ mod tests {
         }
     }
 
+    /// Case; uid; grants; own map; helpers; expected extents and their writer.
+    const CASES: &str = "\
+        root; 0; ; whole; yes; 0 1885929472 65536; Root
+        root with a grant; 0; 0:500000:70000; whole; yes; 0 500000 65536; Root
+        root with a small grant; 0; 0:500000:7; whole; yes; 0 1885929472 65536; Root
+        root in a rootless container; 0; ; 0 1000 1,1 100000 65536; yes; 0 1 65536; Root
+        root in a container; 0; ; 0 100000 65536; yes; 0 1 65535; Root
+        root and nobody else; 0; ; 0 1000 1; yes; 0 0 1; Oneself
+        user; 7; bob:1:5,ann:100000:65536; whole; yes; 0 7 1 1 100000 65535; Helpers
+        user by number; 7; 7:20:10; whole; yes; 0 7 1 1 20 10; Helpers
+        two grants; 7; ann:1:9,ann:90:100000; whole; yes; 0 7 1 1 1 9 10 90 65526; Helpers
+        no helpers; 7; ann:100000:65536; whole; no; 0 7 1; Oneself
+        no grant; 7; bob:100000:65536; whole; yes; 0 7 1; Oneself
+        garbage; 7; ann,ann:x:1,ann:5:0,::; whole; yes; 0 7 1; Oneself";
+
     #[test]
     fn maps() {
-        let cases = [
-            (
-                "root",
-                0,
-                "",
-                WHOLE,
-                true,
-                "0 1885929472 65536",
-                Writer::Root,
-            ),
-            (
-                "root with a grant",
-                0,
-                "0:500000:70000",
-                WHOLE,
-                true,
-                "0 500000 65536",
-                Writer::Root,
-            ),
-            (
-                "root with a small grant",
-                0,
-                "0:500000:7",
-                WHOLE,
-                true,
-                "0 1885929472 65536",
-                Writer::Root,
-            ),
-            (
-                "container",
-                0,
-                "",
-                "0 1000 1\n1 100000 65536",
-                true,
-                "0 1 65536",
-                Writer::Root,
-            ),
-            (
-                "container, one extent",
-                0,
-                "",
-                "0 100000 65536",
-                true,
-                "0 1 65535",
-                Writer::Root,
-            ),
-            (
-                "container, one id",
-                0,
-                "",
-                "0 1000 1",
-                true,
-                "0 0 1",
-                Writer::Oneself,
-            ),
-            (
-                "user",
-                1000,
-                "bob:1:5\nann:100000:65536",
-                WHOLE,
-                true,
-                "0 1000 1 1 100000 65535",
-                Writer::Helpers,
-            ),
-            (
-                "user by number",
-                1000,
-                "1000:7:10",
-                WHOLE,
-                true,
-                "0 1000 1 1 7 10",
-                Writer::Helpers,
-            ),
-            (
-                "two grants",
-                1000,
-                "ann:1:9\nann:90:100000",
-                WHOLE,
-                true,
-                "0 1000 1 1 1 9 10 90 65526",
-                Writer::Helpers,
-            ),
-            (
-                "no helpers",
-                1000,
-                "ann:100000:65536",
-                WHOLE,
-                false,
-                "0 1000 1",
-                Writer::Oneself,
-            ),
-            (
-                "no grant",
-                1000,
-                "bob:100000:65536",
-                WHOLE,
-                true,
-                "0 1000 1",
-                Writer::Oneself,
-            ),
-            (
-                "garbage",
-                1000,
-                "ann\nann:x:1\nann:5:0\n::",
-                WHOLE,
-                true,
-                "0 1000 1",
-                Writer::Oneself,
-            ),
-        ];
-        for (case, uid, subids, own_map, helpers, expected, writer) in cases {
-            let (maps, warning) = IdMaps::plan(&account(uid, subids, own_map), helpers);
+        for line in CASES.lines() {
+            let columns: Vec<&str> = line.split(';').map(str::trim).collect();
+            let [_, uid, grants, own_map, helpers, extents, writer] = columns[..] else {
+                panic!("{line}");
+            };
+            let own_map = if own_map == "whole" {
+                WHOLE
+            } else {
+                &own_map.replace(',', "\n")
+            };
+            let uid = uid.parse().expect("a number");
+            let account = account(uid, &grants.replace(',', "\n"), own_map);
+            let (maps, warning) = IdMaps::plan(&account, helpers == "yes");
             let rendered = render(&maps.uid)
                 .split_whitespace()
                 .collect::<Vec<_>>()
                 .join(" ");
             assert_eq!(
-                (rendered.as_str(), maps.writer),
-                (expected, writer),
-                "{case}"
+                (rendered.as_str(), format!("{:?}", maps.writer).as_str()),
+                (extents, writer),
+                "{line}"
             );
-            assert_eq!(maps.uid, maps.gid, "{case}");
-            assert_eq!(warning.is_some(), writer == Writer::Oneself, "{case}");
+            assert_eq!(maps.uid, maps.gid, "{line}");
+            assert_eq!(warning.is_some(), writer == "Oneself", "{line}");
         }
     }
 

@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
+use crate::tail::{LineSplitter, clean, inert};
+
 mod human;
 mod progress;
-mod tail;
 
 pub use human::{human_bytes, human_count, human_counted, human_duration};
 pub use progress::{ProgressHandle, Unit};
-pub use tail::{LineSplitter, MAX_LINE, TAIL_BYTES, TAIL_LINES, Tail, clean, inert};
 
 /// How long an operation may take before a bar is drawn for it.
 const PROGRESS_DELAY: Duration = Duration::from_millis(250);

@@ -1,0 +1,640 @@
+//! Realises the layers of a project: looks up what the plan names, and runs what is missing.
+//!
+//! A step runs in a sandbox on `base, layers so far, project` and an empty upper of its own. What it wrote is frozen,
+//! published, and stored under the step's key with the facts that it observed about the project. Nothing is stored of a step
+//! that fails or is interrupted. Of two processes that need the same step at once, one runs it and the other waits.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::{FreezeError, OpenError, Overlay, OverlayOptions, Project as ProjectAt};
+use iii_store::snapshot::{self, SnapshotError};
+use iii_store::{Fact, KeyId, Layer, LayerId, Lease, Published, Record, Store, StoreError, TreeId};
+use rustix::process::Signal;
+
+use crate::compose;
+use crate::environment::Env;
+use crate::home::Home;
+use crate::oci::Image;
+use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
+use crate::project::{CacheMount, CacheScope, Project};
+use crate::sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
+use crate::supervise::Signals;
+use crate::tail::Tail;
+
+/// The command that runs a script, up to the script: it ends at the first command that fails.
+pub const SHELL: [&str; 2] = ["/bin/sh", "-ec"];
+
+/// Why the layers could not be realised.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The project could not be taken in.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The overlay of a step could not be put together.
+    #[error("composing the layers for {kind} failed")]
+    Compose {
+        /// The step.
+        kind: Kind,
+        /// Why.
+        source: OpenError,
+    },
+    /// The sandbox of a step failed.
+    #[error("running {kind} failed")]
+    Sandbox {
+        /// The step.
+        kind: Kind,
+        /// Why.
+        source: SandboxError,
+    },
+    /// A step's script failed.
+    #[error("{kind} failed: {}", describe(*.status))]
+    Step {
+        /// The step.
+        kind: Kind,
+        /// How it ended.
+        status: ExitStatus,
+        /// The last lines that it printed.
+        tail: Vec<String>,
+    },
+    /// A signal ended a step.
+    #[error("{kind} was interrupted; nothing of it was kept")]
+    Interrupted {
+        /// The step.
+        kind: Kind,
+        /// The signal.
+        signal: Signal,
+    },
+    /// What a step wrote could not be made a layer.
+    #[error("storing what {kind} wrote failed")]
+    Freeze {
+        /// The step.
+        kind: Kind,
+        /// Why.
+        source: FreezeError,
+    },
+    /// A directory or lock of the tool's own.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// Seconds since 1970.
+fn unix_time() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
+}
+
+/// How a process ended, in words.
+pub fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt as _;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("killed by signal {signal}"),
+        (None, None) => "ended".into(),
+    }
+}
+
+/// Whether a layer was there or had to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// It was there.
+    Hit,
+    /// It was made.
+    Built,
+}
+
+/// What became of one layer.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Report {
+    /// Which layer.
+    pub kind: Kind,
+    /// Whether it was there.
+    pub status: Status,
+    /// Its recipe's key; base and project have none, they are what they hold.
+    pub key: Option<KeyId>,
+    /// The layer.
+    pub layer_id: LayerId,
+    /// What it holds, mtimes apart.
+    pub tree_id: TreeId,
+    /// Bytes of file data that were new to the store.
+    pub bytes: u64,
+    /// File contents that were new to the store.
+    pub files: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Why it had to be made, for setup and install.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// How many paths of the project changed since the last snapshot, for the project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changed: Option<u64>,
+}
+
+/// What happens while layers are realised.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The base image is there, with all its layers.
+    Base(&'a Image),
+    /// Another process builds the same thing.
+    Waiting(Kind),
+    /// A step begins.
+    Running(Kind, &'a Reason),
+    /// A piece of what a step prints, beginning and ending anywhere in a line.
+    Output(Kind, Stream, &'a [u8]),
+    /// A layer above the base is ready.
+    Ready(&'a Report),
+    /// Something works worse than it could, or was left out.
+    Note(String),
+}
+
+/// One of the two streams that a step prints to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stream {
+    /// Standard output.
+    Out,
+    /// Standard error.
+    Err,
+}
+
+/// The realised layers, bottom first.
+pub struct Stack {
+    /// What became of each.
+    pub reports: Vec<Report>,
+    /// The layers themselves.
+    pub layers: Vec<Arc<Layer>>,
+}
+
+impl Stack {
+    /// The ids of the layers, bottom first.
+    pub fn ids(&self) -> Vec<LayerId> {
+        self.reports.iter().map(|report| report.layer_id).collect()
+    }
+
+    fn push(&mut self, report: Report, layer: Arc<Layer>) {
+        self.reports.push(report);
+        self.layers.push(layer);
+    }
+}
+
+/// What layers are realised from and with.
+pub struct Builder<'a> {
+    /// Where caches and build uppers are.
+    pub home: &'a Home,
+    /// The store.
+    pub store: &'a Store,
+    /// Pins every layer that is used or made.
+    pub lease: &'a Lease,
+    /// The project.
+    pub project: &'a Project,
+    /// The sandbox's name, which owns the project's stat cache and its own caches.
+    pub name: &'a str,
+    /// The base image.
+    pub image: &'a Image,
+    /// The environment of the steps.
+    pub env: &'a Env,
+    /// Runs setup and install whatever is stored.
+    pub rebuild: bool,
+    /// What ends a step.
+    pub signals: &'a Signals,
+    /// Told what happens, from several threads.
+    pub events: &'a (dyn Fn(Event<'_>) + Sync),
+}
+
+impl Builder<'_> {
+    /// Realises base, setup, install and project.
+    pub fn realise(&self) -> Result<Stack, BuildError> {
+        let mut stack = Stack {
+            reports: Vec::new(),
+            layers: Vec::new(),
+        };
+        self.lease.pin(&self.image.layers)?;
+        for id in &self.image.layers {
+            let layer = self.store.layer(id)?;
+            let report = Report::hit(Kind::Base, None, &layer);
+            stack.push(report, layer);
+        }
+        (self.events)(Event::Base(self.image));
+        let (report, project) = self.snapshot()?;
+        let scripts = &self.project.scripts;
+        for (kind, script) in [
+            (Kind::Setup, &scripts.setup),
+            (Kind::Install, &scripts.install),
+        ] {
+            if let Some(script) = script {
+                let (report, layer) = self.step(kind, script, &stack.layers, &project)?;
+                (self.events)(Event::Ready(&report));
+                stack.push(report, layer);
+            }
+        }
+        (self.events)(Event::Ready(&report));
+        stack.push(report, project);
+        Ok(stack)
+    }
+
+    fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
+        let start = Instant::now();
+        let snapshot = snapshot::snapshot(
+            self.store,
+            self.lease,
+            &self.project.root,
+            &snapshot::Options {
+                name: &project_id(self.project),
+                at: WORKSPACE.as_bytes(),
+                excludes: &EXCLUDED.map(str::as_bytes),
+                uid: 0,
+                gid: 0,
+            },
+        )?;
+        for skipped in &snapshot.skipped {
+            let path = String::from_utf8_lossy(&skipped.path);
+            (self.events)(Event::Note(format!("{path}: left out: {}", skipped.what)));
+        }
+        let layer = self.store.layer(&snapshot.published.layer_id)?;
+        let report = Report {
+            status: if snapshot.published.existed {
+                Status::Hit
+            } else {
+                Status::Built
+            },
+            bytes: snapshot.published.new_bytes,
+            files: snapshot.published.new_files,
+            seconds: start.elapsed().as_secs_f64(),
+            changed: Some(snapshot.changed + snapshot.removed),
+            ..Report::hit(Kind::Project, None, &layer)
+        };
+        Ok((report, layer))
+    }
+
+    fn recipe(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> Recipe {
+        Recipe {
+            kind,
+            below: below.iter().map(|layer| layer.tree_id()).collect(),
+            script: script.to_owned(),
+            shell: SHELL.iter().map(|&word| word.to_owned()).collect(),
+            arch: std::env::consts::ARCH.to_owned(),
+            user: self.image.config.user.clone(),
+            env: self.env.clone(),
+        }
+    }
+
+    /// The layer that still holds for this project, or why there is none.
+    fn find(
+        &self,
+        kind: Kind,
+        key: KeyId,
+        project: &Layer,
+        start: Instant,
+    ) -> Result<Result<(Report, Arc<Layer>), Reason>, BuildError> {
+        let records = self.store.records(&key)?;
+        // Pinned before it is looked for: what gc has taken by now is built again.
+        let layers: Vec<LayerId> = records.iter().map(|record| record.layer_id).collect();
+        self.lease.pin(&layers)?;
+        let there = |record: &Record| self.store.has_layer(&record.layer_id);
+        let records: Vec<Record> = records.into_iter().filter(there).collect();
+        let root = project
+            .lookup(WORKSPACE.as_bytes())
+            .unwrap_or(project.root());
+        Ok(match plan::decide(&records, root) {
+            Decision::Run(reason) => Err(reason),
+            Decision::Hit(record) => {
+                let layer = self.store.layer(&record.layer_id)?;
+                let report = Report {
+                    seconds: start.elapsed().as_secs_f64(),
+                    ..Report::hit(kind, Some(key), &layer)
+                };
+                Ok((report, layer))
+            }
+        })
+    }
+
+    fn step(
+        &self,
+        kind: Kind,
+        script: &str,
+        below: &[Arc<Layer>],
+        project: &Arc<Layer>,
+    ) -> Result<(Report, Arc<Layer>), BuildError> {
+        let start = Instant::now();
+        let key = self.recipe(kind, script, below).key();
+        if !self.rebuild
+            && let Ok(hit) = self.find(kind, key, project, start)?
+        {
+            return Ok(hit);
+        }
+        let _flight = self
+            .store
+            .flight(&key, &|| (self.events)(Event::Waiting(kind)))?;
+        let reason = if self.rebuild {
+            Reason::Asked
+        } else {
+            // Whoever held the flight may have built it.
+            match self.find(kind, key, project, start)? {
+                Ok(hit) => return Ok(hit),
+                Err(reason) => reason,
+            }
+        };
+        (self.events)(Event::Running(kind, &reason));
+        let step = Step {
+            builder: self,
+            kind,
+            script,
+        };
+        let (facts, published) = step.run(below, project)?;
+        let layer = self.store.layer(&published.layer_id)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let provenance = [
+            ("kind", kind.to_string().into()),
+            ("reason", reason.to_string().into()),
+            ("seconds", seconds.into()),
+            ("created", unix_time().into()),
+            ("version", env!("CARGO_PKG_VERSION").into()),
+        ];
+        let record = Record {
+            facts,
+            layer_id: published.layer_id,
+            tree_id: published.tree_id,
+            provenance: provenance
+                .map(|(name, value)| (name.to_owned(), value))
+                .into_iter()
+                .collect(),
+        };
+        self.store.put_record(&key, record)?;
+        let report = Report {
+            status: Status::Built,
+            bytes: published.new_bytes,
+            files: published.new_files,
+            seconds,
+            reason: Some(reason.to_string()),
+            ..Report::hit(kind, Some(key), &layer)
+        };
+        Ok((report, layer))
+    }
+}
+
+impl Report {
+    fn hit(kind: Kind, key: Option<KeyId>, layer: &Layer) -> Self {
+        Self {
+            kind,
+            status: Status::Hit,
+            key,
+            layer_id: layer.layer_id(),
+            tree_id: layer.tree_id(),
+            bytes: 0,
+            files: 0,
+            seconds: 0.0,
+            reason: None,
+            changed: None,
+        }
+    }
+}
+
+/// One step on its way from script to layer.
+struct Step<'a> {
+    builder: &'a Builder<'a>,
+    kind: Kind,
+    script: &'a str,
+}
+
+impl Step<'_> {
+    fn run(
+        &self,
+        below: &[Arc<Layer>],
+        project: &Arc<Layer>,
+    ) -> Result<(Vec<Fact>, Published), BuildError> {
+        let kind = self.kind;
+        let dir = StepDir::new(self.builder.home)?;
+        let mut layers = below.to_vec();
+        layers.push(Arc::clone(project));
+        let options = OverlayOptions {
+            project: Some(project_at(&layers)),
+            observe: true,
+            volatile: true,
+        };
+        let overlay = Overlay::open(self.builder.store, layers, &dir.upper(), options)
+            .map_err(|source| BuildError::Compose { kind, source })?;
+        let overlay = Arc::new(overlay);
+        self.execute(&overlay)?;
+        let freeze = |source| BuildError::Freeze { kind, source };
+        let ingest = self.builder.store.ingest(self.builder.lease)?;
+        let tree = overlay.freeze(&ingest).map_err(freeze)?;
+        let published = ingest.finish(&tree)?;
+        Ok((overlay.facts(), published))
+    }
+
+    /// Runs the script to its end.
+    fn execute(&self, overlay: &Arc<Overlay>) -> Result<(), BuildError> {
+        let kind = self.kind;
+        let broken = |source| BuildError::Sandbox { kind, source };
+        let caches = self.caches()?;
+        let argv = SHELL.into_iter().chain([self.script]).map(OsString::from);
+        let mut spec = SandboxSpec::new(compose::root(overlay, Mode::Observed), argv);
+        spec.env = self.builder.env.clone().into_iter().collect();
+        spec.user.clone_from(&self.builder.image.config.user);
+        spec.hostname = self.builder.name.to_owned();
+        spec.mounts = caches.mounts;
+        spec.stdio = Stdio::Piped;
+        let mut sandbox = Sandbox::start(spec).map_err(broken)?;
+        for warning in sandbox.warnings() {
+            (self.builder.events)(Event::Note(warning.to_string()));
+        }
+        let tail = Mutex::new(Tail::default());
+        let streams = [
+            (Stream::Out, sandbox.stdout.take()),
+            (Stream::Err, sandbox.stderr.take()),
+        ];
+        let controller = sandbox.controller();
+        let (status, signal) = std::thread::scope(|scope| {
+            for (which, pipe) in streams {
+                let tail = &tail;
+                scope.spawn(move || pipe.map(|pipe| self.stream(which, pipe, tail)));
+            }
+            self.builder.signals.attend(controller, || sandbox.wait())
+        });
+        let status = status.map_err(broken)?;
+        if let Some(signal) = signal {
+            return Err(BuildError::Interrupted { kind, signal });
+        }
+        if status.success() {
+            return Ok(());
+        }
+        let tail = tail.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Err(BuildError::Step {
+            kind,
+            status,
+            tail: tail.into_lines(),
+        })
+    }
+}
+
+impl Step<'_> {
+    /// Hands on what a step prints until the stream ends.
+    fn stream(&self, which: Stream, mut pipe: impl io::Read, tail: &Mutex<Tail>) {
+        let mut buffer = [0; 8192];
+        // A read that fails is the end of the output, not of the step.
+        while let Ok(read @ 1..) = pipe.read(&mut buffer) {
+            let piece = &buffer[..read];
+            tail.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(piece);
+            (self.builder.events)(Event::Output(self.kind, which, piece));
+        }
+    }
+
+    /// The caches of this step, locked as their tools need it.
+    fn caches(&self) -> Result<Caches, BuildError> {
+        let Builder {
+            home, project, env, ..
+        } = self.builder;
+        // Only setup is expected to install packages of the distribution, and a lock on apt's caches would keep installs that
+        // never use apt from running side by side.
+        Caches::open(
+            home,
+            project,
+            env,
+            |cache| self.kind == Kind::Setup || !cache.id.starts_with("apt-"),
+            true,
+        )
+    }
+}
+
+/// Cache directories, made and locked.
+pub struct Caches {
+    /// To be mounted.
+    pub mounts: Vec<BindMount>,
+    _locks: Vec<File>,
+}
+
+impl Caches {
+    /// Makes the directories of the project's caches that are `wanted`; with `lock`, waits for and holds the locks of those
+    /// that need one.
+    pub fn open(
+        home: &Home,
+        project: &Project,
+        env: &Env,
+        wanted: impl Fn(&CacheMount) -> bool,
+        lock: bool,
+    ) -> Result<Self, BuildError> {
+        let mut caches = project.caches(env.get("CARGO_HOME").map(String::as_str));
+        caches.retain(wanted);
+        // In one order everywhere, so that two steps never wait for each other.
+        caches.sort_by_key(|cache| cache.id);
+        let mut opened = Self {
+            mounts: Vec::new(),
+            _locks: Vec::new(),
+        };
+        for cache in caches {
+            let mut dir = home.cache().join(cache.id);
+            if cache.scope == CacheScope::PerProject {
+                dir.push(project_id(project));
+            }
+            fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+            if lock && cache.lock {
+                let path = dir.with_added_extension("lock");
+                let file = File::create(&path).map_err(at("create", &path))?;
+                file.lock().map_err(at("lock", &path))?;
+                opened._locks.push(file);
+            }
+            opened.mounts.push(BindMount {
+                host: dir,
+                target: cache.target,
+                read_only: false,
+            });
+        }
+        Ok(opened)
+    }
+}
+
+/// Where the project is in a chain that ends with it.
+pub fn project_at(layers: &[Arc<Layer>]) -> ProjectAt {
+    ProjectAt {
+        slot: layers.len() - 1,
+        path: WORKSPACE.into(),
+    }
+}
+
+/// A file name for what belongs to one project: its directory's name for people, its path's hash for us.
+pub fn project_id(project: &Project) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let hash = blake3::hash(project.root.as_os_str().as_bytes()).to_hex();
+    format!("{}-{}", project.dev_name(), &hash[..16])
+}
+
+fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
+    let path = path.to_owned();
+    move |source| BuildError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+/// The directory of a step under way, removed when the step has ended.
+struct StepDir {
+    dir: PathBuf,
+    /// Tells a later run that somebody is at it.
+    _lock: File,
+}
+
+impl StepDir {
+    fn new(home: &Home) -> Result<Self, BuildError> {
+        let parent = home.build();
+        fs::create_dir_all(&parent).map_err(at("create", &parent))?;
+        // While it has no lock yet, a sweep could take it for abandoned.
+        let guard = File::open(&parent).map_err(at("open", &parent))?;
+        guard.lock_shared().map_err(at("lock", &parent))?;
+        let dir = tempfile::Builder::new().prefix("step-").tempdir_in(&parent);
+        let dir = dir.map_err(at("create a directory in", &parent))?.keep();
+        let path = dir.join(STEP_LOCK);
+        let lock = File::create(&path).map_err(at("create", &path))?;
+        lock.lock().map_err(at("lock", &path))?;
+        Ok(Self { dir, _lock: lock })
+    }
+
+    fn upper(&self) -> PathBuf {
+        self.dir.join("upper")
+    }
+}
+
+impl Drop for StepDir {
+    fn drop(&mut self) {
+        // What cannot be removed now is swept by a later run.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+const STEP_LOCK: &str = "lock";
+
+/// Removes what steps left behind whose process was killed.
+pub fn sweep(home: &Home) {
+    let Ok(parent) = File::open(home.build()) else {
+        return;
+    };
+    let (Ok(()), Ok(steps)) = (parent.try_lock(), fs::read_dir(home.build())) else {
+        return;
+    };
+    for step in steps.flatten() {
+        let dir = step.path();
+        let abandoned =
+            File::open(dir.join(STEP_LOCK)).map_or(true, |lock| lock.try_lock().is_ok());
+        if abandoned {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+}

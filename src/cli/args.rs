@@ -1,0 +1,142 @@
+//! The command line, as people type it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Runs iii workers in sandboxes made of shared layers.
+#[derive(Debug, Parser)]
+#[command(
+    name = "iii",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct Iii {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The program that the engine's own `iii worker …` hands over to.
+#[derive(Debug, Parser)]
+#[command(
+    name = "iii-worker",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct IiiWorker {
+    #[command(subcommand)]
+    pub command: Worker,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run and build workers
+    #[command(subcommand, arg_required_else_help = true)]
+    Worker(Worker),
+    /// Bring base images into the store and list them
+    #[command(subcommand, arg_required_else_help = true)]
+    Image(Image),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Worker {
+    /// Run a project in a sandbox, in the foreground
+    ///
+    /// Setup and install run once and are stored as layers; they run again only when something that they looked at has
+    /// changed. What the worker itself writes stays from run to run. Ctrl-C ends it.
+    #[command(after_help = "Examples:
+  iii worker dev ./my-project
+  iii worker dev ./my-project --rebuild      # everything from scratch
+  iii worker dev ./my-project --fresh        # forget what the worker wrote, keep what is built
+  iii worker dev . --name api --port 49200")]
+    Dev(Dev),
+    /// Build a project's layers and start nothing
+    #[command(after_help = "Examples:
+  iii worker build ./my-project
+  iii worker build ./my-project --json | jq '.layers[] | {kind, status}'")]
+    Build(Build),
+}
+
+#[derive(Debug, Args)]
+pub struct Target {
+    /// The project's directory
+    pub path: PathBuf,
+    /// Run setup and install again, whatever is stored
+    #[arg(long)]
+    pub rebuild: bool,
+    /// Name of the sandbox [default: iii-dev-<directory>]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Base image to use instead of the project's
+    #[arg(long, value_name = "IMAGE")]
+    pub base: Option<String>,
+    /// How to isolate the worker
+    #[arg(long, value_enum, default_value_t = Runtime::Auto)]
+    pub runtime: Runtime,
+}
+
+#[derive(Debug, Args)]
+pub struct Dev {
+    #[command(flatten)]
+    pub target: Target,
+    /// Port of the engine
+    #[arg(long, default_value_t = 49134)]
+    pub port: u16,
+    /// Host name or address of the engine
+    #[arg(long, default_value = "localhost")]
+    pub address: String,
+    /// Drop what the sandbox wrote; keep the layers
+    #[arg(long)]
+    pub fresh: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Build {
+    #[command(flatten)]
+    pub target: Target,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Runtime {
+    /// A microVM where one can run, else namespaces
+    Auto,
+    /// Linux namespaces: own files, processes and users, the host's kernel and network
+    Namespace,
+    /// A libkrun microVM
+    Libkrun,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Import a root filesystem (directory or tar) or an OCI layout
+    #[command(after_help = "Examples:
+  iii image import ./node.tar --as docker.io/iiidev/node:latest
+  iii image import ./oci-layout --as node:24-slim")]
+    Import(Import),
+    /// List the images in the store
+    #[command(after_help = "Examples:
+  iii image list
+  iii image list --json")]
+    List(List),
+}
+
+#[derive(Debug, Args)]
+pub struct Import {
+    /// A rootfs directory, a rootfs tar (plain, gzip, zstd), an OCI layout, or a docker archive
+    pub path: PathBuf,
+    /// Name of the image that it stands for
+    #[arg(long = "as", value_name = "IMAGE")]
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct List {
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}

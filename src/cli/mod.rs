@@ -1,0 +1,52 @@
+//! The command line: arguments in, lines and exit codes out. Nothing else imports it.
+
+mod args;
+mod error;
+mod image;
+mod worker;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::sandbox;
+use crate::ui::Ui;
+
+use args::{Command, Iii, IiiWorker};
+use error::CliError;
+
+/// The `iii` program.
+pub fn iii() -> ExitCode {
+    sandbox::maybe_run_init();
+    let command = Iii::parse().command;
+    finish(|ui| match command {
+        Command::Worker(command) => worker::run(command, ui),
+        Command::Image(command) => image::run(command, ui),
+    })
+}
+
+/// The `iii-worker` program: `iii worker`, under the name that the engine calls.
+pub fn iii_worker() -> ExitCode {
+    sandbox::maybe_run_init();
+    let command = IiiWorker::parse().command;
+    finish(|ui| worker::run(command, ui))
+}
+
+fn finish(run: impl FnOnce(&Ui) -> Result<ExitCode, CliError>) -> ExitCode {
+    let ui = Ui::stderr();
+    run(&ui).unwrap_or_else(|error| {
+        error.report(&ui);
+        error.exit_code()
+    })
+}
+
+/// Prints one JSON object on standard output.
+fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    use std::io::Write as _;
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| CliError::Output(error.into()))?;
+    text.push('\n');
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(CliError::Output)
+}

@@ -1,0 +1,152 @@
+//! `iii worker`.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::args::{self, Runtime, Worker};
+use super::{CliError, print_json};
+use crate::build::{Event, Report, Status, Stream};
+use crate::dev::{self, DevError, Engine, Options, Target};
+use crate::home::Home;
+use crate::plan::Kind;
+use crate::supervise::Signals;
+use crate::ui::{StepOutput, Ui, human_bytes, human_counted, human_duration};
+
+pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
+    let home = Home::of_user()?;
+    let signals = Signals::install().map_err(CliError::Signals)?;
+    match command {
+        Worker::Dev(args) => dev(&home, &signals, args, ui),
+        Worker::Build(args) => build(&home, &signals, args, ui),
+    }
+}
+
+fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitCode, CliError> {
+    let start = Instant::now();
+    let options = Options {
+        target: target(args.target, ui)?,
+        engine: Engine {
+            host: args.address,
+            port: args.port,
+        },
+        fresh: args.fresh,
+        config: std::env::var_os("III_CONFIG_PATH")
+            .map_or_else(|| "./config.yaml".into(), PathBuf::from),
+    };
+    let started = || ui.ok(format_args!("ready in {}", human_duration(start.elapsed())));
+    let printer = Printer::new(ui);
+    let ended = dev::dev(
+        home,
+        &options,
+        signals,
+        &|event| printer.show(&event),
+        &started,
+    )?;
+    let code = match (ended.signal, ended.status.code(), ended.status.signal()) {
+        (Some(_), ..) => {
+            ui.ok("stopped");
+            return Ok(ExitCode::SUCCESS);
+        }
+        (None, Some(code), _) => code,
+        (None, None, signal) => 128 + signal.unwrap_or_default(),
+    };
+    if code == 0 {
+        ui.ok("the start command ended");
+    } else {
+        ui.warn(format_args!(
+            "the start command ended: {}",
+            crate::build::describe(ended.status)
+        ));
+    }
+    Ok(ExitCode::from(code as u8))
+}
+
+fn build(home: &Home, signals: &Signals, args: args::Build, ui: &Ui) -> Result<ExitCode, CliError> {
+    let target = target(args.target, ui)?;
+    let printer = Printer::new(ui);
+    let layers = dev::build(home, &target, signals, &|event| printer.show(&event))?;
+    if args.json {
+        print_json(&Layers { layers })?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `worker build --json` prints.
+#[derive(serde::Serialize)]
+struct Layers {
+    layers: Vec<Report>,
+}
+
+fn target(args: args::Target, ui: &Ui) -> Result<Target, DevError> {
+    match args.runtime {
+        Runtime::Libkrun => return Err(DevError::NoLibkrun),
+        Runtime::Auto => ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network"),
+        Runtime::Namespace => {}
+    }
+    Ok(Target {
+        path: args.path,
+        rebuild: args.rebuild,
+        name: args.name,
+        base: args.base,
+    })
+}
+
+/// Draws what happens.
+struct Printer<'a> {
+    ui: &'a Ui,
+    /// What steps are printing, a splitter of lines for each of their streams.
+    output: Mutex<BTreeMap<(Kind, Stream), StepOutput>>,
+}
+
+impl<'a> Printer<'a> {
+    fn new(ui: &'a Ui) -> Self {
+        Self {
+            ui,
+            output: Mutex::default(),
+        }
+    }
+
+    fn show(&self, event: &Event<'_>) {
+        let ui = self.ui;
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::Base(image) => ui.step_line(Kind::Base, format_args!("cached: {}", image.name)),
+            Event::Waiting(kind) => ui.note(format_args!(
+                "{kind}: another process is building it; waiting"
+            )),
+            Event::Running(kind, reason) => ui.note(format_args!("{kind}: running ({reason})")),
+            Event::Output(kind, stream, bytes) => output
+                .entry((*kind, *stream))
+                .or_insert_with(|| ui.output(kind.to_string()))
+                .push(bytes),
+            Event::Ready(report) => {
+                // Shows what was left without a newline.
+                output.retain(|(kind, _), _| *kind != report.kind);
+                ui.step_line(report.kind, outcome(report));
+            }
+            Event::Note(text) => ui.warn(text),
+        }
+    }
+}
+
+fn outcome(report: &Report) -> String {
+    let size = || {
+        let took = human_duration(Duration::from_secs_f64(report.seconds));
+        format!("{took}, {} new", human_bytes(report.bytes))
+    };
+    match (report.status, report.kind) {
+        (Status::Hit, _) => "cached".into(),
+        (Status::Built, Kind::Project) => {
+            format!(
+                "changed: {} ({})",
+                human_counted(report.changed.unwrap_or_default(), "file"),
+                size()
+            )
+        }
+        (Status::Built, _) => format!("built ({})", size()),
+    }
+}

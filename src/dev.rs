@@ -1,0 +1,392 @@
+//! `worker dev` and `worker build`, from top to bottom.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::Duration;
+
+use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::{OpenError, Overlay, OverlayOptions};
+use iii_store::{Lease, Ref, RefKind, Store, StoreError};
+use rustix::process::Signal;
+
+use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack};
+use crate::compose;
+use crate::environment;
+use crate::home::{Home, HomeError};
+use crate::oci::{self, Image, ImageError};
+use crate::project::{DocumentError, NameError, Project, ProjectError, WorkerConfig, WorkerName};
+use crate::sandbox::{Sandbox, SandboxError, SandboxSpec};
+use crate::supervise::Signals;
+
+/// How long the engine has to accept a connection before it counts as not listening.
+const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// Why a worker did not run.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "their messages say it")]
+pub enum DevError {
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    #[error(transparent)]
+    Project(#[from] ProjectError),
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error(transparent)]
+    Config(#[from] DocumentError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("the base image {name} is not in the store")]
+    NoBase { name: String },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error("the sandbox {name} is in use by process {holder}")]
+    Busy { name: String, holder: String },
+    #[error("the sandbox {name} belongs to the project at {}", owner.display())]
+    Taken { name: String, owner: PathBuf },
+    #[error("composing the root filesystem of {name} failed")]
+    Compose { name: String, source: OpenError },
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        operation: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("this build of iii has no libkrun runtime")]
+    NoLibkrun,
+}
+
+fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DevError {
+    let path = path.to_owned();
+    move |source| DevError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+/// What to realise.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The project's directory.
+    pub path: PathBuf,
+    /// Runs setup and install again and forgets what the sandbox wrote.
+    pub rebuild: bool,
+    /// The sandbox's name, unless it follows from the directory.
+    pub name: Option<String>,
+    /// The base image, unless it follows from the project.
+    pub base: Option<String>,
+}
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The project and its layers.
+    pub target: Target,
+    /// Where the engine listens, as `ws://localhost:49134`.
+    pub engine: Engine,
+    /// Forgets what the sandbox wrote, keeps the layers.
+    pub fresh: bool,
+    /// The engine's config.yaml; it need not exist.
+    pub config: PathBuf,
+}
+
+/// Where the engine listens.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+impl Engine {
+    /// Its URL.
+    pub fn url(&self) -> String {
+        if self.host.contains(':') {
+            format!("ws://[{}]:{}", self.host, self.port)
+        } else {
+            format!("ws://{}:{}", self.host, self.port)
+        }
+    }
+
+    fn listens(&self) -> bool {
+        let Ok(addresses) = (self.host.as_str(), self.port).to_socket_addrs() else {
+            return false;
+        };
+        addresses
+            .into_iter()
+            .any(|address| TcpStream::connect_timeout(&address, ENGINE_TIMEOUT).is_ok())
+    }
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    /// How its start command ended.
+    pub status: ExitStatus,
+    /// The signal that asked it to end, if one did.
+    pub signal: Option<Signal>,
+}
+
+/// What every command about a project begins with.
+struct Opened {
+    project: Project,
+    name: WorkerName,
+    store: Store,
+    image: Image,
+    env: environment::Env,
+}
+
+impl Opened {
+    fn new(home: &Home, target: &Target) -> Result<Self, DevError> {
+        let project = Project::open(&target.path)?;
+        let name = match &target.name {
+            Some(name) => name.parse()?,
+            None => project.dev_name(),
+        };
+        let store = Store::open(home.store())?;
+        let wanted = target.base.as_deref().unwrap_or(&project.base_image);
+        let image = oci::resolve(&store, wanted)?.ok_or_else(|| DevError::NoBase {
+            name: wanted.to_owned(),
+        })?;
+        let env = environment::for_steps(&image.config.env, project.tool_env());
+        Ok(Self {
+            project,
+            name,
+            store,
+            image,
+            env,
+        })
+    }
+
+    fn realise(
+        &self,
+        home: &Home,
+        lease: &Lease,
+        rebuild: bool,
+        signals: &Signals,
+        events: &(dyn Fn(Event<'_>) + Sync),
+    ) -> Result<Stack, DevError> {
+        for warning in &self.project.warnings {
+            events(Event::Note(warning.clone()));
+        }
+        build::sweep(home);
+        let builder = Builder {
+            home,
+            store: &self.store,
+            lease,
+            project: &self.project,
+            name: self.name.as_str(),
+            image: &self.image,
+            env: &self.env,
+            rebuild,
+            signals,
+            events,
+        };
+        Ok(builder.realise()?)
+    }
+}
+
+/// Realises the layers of a project and starts nothing. Returns what became of each, bottom first.
+pub fn build(
+    home: &Home,
+    target: &Target,
+    signals: &Signals,
+    events: &(dyn Fn(Event<'_>) + Sync),
+) -> Result<Vec<Report>, DevError> {
+    let opened = Opened::new(home, target)?;
+    let lease = opened.store.lease(&format!("build {}", opened.name))?;
+    let stack = opened.realise(home, &lease, target.rebuild, signals, events)?;
+    Ok(stack.reports)
+}
+
+/// Realises the layers of a project and runs its start command on them until it ends. `started` is called with the engine's
+/// state once the command runs.
+pub fn dev(
+    home: &Home,
+    options: &Options,
+    signals: &Signals,
+    events: &(dyn Fn(Event<'_>) + Sync),
+    started: &dyn Fn(),
+) -> Result<Ended, DevError> {
+    let opened = Opened::new(home, &options.target)?;
+    let project = &opened.project;
+    let drop_upper = options.fresh || options.target.rebuild;
+    let place = Place::claim(
+        home.dev(opened.name.as_str()),
+        &opened.name,
+        &project.root,
+        drop_upper,
+    )?;
+    let lease = opened.store.lease(&format!("dev {}", opened.name))?;
+    let stack = opened.realise(home, &lease, options.target.rebuild, signals, events)?;
+    let config = worker_config(&options.config, &opened.name, events)?;
+
+    if drop_upper {
+        place.drop_upper()?;
+    }
+    let options_of_overlay = OverlayOptions {
+        project: Some(build::project_at(&stack.layers)),
+        ..OverlayOptions::default()
+    };
+    let overlay = Overlay::open(
+        &opened.store,
+        stack.layers.clone(),
+        &place.upper(),
+        options_of_overlay,
+    )
+    .map_err(|source| DevError::Compose {
+        name: opened.name.to_string(),
+        source,
+    })?;
+    // Until here the ref kept the layers of the last start, which the upper may still have needed.
+    opened.store.set_ref(
+        RefKind::Worker,
+        opened.name.as_str(),
+        &Ref {
+            layers: stack.ids(),
+            info: serde_json::Value::Null,
+        },
+    )?;
+
+    let engine = options.engine.url();
+    let env = environment::for_worker(
+        &opened.env,
+        &project.env,
+        &config.env,
+        opened.name.as_str(),
+        &engine,
+        "namespace",
+    );
+    let argv = build::SHELL
+        .into_iter()
+        .chain([project.scripts.start.as_str()]);
+    let mut spec = SandboxSpec::new(compose::root(&Arc::new(overlay), Mode::Quiet), argv);
+    spec.env = env.into_iter().collect();
+    spec.user.clone_from(&opened.image.config.user);
+    spec.hostname = opened.name.to_string();
+    spec.mounts = Caches::open(
+        home,
+        project,
+        &opened.env,
+        |cache| !cache.id.starts_with("apt-"),
+        false,
+    )?
+    .mounts;
+    let mut sandbox = Sandbox::start(spec)?;
+    for warning in sandbox.warnings() {
+        events(Event::Note(warning.to_string()));
+    }
+    started();
+    if !options.engine.listens() {
+        events(Event::Note(format!(
+            "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
+        )));
+    }
+    let (status, signal) = signals.attend(sandbox.controller(), || sandbox.wait());
+    Ok(Ended {
+        status: status?,
+        signal,
+    })
+}
+
+fn worker_config(
+    path: &Path,
+    name: &WorkerName,
+    events: &dyn Fn(Event<'_>),
+) -> Result<WorkerConfig, DevError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let config = crate::project::config::read(path, name.as_str(), &variable)?.unwrap_or_default();
+    for warning in &config.warnings {
+        events(Event::Note(warning.clone()));
+    }
+    Ok(config)
+}
+
+/// A sandbox's directory, held by one process at a time.
+struct Place {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Place {
+    /// Takes the sandbox `name` for the project at `root`. It belongs to the project that it was first used for, for as long
+    /// as that exists or until `take_over`.
+    fn claim(
+        dir: PathBuf,
+        name: &WorkerName,
+        root: &Path,
+        take_over: bool,
+    ) -> Result<Self, DevError> {
+        fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+        let path = dir.join("lock");
+        let mut lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(at("open", &path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = lock.take(20).read_to_string(&mut holder);
+                return Err(DevError::Busy {
+                    name: name.to_string(),
+                    holder: holder.trim().to_owned(),
+                });
+            }
+            Err(TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
+        }
+        lock.set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| writeln!(lock, "{}", std::process::id()))
+            .map_err(at("write", &path))?;
+        let place = Self { dir, _lock: lock };
+        place.claim_for(name, root, take_over)?;
+        Ok(place)
+    }
+
+    fn claim_for(&self, name: &WorkerName, root: &Path, take_over: bool) -> Result<(), DevError> {
+        use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+        let path = self.dir.join("project");
+        let owner = match fs::read(&path) {
+            Ok(bytes) => PathBuf::from(std::ffi::OsString::from_vec(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => PathBuf::new(),
+            Err(source) => return Err(at("read", &path)(source)),
+        };
+        if owner == root {
+            return Ok(());
+        }
+        if owner.is_dir() && !take_over {
+            return Err(DevError::Taken {
+                name: name.to_string(),
+                owner,
+            });
+        }
+        fs::write(&path, root.as_os_str().as_bytes()).map_err(at("write", &path))
+    }
+
+    fn upper(&self) -> PathBuf {
+        self.dir.join("upper")
+    }
+
+    fn drop_upper(&self) -> Result<(), DevError> {
+        let upper = self.upper();
+        match fs::remove_dir_all(&upper) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(at("remove", &upper)(source))
+            }
+            _ => Ok(()),
+        }
+    }
+}

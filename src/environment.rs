@@ -1,0 +1,134 @@
+//! The environment of what runs in a sandbox: pure.
+//!
+//! Setup and install get the image's variables and the defaults below; nothing of the worker's own, which may be secret and
+//! would have to be part of the key. The worker gets all that and its own.
+
+use std::collections::BTreeMap;
+
+use crate::project::RESERVED_ENV;
+
+/// What `PATH` begins with everywhere.
+const PATH_FIRST: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
+/// What `PATH` ends with, after the image's own directories.
+const PATH_LAST: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// Variables by name.
+pub type Env = BTreeMap<String, String>;
+
+/// The environment of setup and install. `image` is an image's `Env`, as `NAME=value`; `tools` are defaults for the project's
+/// tools, which the image's own values go before.
+pub fn for_steps(image: &[String], tools: &[(&str, &str)]) -> Env {
+    let mut env: Env = [("LANG", "C.UTF-8"), ("DEBIAN_FRONTEND", "noninteractive")]
+        .iter()
+        .chain(tools)
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    env.extend(image.iter().filter_map(|line| {
+        let (name, value) = line.split_once('=')?;
+        (!name.is_empty()).then(|| (name.to_owned(), value.to_owned()))
+    }));
+    let path = path(env.get("PATH").map_or("", String::as_str));
+    env.insert("PATH".into(), path);
+    env
+}
+
+/// The environment of the worker: that of the steps, then the manifest's, then config.yaml's, then what only the tool may say.
+pub fn for_worker(
+    steps: &Env,
+    manifest: &Env,
+    config: &Env,
+    name: &str,
+    engine: &str,
+    isolation: &str,
+) -> Env {
+    let mut env = steps.clone();
+    // Meant for apt while it builds; a worker would be surprised to inherit it.
+    env.remove("DEBIAN_FRONTEND");
+    let own = manifest.iter().chain(config);
+    env.extend(
+        own.filter(|(name, _)| !RESERVED_ENV.contains(&name.as_str()))
+            .map(|(name, value)| (name.clone(), value.clone())),
+    );
+    for (key, value) in [
+        ("III_URL", engine),
+        ("III_ENGINE_URL", engine),
+        ("III_WORKER_NAME", name),
+        ("III_ISOLATION", isolation),
+    ] {
+        env.insert(key.into(), value.into());
+    }
+    env
+}
+
+fn path(image: &str) -> String {
+    let mut dirs: Vec<&str> = Vec::new();
+    for dir in PATH_FIRST
+        .into_iter()
+        .chain(image.split(':'))
+        .chain(PATH_LAST)
+    {
+        if !dir.is_empty() && !dirs.contains(&dir) {
+            dirs.push(dir);
+        }
+    }
+    dirs.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_begins_as_promised_and_keeps_the_images() {
+        for (image, expected) in [
+            (
+                "",
+                "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+            ),
+            (
+                "/usr/local/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "/usr/local/bin:/usr/bin:/bin:/usr/local/cargo/bin:/usr/local/sbin:/usr/sbin:/sbin",
+            ),
+        ] {
+            assert_eq!(path(image), expected);
+        }
+    }
+
+    #[test]
+    fn who_wins() {
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let steps = for_steps(
+            &[
+                "A=image".into(),
+                "LANG=de".into(),
+                "=x".into(),
+                "bad".into(),
+            ],
+            &[("A", "tool"), ("T", "tool")],
+        );
+        assert_eq!(
+            (&*steps["A"], &*steps["T"], &*steps["LANG"]),
+            ("image", "tool", "de")
+        );
+        let manifest = Env::from([
+            pair("A", "manifest"),
+            pair("B", "manifest"),
+            pair("III_URL", "ws://evil"),
+        ]);
+        let config = Env::from([pair("B", "config")]);
+        let env = for_worker(
+            &steps,
+            &manifest,
+            &config,
+            "w",
+            "ws://localhost:1",
+            "namespace",
+        );
+        assert_eq!((&*env["A"], &*env["B"]), ("manifest", "config"));
+        assert_eq!(
+            (&*env["III_URL"], &*env["III_ENGINE_URL"]),
+            ("ws://localhost:1", "ws://localhost:1")
+        );
+        assert!(!env.contains_key("DEBIAN_FRONTEND"));
+    }
+}

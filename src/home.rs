@@ -1,0 +1,64 @@
+//! Where things are on this machine: `~/.iii` and what is in it.
+//!
+//! ```text
+//! store/v1/         the store
+//! dev/<name>/       a sandbox of `worker dev`: lock, upper/, state.json
+//! managed/<name>/   a managed worker
+//! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
+//! build/            uppers of build steps that are under way
+//! ```
+
+use std::path::{Path, PathBuf};
+
+/// Why there is no state directory.
+#[derive(Debug, thiserror::Error)]
+pub enum HomeError {
+    /// Neither a `HOME` nor an entry in the password file.
+    #[error("there is no home directory: HOME is not set")]
+    NoHome,
+}
+
+/// The state directory, `~/.iii`. Nothing is created by naming a path.
+#[derive(Debug, Clone)]
+pub struct Home {
+    root: PathBuf,
+}
+
+impl Home {
+    /// The state directory of the user who runs this process.
+    pub fn of_user() -> Result<Self, HomeError> {
+        let home = std::env::home_dir().filter(|home| home.is_absolute());
+        home.map(|home| Self::at(home.join(".iii")))
+            .ok_or(HomeError::NoHome)
+    }
+
+    /// A state directory at `root`.
+    pub fn at(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The store.
+    pub fn store(&self) -> PathBuf {
+        self.root.join("store/v1")
+    }
+
+    /// The sandbox of `worker dev` called `name`.
+    pub fn dev(&self, name: &str) -> PathBuf {
+        self.root.join("dev").join(name)
+    }
+
+    /// What package managers download.
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// Uppers of build steps under way, each removed when its step ends.
+    pub fn build(&self) -> PathBuf {
+        self.root.join("build")
+    }
+}

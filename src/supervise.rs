@@ -1,0 +1,82 @@
+//! Signals while something runs in a sandbox.
+//!
+//! A sandbox has a session of its own, so a terminal's Ctrl-C reaches only this process, which passes it on: the first
+//! SIGINT, SIGTERM or SIGHUP asks what runs to end and gives it [`GRACE`], the second kills it. While nothing runs in a sandbox
+//! the process just ends: whatever it was doing is made so that it can end anywhere.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::sandbox::Controller;
+
+/// How long a worker has to end after it was asked to, before it is killed.
+pub const GRACE: Duration = Duration::from_secs(10);
+
+/// Takes over SIGINT, SIGTERM and SIGHUP for the rest of the process.
+#[derive(Clone)]
+pub struct Signals {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    running: Option<Controller>,
+    received: Option<Signal>,
+}
+
+impl Signals {
+    /// Installs the handlers.
+    pub fn install() -> io::Result<Self> {
+        let state = Arc::new(Mutex::new(State::default()));
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let shared = Arc::clone(&state);
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for number in signals.forever() {
+                    receive(&mut lock(&shared), number);
+                }
+            })?;
+        Ok(Self { state })
+    }
+
+    /// Calls `wait`, and meanwhile passes signals on to what `controller` reaches. Returns what `wait` did and the first
+    /// signal, if one came.
+    pub fn attend<R>(
+        &self,
+        controller: Controller,
+        wait: impl FnOnce() -> R,
+    ) -> (R, Option<Signal>) {
+        lock(&self.state).running = Some(controller);
+        let result = wait();
+        let mut state = lock(&self.state);
+        state.running = None;
+        (result, state.received.take())
+    }
+}
+
+fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn receive(state: &mut State, number: i32) {
+    let Some(controller) = &state.running else {
+        std::process::exit(128 + number);
+    };
+    let signal = match number {
+        SIGINT => Signal::INT,
+        SIGHUP => Signal::HUP,
+        _ => Signal::TERM,
+    };
+    // It can only fail when the sandbox is gone, which is what is wanted.
+    let _ = if state.received.is_none() {
+        controller.stop(signal, GRACE)
+    } else {
+        controller.stop(Signal::KILL, Duration::ZERO)
+    };
+    state.received.get_or_insert(signal);
+}
