@@ -178,7 +178,9 @@ impl Opened {
         for warning in &self.project.warnings {
             events(Event::Note(warning.clone()));
         }
+        // What runs that were killed have left.
         build::sweep(home);
+        self.store.sweep_dead_leases()?;
         let builder = Builder {
             home,
             store: &self.store,
