@@ -658,7 +658,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    fn parse(ended: &Ended) -> Self {
+    pub fn parse(ended: &Ended) -> Self {
         let layers: Layers = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| {
             panic!("stdout is not the JSON: {error}\n{}", ended.transcript)
         });
@@ -677,6 +677,14 @@ impl Layers {
         let built = self.layers.iter().filter(|layer| layer.status != "hit");
         let kinds: Vec<_> = built.map(|layer| layer.kind.as_str()).collect();
         kinds.join(" ")
+    }
+
+    /// Which layers they are, bottom first.
+    pub fn ids(&self) -> Vec<&str> {
+        self.layers
+            .iter()
+            .map(|layer| layer.layer_id.as_str())
+            .collect()
     }
 
     /// Bytes of file data that the build added to the store.
