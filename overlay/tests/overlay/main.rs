@@ -1,0 +1,9 @@
+//! The overlay through its [`Filesystem`] trait, against models that know nothing of layers.
+//!
+//! [`Filesystem`]: iii_overlay::fs::Filesystem
+
+mod cases;
+mod model;
+mod rebase;
+mod state_machine;
+mod support;

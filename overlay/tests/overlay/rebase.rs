@@ -1,0 +1,1 @@
+//! A changed project under an upper that stays.

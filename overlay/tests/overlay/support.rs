@@ -1,0 +1,288 @@
+//! Stores, layers and whole views.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use iii_overlay::fs::{Attr, Filesystem, Kind};
+use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::{Overlay, OverlayOptions};
+use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
+use iii_store::{Layer, Lease, ObjectId, Store};
+use proptest::prelude::*;
+
+/// A store in a directory of its own, with room for uppers.
+pub struct Home {
+    pub dir: tempfile::TempDir,
+    pub store: Store,
+    pub lease: Lease,
+}
+
+impl Home {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let lease = store.lease("test").unwrap();
+        Self { dir, store, lease }
+    }
+
+    /// Publishes the tree with files of these contents.
+    pub fn layer(&self, tree: &Tree, contents: &[&[u8]]) -> Arc<Layer> {
+        let ingest = self.store.ingest(&self.lease).unwrap();
+        for bytes in contents {
+            ingest.add_bytes(bytes).unwrap();
+        }
+        let published = ingest.finish(tree).unwrap();
+        self.store.layer(&published.layer_id).unwrap()
+    }
+
+    pub fn upper(&self) -> std::path::PathBuf {
+        self.dir.path().join("upper")
+    }
+
+    pub fn open(&self, layers: &[Arc<Layer>]) -> Overlay {
+        self.open_at(layers, &self.upper(), OverlayOptions::default())
+    }
+
+    pub fn open_at(&self, layers: &[Arc<Layer>], upper: &Path, options: OverlayOptions) -> Overlay {
+        Overlay::open(&self.store, layers.to_vec(), upper, options).unwrap()
+    }
+
+    /// What freezing gives, as a layer.
+    pub fn freeze(&self, overlay: &Overlay) -> (Tree, Arc<Layer>) {
+        let ingest = self.store.ingest(&self.lease).unwrap();
+        let tree = overlay.freeze(&ingest).unwrap();
+        let published = ingest.finish(&tree).unwrap();
+        (tree, self.store.layer(&published.layer_id).unwrap())
+    }
+}
+
+/// The contents that generated files have.
+pub const CONTENTS: [&[u8]; 4] = [
+    b"",
+    b"one",
+    b"three",
+    b"a longer text, to be cut and patched",
+];
+
+/// An entry as a program sees it. `link` numbers files with several names by their first one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub kind: Kind,
+    pub mode: u16,
+    pub owner: (u32, u32),
+    pub rdev: Rdev,
+    pub bytes: Vec<u8>,
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub nlink: u32,
+    pub link: Option<usize>,
+    pub mtime: Option<i64>,
+}
+
+pub type View = BTreeMap<Vec<u8>, Seen>;
+
+pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
+    if dir.is_empty() {
+        return name.to_vec();
+    }
+    [dir, b"/", name].concat()
+}
+
+/// The names in a directory, listed two at a time.
+pub fn names(fs: &dyn Filesystem, dir: Ino, attrs: bool) -> Vec<(Vec<u8>, Ino, Kind)> {
+    let mut names = Vec::new();
+    let mut cookie = 0;
+    loop {
+        let mut room = 2;
+        let before = names.len();
+        fs.readdir(dir, cookie, attrs, &mut |entry| {
+            if room == 0 {
+                return false;
+            }
+            room -= 1;
+            cookie = entry.cookie;
+            names.push((entry.name.to_vec(), entry.ino, entry.kind));
+            if let Some(attr) = entry.attr {
+                assert_eq!((attr.ino, attr.kind), (entry.ino, entry.kind));
+            }
+            true
+        })
+        .unwrap();
+        if names.len() == before {
+            break;
+        }
+    }
+    if attrs {
+        for (name, ino, _) in &names {
+            if name != b"." && name != b".." {
+                fs.forget(*ino, 1);
+            }
+        }
+    }
+    names
+}
+
+fn bytes(fs: &dyn Filesystem, attr: &Attr) -> Vec<u8> {
+    match attr.kind {
+        Kind::File => {
+            let mut bytes = vec![0; attr.size as usize + 10];
+            let count = fs.read(attr.ino, &mut bytes, 0).unwrap();
+            bytes.truncate(count);
+            assert_eq!(count as u64, attr.size);
+            bytes
+        }
+        Kind::Symlink => fs.readlink(attr.ino).unwrap(),
+        _ => Vec::new(),
+    }
+}
+
+/// Everything in the filesystem, by path.
+pub fn view(fs: &dyn Filesystem) -> View {
+    let mut seen: Vec<(Vec<u8>, Ino, Seen)> = Vec::new();
+    let mut pending = vec![(ROOT, Vec::new())];
+    while let Some((ino, path)) = pending.pop() {
+        let attr = fs.getattr(ino).unwrap();
+        let list = fs.listxattr(ino).unwrap();
+        let xattrs = list
+            .split(|&byte| byte == 0)
+            .filter(|name| !name.is_empty())
+            .map(|name| (name.to_vec(), fs.getxattr(ino, name).unwrap()))
+            .collect();
+        if attr.kind == Kind::Dir {
+            let listed = names(fs, ino, path.len() % 2 == 0);
+            assert_eq!((&listed[0].0[..], listed[0].1), (&b"."[..], ino));
+            assert_eq!(listed[1].0, b"..");
+            for (name, child, kind) in &listed[2..] {
+                let found = fs.lookup(ino, name).unwrap();
+                assert_eq!(
+                    (found.ino, found.kind),
+                    (*child, *kind),
+                    "{path:?} {name:?}"
+                );
+                fs.forget(*child, 1);
+                pending.push((*child, join(&path, name)));
+            }
+        }
+        let one = Seen {
+            kind: attr.kind,
+            mode: attr.mode,
+            owner: (attr.uid, attr.gid),
+            rdev: attr.rdev,
+            bytes: bytes(fs, &attr),
+            xattrs,
+            nlink: attr.nlink,
+            link: None,
+            mtime: Some(attr.mtime.sec),
+        };
+        seen.push((path, ino, one));
+    }
+    seen.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut firsts: BTreeMap<Ino, usize> = BTreeMap::new();
+    let mut view = View::new();
+    for (at, (path, ino, mut one)) in seen.into_iter().enumerate() {
+        if one.kind != Kind::Dir && one.nlink > 1 {
+            one.link = Some(*firsts.entry(ino).or_insert(at));
+        }
+        assert!(view.insert(path, one).is_none(), "a name was listed twice");
+    }
+    view
+}
+
+/// The view without what may differ: times, and how often names are counted.
+pub fn timeless(mut view: View) -> View {
+    for seen in view.values_mut() {
+        seen.mtime = None;
+    }
+    view
+}
+
+pub fn name() -> impl Strategy<Value = Box<[u8]>> {
+    prop::sample::select(vec![&b"a"[..], b"b", b"c", b"\xff"]).prop_map(Into::into)
+}
+
+fn meta() -> impl Strategy<Value = Meta> {
+    let mode = prop::sample::select(&[0o644_u16, 0o755, 0o2755, 0o4711][..]);
+    (
+        mode,
+        0..3_u32,
+        0..3_u32,
+        0..3_i64,
+        prop::bool::weighted(0.2),
+    )
+        .prop_map(|(mode, uid, gid, sec, xattr)| Meta {
+            mode,
+            uid,
+            gid,
+            mtime: Mtime { sec, nsec: 0 },
+            xattrs: xattr
+                .then(|| ((*b"user.x").into(), (*b"1").into()))
+                .into_iter()
+                .collect(),
+        })
+}
+
+fn leaf() -> impl Strategy<Value = Node> {
+    let content = prop_oneof![
+        6 => prop::sample::select(&CONTENTS[..]).prop_map(|bytes| Content::File {
+            object: ObjectId::of(bytes),
+            size: bytes.len() as u64,
+        }),
+        1 => Just(Content::Symlink { target: (*b"a/b").into() }),
+        1 => Just(Content::Fifo),
+        1 => Just(Content::Char(Rdev { major: 0, minor: 0 })),
+        2 => Just(Content::Whiteout),
+    ];
+    (meta(), content, prop::option::weighted(0.3, 1..3_u64)).prop_map(|(meta, content, link)| {
+        Node::Leaf(Leaf {
+            meta,
+            content,
+            link,
+        })
+    })
+}
+
+fn dir(entries: impl Strategy<Value = Node>) -> impl Strategy<Value = Dir> {
+    let kind = prop::sample::select(
+        &[
+            DirKind::Merged,
+            DirKind::Merged,
+            DirKind::Opaque,
+            DirKind::Implicit,
+        ][..],
+    );
+    let entries = prop::collection::btree_map(name(), entries, 0..4);
+    (meta(), kind, entries).prop_map(|(meta, kind, entries)| Dir {
+        meta: if kind == DirKind::Implicit {
+            Meta::default()
+        } else {
+            meta
+        },
+        kind,
+        entries,
+    })
+}
+
+/// Leaves with one label are one file: they agree in everything.
+fn agree(dir: &mut Dir, first: &mut BTreeMap<u64, Leaf>) {
+    for node in dir.entries.values_mut() {
+        match node {
+            Node::Dir(dir) => agree(dir, first),
+            Node::Leaf(leaf) if leaf.content == Content::Whiteout => leaf.link = None,
+            Node::Leaf(leaf) => {
+                if let Some(label) = leaf.link {
+                    *leaf = first.entry(label).or_insert_with(|| leaf.clone()).clone();
+                }
+            }
+        }
+    }
+}
+
+/// Any tree.
+pub fn tree() -> impl Strategy<Value = Tree> {
+    let node = leaf().prop_recursive(3, 24, 4, |inner| dir(inner).prop_map(Node::Dir));
+    dir(node).prop_map(|mut tree| {
+        tree.kind = DirKind::Merged;
+        agree(&mut tree, &mut BTreeMap::new());
+        tree
+    })
+}
