@@ -8,6 +8,9 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{IoContext, StoreError};
 
 /// The calls that change the disk.
 ///
@@ -80,39 +83,65 @@ impl Disk for RealDisk {
     }
 }
 
-/// A file under a temporary name. Dropping it removes it, unless it was published.
+/// A temporary name. Dropping it removes the file, unless it was published.
 #[derive(Debug)]
-pub(crate) struct TmpFile {
+pub(crate) struct TmpName {
     disk: Arc<dyn Disk>,
-    pub(crate) path: PathBuf,
-    pub(crate) file: Arc<File>,
-    published: bool,
+    path: PathBuf,
+    published: AtomicBool,
 }
 
-impl TmpFile {
-    pub(crate) fn create(disk: Arc<dyn Disk>, path: PathBuf) -> io::Result<Self> {
-        let file = Arc::new(disk.create(&path)?);
-        Ok(Self {
-            disk,
-            path,
-            file,
-            published: false,
-        })
-    }
-
-    /// Renames it to `to`. What it holds must be durable, unless it is a cache.
-    pub(crate) fn publish(&mut self, to: &Path) -> io::Result<()> {
-        self.disk.rename(&self.path, to)?;
-        self.published = true;
+impl TmpName {
+    /// Gives the file the name `to`. What it holds must be durable, unless it is a cache.
+    pub(crate) fn publish(&self, to: &Path) -> Result<(), StoreError> {
+        self.disk.rename(&self.path, to).at("renaming to", to)?;
+        self.published.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
 
-impl Drop for TmpFile {
+impl Drop for TmpName {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published.load(Ordering::Relaxed) {
             // A leftover is removed with the leases of the dead.
             let _ = self.disk.remove(&self.path);
         }
+    }
+}
+
+/// A file under a temporary name.
+#[derive(Debug)]
+pub(crate) struct TmpFile {
+    pub(crate) name: TmpName,
+    pub(crate) file: Arc<File>,
+}
+
+impl TmpFile {
+    pub(crate) fn create(disk: Arc<dyn Disk>, path: PathBuf) -> Result<Self, StoreError> {
+        let file = Arc::new(disk.create(&path).at("creating", &path)?);
+        let name = TmpName {
+            disk,
+            path,
+            published: AtomicBool::new(false),
+        };
+        Ok(Self { name, file })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.name.path
+    }
+
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
+        let written = self.name.disk.write_at(&self.file, bytes, offset);
+        written.at("writing", self.path())
+    }
+
+    pub(crate) fn sync(&self) -> Result<(), StoreError> {
+        self.name.disk.sync(&self.file).at("syncing", self.path())
+    }
+
+    /// See [`TmpName::publish`].
+    pub(crate) fn publish(&self, to: &Path) -> Result<(), StoreError> {
+        self.name.publish(to)
     }
 }

@@ -4,32 +4,29 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::disk::TmpFile;
+use crate::disk::{TmpFile, TmpName};
 use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, ObjectId, PackId, TreeId};
 use crate::layer;
 use crate::lease::Lease;
 use crate::objects::{LOOSE_MIN, lock};
-use crate::pack::{self, Place};
+use crate::pack_writer::{FinishedPack, PackWriter};
 use crate::store::Store;
+use crate::syncer::Syncer;
 use crate::tree::{Content, Dir, Node, Tree};
 
-/// Objects are gathered into writes of this many bytes.
-const CHUNK: usize = 1 << 20;
-/// Objects of at least this many bytes are written by themselves.
-const DIRECT: usize = 128 << 10;
 /// Piece in which large files are read and written.
 const PIECE: usize = 1 << 20;
-/// Loose files that are held open until they are durable.
-const MAX_UNSYNCED: usize = 64;
 
 /// An object that was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,25 +54,8 @@ pub struct Published {
     pub existed: bool,
 }
 
-/// The pack being written. Places are given out under the lock, the writing itself happens outside.
-#[derive(Debug, Default)]
-struct PackState {
-    tmp: Option<TmpFile>,
-    objects: HashMap<ObjectId, Place>,
-    /// Bytes that are placed but not yet written.
-    chunk: Vec<u8>,
-    chunk_at: u64,
-    /// Buffers to be used again.
-    spare: Vec<Vec<u8>>,
-}
-
-#[derive(Debug, Default)]
-struct LooseState {
-    /// Durable, under their temporary names.
-    synced: Vec<(ObjectId, TmpFile)>,
-    unsynced: Vec<(ObjectId, TmpFile)>,
-    sizes: HashMap<ObjectId, u64>,
-}
+/// Large objects under their temporary names. Their files were given to the syncer.
+type Loose = HashMap<ObjectId, (u64, TmpName)>;
 
 /// Takes in the objects of one layer, from any number of threads, and then the layer. Dropping it without
 /// [`Ingest::finish`] leaves nothing. After a failure to write, every further call is [`StoreError::Poisoned`]; a failure
@@ -84,8 +64,10 @@ struct LooseState {
 pub struct Ingest<'a> {
     store: Store,
     lease: &'a Lease,
-    pack: Mutex<PackState>,
-    loose: Mutex<LooseState>,
+    pack: PackWriter,
+    loose: Mutex<Loose>,
+    syncer: Mutex<Option<Syncer>>,
+    no_reflink: AtomicBool,
     poisoned: AtomicBool,
 }
 
@@ -136,8 +118,10 @@ impl<'a> Ingest<'a> {
         Ok(Self {
             store: store.clone(),
             lease,
-            pack: Mutex::default(),
+            pack: PackWriter::default(),
             loose: Mutex::default(),
+            syncer: Mutex::default(),
+            no_reflink: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
         })
     }
@@ -152,6 +136,7 @@ impl<'a> Ingest<'a> {
     pub fn add_file(&self, file: &File) -> Result<Added, StoreError> {
         let size = file.metadata().map_err(StoreError::Input)?.len();
         if size >= LOOSE_MIN
+            && !self.no_reflink.load(Ordering::Relaxed)
             && let Some(added) = self.add_clone(file)?
         {
             return Ok(added);
@@ -208,80 +193,12 @@ impl<'a> Ingest<'a> {
     fn add_small(&self, bytes: &[u8]) -> Result<Added, StoreError> {
         let object = ObjectId::of(bytes);
         let size = bytes.len() as u64;
-        let known = Added {
-            object,
-            size,
-            new: false,
-        };
-        if self.store.objects().find_packed(&object).is_some() {
-            return Ok(known);
+        let new = self.store.objects().find_packed(&object).is_none()
+            && self.pack.add(|| self.lease.tmp(), object, bytes)?;
+        if new && let Some((file, path)) = self.pack.to_sync() {
+            self.sync_soon(file, path)?;
         }
-        let mut pack = lock(&self.pack);
-        if pack.objects.contains_key(&object) {
-            return Ok(known);
-        }
-        if pack.tmp.is_none() {
-            let tmp = self.lease.tmp()?;
-            self.write(&tmp, &pack::pack_header(), 0)?;
-            pack.tmp = Some(tmp);
-            pack.chunk_at = pack::HEADER as u64;
-        }
-        if pack.objects.len() >= pack::MAX_OBJECTS as usize {
-            return Err(StoreError::TooLarge {
-                what: "the number of files in one layer",
-                limit: pack::MAX_OBJECTS.into(),
-            });
-        }
-        let end = pack.chunk_at + pack.chunk.len() as u64;
-        let offset = pack::place(end, size);
-        pack.objects.insert(object, Place { offset, len: size });
-        let direct = bytes.len() >= DIRECT;
-        let mut full = None;
-        if direct {
-            let next = pack.spare.pop().unwrap_or_default();
-            full = Some((std::mem::replace(&mut pack.chunk, next), pack.chunk_at));
-            pack.chunk_at = offset + size;
-        } else {
-            let padded = (offset - pack.chunk_at) as usize;
-            pack.chunk.resize(padded, 0);
-            pack.chunk.extend_from_slice(bytes);
-            if pack.chunk.len() >= CHUNK {
-                let next = pack.spare.pop().unwrap_or_default();
-                let at = pack.chunk_at;
-                pack.chunk_at += pack.chunk.len() as u64;
-                full = Some((std::mem::replace(&mut pack.chunk, next), at));
-            }
-        }
-        if full.is_some() || direct {
-            let file = match &pack.tmp {
-                Some(tmp) => Arc::clone(&tmp.file),
-                None => return Err(StoreError::Poisoned),
-            };
-            drop(pack);
-            let path = self.store.dir().join("tmp");
-            if direct {
-                self.store
-                    .disk()
-                    .write_at(&file, bytes, offset)
-                    .at("writing", &path)?;
-            }
-            if let Some((mut chunk, at)) = full {
-                self.store
-                    .disk()
-                    .write_at(&file, &chunk, at)
-                    .at("writing", &path)?;
-                chunk.clear();
-                lock(&self.pack).spare.push(chunk);
-            }
-        }
-        Ok(Added { new: true, ..known })
-    }
-
-    fn write(&self, tmp: &TmpFile, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
-        self.store
-            .disk()
-            .write_at(&tmp.file, bytes, offset)
-            .at("writing", &tmp.path)
+        Ok(Added { object, size, new })
     }
 
     /// Shares the file's blocks and hashes what was shared. Nothing where the filesystem cannot.
@@ -289,13 +206,14 @@ impl<'a> Ingest<'a> {
         self.guard(|| {
             let tmp = self.lease.tmp()?;
             if self.store.disk().reflink(file, &tmp.file).is_err() {
+                self.no_reflink.store(true, Ordering::Relaxed);
                 return Ok(None);
             }
             let mut hasher = blake3::Hasher::new();
             let mut size = 0;
             with_buffer(|buffer| -> Result<(), StoreError> {
                 loop {
-                    let count = tmp.file.read_at(buffer, size).at("reading", &tmp.path)?;
+                    let count = tmp.file.read_at(buffer, size).at("reading", tmp.path())?;
                     if count == 0 {
                         return Ok(());
                     }
@@ -307,8 +225,8 @@ impl<'a> Ingest<'a> {
             if size < LOOSE_MIN {
                 return Ok(None);
             }
-            self.keep_loose(hasher.finalize().into(), size, tmp)
-                .map(Some)
+            let object = hasher.finalize().into();
+            self.keep_loose(object, size, tmp).map(Some)
         })
     }
 
@@ -318,7 +236,7 @@ impl<'a> Ingest<'a> {
             let tmp = self.lease.tmp()?;
             let mut hasher = blake3::Hasher::new();
             hasher.update(head);
-            self.write(&tmp, head, 0)?;
+            tmp.write(head, 0)?;
             let mut size = head.len() as u64;
             let mut piece = vec![0; PIECE];
             loop {
@@ -327,7 +245,7 @@ impl<'a> Ingest<'a> {
                     break;
                 }
                 hasher.update(&piece[..count]);
-                self.write(&tmp, &piece[..count], size)?;
+                tmp.write(&piece[..count], size)?;
                 size += count as u64;
             }
             self.keep_loose(hasher.finalize().into(), size, tmp)
@@ -343,23 +261,28 @@ impl<'a> Ingest<'a> {
         if self.store.objects().has_loose(&object, Some(size)) {
             return Ok(known);
         }
-        let batch = {
-            let mut loose = lock(&self.loose);
-            if loose.sizes.insert(object, size).is_some() {
-                return Ok(known);
-            }
-            loose.unsynced.push((object, tmp));
-            if loose.unsynced.len() < MAX_UNSYNCED {
-                Vec::new()
-            } else {
-                std::mem::take(&mut loose.unsynced)
-            }
+        let path = tmp.path().to_owned();
+        let TmpFile { name, file } = tmp;
+        match lock(&self.loose).entry(object) {
+            Entry::Occupied(_) => return Ok(known),
+            Entry::Vacant(slot) => slot.insert((size, name)),
         };
-        for (_, tmp) in &batch {
-            self.store.disk().sync(&tmp.file).at("syncing", &tmp.path)?;
-        }
-        lock(&self.loose).synced.extend(batch);
+        self.sync_soon(file, path)?;
         Ok(Added { new: true, ..known })
+    }
+
+    /// Has a file synced while the next ones are read. [`Ingest::finish`] waits for it.
+    fn sync_soon(&self, file: Arc<File>, path: PathBuf) -> Result<(), StoreError> {
+        let queue = lock(&self.syncer)
+            .get_or_insert_with(|| Syncer::start(Arc::clone(self.store.disk())))
+            .queue();
+        if queue.is_some_and(|queue| queue.push(file, path)) {
+            return Ok(());
+        }
+        let failed = lock(&self.syncer).take();
+        failed.map_or(Ok(()), Syncer::finish)?;
+        // Another thread was told why.
+        Err(StoreError::Poisoned)
     }
 
     /// Makes the layer of `tree` and everything in it durable, then visible. Every file's object must be in the store or
@@ -372,19 +295,28 @@ impl<'a> Ingest<'a> {
         let id = encoded.layer_id;
         // First the pin, then the question.
         self.lease.pin(&[id])?;
-        let pack = std::mem::take(self.pack.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let loose = std::mem::take(self.loose.get_mut().unwrap_or_else(PoisonError::into_inner));
-        self.check_objects(tree, &pack, &loose)?;
+        let syncer = self
+            .syncer
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        let syncer = syncer.take();
+        let loose = self.loose.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let loose = std::mem::take(loose);
+        let pack = std::mem::take(&mut self.pack).finish()?;
+        self.check_objects(tree, pack.as_ref(), &loose)?;
         let existed = self.store.has_layer(&id) && self.store.layer(&id).is_ok();
+        let packed = pack.iter().flat_map(|pack| &pack.objects);
+        let sizes = packed.map(|(_, place)| place.len);
+        let sizes = sizes.chain(loose.values().map(|(size, _)| *size));
         let published = Published {
             layer_id: id,
             tree_id: encoded.tree_id,
-            new_files: (pack.objects.len() + loose.sizes.len()) as u64,
-            new_bytes: pack.objects.values().map(|place| place.len).sum::<u64>()
-                + loose.sizes.values().sum::<u64>(),
+            new_files: sizes.clone().count() as u64,
+            new_bytes: sizes.sum(),
             existed,
         };
-        self.publish(pack, loose, (!existed).then_some((id, &encoded.bytes[..])))?;
+        let layer = (!existed).then_some((id, &encoded.bytes[..]));
+        self.publish(syncer, pack.as_ref(), &loose, layer)?;
         Ok(published)
     }
 
@@ -392,62 +324,51 @@ impl<'a> Ingest<'a> {
     /// layer, durable name of the layer.
     fn publish(
         &self,
-        mut pack: PackState,
-        loose: LooseState,
+        syncer: Option<Syncer>,
+        pack: Option<&FinishedPack>,
+        loose: &Loose,
         layer: Option<(LayerId, &[u8])>,
     ) -> Result<(), StoreError> {
-        let disk = self.store.disk();
-        let dir = self.store.dir();
-        let mut index = None;
-        if let Some(tmp) = &pack.tmp {
-            self.write(tmp, &pack.chunk, pack.chunk_at)?;
-            let mut objects: Vec<_> = pack.objects.drain().collect();
-            objects.sort_unstable_by_key(|(id, _)| *id);
-            let bytes = pack::encode_index(&objects, pack.chunk_at + pack.chunk.len() as u64);
-            let id = PackId::from(blake3::hash(&bytes));
+        let (disk, dir) = (self.store.disk(), self.store.dir());
+        let write = |bytes: &[u8]| -> Result<TmpFile, StoreError> {
             let tmp = self.lease.tmp()?;
-            self.write(&tmp, &bytes, 0)?;
-            index = Some((id, tmp));
-        }
-        let mut layer_tmp = None;
-        if let Some((id, bytes)) = layer {
-            let tmp = self.lease.tmp()?;
-            self.write(&tmp, bytes, 0)?;
-            layer_tmp = Some((id, tmp));
-        }
-        let unsynced: Vec<&TmpFile> = pack
-            .tmp
-            .iter()
-            .chain(index.iter().map(|(_, tmp)| tmp))
-            .chain(layer_tmp.iter().map(|(_, tmp)| tmp))
-            .chain(loose.unsynced.iter().map(|(_, tmp)| tmp))
-            .collect();
-        unsynced
-            .par_iter()
-            .try_for_each(|tmp| disk.sync(&tmp.file).at("syncing", &tmp.path))?;
+            tmp.write(bytes, 0)?;
+            Ok(tmp)
+        };
+        let index = pack.map(FinishedPack::encode_index);
+        let index =
+            index.map(|bytes| write(&bytes).map(|tmp| (PackId::from(blake3::hash(&bytes)), tmp)));
+        let index = index.transpose()?;
+        let layer = layer.map(|(id, bytes)| write(bytes).map(|tmp| (id, tmp)));
+        let layer = layer.transpose()?;
+        let unsynced = pack.iter().map(|pack| &*pack.tmp);
+        let unsynced = unsynced.chain(index.iter().map(|(_, tmp)| tmp));
+        let unsynced: Vec<&TmpFile> = unsynced.chain(layer.iter().map(|(_, tmp)| tmp)).collect();
+        let (waited, synced) = rayon::join(
+            || syncer.map_or(Ok(()), Syncer::finish),
+            || unsynced.par_iter().try_for_each(|tmp| tmp.sync()),
+        );
+        waited.and(synced)?;
 
         let mut dirs = Vec::new();
-        for (id, mut tmp) in loose.synced.into_iter().chain(loose.unsynced) {
-            let path = self.store.objects().loose_path(&id);
-            tmp.publish(&path).at("renaming to", &path)?;
-            dirs = vec!["loose"];
+        if !loose.is_empty() {
+            dirs.push(dir.join("loose"));
         }
-        if let (Some(mut tmp), Some((id, mut index))) = (pack.tmp, index) {
+        for (id, (_, name)) in loose {
+            name.publish(&self.store.objects().loose_path(id))?;
+        }
+        if let (Some(pack), Some((id, index))) = (pack, &index) {
             // A pack is there when its index is.
-            let path = self.store.objects().pack_path(&id);
-            tmp.publish(&path).at("renaming to", &path)?;
-            let path = self.store.objects().index_path(&id);
-            index.publish(&path).at("renaming to", &path)?;
-            dirs.push("packs");
+            pack.tmp.publish(&self.store.objects().pack_path(id))?;
+            index.publish(&self.store.objects().index_path(id))?;
+            dirs.push(dir.join("packs"));
         }
-        for name in dirs {
-            let path = dir.join(name);
-            disk.sync_dir(&path).at("syncing", &path)?;
+        for dir in &dirs {
+            disk.sync_dir(dir).at("syncing", dir)?;
         }
         self.store.objects().refresh()?;
-        if let Some((id, mut tmp)) = layer_tmp {
-            let path = self.store.layer_path(&id);
-            tmp.publish(&path).at("renaming to", &path)?;
+        if let Some((id, tmp)) = layer {
+            tmp.publish(&self.store.layer_path(&id))?;
             let layers = dir.join("layers");
             disk.sync_dir(&layers).at("syncing", &layers)?;
         }
@@ -458,8 +379,8 @@ impl<'a> Ingest<'a> {
     fn check_objects(
         &self,
         tree: &Dir,
-        pack: &PackState,
-        loose: &LooseState,
+        pack: Option<&FinishedPack>,
+        loose: &Loose,
     ) -> Result<(), StoreError> {
         let mut dirs = vec![tree];
         while let Some(dir) = dirs.pop() {
@@ -468,8 +389,8 @@ impl<'a> Ingest<'a> {
                     Node::Dir(dir) => dirs.push(dir),
                     Node::Leaf(leaf) => {
                         if let Content::File { object, size } = leaf.content
-                            && !pack.objects.contains_key(&object)
-                            && !loose.sizes.contains_key(&object)
+                            && !pack.is_some_and(|pack| pack.contains(&object))
+                            && !loose.contains_key(&object)
                             && !self.store.objects().contains_known(&object, Some(size))
                             && !self.store.contains(&object)
                         {

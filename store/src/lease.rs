@@ -9,8 +9,8 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::disk::TmpFile;
 use crate::error::{IoContext, StoreError};
@@ -119,7 +119,7 @@ impl Lease {
             .dir()
             .join("tmp")
             .join(format!("{}.{number}", self.name));
-        TmpFile::create(self.store.disk().clone(), path.clone()).at("creating", &path)
+        TmpFile::create(Arc::clone(self.store.disk()), path)
     }
 }
 

@@ -55,10 +55,12 @@ mod lock;
 mod map;
 mod objects;
 pub mod pack;
+mod pack_writer;
 mod refs;
 pub mod snapshot;
 pub mod stat_cache;
 pub mod store;
+mod syncer;
 pub mod tree;
 
 pub use diff::{Change, ChangeKind, diff};

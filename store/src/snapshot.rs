@@ -29,7 +29,7 @@ use crate::refs::escape;
 use crate::stat_cache::{
     self, CachedDir, DirEntries, FileEntry, FileStat, Outcome, StatCache, Time,
 };
-use crate::store::Store;
+use crate::store::{Store, write_cache};
 use crate::tree::{
     Content, Dir, DirKind, Leaf, MAX_DEPTH, MAX_NODES, Meta, Mtime, Node, Tree, TreeError,
 };
@@ -203,9 +203,7 @@ fn attempt(
         tree_id: published.tree_id,
     };
     if let Some(bytes) = stat_cache::encode(stamp, &outcome, &entries(&taken.dirs)) {
-        store
-            .put_cache(lease, &cache_path(store, options), &bytes)
-            .map_err(stored)?;
+        write_cache(lease, &cache_path(store, options), &bytes).map_err(stored)?;
     }
     Ok(taken.result(published, layer))
 }

@@ -187,20 +187,6 @@ impl Store {
         self.0.objects.open(id)
     }
 
-    /// Replaces a cache. A crash may lose or cut it: its reader checks it.
-    pub(crate) fn put_cache(
-        &self,
-        lease: &Lease,
-        path: &Path,
-        bytes: &[u8],
-    ) -> Result<(), StoreError> {
-        let mut tmp = lease.tmp()?;
-        let disk = self.disk();
-        disk.write_at(&tmp.file, bytes, 0)
-            .at("writing", &tmp.path)?;
-        tmp.publish(path).at("renaming to", path)
-    }
-
     /// Waits until no other process builds `key`, and keeps others from it until the guard is dropped. `on_wait` is called
     /// once if somebody else is at it; who waited looks for the record again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
@@ -301,6 +287,13 @@ pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
     Ok(Some(value))
 }
 
+/// Replaces a cache. A crash may lose or cut it: its reader checks it.
+pub(crate) fn write_cache(lease: &Lease, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let tmp = lease.tmp()?;
+    tmp.write(bytes, 0)?;
+    tmp.publish(path)
+}
+
 /// Writes a JSON file, durably, replacing the one before.
 pub(crate) fn write_json<T: Serialize>(
     store: &Store,
@@ -319,13 +312,10 @@ pub(crate) fn write_json<T: Serialize>(
         let what = "what is to be recorded";
         return Err(StoreError::TooLarge { what, limit });
     }
-    let mut tmp = lease.tmp()?;
-    store
-        .disk()
-        .write_at(&tmp.file, &text, 0)
-        .at("writing", &tmp.path)?;
-    store.disk().sync(&tmp.file).at("syncing", &tmp.path)?;
-    tmp.publish(path).at("renaming to", path)?;
+    let tmp = lease.tmp()?;
+    tmp.write(&text, 0)?;
+    tmp.sync()?;
+    tmp.publish(path)?;
     let dir = path.parent().unwrap_or(path);
     store.disk().sync_dir(dir).at("syncing", dir)
 }

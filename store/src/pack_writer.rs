@@ -1,0 +1,150 @@
+//! Writing a pack, from any number of threads.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::disk::TmpFile;
+use crate::error::StoreError;
+use crate::id::ObjectId;
+use crate::objects::lock;
+use crate::pack::{self, Place};
+
+/// Objects are gathered into writes of this many bytes.
+const CHUNK: usize = 1 << 20;
+/// Objects of at least this many bytes are written by themselves.
+const DIRECT: usize = 128 << 10;
+/// The pack is synced whenever this many bytes were written.
+const SYNC_EVERY: u64 = 32 << 20;
+
+/// The pack of one ingest; its file is made for the first object. Places are given out under a lock, the writing itself
+/// happens outside.
+#[derive(Debug, Default)]
+pub(crate) struct PackWriter(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    tmp: Option<Arc<TmpFile>>,
+    objects: HashMap<ObjectId, Place>,
+    /// Bytes that are placed but not yet written, and where they belong.
+    chunk: Vec<u8>,
+    chunk_at: u64,
+    /// Buffers to be used again.
+    spare: Vec<Vec<u8>>,
+    /// Bytes that are placed up to here are being synced.
+    synced: u64,
+}
+
+impl State {
+    fn take_chunk(&mut self) -> (Vec<u8>, u64) {
+        let next = self.spare.pop().unwrap_or_default();
+        let at = self.chunk_at;
+        self.chunk_at += self.chunk.len() as u64;
+        (std::mem::replace(&mut self.chunk, next), at)
+    }
+}
+
+/// A pack that is written but not yet durable.
+#[derive(Debug)]
+pub(crate) struct FinishedPack {
+    pub(crate) tmp: Arc<TmpFile>,
+    /// Sorted by id.
+    pub(crate) objects: Vec<(ObjectId, Place)>,
+    len: u64,
+}
+
+impl FinishedPack {
+    pub(crate) fn encode_index(&self) -> Vec<u8> {
+        pack::encode_index(&self.objects, self.len)
+    }
+
+    pub(crate) fn contains(&self, id: &ObjectId) -> bool {
+        self.objects.binary_search_by_key(id, |(id, _)| *id).is_ok()
+    }
+}
+
+impl PackWriter {
+    /// Adds an object unless it is in there. Says whether it was added; its bytes are written by the time that all calls have
+    /// returned and [`PackWriter::finish`] was called.
+    pub(crate) fn add(
+        &self,
+        create: impl FnOnce() -> Result<TmpFile, StoreError>,
+        id: ObjectId,
+        bytes: &[u8],
+    ) -> Result<bool, StoreError> {
+        let mut state = lock(&self.0);
+        let tmp = if let Some(tmp) = &state.tmp {
+            Arc::clone(tmp)
+        } else {
+            let tmp = Arc::new(create()?);
+            tmp.write(&pack::pack_header(), 0)?;
+            state.chunk_at = pack::HEADER as u64;
+            Arc::clone(state.tmp.insert(tmp))
+        };
+        if state.objects.len() >= pack::MAX_OBJECTS as usize {
+            return Err(StoreError::TooLarge {
+                what: "the number of files in one layer",
+                limit: pack::MAX_OBJECTS.into(),
+            });
+        }
+        let end = state.chunk_at + state.chunk.len() as u64;
+        let len = bytes.len() as u64;
+        let offset = pack::place(end, len);
+        match state.objects.entry(id) {
+            Entry::Occupied(_) => return Ok(false),
+            Entry::Vacant(slot) => slot.insert(Place { offset, len }),
+        };
+        if bytes.len() >= DIRECT {
+            let (chunk, at) = state.take_chunk();
+            state.chunk_at = offset + len;
+            drop(state);
+            tmp.write(bytes, offset)?;
+            self.write_chunk(&tmp, chunk, at)?;
+        } else {
+            let padded = (offset - state.chunk_at) as usize;
+            state.chunk.resize(padded, 0);
+            state.chunk.extend_from_slice(bytes);
+            if state.chunk.len() >= CHUNK {
+                let (chunk, at) = state.take_chunk();
+                drop(state);
+                self.write_chunk(&tmp, chunk, at)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn write_chunk(&self, tmp: &TmpFile, mut chunk: Vec<u8>, at: u64) -> Result<(), StoreError> {
+        if !chunk.is_empty() {
+            tmp.write(&chunk, at)?;
+        }
+        chunk.clear();
+        lock(&self.0).spare.push(chunk);
+        Ok(())
+    }
+
+    /// The pack's file, whenever so much was added that it is worth syncing.
+    pub(crate) fn to_sync(&self) -> Option<(Arc<File>, PathBuf)> {
+        let mut state = lock(&self.0);
+        if state.chunk_at < state.synced + SYNC_EVERY {
+            return None;
+        }
+        state.synced = state.chunk_at;
+        let tmp = state.tmp.as_ref()?;
+        Some((Arc::clone(&tmp.file), tmp.path().to_owned()))
+    }
+
+    /// Writes what is left. Nothing if no object was added.
+    pub(crate) fn finish(self) -> Result<Option<FinishedPack>, StoreError> {
+        let state = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Some(tmp) = state.tmp else {
+            return Ok(None);
+        };
+        tmp.write(&state.chunk, state.chunk_at)?;
+        let len = state.chunk_at + state.chunk.len() as u64;
+        let mut objects: Vec<_> = state.objects.into_iter().collect();
+        objects.sort_unstable_by_key(|(id, _)| *id);
+        Ok(Some(FinishedPack { tmp, objects, len }))
+    }
+}
