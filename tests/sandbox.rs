@@ -567,9 +567,7 @@ fn the_grace_ends_in_sigkill() {
     let mut sandbox = start(root.shell(deaf));
     assert_eq!(next_line(&mut sandbox), "ready");
     let controller = sandbox.controller();
-    controller
-        .stop(Signal::TERM, Duration::from_secs(3600))
-        .expect("stop");
+    controller.stop(Signal::TERM, Duration::MAX).expect("stop");
     assert_eq!(
         sandbox
             .wait_timeout(Duration::from_millis(20))
@@ -645,31 +643,35 @@ fn the_images_symlinks_resolve_inside() {
     let root = Root::new();
     let victim = TempDir::new().expect("tempdir");
     own(victim.path());
-    for name in ["cache", "work", "descriptor"] {
+    fs::remove_dir(root.path("run")).expect("rmdir");
+    for name in ["run", "work", "cache"] {
         root.symlink(victim.path(), name);
     }
-    fs::remove_file(root.path("descriptor")).expect("unlink");
-    // Where the init's own descriptors would be found, were one of them the host's root.
-    root.symlink(
-        format!("/proc/self/fd/5{}", victim.path().display()),
-        "descriptor",
-    );
-    fs::remove_dir(root.path("run")).expect("rmdir");
-    root.symlink(victim.path(), "run");
+    let mut targets = vec!["/cache/inner".to_owned()];
+    // Where the init's descriptors are found, lest one of them be the host's root.
+    for descriptor in 3..16 {
+        let name = format!("descriptor-{descriptor}");
+        root.symlink(
+            format!("/proc/self/fd/{descriptor}{}", victim.path().display()),
+            &name,
+        );
+        targets.push(format!("/{name}/inner"));
+    }
     let cache = TempDir::new().expect("tempdir");
-    for target in ["/cache/inner", "/descriptor/inner"] {
+    for target in targets {
         let mut spec = root.spec(["true"]);
         spec.cwd = "/work/deep".into();
         let host = cache.path().to_owned();
+        let message = target.clone();
         spec.mounts = vec![BindMount {
             host,
-            target: target.into(),
+            target,
             read_only: false,
         }];
         // Refused or not, nothing happens outside.
         let _ = Sandbox::start(spec).map(|mut sandbox| sandbox.wait());
         let touched = fs::read_dir(victim.path()).expect("readdir").next();
-        assert!(touched.is_none(), "{target}: {touched:?}");
+        assert!(touched.is_none(), "{message}: {touched:?}");
     }
 }
 

@@ -407,7 +407,8 @@ impl Signals {
 /// A stop that was asked for.
 struct Stop {
     signal: i32,
-    deadline: Instant,
+    /// `None` for a grace beyond what the clock can tell.
+    deadline: Option<Instant>,
 }
 
 /// Reaps, and forwards what the tool asks for, until the command has ended and what it left behind
@@ -418,20 +419,15 @@ fn supervise(control: &OwnedFd, signals: &Signals, command: Pid) -> Option<i32> 
     let mut stop: Option<Stop> = None;
     loop {
         let all_gone = reap(command, &mut status, stop.as_ref());
-        match (status, &stop) {
-            (Some(status), None) => return Some(status),
-            (Some(status), Some(_)) if all_gone => return Some(status),
-            (_, Some(stop)) if stop.deadline <= Instant::now() => {
-                return Some(status.unwrap_or(libc::SIGKILL));
-            }
+        let deadline = stop.as_ref().and_then(|stop| stop.deadline);
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match status {
+            Some(status) if stop.is_none() || all_gone => return Some(status),
+            _ if left == Some(Duration::ZERO) => return Some(status.unwrap_or(libc::SIGKILL)),
             _ => {}
         }
 
-        let left = stop
-            .as_ref()
-            .map(|stop| stop.deadline.saturating_duration_since(Instant::now()))
-            // Rounded up: waking early would only mean polling again.
-            .and_then(|left| Timespec::try_from(left + Duration::from_millis(1)).ok());
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = [
             PollFd::new(control, PollFlags::IN),
             PollFd::new(&signals.0, PollFlags::IN),
@@ -446,8 +442,8 @@ fn supervise(control: &OwnedFd, signals: &Signals, command: Pid) -> Option<i32> 
         let signal = match wire::recv(control) {
             Ok(Some((Request::Signal(signal), _))) => signal,
             Ok(Some((Request::Stop { signal, grace }, _))) => {
-                let deadline = Instant::now() + grace;
-                let deadline = stop.map_or(deadline, |stop| stop.deadline.min(deadline));
+                let new = Instant::now().checked_add(grace);
+                let deadline = deadline.into_iter().chain(new).min();
                 stop = Some(Stop { signal, deadline });
                 signal
             }
