@@ -209,26 +209,18 @@ pub enum Warning {
     SingleId {
         /// Why no more could be mapped.
         reason: String,
-        /// The account, as `usermod` wants it.
-        account: String,
-        /// The start of a range of ids that is granted to nobody.
-        first_free: u32,
+        /// What would change that.
+        remedy: String,
     },
 }
 
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::SingleId {
-            reason,
-            account,
-            first_free,
-        } = self;
-        let last = first_free.saturating_add(65_535);
+        let Self::SingleId { reason, remedy } = self;
         write!(
             f,
             "only root exists inside the sandbox ({reason}): chown to another user and programs that change \
-             user, such as apt's _apt or a database's own account, will fail; as root: apt install uidmap && \
-             usermod --add-subuids {first_free}-{last} --add-subgids {first_free}-{last} {account}"
+             user, such as apt's _apt or a database's own account, will fail; {remedy}"
         )
     }
 }

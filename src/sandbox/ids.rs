@@ -39,7 +39,8 @@ enum Writer {
 ///
 /// Root inside is never root outside: files below `/proc/sys` belong to the host's root and would
 /// be writable. Run by root, a sandbox gets a range of its own; run by somebody else, root inside
-/// is that user and the other ids come from `/etc/subuid` and `/etc/subgid`.
+/// is that user and the other ids come from `/etc/subuid` and `/etc/subgid`. (In a container that
+/// has a single id itself, there is no other to be.)
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct IdMaps {
     uid: Vec<Extent>,
@@ -125,7 +126,7 @@ impl IdMaps {
                 };
                 return (maps, None);
             }
-            "no second id exists here either"
+            "this container has no second id either"
         } else if uids.is_empty() || gids.is_empty() {
             "no ids are granted to you in /etc/subuid and /etc/subgid"
         } else if !helpers {
@@ -322,6 +323,10 @@ fn run_helpers(pid: u32, maps: [&Vec<Extent>; 2]) -> Result<[Option<String>; 2],
 }
 
 fn single_id_warning(account: &Account, reason: String) -> Warning {
+    if account.uid == 0 {
+        let remedy = "give this container a range of ids (podman: --userns=auto)".into();
+        return Warning::SingleId { reason, remedy };
+    }
     let first_free = [&account.subuid, &account.subgid]
         .into_iter()
         .flat_map(|granted| granted.lines())
@@ -331,15 +336,15 @@ fn single_id_warning(account: &Account, reason: String) -> Warning {
             start.checked_add(fields.next()?.parse().ok()?)
         })
         .fold(100_000, u32::max);
-    Warning::SingleId {
-        reason,
-        account: account
-            .names
-            .first()
-            .cloned()
-            .unwrap_or_else(|| account.uid.to_string()),
-        first_free,
-    }
+    let last = first_free.saturating_add(IDS - 1);
+    let name = match account.names.first() {
+        Some(name) => name,
+        None => &account.uid.to_string(),
+    };
+    let remedy = format!(
+        "as root: apt install uidmap && usermod --add-subuids {first_free}-{last} --add-subgids {first_free}-{last} {name}"
+    );
+    Warning::SingleId { reason, remedy }
 }
 
 #[cfg(test)]
