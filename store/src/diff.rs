@@ -1,5 +1,7 @@
 //! What differs between two layers.
 
+use std::cmp::Ordering;
+
 use crate::layer::{Kind, Layer, NodeRef};
 use crate::tree::DirKind;
 
@@ -28,53 +30,49 @@ pub struct Change {
 /// mtimes are no difference, nor is which names are hardlinks of one file.
 pub fn diff(old: &Layer, new: &Layer) -> Vec<Change> {
     let mut changes = Vec::new();
-    if old.tree_id() != new.tree_id() {
-        pair(old.root(), new.root(), &mut changes);
+    if old.tree_id() == new.tree_id() {
+        return changes;
+    }
+    // What is still to be compared, the next one last. A name that only one layer has stands for all that is in it.
+    let mut pairs = vec![(Some(old.root()), Some(new.root()))];
+    while let Some((old, new)) = pairs.pop() {
+        let kind = match (old, new) {
+            (Some(old), Some(new)) if same(old, new) => None,
+            (Some(_), Some(_)) => Some(ChangeKind::Modified),
+            (Some(_), None) => Some(ChangeKind::Removed),
+            (None, _) => Some(ChangeKind::Added),
+        };
+        if let Some(kind) = kind
+            && let Some(node) = new.or(old)
+        {
+            let path = node.path();
+            changes.push(Change { path, kind });
+        }
+        if let (Some(old), Some(new)) = (old, new)
+            && (old.kind(), new.kind()) == (Kind::Dir, Kind::Dir)
+            && old.subtree() == new.subtree()
+        {
+            continue;
+        }
+        let first = pairs.len();
+        let mut olds = old.into_iter().flat_map(NodeRef::children).peekable();
+        let mut news = new.into_iter().flat_map(NodeRef::children).peekable();
+        loop {
+            let order = match (olds.peek(), news.peek()) {
+                (None, None) => break,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some(old), Some(new)) => old.name().cmp(new.name()),
+            };
+            pairs.push(match order {
+                Ordering::Less => (olds.next(), None),
+                Ordering::Greater => (None, news.next()),
+                Ordering::Equal => (olds.next(), news.next()),
+            });
+        }
+        pairs[first..].reverse();
     }
     changes
-}
-
-fn pair(old: NodeRef<'_>, new: NodeRef<'_>, changes: &mut Vec<Change>) {
-    if !same(old, new) {
-        push(new, ChangeKind::Modified, changes);
-    }
-    let dirs = (old.kind() == Kind::Dir, new.kind() == Kind::Dir);
-    if dirs == (true, true) && old.subtree() == new.subtree() {
-        return;
-    }
-    let (mut olds, mut news) = (old.children().peekable(), new.children().peekable());
-    loop {
-        let order = match (olds.peek(), news.peek()) {
-            (None, None) => return,
-            (Some(_), None) => std::cmp::Ordering::Less,
-            (None, Some(_)) => std::cmp::Ordering::Greater,
-            (Some(old), Some(new)) => old.name().cmp(new.name()),
-        };
-        if order.is_lt() {
-            olds.next()
-                .into_iter()
-                .for_each(|node| all(node, ChangeKind::Removed, changes));
-        } else if order.is_gt() {
-            news.next()
-                .into_iter()
-                .for_each(|node| all(node, ChangeKind::Added, changes));
-        } else if let (Some(old), Some(new)) = (olds.next(), news.next()) {
-            pair(old, new, changes);
-        }
-    }
-}
-
-fn push(node: NodeRef<'_>, kind: ChangeKind, changes: &mut Vec<Change>) {
-    let path = node.path();
-    changes.push(Change { path, kind });
-}
-
-/// The node and everything in it.
-fn all(node: NodeRef<'_>, kind: ChangeKind, changes: &mut Vec<Change>) {
-    push(node, kind, changes);
-    for child in node.children() {
-        all(child, kind, changes);
-    }
 }
 
 /// Whether two nodes are equal, apart from a directory's entries.

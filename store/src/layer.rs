@@ -547,7 +547,16 @@ impl Layer {
             |off: u64, len: u64| off.checked_add(len).is_some_and(|end| end <= blob as u64);
         // Children stand in the order of their parents, each range beginning where the last one ended.
         let mut next_child = 1_u64;
+        // Breadth first, one level ends where the children of the one before it do.
+        let (mut depth, mut level_end) = (0, 1_u64);
         for ix in 0..self.nodes as u32 {
+            if u64::from(ix) == level_end {
+                depth += 1;
+                level_end = next_child;
+            }
+            if depth > MAX_DEPTH {
+                return Err(Damaged("depth"));
+            }
             let node = NodeRef { layer: self, ix };
             let kind = node.raw_kind().ok_or(Damaged("kind"))?;
             if !within(u64::from(node.u32(0)), u64::from(node.u16(4))) {
@@ -696,7 +705,35 @@ impl Layer {
 
     /// The tree that this layer encodes. What [`encode`] makes of it is this layer again.
     pub fn to_tree(&self) -> Tree {
-        self.root().to_dir()
+        let mut tree = Tree::default();
+        let mut entries: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
+        entries.resize_with(self.nodes, Vec::new);
+        // Children stand after their parent: going backwards, a directory has all of its own when it is moved.
+        for ix in (0..self.nodes as u32).rev() {
+            let node = NodeRef { layer: self, ix };
+            let own = entries.pop().unwrap_or_default();
+            let made = match node.content() {
+                None => Node::Dir(Dir {
+                    meta: match node.dir_kind() {
+                        DirKind::Implicit => Meta::default(),
+                        _ => node.meta(),
+                    },
+                    kind: node.dir_kind(),
+                    entries: own.into_iter().collect(),
+                }),
+                Some(content) => Node::Leaf(tree::Leaf {
+                    meta: node.meta(),
+                    content,
+                    link: node.is_hardlinked().then(|| u64::from(node.u32(56))),
+                }),
+            };
+            match (entries.get_mut(node.parent_ix() as usize), made) {
+                (Some(siblings), made) => siblings.push((node.name().into(), made)),
+                (None, Node::Dir(root)) => tree = root,
+                (None, Node::Leaf(_)) => {}
+            }
+        }
+        tree
     }
 }
 
@@ -950,30 +987,6 @@ impl<'a> NodeRef<'a> {
             Kind::Whiteout => Content::Whiteout,
         })
     }
-
-    fn to_dir(self) -> Dir {
-        let implicit = self.dir_kind() == DirKind::Implicit;
-        let entries = self.children().map(|child| {
-            let node = match child.content() {
-                None => Node::Dir(child.to_dir()),
-                Some(content) => Node::Leaf(tree::Leaf {
-                    meta: child.meta(),
-                    content,
-                    link: child.is_hardlinked().then(|| u64::from(child.u32(56))),
-                }),
-            };
-            (child.name().into(), node)
-        });
-        Dir {
-            meta: if implicit {
-                Meta::default()
-            } else {
-                self.meta()
-            },
-            kind: self.dir_kind(),
-            entries: entries.collect(),
-        }
-    }
 }
 
 /// The xattrs of an entry: (name, value), sorted by name.
@@ -1154,6 +1167,22 @@ mod tests {
         let id = |path: &[u8]| layer.lookup(path).unwrap().subtree();
         assert_eq!(id(b"a/x"), id(b"deep/er/x"));
         assert_ne!(id(b"a"), id(b"deep"));
+    }
+
+    /// What walks a layer recurses; a thread's stack is enough for the deepest that there can be.
+    #[test]
+    fn the_deepest_tree() {
+        let path = |depth: usize| vec![b"d".as_slice(); depth].join(&b'/');
+        let mut tree = Tree::default();
+        assert_eq!(tree.dir_at(&path(MAX_DEPTH + 1)), Err(TreeError::Depth));
+        let mut tree = Tree::default();
+        tree.dir_at(&path(MAX_DEPTH)).unwrap();
+        let encoded = encode(&tree).unwrap();
+        let layer = Layer::from_bytes(encoded.bytes.clone()).unwrap();
+        assert_eq!(encode(&layer.to_tree()).unwrap().bytes, encoded.bytes);
+        let empty = Layer::from_bytes(encode(&Tree::default()).unwrap().bytes).unwrap();
+        assert_eq!(crate::diff(&empty, &layer).len(), MAX_DEPTH);
+        assert_eq!(crate::diff(&layer, &empty).len(), MAX_DEPTH);
     }
 
     /// No byte of a layer file can be changed unseen: either the structure or the body hash tells.

@@ -153,9 +153,17 @@ pub fn encode(stamp: Time, outcome: &Outcome, dirs: &[DirEntries<'_>]) -> Option
     header.extend(outcome.layer_id.as_bytes());
     header.extend(outcome.tree_id.as_bytes());
     out[..header.len()].copy_from_slice(&header);
-    let checksum = blake3::hash(&out);
-    out[CHECKSUM].copy_from_slice(checksum.as_bytes());
+    seal(&mut out);
     Some(out)
+}
+
+/// Puts the checksum of a cache into its place; too short a one has none.
+pub fn seal(bytes: &mut [u8]) {
+    if let Some(place) = bytes.get_mut(CHECKSUM) {
+        place.fill(0);
+        let checksum = blake3::hash(bytes);
+        bytes[CHECKSUM].copy_from_slice(checksum.as_bytes());
+    }
 }
 
 /// A cache, read in place. The default is empty.

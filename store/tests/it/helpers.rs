@@ -1,10 +1,51 @@
 //! What the tests share.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
+use iii_store::disk::{Disk, RealDisk};
 use iii_store::tree::{Content, Leaf, Meta, Mtime, Node, Tree};
 use iii_store::{Ingest, Kind, Layer, ObjectId, Published, Store, StoreError};
+
+/// The filesystem without waiting for the disk: for tests in which the machine stays up.
+#[derive(Debug)]
+pub struct NoSync;
+
+impl Disk for NoSync {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<File> {
+        RealDisk.create(path)
+    }
+
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        RealDisk.write_at(file, bytes, offset)
+    }
+
+    fn reflink(&self, from: &File, to: &File) -> io::Result<()> {
+        RealDisk.reflink(from, to)
+    }
+
+    fn sync(&self, _: &File) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+
+    fn sync_dir(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+}
 
 /// Files by path.
 pub type Files = BTreeMap<Vec<u8>, Vec<u8>>;

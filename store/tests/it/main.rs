@@ -1,5 +1,8 @@
 //! The store's contract, tested from outside. One binary, a directory of its own for each test.
 
+mod corpus;
+#[path = "../../../fuzz/src/store.rs"]
+mod decoders;
 mod diffs;
 mod faults;
 mod helpers;

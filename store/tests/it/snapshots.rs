@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use iii_store::snapshot::{Options, Snapshot, SnapshotError, snapshot};
 use iii_store::{Kind, Layer, ObjectId, Store};
 use proptest::prelude::*;
 
-use crate::helpers::{check_whole, names, noise};
+use crate::helpers::{NoSync, check_whole, names, noise};
 
 const EXCLUDES: [&[u8]; 2] = [b"node_modules", b".git"];
 const OPTIONS: Options<'_> = Options {
@@ -36,7 +37,7 @@ impl Bench {
         let project = dir.path().join("project");
         fs::create_dir(&project).unwrap();
         Self {
-            store: Store::open(dir.path().join("store")).unwrap(),
+            store: Store::open_on(&dir.path().join("store"), Arc::new(NoSync)).unwrap(),
             _dir: dir,
             project,
         }

@@ -1,0 +1,250 @@
+//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain without a fuzzer can do.
+
+use std::fs;
+use std::path::PathBuf;
+
+use iii_store::pack::{Place, encode_index};
+use iii_store::stat_cache::{self, DirEntries, FileStat, Outcome, Time};
+use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
+use iii_store::{Fact, LayerId, ObjectId, Record, Ref, Seen, SeenHash, TreeId, layer};
+
+use crate::decoders::{check_index, check_layer, check_record, check_stat_cache};
+use crate::helpers::{names, noise, put};
+
+type Check = fn(&[u8]);
+const TARGETS: [(&str, Check); 4] = [
+    ("store_layer", check_layer),
+    ("store_index", check_index),
+    ("store_stat_cache", check_stat_cache),
+    ("store_record", check_record),
+];
+/// Variants of each seed.
+const VARIANTS: u64 = 3000;
+
+fn corpus(target: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)
+}
+
+/// One to four changes of the kinds that decoders stumble over.
+fn mutate(seed: &[u8], number: u64) -> Vec<u8> {
+    let mut bytes = seed.to_vec();
+    let random = noise(64, number);
+    let word = |at: usize| u64::from_le_bytes(random[at * 8..][..8].try_into().unwrap());
+    for round in 0..=word(0) % 4 {
+        let round = round as usize;
+        if bytes.is_empty() {
+            break;
+        }
+        let at = (word(1 + round) % bytes.len() as u64) as usize;
+        let what = random[40 + round];
+        match what % 8 {
+            0 => bytes[at] ^= 1 << (what >> 5),
+            1 => bytes[at] = what,
+            2 => bytes.truncate(at),
+            3 => bytes.insert(at, what),
+            // Numbers: all at the alignment that the formats have.
+            4..6 => {
+                let values = [
+                    0,
+                    1,
+                    u32::MAX,
+                    u32::MAX - 1,
+                    1 << 31,
+                    0x100,
+                    at as u32,
+                    what.into(),
+                ];
+                let at = at & !3;
+                let value = values[usize::from(what >> 5)].to_le_bytes();
+                bytes
+                    .iter_mut()
+                    .skip(at)
+                    .zip(value)
+                    .for_each(|(byte, value)| *byte = value);
+            }
+            // A piece of itself in another place.
+            _ => {
+                let from = (word(5) % bytes.len() as u64) as usize;
+                let piece = bytes[from..(from + 96).min(bytes.len())].to_vec();
+                bytes
+                    .iter_mut()
+                    .skip(at & !7)
+                    .zip(piece)
+                    .for_each(|(byte, value)| *byte = value);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn no_decoder_stumbles() {
+    for (target, check) in TARGETS {
+        let dir = corpus(target);
+        let seeds = names(&dir);
+        assert!(!seeds.is_empty(), "{target} has no seeds");
+        for name in seeds {
+            let seed = fs::read(dir.join(&name)).unwrap();
+            check(&seed);
+            for number in 0..VARIANTS {
+                let bytes = mutate(&seed, number);
+                let outcome = std::panic::catch_unwind(|| check(&bytes));
+                assert!(outcome.is_ok(), "{target}: variant {number} of {name}");
+            }
+        }
+    }
+}
+
+fn layers() -> Vec<Vec<u8>> {
+    let leaf = |content, link| {
+        Node::Leaf(Leaf {
+            meta: Meta::default(),
+            content,
+            link,
+        })
+    };
+    let file = Content::File {
+        object: ObjectId::of(b"x"),
+        size: 1,
+    };
+    let mut small = Tree::implicit();
+    put(
+        &mut small,
+        b"workspace/package.json",
+        ObjectId::of(b"{}"),
+        2,
+    );
+    let mut large = Tree::default();
+    let dir = large.dir_at(b"usr/lib").unwrap();
+    dir.kind = DirKind::Opaque;
+    dir.meta = Meta {
+        mode: 0o1777,
+        uid: 1000,
+        gid: 1000,
+        mtime: Mtime { sec: -1, nsec: 5 },
+        xattrs: [(*b"user.a", b"1".to_vec()), (*b"user.b", Vec::new())]
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect(),
+    };
+    let rdev = Rdev { major: 1, minor: 3 };
+    let target = (*b"../x").into();
+    for (name, content, link) in [
+        ("a", file.clone(), Some(1)),
+        ("b", file.clone(), Some(1)),
+        ("c", Content::Symlink { target }, None),
+        ("d", Content::Char(rdev), Some(2)),
+        ("e", Content::Whiteout, None),
+        ("f", Content::Fifo, Some(2)),
+    ] {
+        dir.entries
+            .insert(name.as_bytes().into(), leaf(content, link));
+    }
+    large
+        .entries
+        .insert((*b"\xff").into(), leaf(Content::Socket, None));
+    large.entries.insert((*b"top").into(), leaf(file, Some(1)));
+    [Dir::default(), small, large]
+        .iter()
+        .map(|tree| layer::encode(tree).unwrap().bytes)
+        .collect()
+}
+
+fn indexes() -> Vec<Vec<u8>> {
+    let objects = |count: u64| -> Vec<(ObjectId, Place)> {
+        let place = |n: u64| Place {
+            offset: 64 + n * 8,
+            len: n % 8,
+        };
+        let object = |n: u64| (ObjectId::of(&n.to_le_bytes()), place(n));
+        let mut objects: Vec<_> = (0..count).map(object).collect();
+        objects.sort_by_key(|(id, _)| *id);
+        objects
+    };
+    [0, 1, 20]
+        .map(|count| encode_index(&objects(count), 4096))
+        .into()
+}
+
+fn stat_caches() -> Vec<Vec<u8>> {
+    let stat = FileStat {
+        mtime: Time { sec: 5, nsec: 6 },
+        ctime: Time { sec: 7, nsec: 8 },
+        ino: 9,
+        dev: 10,
+        size: 11,
+        mode: 0o100_644,
+    };
+    let outcome = Outcome {
+        fingerprint: [1; 32],
+        layer_id: LayerId::from_bytes([2; 32]),
+        tree_id: TreeId::from_bytes([3; 32]),
+    };
+    let files = ["a", "main.ts"].map(|name| (name.as_bytes().into(), stat, ObjectId::of(b"x")));
+    let dirs = [&b""[..], b"src", b"src/deep"].map(|path| DirEntries {
+        path,
+        files: &files,
+    });
+    let encode =
+        |dirs: &[DirEntries<'_>]| stat_cache::encode(Time { sec: 9, nsec: 0 }, &outcome, dirs);
+    [&dirs[..0], &dirs[..]]
+        .map(|dirs| encode(dirs).unwrap())
+        .into()
+}
+
+fn records() -> Vec<Vec<u8>> {
+    let hash = SeenHash::from_bytes([4; 32]);
+    let seen = [
+        Seen::Absent,
+        Seen::Stat {
+            kind: iii_store::Kind::Dir,
+            mode: 0o755,
+        },
+        Seen::Listing(hash),
+        Seen::Contents(ObjectId::of(b"x")),
+        Seen::Target(hash),
+        Seen::Tree(TreeId::from_bytes([5; 32])),
+    ];
+    let fact = |seen| Fact {
+        path: b"caf\xc3\xa9/%\xff\n".to_vec(),
+        seen,
+    };
+    let record = Record {
+        facts: seen.into_iter().map(fact).collect(),
+        layer_id: LayerId::from_bytes([2; 32]),
+        tree_id: TreeId::from_bytes([3; 32]),
+        provenance: serde_json::Map::from_iter([("seconds".to_owned(), 1.5.into())]),
+    };
+    let content = Ref {
+        layers: vec![record.layer_id],
+        info: serde_json::json!({ "digest": null }),
+    };
+    vec![
+        serde_json::to_vec(&record).unwrap(),
+        serde_json::to_vec(&content).unwrap(),
+    ]
+}
+
+/// The seeds are what the encoders write today: a format that changes shows here, too.
+#[test]
+fn seeds_are_current() {
+    for (target, seeds) in [
+        ("store_layer", layers()),
+        ("store_index", indexes()),
+        ("store_stat_cache", stat_caches()),
+        ("store_record", records()),
+    ] {
+        for (number, seed) in seeds.iter().enumerate() {
+            let path = corpus(target).join(format!("seed-{number}"));
+            if std::env::var_os("III_WRITE_SEEDS").is_some() {
+                fs::create_dir_all(corpus(target)).unwrap();
+                fs::write(&path, seed).unwrap();
+            }
+            assert!(
+                fs::read(&path).is_ok_and(|bytes| bytes == *seed),
+                "{}",
+                path.display()
+            );
+        }
+    }
+}
