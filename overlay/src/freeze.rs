@@ -268,9 +268,16 @@ impl Walk<'_> {
             && self.overlay.lower.meta(below).meta() == meta
             && below.node.content().as_ref() == Some(&content)
         {
-            let was = self.overlay.lower.visible_paths(below).len();
-            let unchanged = below.ino == ino && was as u32 == record.nlink;
-            if (alone && was <= 1) || (unchanged && !self.linked.contains(&ino)) {
+            // Of a file with several names either all are written out or none is.
+            let names = self.overlay.lower.visible_paths(below);
+            let all_there = || {
+                below.ino == ino
+                    && names.len() as u32 == record.nlink
+                    && names
+                        .iter()
+                        .all(|path| self.state.at_path(path) == Some(ino))
+            };
+            if (alone && names.len() <= 1) || (!self.linked.contains(&ino) && all_there()) {
                 return Ok(None);
             }
         }

@@ -1,1 +1,428 @@
 //! Single cases.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use iii_overlay::fs::{
+    Allocate, Caller, Errno, Filesystem, Kind, Open, Rename, Seek, SetAttr, SetXattr, Special,
+};
+use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::upper::UpperError;
+use iii_overlay::{OpenError, Overlay, OverlayOptions, Project, chain_of};
+use iii_store::facts::{Fact, Seen};
+use iii_store::tree::{DirKind, Node, Tree};
+use iii_store::{Layer, ObjectId};
+
+use crate::support::{Home, put, view};
+
+fn files(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
+    let mut tree = Tree::implicit();
+    for (path, bytes) in files {
+        put(&mut tree, path, bytes);
+    }
+    let contents: Vec<&[u8]> = files.iter().map(|(_, bytes)| *bytes).collect();
+    home.layer(&tree, &contents)
+}
+
+fn ino(fs: &Overlay, path: &[u8]) -> Ino {
+    iii_store::tree::components(path)
+        .try_fold(ROOT, |dir, name| fs.lookup(dir, name).map(|attr| attr.ino))
+        .unwrap()
+}
+
+fn read(fs: &Overlay, ino: Ino) -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 16];
+    let count = fs.read(ino, &mut bytes, 0).unwrap();
+    bytes.truncate(count);
+    bytes
+}
+
+fn create(fs: &Overlay, dir: Ino, name: &[u8]) -> Ino {
+    fs.mknod(Caller::default(), dir, name, 0o644, Special::File)
+        .unwrap()
+        .ino
+}
+
+#[test]
+fn a_second_opener_is_told_that_the_upper_is_busy() {
+    let home = Home::new();
+    let open = || {
+        Overlay::open(
+            &home.store,
+            Vec::new(),
+            &home.upper(),
+            OverlayOptions::default(),
+        )
+    };
+    let first = open().unwrap();
+    assert!(matches!(
+        open().unwrap_err(),
+        OpenError::Upper(UpperError::Busy(dir)) if dir == home.upper()
+    ));
+    assert!(matches!(chain_of(&home.upper()), Err(UpperError::Busy(_))));
+    drop(first);
+    assert_eq!(chain_of(&home.upper()).unwrap(), Some(Vec::new()));
+    assert_eq!(chain_of(&home.dir.path().join("none")).unwrap(), None);
+    open().unwrap();
+}
+
+/// Whatever is cut off the end of the log, what is left opens, and says what was true at some time.
+#[test]
+fn a_log_torn_anywhere_opens_at_an_earlier_state() {
+    let home = Home::new();
+    let layers = [files(&home, &[(b"d/lower", b"one")])];
+    let overlay = home.open(&layers);
+    let mut states = vec![view(&overlay)];
+    let mut done = |fs: &Overlay| states.push(view(fs));
+    let dir = ino(&overlay, b"d");
+    create(&overlay, ROOT, b"a");
+    done(&overlay);
+    overlay
+        .rename(dir, b"lower", ROOT, b"b", Rename::Replace)
+        .unwrap();
+    done(&overlay);
+    overlay.unlink(ROOT, b"a").unwrap();
+    done(&overlay);
+    overlay
+        .mkdir(Caller::default(), dir, b"sub", 0o755)
+        .unwrap();
+    done(&overlay);
+    drop(overlay);
+    let log = home.upper().join("log");
+    let bytes = std::fs::read(&log).unwrap();
+    let mut seen = BTreeSet::new();
+    for len in 0..=bytes.len() {
+        std::fs::write(&log, &bytes[..len]).unwrap();
+        let found = view(&home.open(&layers));
+        let state = states.iter().position(|state| *state == found);
+        seen.insert(state.unwrap_or_else(|| panic!("{len} bytes open as no state that there was")));
+    }
+    assert_eq!(seen.len(), states.len());
+    for at in 16..bytes.len() {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 0x10;
+        std::fs::write(&log, &bytes).unwrap();
+        let found = view(&home.open(&layers));
+        assert!(states.contains(&found), "byte {at}");
+    }
+}
+
+/// What a killed process leaves: no clean end, and data that nobody names.
+#[test]
+fn a_kill_loses_nothing_that_was_answered() {
+    let home = Home::new();
+    let overlay = home.open(&[]);
+    let file = create(&overlay, ROOT, b"f");
+    overlay.write(file, b"hello", 3, true).unwrap();
+    let before = view(&overlay);
+    let copy = home.dir.path().join("copy");
+    let status = std::process::Command::new("cp")
+        .args(["-a".as_ref(), home.upper().as_os_str(), copy.as_os_str()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    std::fs::write(copy.join("data/01/257"), b"nobody's").unwrap();
+    std::fs::write(copy.join("log.new"), b"half").unwrap();
+    let again = home.open_at(&[], &copy, OverlayOptions::default());
+    assert_eq!(view(&again), before);
+    assert!(!copy.join("data/01/257").exists());
+}
+
+#[test]
+fn copying_up_keeps_number_and_hardlinks() {
+    let home = Home::new();
+    let mut tree = Tree::implicit();
+    for path in [&b"a/x"[..], b"b/y", b"hidden"] {
+        put(&mut tree, path, b"shared");
+    }
+    let label = |tree: &mut Tree, dir: &[u8], name: &[u8]| {
+        let dir = tree.dir_at(dir).unwrap();
+        if let Some(Node::Leaf(leaf)) = dir.entries.get_mut(name) {
+            leaf.link = Some(1);
+        }
+    };
+    label(&mut tree, b"a", b"x");
+    label(&mut tree, b"b", b"y");
+    label(&mut tree, b"", b"hidden");
+    let lower = home.layer(&tree, &[b"shared"]);
+    let above = files(&home, &[(b"hidden", b"other")]);
+    let overlay = home.open(&[lower, above]);
+    let x = ino(&overlay, b"a/x");
+    assert_eq!(overlay.getattr(x).unwrap().nlink, 2);
+    assert_eq!(ino(&overlay, b"b/y"), x);
+    overlay.write(x, b"S", 0, true).unwrap();
+    assert_eq!(ino(&overlay, b"b/y"), x);
+    assert_eq!(read(&overlay, x), b"Shared");
+    assert_eq!(read(&overlay, ino(&overlay, b"hidden")), b"other");
+    let a = ino(&overlay, b"a");
+    overlay
+        .rename(ROOT, b"a", ROOT, b"moved", Rename::Replace)
+        .unwrap();
+    assert_eq!(ino(&overlay, b"moved"), a);
+    assert_eq!(ino(&overlay, b"moved/x"), x);
+    overlay.unlink(a, b"x").unwrap();
+    assert_eq!(overlay.getattr(x).unwrap().nlink, 1);
+    let (tree, _) = home.freeze(&overlay);
+    assert!(tree.get(b"b/y").is_some());
+    assert!(matches!(tree.get(b"moved"), Some(Node::Dir(dir)) if dir.kind == DirKind::Merged));
+}
+
+#[test]
+fn a_file_without_a_name_lives_until_it_is_forgotten() {
+    let home = Home::new();
+    let layers = [files(&home, &[(b"lower", b"lower"), (b"d/x", b"")])];
+    let overlay = home.open(&layers);
+    let own = create(&overlay, ROOT, b"own");
+    overlay.write(own, b"own", 0, true).unwrap();
+    let lower = ino(&overlay, b"lower");
+    overlay.unlink(ROOT, b"own").unwrap();
+    overlay.unlink(ROOT, b"lower").unwrap();
+    for (file, bytes) in [(own, b"own".to_vec()), (lower, b"lower".to_vec())] {
+        assert_eq!(overlay.getattr(file).unwrap().nlink, 0);
+        assert_eq!(read(&overlay, file), bytes);
+        overlay.write(file, b"!", bytes.len() as u64, true).unwrap();
+        assert_eq!(read(&overlay, file).len(), bytes.len() + 1);
+    }
+    let dir = ino(&overlay, b"d");
+    overlay.unlink(dir, b"x").unwrap();
+    overlay.rmdir(ROOT, b"d").unwrap();
+    let made = overlay.mknod(Caller::default(), dir, b"y", 0o644, Special::File);
+    assert_eq!(made.unwrap_err(), Errno::NOENT);
+    let flat = || std::fs::read_dir(home.upper().join("data")).unwrap();
+    let files = || {
+        flat()
+            .flat_map(|dir| dir.unwrap().path().read_dir().unwrap())
+            .count()
+    };
+    assert_eq!(files(), 2);
+    overlay.forget(own, 1);
+    overlay.forget(lower, 1);
+    assert_eq!(files(), 0);
+    assert_eq!(overlay.getattr(own).unwrap_err(), Errno::STALE);
+    let unnamed = overlay.tmpfile(Caller::default(), ROOT, 0o600).unwrap();
+    assert_eq!(unnamed.nlink, 0);
+    assert_eq!(overlay.link(unnamed.ino, ROOT, b"named").unwrap().nlink, 1);
+    drop(overlay);
+    let overlay = home.open(&layers);
+    assert_eq!(view(&overlay).len(), 2, "the root and what was named");
+}
+
+#[test]
+fn refusals() {
+    let home = Home::new();
+    let overlay = home.open(&[files(&home, &[(b"d/f", b"1")])]);
+    let (d, f) = (ino(&overlay, b"d"), ino(&overlay, b"d/f"));
+    let long = [b'x'; 256];
+    let me = Caller::default();
+    let errors = [
+        (overlay.lookup(ROOT, &long).map(drop), Errno::NAMETOOLONG),
+        (overlay.lookup(f, b"x").map(drop), Errno::NOTDIR),
+        (overlay.lookup(999, b"x").map(drop), Errno::STALE),
+        (overlay.mkdir(me, ROOT, b"..", 0).map(drop), Errno::INVAL),
+        (overlay.mkdir(me, ROOT, b"d", 0).map(drop), Errno::EXIST),
+        (
+            overlay.symlink(me, ROOT, b"s", &[b'x'; 4096]).map(drop),
+            Errno::NAMETOOLONG,
+        ),
+        (overlay.unlink(ROOT, b"d"), Errno::ISDIR),
+        (overlay.rmdir(ROOT, b"d"), Errno::NOTEMPTY),
+        (overlay.rmdir(d, b"f"), Errno::NOTDIR),
+        (overlay.link(d, ROOT, b"l").map(drop), Errno::PERM),
+        (
+            overlay.rename(ROOT, b"d", d, b"in", Rename::Replace),
+            Errno::INVAL,
+        ),
+        (overlay.readlink(f).map(drop), Errno::INVAL),
+        (overlay.read(d, &mut [0], 0).map(drop), Errno::ISDIR),
+        (overlay.write(d, b"x", 0, true).map(drop), Errno::ISDIR),
+        (
+            overlay.write(f, b"x", u64::MAX, true).map(drop),
+            Errno::FBIG,
+        ),
+        (overlay.lseek(f, 1, Seek::Data).map(drop), Errno::NXIO),
+        (overlay.getxattr(f, b"user.no").map(drop), Errno::NODATA),
+        (overlay.removexattr(f, b"user.no"), Errno::NODATA),
+        (
+            overlay.setxattr(f, b"user.a", b"", SetXattr::Replace),
+            Errno::NODATA,
+        ),
+        (
+            overlay.setxattr(f, b"system.posix_acl_access", b"", SetXattr::Set),
+            Errno::OPNOTSUPP,
+        ),
+        (
+            overlay.setxattr(f, b"user.a", &vec![0; 65_537], SetXattr::Set),
+            Errno::TOOBIG,
+        ),
+        (overlay.readdir(f, 0, false, &mut |_| true), Errno::NOTDIR),
+        (
+            overlay.open(
+                d,
+                Open {
+                    write: true,
+                    ..Open::default()
+                },
+            ),
+            Errno::ISDIR,
+        ),
+        (
+            overlay
+                .setattr(
+                    d,
+                    &SetAttr {
+                        size: Some(0),
+                        ..SetAttr::default()
+                    },
+                )
+                .map(drop),
+            Errno::ISDIR,
+        ),
+        (overlay.fallocate(f, Allocate::Grow, 0, 0), Errno::INVAL),
+    ];
+    for (at, (result, error)) in errors.into_iter().enumerate() {
+        assert_eq!(result, Err(error), "case {at}");
+    }
+    let (tree, _) = home.freeze(&overlay);
+    assert!(tree.entries.is_empty(), "{tree:?}");
+}
+
+#[test]
+fn ranges() {
+    let home = Home::new();
+    let overlay = home.open(&[files(&home, &[(b"f", b"0123456789")])]);
+    let f = ino(&overlay, b"f");
+    let g = create(&overlay, ROOT, b"g");
+    assert_eq!(overlay.copy_file_range(f, 2, g, 1, 100), Ok(8));
+    assert_eq!(read(&overlay, g), b"\x0023456789");
+    assert_eq!(overlay.copy_file_range(g, 1, f, 0, 2), Ok(2));
+    assert_eq!(read(&overlay, f), b"2323456789");
+    overlay.fallocate(f, Allocate::KeepSize, 0, 100).unwrap();
+    assert_eq!(overlay.getattr(f).unwrap().size, 10);
+    overlay.fallocate(f, Allocate::Grow, 0, 12).unwrap();
+    assert_eq!(overlay.getattr(f).unwrap().size, 12);
+    overlay.fallocate(f, Allocate::PunchHole, 0, 2).unwrap();
+    assert_eq!(read(&overlay, f), b"\0\x0023456789\0\0");
+    assert_eq!(overlay.lseek(f, 3, Seek::Data), Ok(3));
+    assert_eq!(overlay.lseek(f, 0, Seek::Hole), Ok(12));
+    let cut = SetAttr {
+        size: Some(3),
+        ..SetAttr::default()
+    };
+    assert_eq!(overlay.setattr(f, &cut).unwrap().size, 3);
+    assert_eq!(read(&overlay, f), b"\0\x002");
+    overlay.fsync(f, true).unwrap();
+    overlay.fsync(ROOT, false).unwrap();
+    assert_eq!(overlay.statfs().unwrap().name_max, 255);
+}
+
+/// Every change of metadata alone leaves the data where it is.
+#[test]
+fn metadata_is_changed_without_copying_data() {
+    let home = Home::new();
+    let overlay = home.open(&[files(&home, &[(b"f", b"data"), (b"d/g", b"more")])]);
+    let f = ino(&overlay, b"f");
+    let mode = SetAttr {
+        mode: Some(0o600),
+        uid: Some(9),
+        ..SetAttr::default()
+    };
+    overlay.setattr(f, &mode).unwrap();
+    overlay
+        .setxattr(f, b"trusted.t", b"v", SetXattr::Create)
+        .unwrap();
+    overlay.link(f, ROOT, b"l").unwrap();
+    overlay
+        .rename(ROOT, b"f", ROOT, b"h", Rename::Replace)
+        .unwrap();
+    overlay
+        .rename(ROOT, b"d", ROOT, b"e", Rename::Replace)
+        .unwrap();
+    assert_eq!(read(&overlay, f), b"data");
+    assert_eq!(read(&overlay, ino(&overlay, b"e/g")), b"more");
+    let cut = SetAttr {
+        size: Some(0),
+        ..SetAttr::default()
+    };
+    overlay.setattr(ino(&overlay, b"e/g"), &cut).unwrap();
+    assert_eq!(home.upper().join("data").read_dir().unwrap().count(), 0);
+}
+
+fn observed(home: &Home, layers: &[Arc<Layer>]) -> Overlay {
+    let options = OverlayOptions {
+        project: Some(Project {
+            path: b"w".to_vec(),
+            slot: layers.len() - 1,
+        }),
+        observe: true,
+        volatile: true,
+    };
+    home.open_at(layers, &home.upper(), options)
+}
+
+#[test]
+fn facts_are_what_was_seen_of_the_project() {
+    let home = Home::new();
+    let base = files(&home, &[(b"w/base", b"base"), (b"etc/x", b"x")]);
+    let project = files(
+        &home,
+        &[
+            (b"w/package.json", b"{}"),
+            (b"w/src/a", b"a"),
+            (b"w/moved/b", b"b"),
+        ],
+    );
+    let overlay = observed(&home, &[base, project.clone()]);
+    let w = ino(&overlay, b"w");
+    read(&overlay, ino(&overlay, b"w/package.json"));
+    read(&overlay, ino(&overlay, b"w/base"));
+    read(&overlay, ino(&overlay, b"etc/x"));
+    assert_eq!(overlay.lookup(w, b"yarn.lock").unwrap_err(), Errno::NOENT);
+    overlay
+        .readdir(ino(&overlay, b"w/src"), 0, false, &mut |_| true)
+        .unwrap();
+    let made = overlay
+        .mkdir(Caller::default(), w, b"node_modules", 0o755)
+        .unwrap()
+        .ino;
+    let own = create(&overlay, made, b"own");
+    overlay.write(own, b"x", 0, true).unwrap();
+    read(&overlay, ino(&overlay, b"w/node_modules/own"));
+    overlay
+        .rename(w, b"moved", made, b"moved", Rename::Replace)
+        .unwrap();
+    home.freeze(&overlay);
+    let facts = overlay.facts();
+    let node = |path: &[u8]| project.lookup(path).unwrap();
+    let stat = |kind, mode| Seen::Stat { kind, mode };
+    let want = [
+        (&b"base"[..], Seen::Absent),
+        (b"moved", Seen::Tree(node(b"w/moved").subtree())),
+        (b"moved/b", Seen::Contents(ObjectId::of(b"b"))),
+        (b"package.json", Seen::Contents(ObjectId::of(b"{}"))),
+        (b"package.json", stat(Kind::File, 0o644)),
+        (b"src", Seen::listing([(&b"a"[..], Kind::File)])),
+        (b"src", stat(Kind::Dir, 0o755)),
+        (b"yarn.lock", Seen::Absent),
+    ];
+    let want = want.map(|(path, seen)| Fact {
+        path: path.to_vec(),
+        seen,
+    });
+    assert_eq!(facts, want);
+    let root = project.lookup(b"w").unwrap();
+    assert_eq!(iii_store::facts::first_mismatch(&facts, root), None);
+}
+
+#[test]
+fn requests_are_counted() {
+    let home = Home::new();
+    let overlay = home.open(&[]);
+    create(&overlay, ROOT, b"a");
+    let _ = overlay.lookup(ROOT, b"b");
+    let counts: Vec<_> = overlay
+        .stats()
+        .into_iter()
+        .filter(|(_, n)| *n > 0)
+        .collect();
+    assert_eq!(counts, [("lookup", 1), ("mknod", 1)]);
+}

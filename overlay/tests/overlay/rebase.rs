@@ -1,1 +1,277 @@
-//! A changed project under an upper that stays.
+//! A changed project under an upper that stays: the outcome, path by path, as the specification says it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use iii_overlay::fs::{Caller, Filesystem, Kind, Rename, SetAttr, Special};
+use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::{Overlay, OverlayOptions, Project};
+use iii_store::Layer;
+use iii_store::tree::{Dir, Node, Tree, components};
+use proptest::prelude::*;
+
+use crate::support::{CONTENTS, Home, Seen, View, name, tree, view};
+
+/// The project's tree, in its place.
+fn at_workspace(project: Tree) -> Tree {
+    let mut root = Tree::implicit();
+    root.entries.insert((*b"w").into(), Node::Dir(project));
+    root
+}
+
+fn options() -> OverlayOptions {
+    OverlayOptions {
+        project: Some(Project {
+            path: b"w".to_vec(),
+            slot: 1,
+        }),
+        ..OverlayOptions::default()
+    }
+}
+
+/// What a change of a sandbox does, by the path of a directory and a name.
+#[derive(Debug, Clone)]
+enum Act {
+    Write(Vec<u8>),
+    Mkdir,
+    Chmod,
+    Remove,
+    Move(prop::sample::Index, Box<[u8]>),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        3 => prop::collection::vec(any::<u8>(), 1..4).prop_map(Act::Write),
+        2 => Just(Act::Mkdir),
+        1 => Just(Act::Chmod),
+        3 => Just(Act::Remove),
+        2 => (any::<prop::sample::Index>(), name()).prop_map(|(to, name)| Act::Move(to, name)),
+    ]
+}
+
+fn find(fs: &Overlay, path: &[u8]) -> Option<Ino> {
+    components(path).try_fold(ROOT, |dir, name| Some(fs.lookup(dir, name).ok()?.ino))
+}
+
+fn remove(fs: &Overlay, dir: Ino, name: &[u8]) {
+    let Ok(attr) = fs.lookup(dir, name) else {
+        return;
+    };
+    if attr.kind == Kind::Dir {
+        for (name, _, _) in crate::support::names(fs, attr.ino, false).split_off(2) {
+            remove(fs, attr.ino, &name);
+        }
+        fs.rmdir(dir, name).unwrap();
+    } else {
+        fs.unlink(dir, name).unwrap();
+    }
+}
+
+fn apply(fs: &Overlay, pick: prop::sample::Index, name: &[u8], act: &Act) {
+    let now = view(fs);
+    let dirs: Vec<_> = now
+        .iter()
+        .filter(|(_, seen)| seen.kind == Kind::Dir)
+        .map(|(path, _)| path.clone())
+        .collect();
+    let dir = find(fs, pick.get::<Vec<u8>>(&dirs)).unwrap();
+    let there = fs.lookup(dir, name).ok();
+    match (act, there) {
+        (Act::Write(bytes), None) => {
+            let made = fs
+                .mknod(Caller::default(), dir, name, 0o600, Special::File)
+                .unwrap();
+            fs.write(made.ino, bytes, 0, true).unwrap();
+        }
+        (Act::Write(bytes), Some(attr)) if attr.kind == Kind::File => {
+            fs.write(attr.ino, bytes, 0, true).unwrap();
+        }
+        (Act::Mkdir, None) => {
+            fs.mkdir(Caller::default(), dir, name, 0o700).unwrap();
+        }
+        (Act::Chmod, Some(attr)) => {
+            let set = SetAttr {
+                mode: Some(0o700),
+                ..SetAttr::default()
+            };
+            fs.setattr(attr.ino, &set).unwrap();
+        }
+        (Act::Remove, Some(_)) => remove(fs, dir, name),
+        (Act::Move(to, to_name), Some(_)) => {
+            let to = find(fs, to.get::<Vec<u8>>(&dirs)).unwrap();
+            // Moves that cannot be are none.
+            let _ = fs.rename(dir, name, to, to_name, Rename::Replace);
+        }
+        _ => {}
+    }
+}
+
+/// What is compared: not times, nor which names are one file.
+fn bare(view: View) -> View {
+    view.into_iter()
+        .map(|(path, seen)| {
+            let bare = Seen {
+                nlink: 0,
+                link: None,
+                mtime: None,
+                ..seen
+            };
+            (path, bare)
+        })
+        .collect()
+}
+
+fn parent(path: &[u8]) -> Vec<u8> {
+    let at = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
+    path[..at].to_vec()
+}
+
+/// The specification.
+fn expected(old_lower: &View, old: &View, new_lower: &View, changed: &BTreeSet<Vec<u8>>) -> View {
+    let paths: BTreeSet<&Vec<u8>> = old_lower
+        .keys()
+        .chain(old.keys())
+        .chain(new_lower.keys())
+        .collect();
+    let mut expected: BTreeMap<Vec<u8>, Seen> = BTreeMap::new();
+    for path in paths {
+        let stays = old.get(path) != old_lower.get(path);
+        let seen = if changed.contains(path) || !stays {
+            new_lower.get(path)
+        } else {
+            old.get(path)
+        };
+        if let Some(seen) = seen {
+            expected.insert(path.clone(), seen.clone());
+        }
+    }
+    // Every entry needs its directories: those of a changed path come from the project, others from the sandbox, unless the
+    // project has put something else there.
+    let is_dir = |seen: Option<&Seen>| seen.is_some_and(|seen| seen.kind == Kind::Dir);
+    for path in expected.keys().cloned().collect::<Vec<_>>() {
+        let by_project = changed.contains(&path);
+        let mut up = Vec::new();
+        let mut at = path.clone();
+        while !at.is_empty() {
+            at = parent(&at);
+            up.push(at.clone());
+        }
+        for dir in up.into_iter().rev() {
+            if !expected.contains_key(&path) || is_dir(expected.get(&dir)) {
+                continue;
+            }
+            if by_project {
+                expected.insert(dir.clone(), new_lower[&dir].clone());
+            } else if expected.contains_key(&dir) && changed.contains(&dir) {
+                expected.remove(&path);
+            } else {
+                expected.insert(dir.clone(), old[&dir].clone());
+            }
+        }
+    }
+    expected
+}
+
+fn lower_view(home: &Home, layers: &[Arc<Layer>], at: &str) -> View {
+    let overlay = home.open_at(layers, &home.dir.path().join(at), OverlayOptions::default());
+    bare(view(&overlay))
+}
+
+fn merged(mut tree: Dir) -> Dir {
+    tree.meta.mode = 0o755;
+    tree
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn changed_paths_win_and_the_rest_stays(
+        base in tree(),
+        before in tree(),
+        after in tree(),
+        acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
+    ) {
+        let home = Home::new();
+        let base = home.layer(&base, &CONTENTS);
+        let old_project = home.layer(&at_workspace(merged(before)), &CONTENTS);
+        let new_project = home.layer(&at_workspace(merged(after)), &CONTENTS);
+        let old_layers = vec![base.clone(), old_project.clone()];
+        let new_layers = vec![base, new_project.clone()];
+        let upper = home.upper();
+        let overlay = home.open_at(&old_layers, &upper, options());
+        for (dir, name, act) in &acts {
+            apply(&overlay, *dir, name, act);
+        }
+        let old = bare(view(&overlay));
+        drop(overlay);
+        let old_lower = lower_view(&home, &old_layers, "old");
+        let new_lower = lower_view(&home, &new_layers, "new");
+        let changed: BTreeSet<_> = iii_store::diff(&old_project, &new_project)
+            .into_iter()
+            .map(|change| change.path)
+            .collect();
+        let overlay = home.open_at(&new_layers, &upper, options());
+        let carried = view(&overlay);
+        prop_assert_eq!(
+            bare(carried.clone()),
+            expected(&old_lower, &old, &new_lower, &changed)
+        );
+        drop(overlay);
+        let overlay = home.open_at(&new_layers, &upper, options());
+        prop_assert_eq!(view(&overlay), carried, "and it was written down");
+    }
+}
+
+/// The example of everyday: a file edited on the host, others written in the sandbox.
+#[test]
+fn an_edited_file_shows_and_what_the_sandbox_wrote_stays() {
+    let home = Home::new();
+    let project = |files: &[(&[u8], &[u8])]| {
+        let mut tree = Tree::implicit();
+        for (path, bytes) in files {
+            crate::support::put(&mut tree, path, bytes);
+        }
+        let contents: Vec<&[u8]> = files.iter().map(|(_, bytes)| *bytes).collect();
+        home.layer(&tree, &contents)
+    };
+    let base = home.layer(&Tree::implicit(), &[]);
+    let before = project(&[
+        (b"w/src/a", b"a1"),
+        (b"w/src/b", b"b1"),
+        (b"w/gone/c", b"c1"),
+    ]);
+    let after = project(&[
+        (b"w/src/a", b"a2"),
+        (b"w/src/b", b"b1"),
+        (b"w/gone/c", b"c2"),
+    ]);
+    let overlay = home.open_at(&[base.clone(), before], &home.upper(), options());
+    for path in [&b"w/src/a"[..], b"w/src/b"] {
+        let ino = find(&overlay, path).unwrap();
+        overlay.write(ino, b"mine", 0, true).unwrap();
+    }
+    let w = find(&overlay, b"w").unwrap();
+    remove(&overlay, w, b"gone");
+    let made = overlay
+        .mknod(Caller::default(), w, b"own", 0o644, Special::File)
+        .unwrap();
+    overlay.write(made.ino, b"own", 0, true).unwrap();
+    drop(overlay);
+    let overlay = home.open_at(&[base, after], &home.upper(), options());
+    let files: Vec<_> = view(&overlay)
+        .into_iter()
+        .filter(|(_, seen)| seen.kind == Kind::File)
+        .map(|(path, seen)| (path, seen.bytes))
+        .collect();
+    let want = [
+        (&b"w/gone/c"[..], &b"c2"[..]),
+        (b"w/own", b"own"),
+        (b"w/src/a", b"a2"),
+        (b"w/src/b", b"mine"),
+    ];
+    assert_eq!(
+        files,
+        want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()))
+    );
+}

@@ -286,3 +286,22 @@ pub fn tree() -> impl Strategy<Value = Tree> {
         tree
     })
 }
+
+/// Puts a file into a tree.
+pub fn put(tree: &mut Tree, path: &[u8], bytes: &[u8]) {
+    let at = path.iter().rposition(|&byte| byte == b'/');
+    let (dir, name) = at.map_or((&b""[..], path), |at| (&path[..at], &path[at + 1..]));
+    let leaf = Leaf {
+        meta: Meta {
+            mode: 0o644,
+            ..Meta::default()
+        },
+        content: Content::File {
+            object: ObjectId::of(bytes),
+            size: bytes.len() as u64,
+        },
+        link: None,
+    };
+    let dir = tree.dir_at(dir).unwrap();
+    dir.entries.insert(name.into(), Node::Leaf(leaf));
+}
