@@ -5,7 +5,7 @@
 //!
 //! What it isolates, and what not: files, processes, ids, System V ipc and host name are the
 //! sandbox's own; the **kernel and the network are the host's**. `localhost` inside is `localhost`
-//! outside, which is how a worker reaches the engine.
+//! outside, which is how a worker reaches the engine. Memory and cpus are not limited.
 //!
 //! # How a sandbox comes to life
 //!

@@ -115,8 +115,10 @@ pub struct BindMount {
 /// Where the command's standard streams lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
-    /// To this process's own.
+    /// To this process's own. What is behind them keeps its owner, so a command that opens
+    /// `/dev/stdout` or `/dev/stderr` by name, rather than using the stream, needs to be allowed to.
     Inherit,
-    /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox).
+    /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox), which the
+    /// command's user may open by name as well.
     Piped,
 }
