@@ -678,9 +678,9 @@ fn the_images_symlinks_resolve_inside() {
 #[test]
 fn the_hosts_settings_lie_above_the_layers() {
     let settings = || HostSettings {
-        resolv_conf: Some(b"nameserver 192.0.2.1\n".to_vec()),
-        hosts: Some(b"192.0.2.2 corp\n".to_vec()),
-        ca_bundle: Some(b"certificates\n".to_vec()),
+        resolv_conf: Some("nameserver 192.0.2.1\n".into()),
+        hosts: Some("192.0.2.2 corp\n".into()),
+        ca_bundle: Some("certificates\n".into()),
     };
     let script = "cat /etc/resolv.conf /etc/hosts $CURL_CA_BUNDLE; echo $PIP_CERT; echo $SSL_CERT_FILE
         (echo x > /etc/resolv.conf) 2>/dev/null || (echo x > /run/iii/x) 2>/dev/null || echo read-only";

@@ -56,11 +56,11 @@ const MAX_LOCAL_CERTIFICATES: usize = 256;
 pub struct HostSettings {
     /// Contents of `/etc/resolv.conf`. A resolver on a loopback address works, the network being
     /// shared.
-    pub resolv_conf: Option<Vec<u8>>,
+    pub resolv_conf: Option<String>,
     /// Contents of `/etc/hosts`, without the sandbox's own name.
-    pub hosts: Option<Vec<u8>>,
+    pub hosts: Option<String>,
     /// PEM certificates, when the host has been told to trust more than its distribution does.
-    pub ca_bundle: Option<Vec<u8>>,
+    pub ca_bundle: Option<String>,
 }
 
 impl HostSettings {
@@ -110,22 +110,22 @@ impl HostSettings {
     }
 }
 
-fn hosts(of_host: &[u8], hostname: &str) -> Vec<u8> {
-    let mut contents = of_host.to_vec();
+fn hosts(of_host: &str, hostname: &str) -> String {
+    let mut contents = of_host.to_owned();
     if contents.is_empty() {
-        contents.extend_from_slice(b"127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
+        contents.push_str("127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
     }
-    if !contents.ends_with(b"\n") {
-        contents.push(b'\n');
+    if !contents.ends_with('\n') {
+        contents.push('\n');
     }
-    contents.extend_from_slice(format!("127.0.0.1 {hostname}\n").as_bytes());
+    contents.extend(["127.0.0.1 ", hostname, "\n"]);
     contents
 }
 
 /// The certificates that the environment names, those that the administrator added, and the
 /// distribution's: each once. A variable may name a file with nothing but the private authority in
 /// it, which alone would not do for the variables that replace the trust store.
-fn ca_bundle(root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Option<Vec<u8>> {
+fn ca_bundle(root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
     let mut paths: Vec<PathBuf> = CA_VARIABLES
         .into_iter()
         .filter_map(variable)
@@ -154,14 +154,14 @@ fn ca_bundle(root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Option
             continue;
         }
         let contents = read(&path).unwrap_or_default();
-        for certificate in certificates(&String::from_utf8_lossy(&contents)) {
+        for certificate in certificates(&contents) {
             if !seen.contains(certificate) {
                 seen.insert(certificate.to_owned());
                 bundle.extend([BEGIN, certificate, END, "\n"]);
             }
         }
     }
-    (!bundle.is_empty()).then(|| bundle.into_bytes())
+    (!bundle.is_empty()).then_some(bundle)
 }
 
 /// The bodies of the PEM certificates in `text`, without what stands around them.
@@ -176,7 +176,7 @@ fn certificates(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// A regular file's contents; `None` where it cannot be had or is too large to be what it should.
-fn read(path: &Path) -> Option<Vec<u8>> {
+fn read(path: &Path) -> Option<String> {
     let metadata = fs::metadata(path).ok()?;
     if !metadata.is_file() || metadata.len() > MAX_HOST_FILE {
         return None;
@@ -184,7 +184,10 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     let mut contents = Vec::with_capacity(metadata.len() as usize);
     let file = File::open(path).ok()?;
     file.take(MAX_HOST_FILE).read_to_end(&mut contents).ok()?;
-    Some(contents)
+    Some(match String::from_utf8(contents) {
+        Ok(contents) => contents,
+        Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -206,11 +209,10 @@ mod tests {
     }
 
     fn detected(root: &Path, variables: &[(&str, PathBuf)]) -> Option<String> {
-        let bundle = ca_bundle(root, |name| {
+        ca_bundle(root, |name| {
             let set = variables.iter().find(|(variable, _)| *variable == name)?;
             Some(set.1.clone().into_os_string())
-        });
-        bundle.map(|bundle| String::from_utf8(bundle).expect("PEM is ASCII"))
+        })
     }
 
     #[test]
@@ -261,7 +263,7 @@ mod tests {
     #[test]
     fn variables_that_are_set_stay() {
         let settings = HostSettings {
-            ca_bundle: Some(pem("A").into_bytes()),
+            ca_bundle: Some(pem("A")),
             ..HostSettings::default()
         };
         let mut env = vec![("PIP_CERT".to_owned(), "/mine".to_owned())];
@@ -281,8 +283,10 @@ mod tests {
 
     #[test]
     fn hosts_name_the_sandbox() {
-        let contents = |of_host: &[u8]| String::from_utf8(hosts(of_host, "box")).expect("utf-8");
-        assert_eq!(contents(b"1.2.3.4 corp"), "1.2.3.4 corp\n127.0.0.1 box\n");
-        assert!(contents(b"").starts_with("127.0.0.1 localhost\n"));
+        assert_eq!(
+            hosts("1.2.3.4 corp", "box"),
+            "1.2.3.4 corp\n127.0.0.1 box\n"
+        );
+        assert!(hosts("", "box").starts_with("127.0.0.1 localhost\n"));
     }
 }

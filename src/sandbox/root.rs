@@ -206,7 +206,7 @@ fn host_files(files: &[HostFile]) -> Result<(), Failure> {
             .create_new(true)
             .mode(0o644)
             .open(&path)
-            .and_then(|mut opened| opened.write_all(&file.contents))
+            .and_then(|mut opened| opened.write_all(file.contents.as_bytes()))
             .at(Step::HostFile, &path)?;
         if let Some(covers) = &file.covers {
             clone_tree(CWD, path.as_ref(), 0)

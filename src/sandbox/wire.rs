@@ -56,7 +56,7 @@ pub(super) struct HostFile {
     pub name: String,
     /// The path it covers, too.
     pub covers: Option<String>,
-    pub contents: Vec<u8>,
+    pub contents: String,
 }
 
 /// From the tool to the init.
