@@ -204,3 +204,165 @@ fn change(fact: &Fact, project: NodeRef<'_>) -> Change {
         how,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use iii_store::layer::{self, Layer};
+    use iii_store::tree::{Content, Leaf, Meta, Node, Tree};
+    use iii_store::{LayerId, ObjectId};
+
+    use super::*;
+
+    fn recipe() -> Recipe {
+        Recipe {
+            kind: Kind::Install,
+            below: vec![TreeId::from_bytes([7; 32])],
+            script: "npm install".into(),
+            shell: vec!["/bin/sh".into(), "-ec".into()],
+            arch: "x86_64".into(),
+            user: String::new(),
+            env: BTreeMap::from([("PATH".into(), "/bin".into())]),
+        }
+    }
+
+    /// The recipe hash: this value may change only together with its context.
+    #[test]
+    fn golden_key() {
+        assert_eq!(recipe().key().to_string(), "c2de5f28d2d50cd62e04f42a62992af03f5dcb052e08f7307e1903a009019ebe");
+    }
+
+    #[test]
+    fn every_field_is_in_the_key() {
+        let changed: [fn(&mut Recipe); 8] = [
+            |r| r.kind = Kind::Setup,
+            |r| r.below.push(TreeId::from_bytes([7; 32])),
+            |r| r.script.push(' '),
+            |r| r.shell.push(String::new()),
+            |r| r.arch = "aarch64".into(),
+            |r| r.user = "node".into(),
+            |r| r.env = BTreeMap::from([("PATH".into(), "/bin:".into())]),
+            |r| r.env = BTreeMap::from([("PATH/bin".into(), String::new())]),
+        ];
+        let mut keys: Vec<KeyId> = changed
+            .iter()
+            .map(|change| {
+                let mut recipe = recipe();
+                change(&mut recipe);
+                recipe.key()
+            })
+            .collect();
+        keys.push(recipe().key());
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), changed.len() + 1);
+    }
+
+    fn project(files: &[(&str, &str)]) -> Layer {
+        let mut tree = Tree::default();
+        for (path, text) in files {
+            let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
+            let leaf = Leaf {
+                meta: Meta {
+                    mode: 0o644,
+                    ..Meta::default()
+                },
+                content: Content::File {
+                    object: ObjectId::of(text.as_bytes()),
+                    size: text.len() as u64,
+                },
+                link: None,
+            };
+            let dir = tree.dir_at(dir.as_bytes()).expect("a path of the test");
+            dir.entries.insert(name.as_bytes().into(), Node::Leaf(leaf));
+        }
+        let bytes = layer::encode(&tree).expect("a tree of the test").bytes;
+        Layer::from_bytes(bytes).expect("a layer")
+    }
+
+    fn record(facts: &[(&str, Seen)], id: u8) -> Record {
+        Record {
+            facts: facts
+                .iter()
+                .map(|(path, seen)| Fact {
+                    path: path.as_bytes().to_vec(),
+                    seen: *seen,
+                })
+                .collect(),
+            layer_id: LayerId::from_bytes([id; 32]),
+            tree_id: TreeId::from_bytes([id; 32]),
+            provenance: serde_json::Map::new(),
+        }
+    }
+
+    #[test]
+    fn a_step_runs_again_when_what_it_saw_has_changed_and_says_what() {
+        let contents = |text: &str| Seen::Contents(ObjectId::of(text.as_bytes()));
+        let list = |names: &[&str]| {
+            Seen::listing(
+                names
+                    .iter()
+                    .map(|name| (name.as_bytes(), iii_store::Kind::File)),
+            )
+        };
+        let stat = |mode| Seen::Stat {
+            kind: iii_store::Kind::File,
+            mode,
+        };
+        let here = [("package.json", "{}"), ("src/a.js", "1")];
+        for (seen, says) in [
+            (("package.json", contents("{}")), None),
+            (
+                ("package.json", contents("{ }")),
+                Some("package.json changed"),
+            ),
+            (("package.json", stat(0o644)), None),
+            (
+                ("package.json", stat(0o755)),
+                Some("the type or mode of package.json changed"),
+            ),
+            (("yarn.lock", Seen::Absent), None),
+            (("yarn.lock", contents("")), Some("yarn.lock is gone")),
+            (("src/a.js", Seen::Absent), Some("src/a.js appeared")),
+            (("src", list(&["a.js"])), None),
+            (
+                ("src", list(&["a.js", "b.js"])),
+                Some("the entries of src changed"),
+            ),
+            (
+                ("", list(&["package.json"])),
+                Some("the entries of the project changed"),
+            ),
+        ] {
+            let layer = project(&here);
+            let told = match decide(&[record(&[seen], 1)], layer.root()) {
+                Decision::Hit(_) => None,
+                Decision::Run(reason) => Some(reason.to_string()),
+            };
+            assert_eq!(told.as_deref(), says, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn the_newest_record_that_holds_is_taken_and_the_newest_that_does_not_is_blamed() {
+        let contents = |text: &str| Seen::Contents(ObjectId::of(text.as_bytes()));
+        let layer = project(&[("package.json", "2"), ("lock", "x")]);
+        let records = [
+            record(&[("package.json", contents("3"))], 3),
+            record(&[("package.json", contents("2"))], 2),
+            record(&[("package.json", contents("2"))], 1),
+        ];
+        let Decision::Hit(hit) = decide(&records, layer.root()) else {
+            panic!("one of them holds");
+        };
+        assert_eq!(hit.layer_id, LayerId::from_bytes([2; 32]));
+        let blamed = [
+            record(&[("lock", contents("y"))], 2),
+            record(&[("package.json", contents("1"))], 1),
+        ];
+        let Decision::Run(Reason::Changed(change)) = decide(&blamed, layer.root()) else {
+            panic!("none of them holds");
+        };
+        assert_eq!((&*change.path, change.how), (&b"lock"[..], How::Contents));
+        assert_eq!(decide(&[], layer.root()), Decision::Run(Reason::New));
+    }
+}
