@@ -644,7 +644,7 @@ fn the_images_symlinks_resolve_inside() {
     let victim = TempDir::new().expect("tempdir");
     own(victim.path());
     fs::remove_dir(root.path("run")).expect("rmdir");
-    for name in ["run", "work", "cache"] {
+    for name in ["run", "linked", "cache"] {
         root.symlink(victim.path(), name);
     }
     let mut targets = vec!["/cache/inner".to_owned()];
@@ -660,7 +660,7 @@ fn the_images_symlinks_resolve_inside() {
     let cache = TempDir::new().expect("tempdir");
     for target in targets {
         let mut spec = root.spec(["true"]);
-        spec.cwd = "/work/deep".into();
+        spec.cwd = "/linked/deep".into();
         let host = cache.path().to_owned();
         let message = target.clone();
         spec.mounts = vec![BindMount {
