@@ -1,4 +1,37 @@
 //! Layers and a writable upper, merged into one filesystem, and the adapters that serve it.
+//!
+//! ```text
+//! adapter    /dev/fuse, by fuser                     requests become calls of fs::Filesystem
+//! fs         the trait, and what POSIX says          on Overlay, which counts and serves them
+//! view       upper over lower                        names, entries, listings
+//! upper      records by inode, log, flat files       what the sandbox changed
+//! merge      layers to one index                     the lower, immutable
+//! freeze     upper -> tree        rebase  upper -> upper over another chain        observe  what was looked at
+//! ```
+//!
+//! Nothing here knows images, projects' contents, a terminal or a network.
+//!
+//! # Invariants
+//!
+//! - A name from inside the sandbox is never a name on the host: data is stored by number or by hash, everything else in
+//!   records. So no privileges are needed, and whatever uid, mode, device or xattr the sandbox sets is just kept.
+//! - The lower is never written to, and nothing that was read from it is kept in memory but the tables of directories that
+//!   several layers share, and the pages of the layer files.
+//! - Memory is never ahead of the log: an operation that failed has changed nothing, one that was answered survives the
+//!   death of this process, and one followed by `fsync` that of the machine (unless the upper is volatile).
+//! - The first change of a lower file copies its data once, and only if its data changes; the copy is complete, and durable
+//!   unless the upper is volatile, before anything names it.
+//! - An inode keeps its number for the life of the mount, whatever is done to it. Numbers are not kept across mounts.
+//! - A file or directory without a name lives until the kernel forgets it, in memory and in its flat file; not longer.
+//! - No descriptor is held per inode: flat files and the store's files are opened through bounded caches.
+//! - This server is the only one who changes anything, and the kernel the only client: see [`adapter::fuse`].
+//!
+//! # Locks
+//!
+//! One `RwLock` holds the upper's state and log: shared to look, exclusive to change, and never held while file data is
+//! read, written, copied or synced. Taken under it, or alone, and never with one another: a shard of the lookup counts, the
+//! cache of descriptors, the facts, the counts of hardlinks. Writes to one file from several threads are kept apart by the
+//! client, as the Linux kernel does with its inode lock; if it does not, the bytes of both arrive in some order.
 
 pub mod adapter;
 mod freeze;

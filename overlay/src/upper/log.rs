@@ -197,3 +197,92 @@ impl Log {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{Body, Chain, Data, Device, Record};
+    use super::*;
+    use crate::fs::Time;
+
+    fn sample() -> Vec<Vec<Op>> {
+        let time = |sec| Time { sec, nsec: 5 };
+        let record = |body, origin: Option<&[u8]>| Record {
+            mode: 0o644,
+            uid: 1000,
+            gid: 100,
+            nlink: 1,
+            atime: time(-1),
+            mtime: time(1),
+            ctime: time(2),
+            btime: time(3),
+            xattrs: [((*b"user.a").into(), (*b"1").into())].into(),
+            origin: origin.map(Into::into),
+            body,
+        };
+        let inode = |number, body, origin| Op::Inode(number, Box::new(record(body, origin)));
+        let file = |data| Body::File { data, size: 7 };
+        let device = Device { major: 1, minor: 3 };
+        vec![
+            vec![Op::Chain(Chain {
+                layers: vec![[0xab; 32]],
+                project: Some(0),
+            })],
+            vec![
+                inode(1, Body::Dir, Some(b"")),
+                inode(2, file(Data::Empty), None),
+                inode(3, file(Data::Lower([0xcd; 32])), Some(b"etc/x")),
+                inode(
+                    4,
+                    file(Data::Flat {
+                        number: 300,
+                        dirty: true,
+                    }),
+                    None,
+                ),
+                inode(5, Body::Symlink((*b"to").into()), None),
+                inode(6, Body::Fifo, None),
+                inode(7, Body::Socket, None),
+                inode(8, Body::Char(device), None),
+                inode(9, Body::Block(device), None),
+                Op::Entry(1, (*b"f\xff").into(), Some(2)),
+                Op::Entry(1, (*b"gone").into(), None),
+            ],
+            vec![Op::Forget(2), Op::Clear(1, (*b"f\xff").into())],
+        ]
+    }
+
+    /// The format: these values may never change.
+    #[test]
+    fn golden() {
+        let frames: Vec<u8> = sample()
+            .iter()
+            .flat_map(|ops| frame(ops).unwrap())
+            .collect();
+        assert_eq!(parse(&frames), (sample(), frames.len()));
+        assert_eq!(header(), *b"III-UPPR\x01\0\0\0\0\0\0\0");
+        assert_eq!(frames.len(), 404);
+        assert_eq!(
+            blake3::hash(&frames).to_hex().as_str(),
+            "2bec4f3ce36f0a4aff22c88cc5152bd0bde958b7eef8b78ff8d4853d424bcccc"
+        );
+    }
+
+    /// Whatever stands in a log, reading it ends.
+    #[test]
+    fn lies_are_where_reading_ends() {
+        let good = frame(&sample()[2]).unwrap();
+        let mut long = good.clone();
+        long[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        let nonsense = {
+            let payload = [0xff; 40];
+            let mut frame = 40_u32.to_le_bytes().to_vec();
+            frame.extend(&blake3::hash(&payload).as_bytes()[..8]);
+            frame.extend(payload);
+            frame
+        };
+        for end in [&long[..], &nonsense, b"", b"\0", &good[..good.len() - 1]] {
+            let bytes = [&good[..], end].concat();
+            assert_eq!(parse(&bytes), (vec![sample()[2].clone()], good.len()));
+        }
+    }
+}

@@ -162,7 +162,7 @@ fn copying_up_keeps_number_and_hardlinks() {
     assert_eq!(ino(&overlay, b"moved/x"), x);
     overlay.unlink(a, b"x").unwrap();
     assert_eq!(overlay.getattr(x).unwrap().nlink, 1);
-    let (tree, _) = home.freeze(&overlay);
+    let tree = home.frozen(&overlay);
     assert!(tree.get(b"b/y").is_some());
     assert!(matches!(tree.get(b"moved"), Some(Node::Dir(dir)) if dir.kind == DirKind::Merged));
 }
@@ -282,7 +282,7 @@ fn refusals() {
     for (at, (result, error)) in errors.into_iter().enumerate() {
         assert_eq!(result, Err(error), "case {at}");
     }
-    let (tree, _) = home.freeze(&overlay);
+    let tree = home.frozen(&overlay);
     assert!(tree.entries.is_empty(), "{tree:?}");
 }
 
@@ -390,7 +390,7 @@ fn facts_are_what_was_seen_of_the_project() {
     overlay
         .rename(w, b"moved", made, b"moved", Rename::Replace)
         .unwrap();
-    home.freeze(&overlay);
+    home.frozen(&overlay);
     let facts = overlay.facts();
     let node = |path: &[u8]| project.lookup(path).unwrap();
     let stat = |kind, mode| Seen::Stat { kind, mode };
@@ -425,4 +425,39 @@ fn requests_are_counted() {
         .filter(|(_, n)| *n > 0)
         .collect();
     assert_eq!(counts, [("lookup", 1), ("mknod", 1)]);
+}
+
+/// With a real store: what a build step wrote becomes a layer that shows the same.
+#[test]
+fn a_frozen_upper_is_a_layer_of_the_store() {
+    let home = Home::new();
+    let ingest = home.store.ingest(&home.lease).unwrap();
+    let mut tree = Tree::implicit();
+    put(&mut tree, b"lib/large", &vec![7; 1 << 21]);
+    put(&mut tree, b"lib/small", b"small");
+    ingest.add_bytes(&vec![7; 1 << 21]).unwrap();
+    ingest.add_bytes(b"small").unwrap();
+    let base = ingest.finish(&tree).unwrap();
+    let base = home.store.layer(&base.layer_id).unwrap();
+    let open = |layers: &[Arc<Layer>], upper: &str| {
+        let upper = home.dir.path().join(upper);
+        let options = OverlayOptions {
+            volatile: true,
+            ..OverlayOptions::default()
+        };
+        Overlay::open(&home.store, layers.to_vec(), &upper, options).unwrap()
+    };
+    let overlay = open(&[base.clone()], "one");
+    for (path, at) in [(&b"lib/large"[..], 1 << 20), (b"lib/small", 2)] {
+        let file = ino(&overlay, path);
+        overlay.write(file, b"new", at, true).unwrap();
+    }
+    let own = create(&overlay, ROOT, b"own");
+    overlay.write(own, &vec![1; 100_000], 5, true).unwrap();
+    let ingest = home.store.ingest(&home.lease).unwrap();
+    let tree = overlay.freeze(&ingest).unwrap();
+    let frozen = ingest.finish(&tree).unwrap();
+    let frozen = home.store.layer(&frozen.layer_id).unwrap();
+    let composed = open(&[base, frozen], "two");
+    assert_eq!(view(&composed), view(&overlay));
 }

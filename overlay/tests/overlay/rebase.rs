@@ -183,8 +183,6 @@ fn merged(mut tree: Dir) -> Dir {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     #[test]
     fn changed_paths_win_and_the_rest_stays(
         base in tree(),

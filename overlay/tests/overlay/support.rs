@@ -1,14 +1,18 @@
 //! Stores, layers and whole views.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use iii_overlay::fs::{Attr, Filesystem, Kind};
 use iii_overlay::ino::{Ino, ROOT};
-use iii_overlay::{Overlay, OverlayOptions};
+use iii_overlay::{Objects, OpenError, Overlay, OverlayOptions};
+use iii_store::layer::encode;
 use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
-use iii_store::{Layer, Lease, ObjectId, Store};
+use iii_store::{Layer, LayerId, Lease, ObjectId, Store};
 use proptest::prelude::*;
 
 /// A store in a directory of its own, with room for uppers.
@@ -16,6 +20,28 @@ pub struct Home {
     pub dir: tempfile::TempDir,
     pub store: Store,
     pub lease: Lease,
+    held: Arc<Held>,
+}
+
+/// Layers and the objects in them.
+#[derive(Default)]
+struct Held(Mutex<(HashMap<LayerId, Arc<Layer>>, HashMap<ObjectId, Vec<u8>>)>);
+
+impl Objects for Held {
+    fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let held = self.0.lock().unwrap();
+        let bytes = held.1.get(object).ok_or(io::ErrorKind::NotFound)?;
+        let rest = bytes.get(offset as usize..).unwrap_or_default();
+        let count = rest.len().min(buf.len());
+        buf[..count].copy_from_slice(&rest[..count]);
+        Ok(count)
+    }
+
+    fn copy_to(&self, object: &ObjectId, len: u64, to: &File) -> io::Result<()> {
+        let held = self.0.lock().unwrap();
+        let bytes = held.1.get(object).ok_or(io::ErrorKind::NotFound)?;
+        to.write_all_at(&bytes[..len as usize], 0)
+    }
 }
 
 impl Home {
@@ -23,17 +49,25 @@ impl Home {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path().join("store")).unwrap();
         let lease = store.lease("test").unwrap();
-        Self { dir, store, lease }
+        Self {
+            dir,
+            store,
+            lease,
+            held: Arc::default(),
+        }
     }
 
-    /// Publishes the tree with files of these contents.
+    /// The tree as a layer, with files of these contents. Nothing of it is written anywhere: that is the store's
+    /// business, and slow.
     pub fn layer(&self, tree: &Tree, contents: &[&[u8]]) -> Arc<Layer> {
-        let ingest = self.store.ingest(&self.lease).unwrap();
+        let mut held = self.held.0.lock().unwrap();
         for bytes in contents {
-            ingest.add_bytes(bytes).unwrap();
+            held.1.insert(ObjectId::of(bytes), bytes.to_vec());
         }
-        let published = ingest.finish(tree).unwrap();
-        self.store.layer(&published.layer_id).unwrap()
+        let layer = Layer::from_bytes(encode(tree).unwrap().bytes).unwrap();
+        let layer = Arc::new(layer);
+        held.0.insert(layer.layer_id(), Arc::clone(&layer));
+        layer
     }
 
     pub fn upper(&self) -> std::path::PathBuf {
@@ -45,15 +79,27 @@ impl Home {
     }
 
     pub fn open_at(&self, layers: &[Arc<Layer>], upper: &Path, options: OverlayOptions) -> Overlay {
-        Overlay::open(&self.store, layers.to_vec(), upper, options).unwrap()
+        self.try_open(layers, upper, options).unwrap()
     }
 
-    /// What freezing gives, as a layer.
-    pub fn freeze(&self, overlay: &Overlay) -> (Tree, Arc<Layer>) {
+    pub fn try_open(
+        &self,
+        layers: &[Arc<Layer>],
+        upper: &Path,
+        options: OverlayOptions,
+    ) -> Result<Overlay, OpenError> {
+        let held = &self.held;
+        let old = |id: &LayerId| {
+            let held = held.0.lock().unwrap();
+            held.0.get(id).cloned().ok_or_else(|| "not held".into())
+        };
+        Overlay::open_with(held.clone(), layers.to_vec(), &old, upper, options)
+    }
+
+    /// What freezing gives.
+    pub fn frozen(&self, overlay: &Overlay) -> Tree {
         let ingest = self.store.ingest(&self.lease).unwrap();
-        let tree = overlay.freeze(&ingest).unwrap();
-        let published = ingest.finish(&tree).unwrap();
-        (tree, self.store.layer(&published.layer_id).unwrap())
+        overlay.freeze(&ingest).unwrap()
     }
 }
 
