@@ -681,6 +681,7 @@ fn the_hosts_settings_lie_above_the_layers() {
         resolv_conf: Some("nameserver 192.0.2.1\n".into()),
         hosts: Some("192.0.2.2 corp\n".into()),
         ca_bundle: Some("certificates\n".into()),
+        ..HostSettings::default()
     };
     let script = "cat /etc/resolv.conf /etc/hosts $CURL_CA_BUNDLE; echo $PIP_CERT; echo $SSL_CERT_FILE
         (echo x > /etc/resolv.conf) 2>/dev/null || (echo x > /run/iii/x) 2>/dev/null || echo read-only";

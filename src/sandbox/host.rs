@@ -61,7 +61,21 @@ pub struct HostSettings {
     pub hosts: Option<String>,
     /// PEM certificates, when the host has been told to trust more than its distribution does.
     pub ca_bundle: Option<String>,
+    /// The variables of [`PROXY_VARIABLES`] that are set. The network being shared, a proxy on a loopback address works.
+    pub proxies: Vec<(String, String)>,
 }
+
+/// How programs are told of a proxy; some read one case, some the other.
+const PROXY_VARIABLES: [&str; 8] = [
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+];
 
 impl HostSettings {
     /// This host's, from its files and this process's environment.
@@ -73,7 +87,11 @@ impl HostSettings {
         Self {
             resolv_conf: read(&root.join("etc/resolv.conf")),
             hosts: read(&root.join("etc/hosts")),
-            ca_bundle: ca_bundle(root, variable),
+            ca_bundle: ca_bundle(root, &variable),
+            proxies: PROXY_VARIABLES
+                .into_iter()
+                .filter_map(|name| Some((name.into(), variable(name)?.into_string().ok()?)))
+                .collect(),
         }
     }
 
@@ -97,14 +115,13 @@ impl HostSettings {
         files
     }
 
-    /// Adds the variables that point at [`CA_BUNDLE`]; those that `env` sets already stay.
+    /// Adds the proxies and the variables that point at [`CA_BUNDLE`]; those that `env` sets already stay.
     pub(super) fn extend_env(&self, env: &mut Vec<(String, String)>) {
-        if self.ca_bundle.is_none() {
-            return;
-        }
-        for name in CA_VARIABLES {
-            if env.iter().all(|(set, _)| set != name) {
-                env.push((name.into(), CA_BUNDLE.into()));
+        let bundle = |_: &String| CA_VARIABLES.map(|name| (name.to_owned(), CA_BUNDLE.to_owned()));
+        let certificates = self.ca_bundle.iter().flat_map(bundle);
+        for (name, value) in self.proxies.iter().cloned().chain(certificates) {
+            if env.iter().all(|(set, _)| *set != name) {
+                env.push((name, value));
             }
         }
     }
@@ -125,7 +142,7 @@ fn hosts(of_host: &str, hostname: &str) -> String {
 /// The certificates that the environment names, those that the administrator added, and the
 /// distribution's: each once. A variable may name a file with nothing but the private authority in
 /// it, which alone would not do for the variables that replace the trust store.
-fn ca_bundle(root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
+fn ca_bundle(root: &Path, variable: &impl Fn(&str) -> Option<OsString>) -> Option<String> {
     let mut paths: Vec<PathBuf> = CA_VARIABLES
         .into_iter()
         .filter_map(variable)
@@ -209,7 +226,7 @@ mod tests {
     }
 
     fn detected(root: &Path, variables: &[(&str, PathBuf)]) -> Option<String> {
-        ca_bundle(root, |name| {
+        ca_bundle(root, &|name: &str| {
             let set = variables.iter().find(|(variable, _)| *variable == name)?;
             Some(set.1.clone().into_os_string())
         })
@@ -279,6 +296,15 @@ mod tests {
                 }
             );
         }
+    }
+
+    #[test]
+    fn proxies_are_handed_on_under_the_names_that_are_set() {
+        let set = |name: &str| (name == "HTTPS_PROXY").then(|| OsString::from("http://proxy:1"));
+        let settings = HostSettings::detect_in(host().path(), set);
+        let mut env = Vec::new();
+        settings.extend_env(&mut env);
+        assert_eq!(env, [("HTTPS_PROXY".to_owned(), "http://proxy:1".to_owned())]);
     }
 
     #[test]
