@@ -304,7 +304,10 @@ mod tests {
         let settings = HostSettings::detect_in(host().path(), set);
         let mut env = Vec::new();
         settings.extend_env(&mut env);
-        assert_eq!(env, [("HTTPS_PROXY".to_owned(), "http://proxy:1".to_owned())]);
+        assert_eq!(
+            env,
+            [("HTTPS_PROXY".to_owned(), "http://proxy:1".to_owned())]
+        );
     }
 
     #[test]
