@@ -49,6 +49,8 @@ pub struct Limits {
     pub bytes: u64,
     /// See [`MAX_RATIO`].
     pub ratio: u64,
+    /// See [`RATIO_FROM`].
+    pub ratio_from: u64,
     /// See [`MAX_HOLES`].
     pub holes: u64,
     /// See [`MAX_SEGMENTS`].
@@ -65,8 +67,10 @@ pub const MAX_METADATA: u64 = 256 << 20;
 pub const MAX_EXTENSION: u64 = 1 << 20;
 /// Most bytes of one archive, and of all files in it together.
 pub const MAX_BYTES: u64 = 64 << 30;
-/// Most plain bytes per compressed byte of an archive of more than 1 GiB. DEFLATE reaches 1032 on zeros alone.
+/// Most plain bytes per compressed byte. DEFLATE reaches 1032, on zeros alone.
 pub const MAX_RATIO: u64 = 200;
+/// Plain bytes of an archive below which its ratio does not matter.
+pub const RATIO_FROM: u64 = 1 << 30;
 /// Most bytes of holes in the sparse files of one archive together. They are stored as zeros.
 pub const MAX_HOLES: u64 = 4 << 30;
 /// Most stretches of data between the holes of one sparse file.
@@ -81,6 +85,7 @@ impl Default for Limits {
             extension: MAX_EXTENSION,
             bytes: MAX_BYTES,
             ratio: MAX_RATIO,
+            ratio_from: RATIO_FROM,
             holes: MAX_HOLES,
             segments: MAX_SEGMENTS,
         }
@@ -522,3 +527,6 @@ fn io_error(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageErr
         source,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -280,7 +280,7 @@ mod tests {
             ("host.com:99999/x", "is not a registry"),
             ("host..com/x", "is not a registry"),
             ("https://host.com/x", "is not a registry"),
-            ("[::zz]/x", "is not an image name"),
+            ("[::zz]/x", "is not a registry"),
             ("[::1/x", "is not a registry"),
             (HEX, "is an image id"),
             ("node@sha256:12", "not a digest"),

@@ -15,8 +15,6 @@ const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 8;
 const GZIP: &str = "gzip";
 const READ_BUFFER: usize = 128 << 10;
-/// No ratio is asked for below this many plain bytes.
-const RATIO_FROM: u64 = 1 << 30;
 
 /// Why a blob cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -360,7 +358,7 @@ fn send_all(
             let limit = limits.bytes;
             return Err(StreamError::Limit { what, limit });
         }
-        if total > RATIO_FROM && total / stored > limits.ratio {
+        if total > limits.ratio_from && total / stored > limits.ratio {
             let what = "the ratio at which it is compressed";
             let limit = limits.ratio;
             return Err(StreamError::Limit { what, limit });
