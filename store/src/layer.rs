@@ -374,7 +374,8 @@ pub fn encode(tree: &Tree) -> Result<EncodedLayer, TreeError> {
     let root: TreeId = hash_entries(&nodes[..1]).into();
     for pair in links.windows(2) {
         if pair[0].0 == pair[1].0 {
-            logical_bytes -= nodes[pair[1].1 as usize].file_size();
+            let again = nodes[pair[1].1 as usize].file_size();
+            logical_bytes = logical_bytes.saturating_sub(again);
         }
     }
 

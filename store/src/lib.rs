@@ -13,6 +13,7 @@
 //! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
+//! locks/format             flocked by who makes the store
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! ```
@@ -25,14 +26,16 @@
 //! # Publishing
 //!
 //! 1. A lease is taken. What will be reused is pinned in it *before* it is looked for.
-//! 2. The new objects, the index of their pack and the layer are written under temporary names and synced.
+//! 2. The new objects, the index of their pack and the layer are written under temporary names and synced, what is ready
+//!    first while the rest is still being read.
 //! 3. The objects get their names (loose files, pack, then index), and these names are synced.
 //! 4. The layer gets its name, and that name is synced.
 //! 5. Keys and refs name layers, and only layers that are there.
 //!
 //! So a name means durable and whole, a layer never names an object that is not there, and a crash at any point leaves
 //! at worst temporary files of a dead lease, and objects that no layer names. Deletion runs the other way round.
-//! An ingest that failed to write once writes no more.
+//! An ingest that failed to write once writes no more. Leases and stat caches are not synced: a crash ends the ones and
+//! the others are checked.
 //!
 //! The media are assumed to keep what was synced, to rename atomically, and not to show a rename before the file's
 //! bytes that were synced ahead of it.
