@@ -137,11 +137,13 @@ impl Overlay {
             project: options.project.as_ref().map(|project| project.slot as u32),
         };
         let observer = match options.project {
-            Some(project) if options.observe => {
+            Some(project) => {
                 let layer = layers.get(project.slot).ok_or(OpenError::NoProject)?;
-                Some(Observer::new(layer.clone(), project))
+                options
+                    .observe
+                    .then(|| Observer::new(layer.clone(), project))
             }
-            _ => None,
+            None => None,
         };
         let lower = Arc::new(Merged::new(layers)?);
         let mut opened = Opened::new(upper)?;
@@ -159,7 +161,12 @@ impl Overlay {
                 )?;
                 (state, false)
             }
-            Some(_) => (opened.replay(lower.clone()), true),
+            Some(known) => {
+                let mut state = opened.replay(lower.clone())?;
+                let written = known == chain;
+                state.chain = chain;
+                (state, written)
+            }
             None => {
                 let mut state = State::new(lower.clone());
                 state.chain = chain;

@@ -62,7 +62,7 @@ pub(crate) fn rebase(
         (Some(old), Some(new)) => diff(&old, &new),
         _ => Vec::new(),
     };
-    let old = opened.replay(Arc::new(Merged::new(old_layers)?));
+    let old = opened.replay(Arc::new(Merged::new(old_layers)?))?;
     let mut new = State::new(lower.clone());
     new.chain = chain;
     let mut carry = Carry {

@@ -87,7 +87,7 @@ impl Overlay {
                 record.mode |= SETGID;
             }
         }
-        let number = batch.add(record);
+        let number = batch.add(record)?;
         batch.set(dir, name, number);
         batch.commit()?;
         let ino = inner.state.ino(number);
@@ -166,7 +166,7 @@ impl Overlay {
             record.gid = dir_gid;
         }
         let mut batch = Batch::new(&mut inner);
-        let number = batch.add(record);
+        let number = batch.add(record)?;
         batch.commit()?;
         let ino = inner.state.ino(number);
         self.lookups.add(ino);
@@ -298,7 +298,7 @@ impl Overlay {
                 }
                 if how == Rename::Whiteout {
                     let body = Body::Char(Device { major: 0, minor: 0 });
-                    let whiteout = batch.add(new_record(Caller::default(), 0, body, now));
+                    let whiteout = batch.add(new_record(Caller::default(), 0, body, now))?;
                     batch.set(dir, name, whiteout);
                 } else {
                     batch.unset(dir, name);

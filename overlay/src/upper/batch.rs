@@ -101,6 +101,9 @@ impl<'a> Batch<'a> {
 
     fn add_lower(&mut self, ino: Ino) -> Result<u64> {
         let state = &mut self.inner.state;
+        if state.is_full() {
+            return Err(Errno::NOSPC);
+        }
         let entry = state.lower.get(ino).ok_or(Errno::STALE)?;
         let record = lower_record(&state.lower, entry);
         let number = state.next_number();
@@ -114,7 +117,10 @@ impl<'a> Batch<'a> {
     }
 
     /// Adds a new inode and returns its number.
-    pub fn add(&mut self, record: Record) -> u64 {
+    pub fn add(&mut self, record: Record) -> Result<u64> {
+        if self.inner.state.is_full() {
+            return Err(Errno::NOSPC);
+        }
         let number = self.inner.state.next_number();
         let change = Change {
             record,
@@ -122,7 +128,7 @@ impl<'a> Batch<'a> {
             logged: false,
         };
         self.inodes.insert(number, change);
-        number
+        Ok(number)
     }
 
     /// `name` in `dir` leads to `to`.

@@ -20,6 +20,14 @@ pub struct FlatFiles {
     open: Mutex<OpenFiles>,
 }
 
+/// What there was when the upper was opened.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The flat files, by number.
+    pub numbers: HashSet<u64>,
+    strays: Vec<PathBuf>,
+}
+
 #[derive(Debug, Default)]
 struct OpenFiles {
     files: HashMap<u64, (Arc<File>, u64)>,
@@ -41,38 +49,37 @@ impl OpenFiles {
 }
 
 impl FlatFiles {
-    /// The flat files below `upper`.
-    pub fn open(upper: &Path) -> Result<Self, UpperError> {
+    /// The flat files below `upper`, and what was found there.
+    pub fn open(upper: &Path) -> Result<(Self, Found), UpperError> {
         let dir = upper.join("data");
         std::fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
-        let files = Self {
-            dir,
-            next: AtomicU64::new(1),
-            open: Mutex::default(),
-        };
-        let numbers = files.all()?.into_iter().filter_map(|(number, _)| number);
-        let next = numbers.max().map_or(1, |max| max.saturating_add(1));
-        files.next.store(next, Ordering::Relaxed);
-        Ok(files)
-    }
-
-    fn all(&self) -> Result<Vec<(Option<u64>, PathBuf)>, UpperError> {
-        let mut all = Vec::new();
-        for shard in list(&self.dir)? {
+        let mut found = Found::default();
+        for shard in list(&dir)? {
             for path in list(&shard)? {
                 let name = path.file_name().and_then(|name| name.to_str());
-                all.push((name.and_then(|name| name.parse().ok()), path));
+                match name.and_then(|name| name.parse().ok()) {
+                    Some(number) => {
+                        found.numbers.insert(number);
+                    }
+                    None => found.strays.push(path),
+                }
             }
         }
-        Ok(all)
+        let next = found.numbers.iter().max();
+        let files = Self {
+            dir,
+            next: AtomicU64::new(next.map_or(1, |max| max.saturating_add(1))),
+            open: Mutex::default(),
+        };
+        Ok((files, found))
     }
 
-    /// Removes the flat files that are not in `live`: a process that died left them.
-    pub fn sweep(&self, live: &HashSet<u64>) -> Result<(), UpperError> {
-        for (number, path) in self.all()? {
-            if number.is_none_or(|number| !live.contains(&number)) {
-                std::fs::remove_file(&path).map_err(io_error("removing", &path))?;
-            }
+    /// Removes what was found and is not in `live`: a process that died left it.
+    pub fn sweep(&self, found: &Found, live: &HashSet<u64>) -> Result<(), UpperError> {
+        let dead = found.numbers.difference(live);
+        let dead = dead.map(|&number| self.path(number));
+        for path in dead.chain(found.strays.iter().cloned()) {
+            std::fs::remove_file(&path).map_err(io_error("removing", &path))?;
         }
         Ok(())
     }

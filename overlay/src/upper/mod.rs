@@ -40,7 +40,7 @@ use rustix::fs::FlockOperation;
 
 use crate::fs::Errno;
 use crate::merge::Merged;
-use data::FlatFiles;
+use data::{FlatFiles, Found};
 use log::Log;
 use record::{Body, Chain, Data, Op, Record};
 use state::State;
@@ -114,6 +114,7 @@ pub struct Opened {
     log: Log,
     batches: Vec<Vec<Op>>,
     data: FlatFiles,
+    found: Found,
 }
 
 impl Opened {
@@ -134,12 +135,14 @@ impl Opened {
             Err(error) => return Err(io_error("locking", &path)(error.into())),
         }
         let (log, batches) = Log::open(dir)?;
+        let (data, found) = FlatFiles::open(dir)?;
         Ok(Self {
             dir: dir.to_path_buf(),
             lock,
             log,
             batches,
-            data: FlatFiles::open(dir)?,
+            data,
+            found,
         })
     }
 
@@ -165,38 +168,38 @@ impl Opened {
             })
     }
 
-    /// What the log says, over the chain that it stood on.
-    pub fn replay(&mut self, lower: Arc<Merged>) -> State {
+    /// What the log says, over the chain that it stood on; with the true length and mtime of what was written to last.
+    pub fn replay(&mut self, lower: Arc<Merged>) -> Result<State, UpperError> {
         let mut state = State::new(lower);
         for op in std::mem::take(&mut self.batches).into_iter().flatten() {
             state.apply(op);
         }
-        state
+        for node in state.nodes_mut() {
+            let Some(flat) = node.record.flat() else {
+                continue;
+            };
+            if !self.found.numbers.contains(&flat) {
+                // The machine went down before the file, of which nobody had asked that it be durable, was.
+                node.record.body = Body::File {
+                    data: Data::Empty,
+                    size: 0,
+                };
+            } else if is_dirty(&node.record) {
+                let stat = self.data.stat(flat);
+                let stat = stat.map_err(io_error("looking at a file of", &self.dir))?;
+                settle(&mut node.record, &stat);
+            }
+        }
+        Ok(state)
     }
 
     /// The upper with this state, which is written down unless the log says it already.
     pub fn start(
         mut self,
-        mut state: State,
+        state: State,
         written: bool,
         volatile: bool,
     ) -> Result<Upper, UpperError> {
-        let dirty: Vec<u64> = state
-            .nodes()
-            .filter(|(_, node)| is_dirty(&node.record))
-            .map(|(number, _)| number)
-            .collect();
-        for number in dirty {
-            if let Some(node) = state.node_mut(number)
-                && let Some(flat) = node.record.flat()
-            {
-                let stat = self
-                    .data
-                    .stat(flat)
-                    .map_err(io_error("looking at", &self.dir))?;
-                settle_in_memory(&mut node.record, &stat);
-            }
-        }
         let bulky = self.log.len() > COMPACT_MIN.max(COMPACT_FACTOR * state.weight());
         if !written || bulky {
             let batches = state.snapshot();
@@ -206,7 +209,7 @@ impl Opened {
         }
         // Only now does nothing name the others any more.
         let live: HashSet<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
-        self.data.sweep(&live)?;
+        self.data.sweep(&self.found, &live)?;
         Ok(Upper {
             dir: self.dir,
             data: self.data,
@@ -231,15 +234,13 @@ fn is_dirty(record: &Record) -> bool {
     )
 }
 
-/// Takes length and mtime from the flat file, which stays the truth.
-fn settle_in_memory(record: &mut Record, stat: &rustix::fs::Stat) {
-    state::settle(record, stat);
-    if let Body::File {
-        data: Data::Flat { dirty, .. },
-        ..
-    } = &mut record.body
-    {
-        *dirty = true;
+/// Takes length and mtime of a dirty file from its flat file, which stays the truth.
+fn settle(record: &mut Record, stat: &rustix::fs::Stat) {
+    if let Body::File { size, .. } = &mut record.body {
+        *size = stat.st_size as u64;
+        record.mtime.sec = stat.st_mtime;
+        record.mtime.nsec = stat.st_mtime_nsec as u32;
+        record.ctime = record.ctime.max(record.mtime);
     }
 }
 

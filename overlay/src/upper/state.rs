@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::record::{Body, Chain, Data, Op, Record};
+use super::record::{Chain, Op, Record};
 use crate::ino::{Ino, InoMap, LOWER_END};
 use crate::merge::Merged;
 
@@ -12,6 +12,9 @@ pub const OWN_NAMES: u64 = 1 << 40;
 
 /// Most changes that are written as one batch where there are many.
 pub const BATCH: usize = 4096;
+
+/// Most inodes of one upper. They are held in memory, about 300 bytes each.
+pub const MAX_INODES: usize = 4 << 20;
 
 /// An inode of the upper.
 #[derive(Debug)]
@@ -137,6 +140,16 @@ impl State {
         self.nodes.get_mut(&number)
     }
 
+    /// All inodes.
+    pub fn nodes_mut(&mut self) -> impl Iterator<Item = &mut Node> {
+        self.nodes.values_mut()
+    }
+
+    /// Whether there is no room for more inodes.
+    pub fn is_full(&self) -> bool {
+        self.nodes.len() >= MAX_INODES
+    }
+
     /// All inodes with their numbers.
     pub fn nodes(&self) -> impl Iterator<Item = (u64, &Node)> {
         self.nodes.iter().map(|(&number, node)| (number, node))
@@ -191,7 +204,8 @@ impl State {
         }
         let (is_dir, _) = self.look(dir, name);
         if let Some(entries) = self.nodes.get_mut(&dir).and_then(|n| n.dir.as_mut()) {
-            entries.subdirs = (entries.subdirs + u32::from(is_dir)) - u32::from(was_dir);
+            let subdirs = entries.subdirs + u32::from(is_dir);
+            entries.subdirs = subdirs.saturating_sub(u32::from(was_dir));
         }
         if let Some(child) = to.flatten().and_then(|to| self.nodes.get_mut(&to))
             && let Some(entries) = &mut child.dir
@@ -271,21 +285,5 @@ impl State {
             .values()
             .map(|node| INODE + ENTRY * entries(node))
             .sum()
-    }
-}
-
-/// The flat file's own length and mtime, where they are the true ones.
-pub fn settle(record: &mut Record, stat: &rustix::fs::Stat) {
-    if let Body::File {
-        data: Data::Flat { dirty, .. },
-        size,
-    } = &mut record.body
-        && *dirty
-    {
-        *size = stat.st_size as u64;
-        *dirty = false;
-        record.mtime.sec = stat.st_mtime;
-        record.mtime.nsec = stat.st_mtime_nsec as u32;
-        record.ctime = record.ctime.max(record.mtime);
     }
 }
