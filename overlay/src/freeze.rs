@@ -24,7 +24,7 @@ use crate::merge::Lower;
 use crate::overlay::Overlay;
 use crate::upper::batch::lower_record;
 use crate::upper::record::{Body, Data, Record};
-use crate::upper::state::State;
+use crate::upper::state::{self, State};
 use crate::view::Found;
 
 /// Stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
@@ -210,7 +210,7 @@ impl Walk<'_> {
             Found::Upper(_, node) => node.dir.as_deref(),
             Found::Lower(_) => None,
         };
-        for (name, to) in upper.into_iter().flat_map(|upper| upper.entries()) {
+        for (name, to) in upper.into_iter().flat_map(state::Dir::entries) {
             let below = lower.lookup(ino, name);
             let node = match to {
                 Some(to) => self.entry(self.state.ino(to), below, depth)?,

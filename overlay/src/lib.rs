@@ -108,7 +108,9 @@ pub fn chain_of(dir: &Path) -> Result<Option<Vec<LayerId>>, upper::UpperError> {
 impl Overlay {
     /// The facts about the project so far, sorted by path; none unless they are recorded.
     pub fn facts(&self) -> Vec<Fact> {
-        self.observer.as_ref().map_or(Vec::new(), |o| o.facts())
+        self.observer
+            .as_ref()
+            .map_or(Vec::new(), observe::Observer::facts)
     }
 
     /// How many requests of each kind were served.

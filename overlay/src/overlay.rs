@@ -14,10 +14,10 @@ use crate::lookups::Lookups;
 use crate::merge::{Lower, Merged};
 use crate::observe::Observer;
 use crate::stats::Stats;
-use crate::upper::record::{Body, Data, Record};
+use crate::upper::record::{Body, Data};
 use crate::upper::state::{Node, State};
 use crate::upper::{Inner, Opened, Upper, errno};
-use crate::view::Found;
+use crate::view::{Bytes, Found};
 use crate::{OpenError, OverlayOptions};
 
 /// Where the bytes of the layers' files come from.
@@ -97,13 +97,6 @@ impl std::fmt::Debug for Overlay {
             .field("upper", &self.upper.dir())
             .finish_non_exhaustive()
     }
-}
-
-/// Where a file's bytes are, and how many.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Bytes {
-    pub(crate) data: Data,
-    pub(crate) size: u64,
 }
 
 impl Overlay {
@@ -259,22 +252,6 @@ impl Overlay {
         }
     }
 
-    /// Where a regular file's bytes are.
-    pub(crate) fn bytes(&self, state: &State, ino: Ino) -> Result<Bytes> {
-        match state.find(ino)? {
-            Found::Upper(_, node) => bytes_of(&node.record),
-            Found::Lower(lower) if lower.node.kind() == Kind::File => Ok(Bytes {
-                data: if lower.node.size() == 0 {
-                    Data::Empty
-                } else {
-                    Data::object(lower.node.object())
-                },
-                size: lower.node.size(),
-            }),
-            Found::Lower(lower) => Err(not_a_file(lower.node.kind())),
-        }
-    }
-
     /// Drops an inode that has no name and that the kernel has forgotten.
     pub(crate) fn reap(&self, inner: &mut Inner, ino: Ino) {
         let Some(number) = inner.state.number(ino) else {
@@ -327,21 +304,6 @@ impl Overlay {
             }
         }
         Ok(done)
-    }
-}
-
-pub(crate) fn bytes_of(record: &Record) -> Result<Bytes> {
-    match record.body {
-        Body::File { data, size } => Ok(Bytes { data, size }),
-        _ => Err(not_a_file(record.kind())),
-    }
-}
-
-fn not_a_file(kind: Kind) -> Errno {
-    if kind == Kind::Dir {
-        Errno::ISDIR
-    } else {
-        Errno::INVAL
     }
 }
 

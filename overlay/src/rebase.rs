@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use iii_store::layer::Kind;
 use iii_store::tree::components;
-use iii_store::{ChangeKind, Layer, LayerId, ObjectId, diff};
+use iii_store::{ChangeKind, Layer, LayerId, NodeRef, ObjectId, diff};
 
 use crate::OpenError;
 use crate::fs::Errno;
@@ -26,7 +26,7 @@ use crate::merge::{Lower, Merged};
 use crate::overlay::Objects;
 use crate::upper::batch::lower_record;
 use crate::upper::record::{Body, Chain, Data, Op, Record};
-use crate::upper::state::State;
+use crate::upper::state::{Dir, State};
 use crate::upper::{Opened, UpperError, io_error};
 use crate::view::Found;
 
@@ -111,7 +111,7 @@ fn materialise(
         .iter()
         .flat_map(|layer| layer.nodes())
         .filter(|node| node.kind() == Kind::File)
-        .map(|node| node.object())
+        .map(NodeRef::object)
         .collect();
     let fail = io_error("copying a file of a former layer to", opened.dir());
     for (number, object, size) in wanted {
@@ -163,7 +163,7 @@ fn is_dir(lower: Option<Lower<'_>>) -> bool {
     lower.is_some_and(|lower| lower.node.kind() == Kind::Dir)
 }
 
-impl<'a> Carry<'a> {
+impl Carry<'_> {
     /// What the old view knows of an inode.
     fn old_record(&self, ino: Ino) -> Result<Record, Errno> {
         Ok(match self.old.find(ino)? {
@@ -263,7 +263,7 @@ impl<'a> Carry<'a> {
             }
         }
         let upper = node.and_then(|node| node.dir.as_deref());
-        for (name, to) in upper.into_iter().flat_map(|dir| dir.entries()) {
+        for (name, to) in upper.into_iter().flat_map(Dir::entries) {
             let at = join(path, name);
             match to {
                 Some(to) => self.entry(old.ino(to), at, pending)?,
@@ -321,17 +321,14 @@ impl<'a> Carry<'a> {
                 return Ok(());
             }
             let dir = self.dir(parent)?;
-            match self.leaves.get(&ino) {
-                Some(&number) => {
-                    if let Some(node) = self.new.node_mut(number) {
-                        node.record.nlink += 1;
-                    }
-                    self.new.apply(Op::Entry(dir, name.into(), Some(number)));
+            if let Some(&number) = self.leaves.get(&ino) {
+                if let Some(node) = self.new.node_mut(number) {
+                    node.record.nlink += 1;
                 }
-                None => {
-                    let number = self.put(dir, name, record, 1);
-                    self.leaves.insert(ino, number);
-                }
+                self.new.apply(Op::Entry(dir, name.into(), Some(number)));
+            } else {
+                let number = self.put(dir, name, record, 1);
+                self.leaves.insert(ino, number);
             }
             return Ok(());
         }

@@ -6,6 +6,7 @@ use iii_store::tree::{MAX_NAME, components};
 use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
+use crate::upper::record::{Body, Data, Record};
 use crate::upper::state::{Node, OWN_NAMES, State};
 
 /// `.` and `..` come first, so the lower's position `p` is cookie `p + 2`, and its successor's `p + 3`.
@@ -28,6 +29,13 @@ impl Found<'_> {
             Self::Lower(lower) => lower.node.kind(),
         }
     }
+}
+
+/// Where a file's bytes are, and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bytes {
+    pub(crate) data: Data,
+    pub(crate) size: u64,
 }
 
 impl State {
@@ -136,6 +144,7 @@ impl State {
         components(path).try_fold(ROOT, |dir, name| self.child(dir, name).ok()?)
     }
 
+    /// Whether a directory has no entries.
     pub(crate) fn is_empty(&self, dir: Ino) -> Result<bool> {
         let mut empty = true;
         self.for_each(dir, 0, &mut |_, _, _| {
@@ -143,5 +152,36 @@ impl State {
             false
         })?;
         Ok(empty)
+    }
+
+    /// Where a regular file's bytes are.
+    pub(crate) fn bytes(&self, ino: Ino) -> Result<Bytes> {
+        match self.find(ino)? {
+            Found::Upper(_, node) => bytes_of(&node.record),
+            Found::Lower(lower) if lower.node.kind() == Kind::File => Ok(Bytes {
+                data: if lower.node.size() == 0 {
+                    Data::Empty
+                } else {
+                    Data::object(lower.node.object())
+                },
+                size: lower.node.size(),
+            }),
+            Found::Lower(lower) => Err(not_a_file(lower.node.kind())),
+        }
+    }
+}
+
+fn bytes_of(record: &Record) -> Result<Bytes> {
+    match record.body {
+        Body::File { data, size } => Ok(Bytes { data, size }),
+        _ => Err(not_a_file(record.kind())),
+    }
+}
+
+fn not_a_file(kind: Kind) -> Errno {
+    if kind == Kind::Dir {
+        Errno::ISDIR
+    } else {
+        Errno::INVAL
     }
 }

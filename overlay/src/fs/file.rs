@@ -11,11 +11,11 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use super::dir::strip_privileges;
 use super::{Allocate, Errno, Open, Result, Seek, Time};
 use crate::ino::Ino;
-use crate::overlay::{Bytes, Overlay};
+use crate::overlay::Overlay;
 use crate::upper::batch::Batch;
 use crate::upper::errno;
 use crate::upper::record::{Body, Data};
-use crate::view::Found;
+use crate::view::{Bytes, Found};
 
 impl Overlay {
     pub(super) fn do_open(&self, ino: Ino, how: Open) -> Result<()> {
@@ -44,7 +44,7 @@ impl Overlay {
             if let Some(observer) = &self.observer {
                 observer.contents(&inner.state, ino);
             }
-            self.bytes(&inner.state, ino)?
+            inner.state.bytes(ino)?
         };
         self.read_bytes(bytes, buf, offset)
     }
@@ -55,7 +55,7 @@ impl Overlay {
         loop {
             let bytes = {
                 let inner = self.upper.read();
-                let bytes = self.bytes(&inner.state, ino)?;
+                let bytes = inner.state.bytes(ino)?;
                 if let Data::Flat {
                     number,
                     dirty: true,
@@ -111,7 +111,7 @@ impl Overlay {
     /// Points the record of `ino` to the flat file, unless its data is no longer what it was when that was made.
     fn switch(&self, ino: Ino, was: Bytes, flat: u64, keep: u64, kill_suid: bool) -> Result<bool> {
         let mut inner = self.upper.write();
-        let is = self.bytes(&inner.state, ino)?;
+        let is = inner.state.bytes(ino)?;
         if is.data != was.data {
             return Ok(false);
         }
@@ -181,10 +181,10 @@ impl Overlay {
 
     /// Sets the length.
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {
-        let was = self.bytes(&self.upper.read().state, ino)?;
+        let was = self.upper.read().state.bytes(ino)?;
         if size == 0 && !matches!(was.data, Data::Flat { .. }) {
             let mut inner = self.upper.write();
-            if !matches!(self.bytes(&inner.state, ino)?.data, Data::Flat { .. }) {
+            if !matches!(inner.state.bytes(ino)?.data, Data::Flat { .. }) {
                 let mut batch = Batch::new(&mut inner);
                 let now = batch.now;
                 let (_, record) = batch.inode(ino)?;
@@ -237,7 +237,7 @@ impl Overlay {
     }
 
     pub(super) fn do_lseek(&self, ino: Ino, offset: u64, whence: Seek) -> Result<u64> {
-        let bytes = self.bytes(&self.upper.read().state, ino)?;
+        let bytes = self.upper.read().state.bytes(ino)?;
         if offset >= bytes.size {
             return Err(Errno::NXIO);
         }
@@ -270,7 +270,7 @@ impl Overlay {
             if let Some(observer) = &self.observer {
                 observer.contents(&inner.state, from);
             }
-            self.bytes(&inner.state, from)?
+            inner.state.bytes(from)?
         };
         let len = len.min(source.size.saturating_sub(from_offset));
         if len == 0 {

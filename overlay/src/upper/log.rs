@@ -154,8 +154,8 @@ impl Log {
         self.file.try_clone()
     }
 
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
+    /// Its length in bytes.
+    pub fn size(&self) -> u64 {
         self.len
     }
 

@@ -34,7 +34,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::FlockOperation;
 
@@ -200,7 +200,7 @@ impl Opened {
         written: bool,
         volatile: bool,
     ) -> Result<Upper, UpperError> {
-        let bulky = self.log.len() > COMPACT_MIN.max(COMPACT_FACTOR * state.weight());
+        let bulky = self.log.size() > COMPACT_MIN.max(COMPACT_FACTOR * state.weight());
         if !written || bulky {
             let batches = state.snapshot();
             self.log
@@ -216,7 +216,7 @@ impl Opened {
             volatile,
             inner: RwLock::new(Inner {
                 state,
-                compact_at: COMPACT_MIN.max(self.log.len()),
+                compact_at: COMPACT_MIN.max(self.log.size()),
                 log: self.log,
             }),
             _lock: self.lock,
@@ -295,27 +295,27 @@ impl Upper {
     /// To look.
     pub fn read(&self) -> RwLockReadGuard<'_, Inner> {
         // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on is no worse.
-        self.inner.read().unwrap_or_else(|e| e.into_inner())
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// To change.
     pub fn write(&self) -> RwLockWriteGuard<'_, Inner> {
-        self.inner.write().unwrap_or_else(|e| e.into_inner())
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the log a fresh snapshot, if most of it is garbage.
     pub fn compact(&self, inner: &mut Inner) {
-        if inner.log.len() < inner.compact_at {
+        if inner.log.size() < inner.compact_at {
             return;
         }
-        if inner.log.len() > COMPACT_FACTOR * inner.state.weight() {
+        if inner.log.size() > COMPACT_FACTOR * inner.state.weight() {
             let batches = inner.state.snapshot();
             // A failure leaves the old log, which says the same.
             let _ = inner
                 .log
                 .rewrite(batches.iter().map(Vec::as_slice), !self.volatile);
         }
-        inner.compact_at = inner.log.len() + COMPACT_MIN;
+        inner.compact_at = inner.log.size() + COMPACT_MIN;
     }
 
     /// Makes every change so far durable.

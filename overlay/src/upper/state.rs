@@ -188,30 +188,33 @@ impl State {
             Op::Chain(chain) => self.chain = chain,
             Op::Inode(number, record) => self.set_record(number, *record),
             Op::Forget(number) => self.remove(number),
-            Op::Entry(dir, name, to) => self.set_entry(dir, &name, Some(to)),
-            Op::Clear(dir, name) => self.set_entry(dir, &name, None),
+            Op::Entry(dir, name, to) => {
+                self.change(dir, &name, |entries, in_lower| {
+                    entries.set(&name, to, in_lower);
+                });
+                if let Some(entries) = to.and_then(|to| self.dir_mut(to)) {
+                    entries.parent = Some(dir);
+                }
+            }
+            Op::Clear(dir, name) => self.change(dir, &name, |entries, _| entries.clear(&name)),
         }
     }
 
-    fn set_entry(&mut self, dir: u64, name: &[u8], to: Option<Option<u64>>) {
+    /// Changes what the upper says of `name` in `dir`, and counts directories anew.
+    fn change(&mut self, dir: u64, name: &[u8], change: impl FnOnce(&mut Dir, bool)) {
         let (was_dir, in_lower) = self.look(dir, name);
-        let Some(entries) = self.nodes.get_mut(&dir).and_then(|n| n.dir.as_mut()) else {
-            return;
-        };
-        match to {
-            Some(to) => entries.set(name, to, in_lower),
-            None => entries.clear(name),
+        if let Some(entries) = self.dir_mut(dir) {
+            change(entries, in_lower);
         }
         let (is_dir, _) = self.look(dir, name);
-        if let Some(entries) = self.nodes.get_mut(&dir).and_then(|n| n.dir.as_mut()) {
+        if let Some(entries) = self.dir_mut(dir) {
             let subdirs = entries.subdirs + u32::from(is_dir);
             entries.subdirs = subdirs.saturating_sub(u32::from(was_dir));
         }
-        if let Some(child) = to.flatten().and_then(|to| self.nodes.get_mut(&to))
-            && let Some(entries) = &mut child.dir
-        {
-            entries.parent = Some(dir);
-        }
+    }
+
+    fn dir_mut(&mut self, number: u64) -> Option<&mut Dir> {
+        self.nodes.get_mut(&number)?.dir.as_deref_mut()
     }
 
     fn set_record(&mut self, number: u64, record: Record) {

@@ -447,7 +447,7 @@ fn a_frozen_upper_is_a_layer_of_the_store() {
         };
         Overlay::open(&home.store, layers.to_vec(), &upper, options).unwrap()
     };
-    let overlay = open(&[base.clone()], "one");
+    let overlay = open(std::slice::from_ref(&base), "one");
     for (path, at) in [(&b"lib/large"[..], 1 << 20), (b"lib/small", 2)] {
         let file = ino(&overlay, path);
         overlay.write(file, b"new", at, true).unwrap();

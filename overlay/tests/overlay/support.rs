@@ -25,7 +25,9 @@ pub struct Home {
 
 /// Layers and the objects in them.
 #[derive(Default)]
-struct Held(Mutex<(HashMap<LayerId, Arc<Layer>>, HashMap<ObjectId, Vec<u8>>)>);
+struct Held(Mutex<(Layers, HashMap<ObjectId, Vec<u8>>)>);
+
+type Layers = HashMap<LayerId, Arc<Layer>>;
 
 impl Objects for Held {
     fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize> {
