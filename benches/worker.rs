@@ -1,0 +1,419 @@
+//! Restart, edit and sharing with the finished program; see benches/README.md.
+
+mod corpus;
+mod support;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Deserialize;
+use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use tempfile::TempDir;
+
+/// The base that a JavaScript project gets without a word.
+const IMAGE: &str = "docker.io/iiidev/node:latest";
+/// What the start command prints once it runs. The tool never prints it: the shell computes it.
+const MARK: &[u8] = b"started-42";
+const START: &str = "echo started-$((6 * 7))";
+/// Longest run of anything.
+const LIMIT: Duration = Duration::from_secs(300);
+/// Sizes of the projects, and what a restart of each may take longer than `unshare … chroot`.
+const RESTARTS: [(usize, f64); 2] = [(1000, 50.0), (30_000, 150.0)];
+/// What taking in one edited file of the largest project may take.
+const EDIT_MS: f64 = 150.0;
+/// Files that install makes in the two projects that share it.
+const INSTALLED: usize = 5000;
+/// Files that are added to the Debian base, so that it has 42,000 entries.
+const MORE: usize = 8000;
+/// Resident memory that the tool may have after a walk of the Debian base.
+const MAX_RESIDENT_MIB: f64 = 64.0;
+/// Descriptors that the tool may have open then: none of them an inode's.
+const MAX_DESCRIPTORS: u64 = 64;
+
+/// A home directory, and with it a store, of its own.
+struct Home {
+    dir: TempDir,
+    port: String,
+}
+
+impl Home {
+    fn new(scratch: &Path, base: &Path) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .map_err(failed("finding", Path::new("a free port")))?;
+        let port = listener
+            .local_addr()
+            .map_err(failed("finding", Path::new("a free port")))?
+            .port();
+        let home = Home {
+            dir: TempDir::with_prefix_in("home-", scratch)
+                .map_err(failed("making a directory in", scratch))?,
+            port: port.to_string(),
+        };
+        run(home
+            .iii(["image", "import"])
+            .arg(base)
+            .args(["--as", IMAGE]))?;
+        Ok(home)
+    }
+
+    fn iii<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_iii"));
+        command
+            .args(args)
+            .env("HOME", self.dir.path())
+            .current_dir(self.dir.path());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("III_") {
+                command.env_remove(&name);
+            }
+        }
+        command
+    }
+
+    /// `worker dev`, with nothing listening where the engine would.
+    fn dev(&self, project: &Path) -> Command {
+        let mut command = self.iii(["worker", "dev"]);
+        command
+            .arg(project)
+            .args(["--runtime", "namespace", "--port", &self.port]);
+        command
+    }
+
+    fn build(&self, project: &Path) -> Result<(Duration, Vec<Layer>)> {
+        let mut command = self.iii(["worker", "build", "--json", "--runtime", "namespace"]);
+        command.arg(project);
+        let begin = Instant::now();
+        let output = run(&mut command)?;
+        let took = begin.elapsed();
+        let layers: Layers =
+            serde_json::from_slice(&output.stdout).map_err(|error| went_wrong(&command, &error))?;
+        Ok((took, layers.layers))
+    }
+}
+
+#[derive(Deserialize)]
+struct Layers {
+    layers: Vec<Layer>,
+}
+
+/// A layer in the output of `worker build --json`.
+#[derive(Deserialize)]
+struct Layer {
+    kind: String,
+    status: String,
+    bytes: u64,
+    files: u64,
+}
+
+/// A running command, killed and reaped when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts `command` and measures the time until [`MARK`] is on its standard output. Also returns what
+/// was printed up to there.
+fn until_mark(command: &mut Command) -> Result<(Duration, String, Running)> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let begin = Instant::now();
+    let child = command
+        .spawn()
+        .map_err(|error| went_wrong(command, &error))?;
+    let mut running = Running(child);
+    let (Some(mut stdout), Some(mut stderr)) = (running.0.stdout.take(), running.0.stderr.take())
+    else {
+        return Err(went_wrong(command, &"no pipes"));
+    };
+    let (found, mark) = channel();
+    // They read to the end, so that nothing blocks on a full pipe.
+    thread::spawn(move || {
+        let (mut said, mut piece) = (Vec::new(), [0; 4096]);
+        while let Ok(count @ 1..) = stdout.read(&mut piece) {
+            said.extend(&piece[..count]);
+            if said.windows(MARK.len()).any(|window: &[u8]| window == MARK) {
+                let took = begin.elapsed();
+                let _ = found.send((took, String::from_utf8_lossy(&said).into_owned()));
+                said.clear();
+            }
+        }
+    });
+    let errors = thread::spawn(move || {
+        let mut said = String::new();
+        let _ = stderr.read_to_string(&mut said);
+        said
+    });
+    if let Ok((took, said)) = mark.recv_timeout(LIMIT) {
+        return Ok((took, said, running));
+    }
+    drop(running);
+    let said = errors.join().unwrap_or_default();
+    Err(went_wrong(command, &format!("never started: {said}")))
+}
+
+/// [`until_mark`], then waits for a good end.
+fn start_and_end(command: &mut Command) -> Result<Duration> {
+    let (took, _, mut running) = until_mark(command)?;
+    let status = running
+        .0
+        .wait()
+        .map_err(|error| went_wrong(command, &error))?;
+    if status.success() {
+        Ok(took)
+    } else {
+        Err(went_wrong(command, &status))
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).map_err(failed("making", dir))?;
+    }
+    fs::write(path, text).map_err(failed("writing", path))
+}
+
+/// A project directory called `name` with a manifest of these scripts.
+fn project(scratch: &Path, name: &str, install: &str, start: &str) -> Result<PathBuf> {
+    let dir = scratch.join(name);
+    let manifest = format!(
+        "name: {name}\nruntime:\n  kind: javascript\nscripts:\n  setup: \"true\"\n  install: {}\n  start: {}\n",
+        serde_json::json!(install),
+        serde_json::json!(start),
+    );
+    write(&dir.join("iii.worker.yaml"), &manifest)?;
+    Ok(dir)
+}
+
+/// A project of `files` small source files, no two the same.
+fn sources(scratch: &Path, files: usize) -> Result<PathBuf> {
+    let dir = project(scratch, &format!("files-{files}"), "true", START)?;
+    for number in 0..files {
+        let path = dir.join(format!("src/{}/{}/{number}.js", number / 1000, number / 50));
+        let line = format!("exports.value{number} = {number};\n");
+        write(&path, &line.repeat(1 + number % 100))?;
+    }
+    Ok(dir)
+}
+
+fn restart(
+    home: &Home,
+    base: &Path,
+    project: &Path,
+    rounds: usize,
+    interrupt: &Interrupt,
+) -> Result<[Samples; 2]> {
+    let mut bare = Command::new("unshare");
+    bare.args(["-Urmpf", "--mount-proc", "chroot"])
+        .arg(base)
+        .args(["/bin/sh", "-ec", START]);
+    let mut samples = [Samples::default(), Samples::default()];
+    start_and_end(&mut home.dev(project))?;
+    for _ in 0..rounds {
+        interrupt.check()?;
+        samples[0].0.push(start_and_end(&mut home.dev(project))?);
+        samples[1].0.push(start_and_end(&mut bare)?);
+    }
+    Ok(samples)
+}
+
+fn restarts(
+    home: &Home,
+    base: &Path,
+    scratch: &Path,
+    interrupt: &Interrupt,
+    bounds: &mut Bounds,
+) -> Result<()> {
+    let rounds = support::option("--rounds", 15);
+    let mut rows = Vec::new();
+    for (files, bound) in RESTARTS {
+        let project = sources(scratch, files)?;
+        let [ours, bare] = restart(home, base, &project, rounds, interrupt)?;
+        let over = ours.median() - bare.median();
+        rows.push(vec![
+            format!("{files} files"),
+            ours.show(),
+            bare.show(),
+            format!("{over:.1}"),
+            ours.show_ratio(&bare),
+        ]);
+        bounds.at_most(
+            &format!("restart of {files} files, over unshare … chroot"),
+            over,
+            bound,
+            " ms",
+        );
+    }
+    let head = [
+        "restart, nothing changed; ms, median (min–max)",
+        "iii worker dev",
+        "unshare … chroot",
+        "difference",
+        "ratio",
+    ];
+    support::table(&head, &rows);
+    Ok(())
+}
+
+fn edit(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+    let files = RESTARTS[RESTARTS.len() - 1].0;
+    let project = scratch.join(format!("files-{files}"));
+    let (mut edited, mut unchanged) = (Samples::default(), Samples::default());
+    let mut new = 0;
+    home.build(&project)?;
+    for round in 0..support::option("--rounds", 15) {
+        interrupt.check()?;
+        unchanged.0.push(home.build(&project)?.0);
+        let text = format!("exports.edited = {round};\n");
+        write(&project.join("src/3/70/3500.js"), &text)?;
+        let (took, layers) = home.build(&project)?;
+        edited.0.push(took);
+        new = new.max(layers.iter().map(|layer| layer.files).sum());
+    }
+    let row = |what: &str, samples: &Samples| vec![what.to_owned(), samples.show()];
+    let rows = [row("nothing", &unchanged), row("one file", &edited)];
+    support::table(
+        &[
+            &format!("worker build of {files} files after an edit of"),
+            "ms, median (min–max)",
+        ],
+        &rows,
+    );
+    bounds.at_most(
+        &format!("one file of {files} edited"),
+        edited.median(),
+        EDIT_MS,
+        " ms",
+    );
+    bounds.count("file contents that this added", new, 1);
+    Ok(())
+}
+
+fn share(home: &Home, scratch: &Path, bounds: &mut Bounds) -> Result<()> {
+    let install = format!(
+        "cat package.json >/dev/null; mkdir node_modules; i=0; \
+         while [ $i -lt {INSTALLED} ]; do echo module $i >node_modules/$i.js; i=$((i + 1)); done"
+    );
+    let mut times = Vec::new();
+    let mut added = [0, 0];
+    for name in ["first", "second"] {
+        let dir = project(scratch, name, &install, START)?;
+        write(
+            &dir.join("package.json"),
+            "{\"dependencies\": {\"five-thousand\": \"1.0.0\"}}\n",
+        )?;
+        write(&dir.join("main.js"), &format!("// {name}\n"))?;
+        let (took, layers) = home.build(&dir)?;
+        times.push(took.as_secs_f64());
+        let own = |layer: &&Layer| layer.kind != "project";
+        added = layers
+            .iter()
+            .filter(own)
+            .fold([0, 0], |[bytes, files], layer| {
+                [bytes + layer.bytes, files + layer.files]
+            });
+        if name == "second" && layers.iter().filter(own).any(|layer| layer.status != "hit") {
+            return Err(Error::Command {
+                what: "the second project with the same dependencies".into(),
+                why: "installed again".into(),
+            });
+        }
+    }
+    println!(
+        "\nSecond project with the same {INSTALLED} installed files: {:.0} ms, the first took {:.0} ms",
+        times[1] * 1e3,
+        times[0] * 1e3
+    );
+    bounds.count("bytes that the second project's install added", added[0], 0);
+    bounds.count("files that the second project's install added", added[1], 0);
+    Ok(())
+}
+
+/// A field of a file in `/proc/PID` that is in KiB.
+fn kib(pid: u32, file: &str, field: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
+    number.unwrap_or(f64::NAN)
+}
+
+/// How many descriptors a process has open.
+fn descriptors(pid: u32) -> u64 {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(u64::MAX, |fds| fds.count() as u64)
+}
+
+/// The tool's memory and descriptors after everything in a Debian base was looked at.
+fn memory(scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+    interrupt.check()?;
+    let bases = corpus::cache()?.join("bases");
+    let mut make = Command::new(corpus::repository("scripts/make-base"));
+    if let Err(error) = run(make.arg("node").arg(&bases)) {
+        skip("memory with a Debian base", error);
+        return Ok(());
+    }
+    let home = Home::new(scratch, &bases.join("node.tar"))?;
+    let install =
+        format!("mkdir /many; i=0; while [ $i -lt {MORE} ]; do : >/many/$i; i=$((i + 1)); done");
+    let walk = format!("find / -xdev -printf '%s\\n' | wc -l; {START}; exec sleep 1000");
+    let dir = project(scratch, "walk", &install, &walk)?;
+    let (_, said, mut running) = until_mark(&mut home.dev(&dir))?;
+    let entries = said.split_whitespace().next().unwrap_or("?");
+    let pid = running.0.id();
+    let mib = |file: &str, field: &str| kib(pid, file, field) / 1024.0;
+    let resident = mib("status", "VmRSS");
+    let descriptors = descriptors(pid);
+    println!(
+        "\niii after `find / -xdev` over {entries} entries: {resident:.1} MiB resident ({:.1} anonymous, {:.1} mapped files), \
+         at its highest {:.1}, {:.1} proportional; {descriptors} descriptors",
+        mib("status", "RssAnon"),
+        mib("status", "RssFile"),
+        mib("status", "VmHWM"),
+        mib("smaps_rollup", "Pss"),
+    );
+    bounds.at_most("resident memory", resident, MAX_RESIDENT_MIB, " MiB");
+    bounds.count("open descriptors", descriptors, MAX_DESCRIPTORS);
+    let tool = Pid::from_child(&running.0);
+    kill_process(tool, Signal::INT)
+        .map_err(|error| failed("stopping", Path::new("iii"))(error.into()))?;
+    running
+        .0
+        .wait()
+        .map_err(failed("waiting for", Path::new("iii")))?;
+    Ok(())
+}
+
+fn bench() -> Result<bool> {
+    let interrupt = Interrupt::catch()?;
+    let cache = corpus::cache()?;
+    let scratch = TempDir::with_prefix_in("scratch-", &cache)
+        .map_err(failed("making a directory in", &cache))?;
+    let base = scratch.path().join("busybox");
+    run(Command::new(corpus::repository("scripts/make-busybox-base")).arg(&base))?;
+    let home = Home::new(scratch.path(), &base)?;
+    let mut bounds = Bounds::default();
+    support::print_machine();
+    restarts(&home, &base, scratch.path(), &interrupt, &mut bounds)?;
+    edit(&home, scratch.path(), &interrupt, &mut bounds)?;
+    share(&home, scratch.path(), &mut bounds)?;
+    memory(scratch.path(), &interrupt, &mut bounds)?;
+    Ok(bounds.print())
+}
+
+fn main() -> ExitCode {
+    support::end("worker", bench())
+}
