@@ -215,10 +215,10 @@ impl Files {
 
     /// Finds the image that `name` stands for, built for this machine.
     pub fn find_image(&self, name: &Reference) -> Result<FoundImage<'_>, LayoutError> {
-        if self.has("index.json") {
-            self.find_in_index(name)
-        } else {
+        if self.has("manifest.json") && !self.has("index.json") {
             self.find_docker(name)
+        } else {
+            self.find_in_index(name)
         }
     }
 

@@ -218,7 +218,7 @@ pub enum ImageError {
         /// The digest of what was given.
         actual: Option<Digest>,
     },
-    /// The layout or archive of an image is not right.
+    /// What was given is not right.
     #[error("importing {} failed", path.display())]
     Import {
         /// What was given.
@@ -401,15 +401,7 @@ impl Importer<'_> {
                 why: "it has a manifest.json and no index.json: give the archive that it was unpacked from, or an OCI layout",
             });
         }
-        if !["usr", "bin", "etc", "lib", "nix"]
-            .iter()
-            .any(|name| path.join(name).is_dir())
-        {
-            return Err(ImageError::NotAnImage {
-                path: path.to_owned(),
-                why: "the directory has neither an index.json nor a usr, bin or etc",
-            });
-        }
+        check_rootfs(path, |name| path.join(name).symlink_metadata().is_ok())?;
         let ingest = self.store.ingest(self.lease)?;
         let taken = rootfs::take(path, &ingest, self.limits, &|_| {})?;
         for left_out in &taken.left_out {
@@ -481,7 +473,14 @@ impl Importer<'_> {
         })
     }
 
-    fn rootfs_archive(&self, file: File, size: u64, path: &Path) -> Result<Contents, ImageError> {
+    fn rootfs_archive(
+        &self,
+        mut file: File,
+        size: u64,
+        path: &Path,
+    ) -> Result<Contents, ImageError> {
+        // Looking for an image may have moved it.
+        file.rewind().map_err(io_error("reading", path))?;
         (self.progress)(Event::Layer {
             index: 0,
             count: 1,
@@ -497,12 +496,8 @@ impl Importer<'_> {
             self.progress,
         )
         .map_err(ImageError::Archive)?;
-        if unpacked.tree.entries.is_empty() {
-            return Err(ImageError::NotAnImage {
-                path: path.to_owned(),
-                why: "the archive is empty",
-            });
-        }
+        let entries = &unpacked.tree.entries;
+        check_rootfs(path, |name| entries.contains_key(name.as_bytes()))?;
         Ok(Contents {
             realised: one_layer(&ingest.finish(&unpacked.tree)?),
             digest: Some(seen.diff_id),
@@ -510,6 +505,17 @@ impl Importer<'_> {
             origin: Origin::RootfsTar,
         })
     }
+}
+
+/// Refuses what was given by mistake: a project, a home directory, somebody's downloads.
+fn check_rootfs(path: &Path, has: impl Fn(&str) -> bool) -> Result<(), ImageError> {
+    if ["usr", "bin", "etc", "lib", "nix"].into_iter().any(has) {
+        return Ok(());
+    }
+    Err(ImageError::NotAnImage {
+        path: path.to_owned(),
+        why: "it has neither an index.json nor a usr, bin or etc",
+    })
 }
 
 fn one_layer(published: &iii_store::Published) -> Realised {

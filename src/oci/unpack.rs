@@ -11,6 +11,8 @@
 //!   missing directories; the last component never is. A file on the way is an error.
 //! - A hardlink's own metadata is ignored: it has its target's. A target that only layers below have is taken into
 //!   this layer, as copying up would.
+//! - Owners, modes with setuid, devices and xattrs, `security.*` and `trusted.*` among them, are kept as they are: they
+//!   hold inside a sandbox only.
 //!
 //! In a [layer](Dialect::Layer) `.wh.NAME` hides NAME of the layers below and `.wh..wh..opq` all of a directory's,
 //! wherever among the entries they stand; they never touch entries of their own layer. Other names of the form

@@ -447,6 +447,7 @@ fn hardlinks_into_the_layers_below() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn hostile_archives_are_refused_by_name() {
     let test = TestStore::new();
     let usual = Limits::default();
@@ -666,7 +667,7 @@ fn hostile_archives_are_refused_by_name() {
             "the name of an xattr is over the limit of 255",
         ),
         (
-            xattr("user.a", &[0; 65537]),
+            xattr("user.a", &vec![0; 65537]),
             "\"attributed\": the value of an xattr is over the limit of 65536",
         ),
         (

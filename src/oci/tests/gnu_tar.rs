@@ -74,7 +74,7 @@ fn fill(root: &Path, is_root: bool) {
     time("usr", 2, 0);
 }
 
-fn take(test: &TestStore, root: &Path) -> Arc<Layer> {
+pub fn take(test: &TestStore, root: &Path) -> Arc<Layer> {
     let lease = test.store.lease("test").unwrap();
     let ingest = test.store.ingest(&lease).unwrap();
     let taken = rootfs::take(root, &ingest, &Limits::default(), &|_| {}).unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -297,6 +298,23 @@ fn a_directory_becomes_an_image() {
         error.contains("has neither an index.json nor a usr, bin or etc"),
         "{error}"
     );
+    fs::write(root.join("oci-layout"), "{}").unwrap();
+    let error = import(&test, &root, "dir").unwrap_err();
+    assert!(error.contains("index.json is missing"), "{error}");
+    let other = test.dir.path().join("other.tar");
+    let rootfs = Tar::default().dir("./").file("blobs/x", "1").dir("usr");
+    fs::write(&other, rootfs.end()).unwrap();
+    let image = import(&test, &other, "dir").unwrap().image;
+    assert_eq!(
+        show(&test, &image),
+        [["blobs/ implicit", "blobs/x = 1", "usr/"]]
+    );
+    fs::write(&other, Tar::default().file("README", "").end()).unwrap();
+    let error = import(&test, &other, "dir").unwrap_err();
+    assert!(
+        error.contains("has neither an index.json nor a usr"),
+        "{error}"
+    );
     let error = import(&test, &test.dir.path().join("nothing"), "dir").unwrap_err();
     assert!(error.contains("nothing failed: No such file"), "{error}");
 }
@@ -376,6 +394,7 @@ fn the_image_for_this_machine_is_chosen() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn what_a_layout_promises_is_verified() {
     type Break = fn(&Layout, &[u8]);
     let cases: [(Break, &str); 13] = [
@@ -585,18 +604,39 @@ fn bombs_are_refused_by_their_ratio() {
     }
 }
 
-#[test]
-fn other_tools_images_are_understood() {
-    let test = TestStore::new();
-    let (lower, above) = (base(), upper());
-    let layout = Layout::new(&test, "layout");
-    let layers = [
-        layout.layer(&lower, Packing::Gzip),
-        layout.layer(&above, Packing::Gzip),
-    ];
-    let mut manifest = layout.manifest(&config(&[&lower, &above]), &layers);
+/// Runs another tool; `None` where it is not installed, which is told.
+fn tool(command: &mut Command) -> Option<()> {
+    let Ok(output) = command.output() else {
+        let name = command.get_program().display();
+        eprintln!("SKIPPED: images made by {name}: it is not installed");
+        return None;
+    };
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {complaint}");
+    Some(())
+}
+
+/// A layout with one image, tagged `t`.
+fn tagged(test: &TestStore, archives: &[&[u8]]) -> Layout {
+    let layout = Layout::new(test, "layout");
+    let layers: Vec<_> = archives
+        .iter()
+        .map(|archive| layout.layer(archive, Packing::Gzip))
+        .collect();
+    let mut config = config(archives);
+    // umoci looks names up in the image's own passwd file.
+    config["config"]["User"] = json!("0:0");
+    let mut manifest = layout.manifest(&config, &layers);
     manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": "t" });
     layout.index(&[manifest]);
+    layout
+}
+
+#[test]
+fn what_skopeo_makes_of_an_image_is_the_same_image() {
+    let test = TestStore::new();
+    let layout = tagged(&test, &[&base(), &upper()]);
+    let original = import(&test, &layout.dir, "x:t").unwrap().image;
     let source = format!("oci:{}:t", layout.dir.display());
     for target in [
         "oci:DIR/copy:t",
@@ -604,29 +644,69 @@ fn other_tools_images_are_understood() {
         "docker-archive:DIR/saved.tar:x:t",
     ] {
         let target = target.replace("DIR", test.dir.path().to_str().unwrap());
-        let copied = Command::new("skopeo")
-            .args([
-                "--insecure-policy",
-                "copy",
-                "-q",
-                "--dest-compress-format=zstd",
-                &source,
-                &target,
-            ])
-            .output();
-        let Ok(output) = copied else {
-            eprintln!("SKIPPED: images made by skopeo: skopeo is not installed");
+        let copied = tool(Command::new("skopeo").args([
+            "--insecure-policy",
+            "copy",
+            "--dest-compress-format=zstd",
+            &source,
+            &target,
+        ]));
+        if copied.is_none() {
             return;
-        };
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        }
         let path = target.split(':').nth(1).unwrap();
-        let image = import(&TestStore::new(), path.as_ref(), "x:t")
-            .unwrap()
-            .image;
-        assert_eq!(image.layers.len(), 2);
+        let elsewhere = TestStore::new();
+        let image = import(&elsewhere, path.as_ref(), "x:t").unwrap().image;
+        assert_eq!(image.layers, original.layers, "{target}");
+        assert_eq!(image.config, original.config, "{target}");
     }
+}
+
+#[test]
+fn umoci_unpacks_and_repacks_to_the_same_trees() {
+    let test = TestStore::new();
+    let layout = tagged(&test, &[&base()]);
+    let original = import(&test, &layout.dir, "x:t").unwrap().image;
+    let bundle = test.dir.path().join("bundle");
+    let image = format!("{}:t", layout.dir.display());
+    let mut unpack = Command::new("umoci");
+    unpack.args(["unpack", "--image", &image]).arg(&bundle);
+    let rootfs = bundle.join("rootfs");
+    if test.dir.path().metadata().unwrap().uid() != 0 {
+        eprintln!("SKIPPED: images made by umoci: needs root");
+        return;
+    }
+    if tool(&mut unpack).is_none() {
+        return;
+    }
+    let taken = super::gnu_tar::take(&test, &rootfs);
+    assert_eq!(taken.layer_id(), original.layers[0]);
+
+    fs::remove_file(rootfs.join("old")).unwrap();
+    fs::remove_dir_all(rootfs.join("etc")).unwrap();
+    fs::create_dir(rootfs.join("etc")).unwrap();
+    fs::write(rootfs.join("etc/new"), "new").unwrap();
+    let epoch = std::time::UNIX_EPOCH;
+    for name in ["etc/new", "etc", ""] {
+        fs::File::open(rootfs.join(name))
+            .unwrap()
+            .set_modified(epoch)
+            .unwrap();
+    }
+    tool(
+        Command::new("umoci")
+            .args(["repack", "--image", &image])
+            .arg(&bundle),
+    )
+    .unwrap();
+    let repacked = import(&test, &layout.dir, "x:t").unwrap().image;
+    assert_eq!(repacked.layers[0], original.layers[0]);
+    let expected = [
+        "/ implicit",
+        "etc/ implicit",
+        "etc/name gone",
+        "etc/new = new",
+        "old gone",
+    ];
+    assert_eq!(show(&test, &repacked)[1], expected);
 }
