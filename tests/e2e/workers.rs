@@ -8,7 +8,7 @@ use crate::engine::Engine;
 use crate::harness::{Home, NODE_IMAGE, Project, debian_base, repository, skip};
 
 /// Downloads and, for Rust, a compilation from nothing.
-const INSTALL: Duration = Duration::from_secs(900);
+const INSTALL: Duration = Duration::from_secs(1800);
 
 struct Example {
     language: &'static str,
