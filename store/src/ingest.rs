@@ -291,10 +291,6 @@ impl<'a> Ingest<'a> {
         if *self.poisoned.get_mut() {
             return Err(StoreError::Poisoned);
         }
-        let encoded = layer::encode(tree)?;
-        let id = encoded.layer_id;
-        // First the pin, then the question.
-        self.lease.pin(&[id])?;
         let syncer = self
             .syncer
             .get_mut()
@@ -303,7 +299,15 @@ impl<'a> Ingest<'a> {
         let loose = self.loose.get_mut().unwrap_or_else(PoisonError::into_inner);
         let loose = std::mem::take(loose);
         let pack = std::mem::take(&mut self.pack).finish()?;
-        self.check_objects(tree, pack.as_ref(), &loose)?;
+        let (encoded, complete) = rayon::join(
+            || layer::encode(tree),
+            || self.check_objects(tree, pack.as_ref(), &loose),
+        );
+        let encoded = encoded?;
+        complete?;
+        let id = encoded.layer_id;
+        // First the pin, then the question.
+        self.lease.pin(&[id])?;
         let existed = self.store.has_layer(&id) && self.store.layer(&id).is_ok();
         let packed = pack.iter().flat_map(|pack| &pack.objects);
         let sizes = packed.map(|(_, place)| place.len);

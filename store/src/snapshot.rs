@@ -196,15 +196,20 @@ fn attempt(
 
     let tree = tree(&taken.dirs, dir, options)?;
     let published = ingest.finish(&tree).map_err(stored)?;
-    let layer = store.layer(&published.layer_id).map_err(stored)?;
     let outcome = Outcome {
         fingerprint,
         layer_id: published.layer_id,
         tree_id: published.tree_id,
     };
-    if let Some(bytes) = stat_cache::encode(stamp, &outcome, &entries(&taken.dirs)) {
-        write_cache(lease, &cache_path(store, options), &bytes).map_err(stored)?;
-    }
+    let (layer, cached) = rayon::join(
+        || store.layer(&published.layer_id),
+        || match stat_cache::encode(stamp, &outcome, &entries(&taken.dirs)) {
+            Some(bytes) => write_cache(lease, &cache_path(store, options), &bytes),
+            None => Ok(()),
+        },
+    );
+    cached.map_err(stored)?;
+    let layer = layer.map_err(stored)?;
     Ok(taken.result(published, layer))
 }
 
@@ -216,6 +221,7 @@ fn fingerprint(dirs: &[Found], options: &Options<'_>) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&options.uid.to_le_bytes());
     hasher.update(&options.gid.to_le_bytes());
+    hasher.update(&(options.at.len() as u64).to_le_bytes());
     hasher.update(options.at);
     for ix in order {
         hasher.update(&parts[ix]);
