@@ -10,19 +10,30 @@
 //! the file makes it survive that of the machine. Reading ends at the first frame that is cut short or does not match its checksum,
 //! and what follows is cut off: it was never acknowledged as durable. A write that fails is undone by cutting the file
 //! back; if even that fails, the log takes no more.
+//!
+//! Space is allocated ahead of the end, and the last of it is kept for batches that remove something: otherwise a full disk
+//! could not be emptied from inside the sandbox.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FallocateFlags;
+
 use super::record::Op;
 use super::{UpperError, io_error};
+use crate::fs::Errno;
 
 /// Version of the format described above and of the records in it.
 pub const VERSION: u32 = 1;
 /// Longest payload. Three inodes with all the xattrs they may have fit many times over.
 pub const MAX_PAYLOAD: usize = 64 << 20;
+
+/// How far ahead space is allocated.
+const AHEAD: u64 = 1 << 20;
+/// How much of it only batches that remove something may use.
+const SPARE: u64 = 256 << 10;
 
 const MAGIC: &[u8; 8] = b"III-UPPR";
 const HEADER: u64 = 16;
@@ -38,6 +49,8 @@ pub struct Log {
     file: File,
     path: PathBuf,
     len: u64,
+    /// Space is allocated up to here.
+    allocated: u64,
     broken: bool,
 }
 
@@ -121,6 +134,7 @@ impl Log {
             file,
             path,
             len,
+            allocated: len,
             broken: false,
         };
         Ok((log, batches))
@@ -132,6 +146,8 @@ impl Log {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let frame = frame(ops)?;
+        let removes = |op: &Op| matches!(op, Op::Forget(_) | Op::Entry(_, _, None) | Op::Clear(..));
+        self.allocate(frame.len() as u64, ops.iter().any(removes))?;
         if let Err(error) = self.file.write_all(&frame) {
             let undone = self
                 .file
@@ -141,6 +157,26 @@ impl Log {
             return Err(error);
         }
         self.len += frame.len() as u64;
+        Ok(())
+    }
+
+    /// Makes sure that there is room for `len` more bytes, and for what removes something after them.
+    fn allocate(&mut self, len: u64, removes: bool) -> io::Result<()> {
+        let end = self.len + len;
+        if end + SPARE <= self.allocated {
+            return Ok(());
+        }
+        let ahead =
+            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.len, len + AHEAD);
+        match ahead {
+            Ok(()) => self.allocated = end + AHEAD,
+            Err(error) if error != Errno::NOSPC && error != Errno::DQUOT => {
+                // A filesystem that cannot promise space.
+                self.allocated = u64::MAX;
+            }
+            Err(_) if removes => {}
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 
@@ -193,6 +229,7 @@ impl Log {
         file.seek(SeekFrom::Start(len))?;
         self.file = file;
         self.len = len;
+        self.allocated = len;
         self.broken = false;
         Ok(())
     }

@@ -203,8 +203,10 @@ impl Opened {
         let bulky = self.log.size() > COMPACT_MIN.max(COMPACT_FACTOR * state.weight());
         if !written || bulky {
             let batches = state.snapshot();
+            // An upper that says nothing has nothing to lose.
+            let durable = !volatile && !state.says_nothing();
             self.log
-                .rewrite(batches.iter().map(Vec::as_slice), !volatile)
+                .rewrite(batches.iter().map(Vec::as_slice), durable)
                 .map_err(io_error("rewriting the log in", &self.dir))?;
         }
         // Only now does nothing name the others any more.

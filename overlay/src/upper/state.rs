@@ -145,6 +145,11 @@ impl State {
         self.nodes.values_mut()
     }
 
+    /// Whether it says nothing.
+    pub fn says_nothing(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
     /// Whether there is no room for more inodes.
     pub fn is_full(&self) -> bool {
         self.nodes.len() >= MAX_INODES

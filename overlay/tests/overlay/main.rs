@@ -4,6 +4,7 @@
 
 mod cases;
 mod model;
+mod mounted;
 mod rebase;
 mod state_machine;
 mod support;
