@@ -1,7 +1,8 @@
 //! A directory of this machine that holds a root filesystem, as a tree.
 //!
 //! Taken as it is: owners, modes, times, xattrs, hardlinks, devices. Symlinks are never followed. What is mounted in it
-//! is left out, and so are sockets and what the user may not read; each is told.
+//! is left out, and so are sockets and what the user may not read; each is told. What belongs to the user who imports it
+//! belongs to root in the image: nobody but root can unpack a tree with its owners, so they say nothing then.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -375,8 +376,16 @@ fn os_str(name: &[u8]) -> &std::ffi::OsStr {
 fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
     Meta {
         mode: (stat.st_mode & 0o7777) as u16,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: if stat.st_uid == rustix::process::geteuid().as_raw() {
+            0
+        } else {
+            stat.st_uid
+        },
+        gid: if stat.st_gid == rustix::process::getegid().as_raw() {
+            0
+        } else {
+            stat.st_gid
+        },
         mtime: Mtime {
             sec: stat.st_mtime,
             nsec: stat.st_mtime_nsec as u32,
