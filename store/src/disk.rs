@@ -3,9 +3,9 @@
 //! Tests stand in for it to fail any call, or to cut the power after it. Reading what was published does not pass
 //! here: files are immutable once they have a name, and readers check what they read.
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,8 @@ use crate::error::{IoContext, StoreError};
 ///
 /// Nothing is durable before [`Disk::sync`] (a file's bytes) or [`Disk::sync_dir`] (a directory's names) returned.
 pub trait Disk: Send + Sync + std::fmt::Debug {
-    /// Makes a directory. It is well if it exists already.
+    /// Makes a directory that only its owner may enter: a store holds what others may not read in the project. It is well
+    /// if it exists already.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes a new, empty file that only this handle can write.
     fn create(&self, path: &Path) -> io::Result<File>;
@@ -40,7 +41,7 @@ pub struct RealDisk;
 
 impl Disk for RealDisk {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        match std::fs::create_dir(path) {
+        match DirBuilder::new().mode(0o700).create(path) {
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }

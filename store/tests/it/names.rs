@@ -31,6 +31,10 @@ fn opening() {
         fs::read_to_string(path.join("format")).unwrap(),
         r#"{"version":1,"compat":[],"ro_compat":[],"incompat":[]}"#
     );
+    for name in ["", "packs", "loose", "layers", "refs/image"] {
+        let mode = fs::metadata(path.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700, "others may not look into {name:?}");
+    }
     drop(store);
     Store::open(&path).unwrap();
     // A store whose making was cut short is made whole.
