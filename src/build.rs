@@ -447,7 +447,7 @@ impl Step<'_> {
         let mut spec = SandboxSpec::new(compose::root(overlay, Mode::Observed), argv);
         spec.env = self.builder.env.clone().into_iter().collect();
         spec.user.clone_from(&self.builder.image.config.user);
-        spec.hostname = self.builder.name.to_owned();
+        self.builder.name.clone_into(&mut spec.hostname);
         spec.mounts = caches.mounts;
         spec.stdio = Stdio::Piped;
         let mut sandbox = Sandbox::start(spec).map_err(broken)?;
@@ -518,7 +518,7 @@ impl Step<'_> {
 pub struct Caches {
     /// To be mounted.
     pub mounts: Vec<BindMount>,
-    _locks: Vec<File>,
+    held: Vec<File>,
 }
 
 impl Caches {
@@ -537,19 +537,20 @@ impl Caches {
         caches.sort_by_key(|cache| cache.id);
         let mut opened = Self {
             mounts: Vec::new(),
-            _locks: Vec::new(),
+            held: Vec::new(),
         };
         for cache in caches {
-            let mut dir = home.cache().join(cache.id);
-            if cache.scope == CacheScope::PerProject {
-                dir.push(project_id(project));
-            }
+            let name = match cache.scope {
+                CacheScope::Shared => cache.id.to_owned(),
+                CacheScope::PerProject => format!("{}/{}", cache.id, project_id(project)),
+            };
+            let dir = home.cache().join(&name);
             fs::create_dir_all(&dir).map_err(at("create", &dir))?;
             if lock && cache.lock {
-                let path = dir.with_added_extension("lock");
+                let path = home.cache().join(format!("{name}.lock"));
                 let file = File::create(&path).map_err(at("create", &path))?;
                 file.lock().map_err(at("lock", &path))?;
-                opened._locks.push(file);
+                opened.held.push(file);
             }
             opened.mounts.push(BindMount {
                 host: dir,

@@ -228,7 +228,10 @@ mod tests {
     /// The recipe hash: this value may change only together with its context.
     #[test]
     fn golden_key() {
-        assert_eq!(recipe().key().to_string(), "c2de5f28d2d50cd62e04f42a62992af03f5dcb052e08f7307e1903a009019ebe");
+        assert_eq!(
+            recipe().key().to_string(),
+            "c2de5f28d2d50cd62e04f42a62992af03f5dcb052e08f7307e1903a009019ebe"
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::oci::{self, Event};
 use crate::ui::{Ui, Unit, human_bytes, human_counted, human_duration};
 
 pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
-    let store = Store::open(&Home::of_user()?.store())?;
+    let store = Store::open(Home::of_user()?.store())?;
     match command {
         Image::Import(args) => import(&store, &args, ui),
         Image::List(args) => list(&store, &args),
@@ -28,7 +28,7 @@ fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
         Event::Read { bytes } => progress.set(bytes),
         Event::Waiting => ui.note("another process is importing the same layer; waiting"),
         Event::LeftOut { path, why } => {
-            ui.warn(format_args!("{}: left out: {why}", path.display()))
+            ui.warn(format_args!("{}: left out: {why}", path.display()));
         }
     })?;
     progress.finish();

@@ -115,7 +115,7 @@ impl Log {
             file.write_all_at(&header(), 0).map_err(fail("writing"))?;
             bytes = header().to_vec();
         }
-        if bytes[..8] != *MAGIC {
+        if bytes.len() < HEADER as usize || bytes[..8] != *MAGIC {
             return Err(UpperError::NotAnUpper(path));
         }
         let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
@@ -286,6 +286,16 @@ mod tests {
             ],
             vec![Op::Forget(2), Op::Clear(1, (*b"f\xff").into())],
         ]
+    }
+
+    #[test]
+    fn what_is_no_log_is_refused_whatever_its_length() {
+        for foreign in [&b"x"[..], b"III-UPPS", b"III-UPPR\x01\x00\x00\x00x", b"0123456789abcdef"] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(NAME), foreign).unwrap();
+            let opened = Log::open(dir.path());
+            assert!(matches!(opened, Err(UpperError::NotAnUpper(_))), "{foreign:?}");
+        }
     }
 
     /// The format: these values may never change.
