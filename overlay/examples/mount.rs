@@ -146,7 +146,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         volatile: false,
     };
     let upper = args.upper.unwrap_or_else(|| work.path().join("upper"));
+    let begin = std::time::Instant::now();
     let overlay = Arc::new(Overlay::open(&store, layers, &upper, options)?);
+    let opened = begin.elapsed();
 
     let fuse = File::options().read(true).write(true).open("/dev/fuse")?;
     let data = format!(
@@ -166,7 +168,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Mode::Quiet
     };
     let session = serve(Arc::clone(&overlay), fuse.into(), args.threads, mode)?;
-    eprintln!("serving on {}", args.mountpoint.display());
+    eprintln!("serving on {}, opened in {opened:?}", args.mountpoint.display());
     let mountpoint = args.mountpoint.clone();
     let mut signals = signal_hook::iterator::Signals::new([libc::SIGINT, libc::SIGTERM])?;
     std::thread::spawn(move || {

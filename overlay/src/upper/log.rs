@@ -290,11 +290,19 @@ mod tests {
 
     #[test]
     fn what_is_no_log_is_refused_whatever_its_length() {
-        for foreign in [&b"x"[..], b"III-UPPS", b"III-UPPR\x01\x00\x00\x00x", b"0123456789abcdef"] {
+        for foreign in [
+            &b"x"[..],
+            b"III-UPPS",
+            b"III-UPPR\x01\x00\x00\x00x",
+            b"0123456789abcdef",
+        ] {
             let dir = tempfile::tempdir().unwrap();
             std::fs::write(dir.path().join(NAME), foreign).unwrap();
             let opened = Log::open(dir.path());
-            assert!(matches!(opened, Err(UpperError::NotAnUpper(_))), "{foreign:?}");
+            assert!(
+                matches!(opened, Err(UpperError::NotAnUpper(_))),
+                "{foreign:?}"
+            );
         }
     }
 

@@ -46,9 +46,12 @@ use record::{Body, Chain, Data, Op, Record};
 use state::State;
 
 /// A log below this size is never compacted.
-const COMPACT_MIN: u64 = 4 << 20;
-/// A log is compacted when it is this many times the size of what it says.
+const COMPACT_MIN: u64 = 2 << 20;
+/// A log is compacted while it is in use when it is this many times the size of what it says.
 const COMPACT_FACTOR: u64 = 4;
+/// A log that is closed, with time to spare, or opened is brought down to less than this many times that, so that
+/// opening it is quick.
+const CLOSED_FACTOR: u64 = 2;
 
 /// Why an upper cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -200,7 +203,7 @@ impl Opened {
         written: bool,
         volatile: bool,
     ) -> Result<Upper, UpperError> {
-        let bulky = self.log.size() > COMPACT_MIN.max(COMPACT_FACTOR * state.weight());
+        let bulky = is_bulky(&self.log, &state, CLOSED_FACTOR);
         if !written || bulky {
             let batches = state.snapshot();
             // An upper that says nothing has nothing to lose.
@@ -224,6 +227,10 @@ impl Opened {
             _lock: self.lock,
         })
     }
+}
+
+fn is_bulky(log: &Log, state: &State, factor: u64) -> bool {
+    log.size() > COMPACT_MIN && log.size() > factor * state.weight()
 }
 
 fn is_dirty(record: &Record) -> bool {
@@ -310,14 +317,18 @@ impl Upper {
         if inner.log.size() < inner.compact_at {
             return;
         }
-        if inner.log.size() > COMPACT_FACTOR * inner.state.weight() {
-            let batches = inner.state.snapshot();
-            // A failure leaves the old log, which says the same.
-            let _ = inner
-                .log
-                .rewrite(batches.iter().map(Vec::as_slice), !self.volatile);
+        if is_bulky(&inner.log, &inner.state, COMPACT_FACTOR) {
+            self.rewrite(inner);
         }
         inner.compact_at = inner.log.size() + COMPACT_MIN;
+    }
+
+    fn rewrite(&self, inner: &mut Inner) {
+        let batches = inner.state.snapshot();
+        // A failure leaves the old log, which says the same.
+        let _ = inner
+            .log
+            .rewrite(batches.iter().map(Vec::as_slice), !self.volatile);
     }
 
     /// Makes every change so far durable.
@@ -367,6 +378,9 @@ impl Upper {
         }
         for ops in ops.chunks(state::BATCH) {
             inner.commit(ops.to_vec(), Vec::new())?;
+        }
+        if is_bulky(&inner.log, &inner.state, CLOSED_FACTOR) {
+            self.rewrite(&mut inner);
         }
         Ok(())
     }

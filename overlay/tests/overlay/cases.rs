@@ -461,3 +461,30 @@ fn a_frozen_upper_is_a_layer_of_the_store() {
     let composed = open(&[base, frozen], "two");
     assert_eq!(view(&composed), view(&overlay));
 }
+
+/// A log is mostly what has been overwritten since; it is brought down to what it says.
+#[test]
+fn a_log_does_not_grow_without_end() {
+    let home = Home::new();
+    let overlay = home.open(&[]);
+    let file = create(&overlay, ROOT, b"f");
+    overlay.write(file, b"kept", 0, true).unwrap();
+    let size = || home.upper().join("log").metadata().unwrap().len();
+    let mut largest = 0;
+    for uid in 0..100_000 {
+        let set = SetAttr {
+            uid: Some(uid),
+            ..SetAttr::default()
+        };
+        overlay.setattr(file, &set).unwrap();
+        if uid % 1000 == 0 {
+            largest = largest.max(size());
+        }
+    }
+    assert!((1 << 20..8 << 20).contains(&largest), "{largest}");
+    let before = view(&overlay);
+    drop(overlay);
+    let overlay = home.open(&[]);
+    assert_eq!(view(&overlay), before);
+    assert_eq!(read(&overlay, ino(&overlay, b"f")), b"kept");
+}
