@@ -264,7 +264,10 @@ impl Builder<'_> {
         )?;
         for skipped in &snapshot.skipped {
             let path = String::from_utf8_lossy(&skipped.path);
-            (self.events)(Event::Note(format!("{path}: left out: {}", skipped.what)));
+            (self.events)(Event::Note(format!(
+                "{path} is left out ({})",
+                skipped.what
+            )));
         }
         let layer = self.store.layer(&snapshot.published.layer_id)?;
         let report = Report {

@@ -140,3 +140,52 @@ pub struct List {
     #[arg(long)]
     pub json: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn leaves(command: &clap::Command) -> Vec<&clap::Command> {
+        if command.has_subcommands() {
+            let own = command.get_subcommands();
+            own.filter(|command| command.get_name() != "help")
+                .flat_map(leaves)
+                .collect()
+        } else {
+            vec![command]
+        }
+    }
+
+    #[test]
+    fn every_command_has_help_with_an_example() {
+        for mut program in [Iii::command(), IiiWorker::command()] {
+            program.build();
+            program.clone().debug_assert();
+            let commands = leaves(&program);
+            for command in commands {
+                let name = command.get_name();
+                let help = command
+                    .get_after_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
+                assert!(command.get_about().is_some(), "{name} has no help");
+                assert!(help.contains("iii "), "{name} has no example");
+            }
+        }
+    }
+
+    #[test]
+    fn both_names_take_the_same_worker_commands() {
+        let long = Iii::try_parse_from(["iii", "worker", "dev", "p", "--port", "1", "--fresh"]);
+        let short = IiiWorker::try_parse_from(["iii-worker", "dev", "p", "--port", "1", "--fresh"]);
+        let (Ok(long), Ok(short)) = (long, short) else {
+            panic!("both parse");
+        };
+        let Command::Worker(long) = long.command else {
+            panic!("worker");
+        };
+        assert_eq!(format!("{long:?}"), format!("{:?}", short.command));
+    }
+}
