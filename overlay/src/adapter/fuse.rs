@@ -11,6 +11,9 @@
 //! would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no request for: programs are told that it
 //! is not supported, and fall back to a named file.
 //!
+//! Nor passthrough: it needs privileges in the host's user namespace, and a file of its own for every object, which small
+//! ones do not have. So the first read of a small file is one request, and all that follow are none.
+//!
 //! setuid and setgid go with a write, a truncation or a change of the owner (`HANDLE_KILLPRIV_V2`). `fuser` does not tell
 //! whether the kernel asked for that when truncating, so there it is done for everybody but uid 0.
 

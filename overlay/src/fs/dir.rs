@@ -378,7 +378,7 @@ pub(super) fn strip_privileges(record: &mut Record, suid: bool) -> bool {
     const CAPABILITY: &[u8] = b"security.capability";
     let capability = record.xattrs.remove(CAPABILITY).is_some();
     let mode = record.mode;
-    if suid && record.kind() == Kind::File {
+    if suid && !record.is_dir() {
         record.mode &= !SETUID;
         if record.mode & 0o010 != 0 {
             record.mode &= !SETGID;

@@ -254,7 +254,7 @@ impl Pair<'_> {
                     self.setattr(ino, set);
                     let inode = &mut self.model.inodes[ix];
                     inode.owner = (uid, gid);
-                    if inode.kind == Kind::File {
+                    if inode.kind != Kind::Dir {
                         strip(&mut inode.mode);
                     }
                 }
