@@ -18,6 +18,7 @@ use error::CliError;
 /// The `iii` program.
 pub fn iii() -> ExitCode {
     sandbox::maybe_run_init();
+    keep_large_buffers_mapped();
     let command = Iii::parse().command;
     finish(|ui| match command {
         Command::Worker(command) => worker::run(command, ui),
@@ -28,8 +29,20 @@ pub fn iii() -> ExitCode {
 /// The `iii-worker` program: `iii worker`, under the name that the engine calls.
 pub fn iii_worker() -> ExitCode {
     sandbox::maybe_run_init();
+    keep_large_buffers_mapped();
     let command = IiiWorker::parse().command;
     finish(|ui| worker::run(command, ui))
+}
+
+/// Gives every buffer of 1 MiB or more a mapping of its own. glibc would raise that threshold when the first one is freed, serve the
+/// next from its heap, and zero it: the 16 MiB request buffer of each thread that serves a filesystem, of which a page or two
+/// are ever used, would then be resident whole.
+fn keep_large_buffers_mapped() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it sets a tunable of malloc and touches no memory of ours; there is one thread yet.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
 }
 
 fn finish(run: impl FnOnce(&Ui) -> Result<ExitCode, CliError>) -> ExitCode {
