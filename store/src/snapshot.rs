@@ -165,6 +165,7 @@ fn attempt(
         files: Mutex::default(),
         nodes: AtomicUsize::new(1),
         read: AtomicU64::new(0),
+        fresh: AtomicBool::new(false),
         known: AtomicU64::new(0),
         changed: AtomicU64::new(0),
         skipped: Mutex::default(),
@@ -176,13 +177,18 @@ fn attempt(
     let taken = walk.finish()?;
 
     let fingerprint = fingerprint(&taken.dirs, options);
+    // Something that the store lacked is not in a layer that it has, whatever the cache says.
     let same = cache
         .outcome()
-        .filter(|last| last.fingerprint == fingerprint && taken.read == 0);
+        .filter(|last| last.fingerprint == fingerprint && !taken.fresh);
     if let Some(last) = same {
         // First the pin, then the question. A layer that does not hold is made anew.
         lease.pin(&[last.layer_id]).map_err(stored)?;
         if let Ok(layer) = store.layer(&last.layer_id) {
+            // What was read because it was young need not be read again.
+            if taken.read > 0 {
+                remember(store, lease, options, stamp, &last, &taken).map_err(stored)?;
+            }
             let published = Published {
                 layer_id: last.layer_id,
                 tree_id: last.tree_id,
@@ -201,16 +207,30 @@ fn attempt(
         layer_id: published.layer_id,
         tree_id: published.tree_id,
     };
+    // Freeing tens of thousands of nodes is not what anybody waits for.
+    rayon::spawn(move || drop(tree));
     let (layer, cached) = rayon::join(
         || store.layer(&published.layer_id),
-        || match stat_cache::encode(stamp, &outcome, &entries(&taken.dirs)) {
-            Some(bytes) => write_cache(lease, &cache_path(store, options), &bytes),
-            None => Ok(()),
-        },
+        || remember(store, lease, options, stamp, &outcome, &taken),
     );
     cached.map_err(stored)?;
     let layer = layer.map_err(stored)?;
     Ok(taken.result(published, layer))
+}
+
+/// Writes the stat cache.
+fn remember(
+    store: &Store,
+    lease: &Lease,
+    options: &Options<'_>,
+    stamp: Time,
+    outcome: &Outcome,
+    taken: &Taken,
+) -> Result<(), StoreError> {
+    match stat_cache::encode(stamp, outcome, &entries(&taken.dirs)) {
+        Some(bytes) => write_cache(lease, &cache_path(store, options), &bytes),
+        None => Ok(()),
+    }
 }
 
 /// A hash of all that goes into the layer.
@@ -408,6 +428,8 @@ struct Walk<'a> {
     files: Mutex<Vec<(usize, FileEntry)>>,
     nodes: AtomicUsize,
     read: AtomicU64,
+    /// Whether anything was read that the store did not have.
+    fresh: AtomicBool,
     /// Files that the cache knows, whether or not they changed.
     known: AtomicU64,
     changed: AtomicU64,
@@ -421,6 +443,7 @@ struct Taken {
     /// A directory always stands after the one it is in.
     dirs: Vec<Found>,
     read: u64,
+    fresh: bool,
     changed: u64,
     removed: u64,
     skipped: Vec<Skipped>,
@@ -428,10 +451,12 @@ struct Taken {
 
 impl Taken {
     fn result(self, published: Published, layer: Arc<Layer>) -> Snapshot {
+        let files = self.dirs.iter().map(|dir| dir.files.len() as u64).sum();
+        rayon::spawn(move || drop(self.dirs));
         Snapshot {
             published,
             layer,
-            files: self.dirs.iter().map(|dir| dir.files.len() as u64).sum(),
+            files,
             read: self.read,
             changed: self.changed,
             removed: self.removed,
@@ -741,6 +766,7 @@ impl Walk<'_> {
                     source,
                 },
             })?;
+            self.fresh.fetch_or(added.new, Ordering::Relaxed);
             let after = rustix::fs::fstat(&open);
             let after = after.map_err(|err| self.error("looking at", &full(), err))?;
             let after = file_stat(&after);
@@ -776,6 +802,7 @@ impl Walk<'_> {
         Ok(Taken {
             dirs,
             read: self.read.into_inner(),
+            fresh: self.fresh.into_inner(),
             changed: self.changed.into_inner(),
             removed: (self.cache.len() as u64).saturating_sub(self.known.into_inner()),
             skipped,

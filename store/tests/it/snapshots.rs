@@ -316,6 +316,20 @@ fn a_racy_file_is_read_again() {
     }
 }
 
+/// What is read only because it was young makes no new layer, and is not read a third time.
+#[test]
+fn a_young_file_is_read_once_more_and_the_layer_stays() {
+    let bench = Bench::new();
+    bench.write("f", "one");
+    let first = bench.take();
+    bench.settle();
+    let second = bench.take();
+    assert_eq!((second.read, second.changed), (1, 0));
+    assert_eq!(second.published.layer_id, first.published.layer_id);
+    assert!(second.published.existed);
+    assert_eq!(bench.take().read, 0);
+}
+
 /// As it is, with the times put back: only ctime tells, and it does.
 #[test]
 fn times_that_were_put_back_fool_nobody() {
