@@ -168,7 +168,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         Mode::Quiet
     };
     let session = serve(Arc::clone(&overlay), fuse.into(), args.threads, mode)?;
-    eprintln!("serving on {}, opened in {opened:?}", args.mountpoint.display());
+    eprintln!(
+        "serving on {}, opened in {opened:?}",
+        args.mountpoint.display()
+    );
     let mountpoint = args.mountpoint.clone();
     let mut signals = signal_hook::iterator::Signals::new([libc::SIGINT, libc::SIGTERM])?;
     std::thread::spawn(move || {

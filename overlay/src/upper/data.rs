@@ -1,4 +1,4 @@
-//! The flat files that hold what the sandbox wrote, `data/xx/<number>`, and a bounded cache of their descriptors.
+//! The flat files that hold what the sandbox wrote, `data/<shard>/<number>`, and a bounded cache of their descriptors.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{UpperError, io_error};
+
+/// Flat files in one directory. Files that are made one after the other stand together, as the host's filesystem likes it.
+const SHARD: u64 = 4096;
 
 /// Most descriptors kept open.
 pub const MAX_OPEN: usize = 256;
@@ -86,7 +89,7 @@ impl FlatFiles {
 
     fn path(&self, number: u64) -> PathBuf {
         self.dir
-            .join(format!("{:02x}", number & 0xff))
+            .join((number / SHARD).to_string())
             .join(number.to_string())
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! lock        held (flock) by the process that has the upper open
 //! log         every change of metadata: see [`log`]
-//! data/xx/n   what was written into files: see [`data`]
+//! data/s/n    what was written into files: see [`data`]
 //! ```
 //!
 //! # Model

@@ -204,9 +204,10 @@ fn a_full_disk_is_enospc_and_can_be_emptied() {
     let overlay = home.open_at(&[], &upper, OverlayOptions::default());
     let create = |name: &[u8]| overlay.mknod(Caller::default(), ROOT, name, 0o644, Special::File);
     let big = create(b"big").unwrap().ino;
+    let page = vec![1; 65_536];
     let mut at = 0;
     let full = loop {
-        match overlay.write(big, &[1; 65_536], at, true) {
+        match overlay.write(big, &page, at, true) {
             Ok(count) => at += count as u64,
             Err(error) => break error,
         }
@@ -229,6 +230,6 @@ fn a_full_disk_is_enospc_and_can_be_emptied() {
     overlay.unlink(ROOT, b"big").unwrap();
     let create = |name: &[u8]| overlay.mknod(Caller::default(), ROOT, name, 0o644, Special::File);
     let again = create(b"again").unwrap().ino;
-    assert_eq!(overlay.write(again, &[1; 65_536], 0, true), Ok(65_536));
+    assert_eq!(overlay.write(again, &page, 0, true), Ok(65_536));
     drop(overlay);
 }
