@@ -28,6 +28,9 @@ use crate::sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
 use crate::supervise::Signals;
 use crate::tail::Tail;
 
+/// Context of the key that guards the snapshot of one project.
+const SNAPSHOT_CONTEXT: &str = "iii 2026 snapshot v1";
+
 /// The command that runs a script, up to the script: it ends at the first command that fails.
 pub const SHELL: [&str; 2] = ["/bin/sh", "-ec"];
 
@@ -250,12 +253,17 @@ impl Builder<'_> {
 
     fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
         let start = Instant::now();
+        let name = project_id(self.project);
+        // Two at once would each store what is new of the project.
+        let key = KeyId::from_bytes(blake3::derive_key(SNAPSHOT_CONTEXT, name.as_bytes()));
+        let waiting = || (self.events)(Event::Waiting(Kind::Project));
+        let _flight = self.store.flight(&key, &waiting)?;
         let snapshot = snapshot::snapshot(
             self.store,
             self.lease,
             &self.project.root,
             &snapshot::Options {
-                name: &project_id(self.project),
+                name: &name,
                 at: WORKSPACE.as_bytes(),
                 excludes: &EXCLUDED.map(str::as_bytes),
                 uid: 0,

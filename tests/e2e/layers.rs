@@ -212,7 +212,7 @@ fn two_identical_builds_build_once() {
     let running = [home.start(&args), home.start(&args)];
     let both = running.map(|running| Layers::parse(&running.finish(LIMIT).ok()));
     home.assert_nothing_left();
-    for kind in ["setup", "install"] {
+    for kind in ["setup", "install", "project"] {
         let built = both
             .iter()
             .filter(|layers| layers.get(kind).status == "built");
