@@ -277,7 +277,7 @@ impl Builder<'_> {
                 skipped.what
             )));
         }
-        let layer = self.store.layer(&snapshot.published.layer_id)?;
+        let layer = snapshot.layer;
         let report = Report {
             status: if snapshot.published.existed {
                 Status::Hit

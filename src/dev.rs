@@ -210,8 +210,8 @@ pub fn build(
     Ok(stack.reports)
 }
 
-/// Realises the layers of a project and runs its start command on them until it ends. `started` is called with the engine's
-/// state once the command runs.
+/// Realises the layers of a project and runs its start command on them until it ends. `started` is called once
+/// the command runs.
 pub fn dev(
     home: &Home,
     options: &Options,
@@ -288,12 +288,15 @@ pub fn dev(
         events(Event::Note(warning.to_string()));
     }
     started();
-    if !options.engine.listens() {
-        events(Event::Note(format!(
-            "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
-        )));
-    }
-    let (status, signal) = signals.attend(sandbox.controller(), || sandbox.wait());
+    let (status, signal) = signals.attend(sandbox.controller(), || {
+        // Asked while signals are attended to: a name may take long to resolve.
+        if !options.engine.listens() {
+            events(Event::Note(format!(
+                "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
+            )));
+        }
+        sandbox.wait()
+    });
     Ok(Ended {
         status: status?,
         signal,

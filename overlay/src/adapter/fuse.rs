@@ -68,11 +68,6 @@ impl FuseSession {
     pub fn join(self) -> io::Result<()> {
         self.0.join()
     }
-
-    /// Whether it is unmounted everywhere.
-    pub fn is_finished(&self) -> bool {
-        self.0.guard.is_finished()
-    }
 }
 
 /// Serves `fs` on `fuse`, a `/dev/fuse` descriptor that is mounted already, on `threads` threads. The mount needs the

@@ -6,6 +6,7 @@ use iii_store::tree::{self, MAX_NAME, MAX_TARGET};
 use super::{Attr, Caller, DirEntry, Errno, Rename, Result, Special, Time};
 use crate::ino::Ino;
 use crate::overlay::Overlay;
+use crate::upper::Inner;
 use crate::upper::batch::Batch;
 use crate::upper::record::{Body, Data, Device, Record};
 use crate::view::Found;
@@ -179,14 +180,7 @@ impl Overlay {
         if inner.state.find(ino)?.kind() == Kind::Dir {
             return Err(Errno::ISDIR);
         }
-        let mut batch = Batch::new(&mut inner);
-        let dir = batch.parent(parent)?;
-        batch.unlink(ino)?;
-        batch.unset(dir, name);
-        batch.commit()?;
-        self.reap(&mut inner, ino);
-        self.upper.compact(&mut inner);
-        Ok(())
+        self.remove(&mut inner, parent, name, ino)
     }
 
     pub(super) fn do_rmdir(&self, parent: Ino, name: &[u8]) -> Result<()> {
@@ -198,13 +192,18 @@ impl Overlay {
         if !inner.state.is_empty(ino)? {
             return Err(Errno::NOTEMPTY);
         }
-        let mut batch = Batch::new(&mut inner);
+        self.remove(&mut inner, parent, name, ino)
+    }
+
+    /// Takes the name `name` of `ino` out of `parent`.
+    fn remove(&self, inner: &mut Inner, parent: Ino, name: &[u8], ino: Ino) -> Result<()> {
+        let mut batch = Batch::new(inner);
         let dir = batch.parent(parent)?;
         batch.unlink(ino)?;
         batch.unset(dir, name);
         batch.commit()?;
-        self.reap(&mut inner, ino);
-        self.upper.compact(&mut inner);
+        self.reap(inner, ino);
+        self.upper.compact(inner);
         Ok(())
     }
 
