@@ -1,9 +1,11 @@
-//! The seam between the store and the filesystem: every call that changes the disk goes through [`Disk`].
+//! The seam between the store and the filesystem: every call that reads or changes the disk goes through [`Disk`].
 //!
-//! Tests stand in for it to fail any call, or to cut the power after it. Reading what was published does not pass
-//! here: files are immutable once they have a name, and readers check what they read.
+//! Tests stand in for it to fail any call, or to cut the power after it. Two things do not pass here: `flock`, which
+//! touches no disk, and loads from a mapping, which cannot fail as long as the file is as long as when it was mapped. The
+//! directory that a snapshot takes in is not the store's.
 
-use std::fs::{DirBuilder, File};
+use std::ffi::OsString;
+use std::fs::{DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{IoContext, StoreError};
 
-/// The calls that change the disk.
+/// The calls that the store makes.
 ///
 /// Nothing is durable before [`Disk::sync`] (a file's bytes) or [`Disk::sync_dir`] (a directory's names) returned.
 pub trait Disk: Send + Sync + std::fmt::Debug {
@@ -33,6 +35,20 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Removes an empty directory.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
+    /// Opens a file for reading and, if there is none, makes an empty one: what processes lock.
+    fn open_lock(&self, path: &Path) -> io::Result<File>;
+    /// Sets the mtime of a file that is there to now. It need not be durable.
+    fn touch(&self, path: &Path) -> io::Result<()>;
+    /// Opens a file for reading.
+    fn open(&self, path: &Path) -> io::Result<File>;
+    /// Reads what one call gives, 0 bytes at the end.
+    fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// What is known of a name, without following a symlink.
+    fn metadata(&self, path: &Path) -> io::Result<Metadata>;
+    /// The names in a directory, in any order.
+    fn list(&self, path: &Path) -> io::Result<Vec<OsString>>;
 }
 
 /// The filesystem itself.
@@ -82,6 +98,90 @@ impl Disk for RealDisk {
     fn remove(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_file(path)
     }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_dir(path)
+    }
+
+    fn open_lock(&self, path: &Path) -> io::Result<File> {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+    }
+
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+        let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+        let times = Timestamps {
+            last_access: time(UTIME_OMIT),
+            last_modification: time(UTIME_NOW),
+        };
+        rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(())
+    }
+
+    fn open(&self, path: &Path) -> io::Result<File> {
+        File::open(path)
+    }
+
+    fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        file.read_at(buf, offset)
+    }
+
+    fn metadata(&self, path: &Path) -> io::Result<Metadata> {
+        std::fs::symlink_metadata(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        path.read_dir()?
+            .map(|entry| Ok(entry?.file_name()))
+            .collect()
+    }
+}
+
+/// The names in a directory of the store. Those that are not UTF-8 are not the store's.
+pub(crate) fn names(disk: &dyn Disk, dir: &Path) -> Result<Vec<String>, StoreError> {
+    let names = disk.list(dir).at("listing", dir)?;
+    Ok(names
+        .into_iter()
+        .filter_map(|name| name.into_string().ok())
+        .collect())
+}
+
+/// Reads a whole file that is at most `limit` bytes long, if there is one.
+pub(crate) fn read_file(
+    disk: &dyn Disk,
+    path: &Path,
+    limit: u64,
+) -> Result<Option<Vec<u8>>, StoreError> {
+    let file = match disk.open(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.at("opening", path)?,
+    };
+    let len = file.metadata().at("looking at", path)?.len();
+    if len > limit {
+        let what = "it is larger than any such file";
+        return Err(StoreError::Damaged {
+            path: path.to_owned(),
+            what,
+        });
+    }
+    let mut bytes = vec![0; len as usize];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match disk.read_at(&file, &mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err).at("reading", path),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(Some(bytes))
 }
 
 /// A temporary name. Dropping it removes the file, unless it was published.
@@ -135,6 +235,12 @@ impl TmpFile {
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
         let written = self.name.disk.write_at(&self.file, bytes, offset);
         written.at("writing", self.path())
+    }
+
+    /// Reads back what one call gives.
+    pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<usize, StoreError> {
+        let read = self.name.disk.read_at(&self.file, buf, offset);
+        read.at("reading", self.path())
     }
 
     pub(crate) fn sync(&self) -> Result<(), StoreError> {

@@ -213,7 +213,7 @@ impl<'a> Ingest<'a> {
             let mut size = 0;
             with_buffer(|buffer| -> Result<(), StoreError> {
                 loop {
-                    let count = tmp.file.read_at(buffer, size).at("reading", tmp.path())?;
+                    let count = tmp.read(buffer, size)?;
                     if count == 0 {
                         return Ok(());
                     }

@@ -42,7 +42,8 @@ impl Store {
 
     /// The records of a key, newest first. Their layers may be gone: pin, then look.
     pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
-        let file: Option<KeyFile> = read_json(&self.key_path(key), MAX_KEY_FILE)?;
+        let file: Option<KeyFile> =
+            read_json(self.disk().as_ref(), &self.key_path(key), MAX_KEY_FILE)?;
         Ok(file.unwrap_or_default().records)
     }
 
@@ -50,11 +51,9 @@ impl Store {
     /// store and pinned by the caller.
     pub fn put_record(&self, key: &KeyId, record: Record) -> Result<(), StoreError> {
         let lease = self.lease("record")?;
-        if !self.has_layer(&record.layer_id) {
-            return Err(StoreError::MissingLayer(record.layer_id));
-        }
+        self.require_layer(&record.layer_id)?;
         let lock = self.dir().join("locks").join(format!("{key}.key"));
-        let _lock = FileLock::acquire(lock, &|| {})?;
+        let _lock = FileLock::acquire(self.disk(), lock, &|| {})?;
         // A damaged file would keep the key from ever being built again; what it said can be built anew.
         let mut records = match self.records(key) {
             Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Vec::new(),

@@ -38,7 +38,7 @@
 //! node in order, its seconds (i64) and nanoseconds (u32) of mtime.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::fs::File;
 
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
@@ -503,9 +503,9 @@ fn array(bytes: &[u8], at: usize) -> [u8; 32] {
 }
 
 impl Layer {
-    /// Maps and checks the layer file at `path`.
-    pub fn open(path: &Path) -> Result<Self, LayerError> {
-        Self::check(Bytes::map(path).map_err(LayerError::Map)?)
+    /// Maps and checks a layer file.
+    pub fn open(file: &File) -> Result<Self, LayerError> {
+        Self::check(Bytes::map(file).map_err(LayerError::Map)?)
     }
 
     /// A layer held in memory.

@@ -7,20 +7,28 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Write};
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::disk::TmpFile;
+use crate::disk::{Disk, TmpFile, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
-use crate::lock::try_lock;
+use crate::lock::{self, try_lock};
 use crate::objects::lock;
 use crate::store::Store;
 
 /// Longest purpose, in bytes.
 const MAX_PURPOSE: usize = 200;
+
+/// What the file of a lease says.
+#[derive(Debug, Default)]
+struct Written {
+    /// Its length in bytes.
+    len: u64,
+    pinned: HashSet<LayerId>,
+}
 
 /// Protects what it pins, and what its holder is writing, from garbage collection. Ends when dropped or when the
 /// process ends. It is inherited by a fork, not by an exec.
@@ -30,7 +38,7 @@ pub struct Lease {
     name: String,
     path: PathBuf,
     file: File,
-    pinned: Mutex<HashSet<LayerId>>,
+    written: Mutex<Written>,
     next_tmp: AtomicU64,
 }
 
@@ -58,7 +66,7 @@ impl Lease {
             let tmp = dir.join("tmp").join(format!("{name}.lease"));
             let path = dir.join("leases").join(&name);
             // Locked under a temporary name first: in `leases/`, an unlocked file is a dead one.
-            let mut file = store.disk().create(&tmp).at("creating", &tmp)?;
+            let file = store.disk().create(&tmp).at("creating", &tmp)?;
             if !try_lock(&file).at("locking", &tmp)? {
                 continue;
             }
@@ -68,7 +76,9 @@ impl Lease {
                 .take(MAX_PURPOSE)
                 .collect();
             let line = format!("iii-lease 1 {purpose}\n");
-            file.write_all(line.as_bytes()).at("writing", &tmp)?;
+            let disk = store.disk();
+            disk.write_at(&file, line.as_bytes(), 0)
+                .at("writing", &tmp)?;
             match store.disk().rename(&tmp, &path) {
                 // Swept between create and lock.
                 Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
@@ -79,7 +89,10 @@ impl Lease {
                 name,
                 path,
                 file,
-                pinned: Mutex::default(),
+                written: Mutex::new(Written {
+                    len: line.len() as u64,
+                    pinned: HashSet::new(),
+                }),
                 next_tmp: AtomicU64::new(0),
             });
         }
@@ -88,21 +101,27 @@ impl Lease {
     /// Keeps these layers, and all objects in them, as long as the lease lives. They need not exist (yet): pin first,
     /// then look.
     pub fn pin(&self, layers: &[LayerId]) -> Result<(), StoreError> {
-        let mut pinned = lock(&self.pinned);
+        let mut written = lock(&self.written);
         let mut lines = String::new();
         for id in layers {
-            if !pinned.contains(id) {
+            if !written.pinned.contains(id) {
                 lines.push_str("layer ");
                 lines.push_str(&id.to_string());
                 lines.push('\n');
             }
         }
         if !lines.is_empty() {
-            (&self.file)
-                .write_all(lines.as_bytes())
-                .at("writing", &self.path)?;
-            pinned.extend(layers);
+            self.append(&mut written, &lines)?;
+            written.pinned.extend(layers);
         }
+        Ok(())
+    }
+
+    fn append(&self, written: &mut Written, lines: &str) -> Result<(), StoreError> {
+        let disk = self.store.disk();
+        disk.write_at(&self.file, lines.as_bytes(), written.len)
+            .at("writing", &self.path)?;
+        written.len += lines.len() as u64;
         Ok(())
     }
 
@@ -130,15 +149,16 @@ impl Drop for Lease {
     }
 }
 
-/// Removes the leases of the dead and the temporary files that belonged to them. Returns how many leases there were.
+/// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held. Returns how many leases there were.
 pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
     let (leases, tmp) = (store.dir().join("leases"), store.dir().join("tmp"));
     let mut alive = HashSet::new();
     // Listed before the leases: a file that is here belongs to a lease that is there by then, or is dead.
-    let leftovers = names(&tmp)?;
+    let disk = store.disk().as_ref();
+    let leftovers = names(disk, &tmp)?;
     let mut dead = Vec::new();
-    for name in names(&leases)? {
-        match dead_lease(&leases.join(&name)).at("locking", &leases.join(&name))? {
+    for name in names(disk, &leases)? {
+        match dead_lease(disk, &leases.join(&name)).at("locking", &leases.join(&name))? {
             Some(file) => dead.push((name, file)),
             None => {
                 alive.insert(name);
@@ -149,7 +169,7 @@ pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
         let (owner, rest) = name.split_once('.').unwrap_or((&name, ""));
         let path = tmp.join(&name);
         // A lease that is being taken is a temporary file itself, and locked but for a moment; its taker tries again.
-        let taking = rest == "lease" && !matches!(dead_lease(&path), Ok(Some(_)));
+        let taking = rest == "lease" && !matches!(dead_lease(disk, &path), Ok(Some(_)));
         if !alive.contains(owner) && !taking {
             remove(store, &path)?;
         }
@@ -159,31 +179,22 @@ pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
         remove(store, &leases.join(name))?;
         drop(file);
     }
+    lock::sweep(store.disk(), &store.dir().join("locks"))?;
     Ok(count)
 }
 
 /// The lease's file, locked, if nobody holds it.
-fn dead_lease(path: &std::path::Path) -> io::Result<Option<File>> {
-    match File::open(path) {
+fn dead_lease(disk: &dyn Disk, path: &Path) -> io::Result<Option<File>> {
+    match disk.open(path) {
         Ok(file) => Ok(try_lock(&file)?.then_some(file)),
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(err) => Err(err),
     }
 }
 
-fn remove(store: &Store, path: &std::path::Path) -> Result<(), StoreError> {
+fn remove(store: &Store, path: &Path) -> Result<(), StoreError> {
     match store.disk().remove(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.at("removing", path),
     }
-}
-
-/// The names in a directory of the store. Names that are not UTF-8 are not the store's.
-fn names(dir: &std::path::Path) -> Result<Vec<String>, StoreError> {
-    let mut names = Vec::new();
-    for entry in dir.read_dir().at("listing", dir)? {
-        let entry = entry.at("listing", dir)?;
-        names.extend(entry.file_name().into_string());
-    }
-    Ok(names)
 }

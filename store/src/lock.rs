@@ -2,16 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, flock};
 
+use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 
 /// A lock that one process at a time holds. Dropping it, or the death of the process, releases it.
 #[derive(Debug)]
 pub(crate) struct FileLock {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     /// Closing it releases the lock.
     _file: File,
@@ -19,17 +22,14 @@ pub(crate) struct FileLock {
 
 impl FileLock {
     /// Waits for the lock. Calls `on_wait` once if somebody else has it.
-    pub(crate) fn acquire(path: PathBuf, on_wait: &dyn Fn()) -> Result<Self, StoreError> {
+    pub(crate) fn acquire(
+        disk: &Arc<dyn Disk>,
+        path: PathBuf,
+        on_wait: &dyn Fn(),
+    ) -> Result<Self, StoreError> {
         let mut waited = false;
         loop {
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)
-                .at("opening the lock", &path)?;
+            let file = disk.open_lock(&path).at("opening the lock", &path)?;
             if !try_lock(&file).at("locking", &path)? {
                 if !waited {
                     on_wait();
@@ -39,7 +39,11 @@ impl FileLock {
             }
             // Whoever had it may have removed the file meanwhile, and somebody else made the next one.
             if is_at(&file, &path) {
-                return Ok(Self { path, _file: file });
+                return Ok(Self {
+                    disk: Arc::clone(disk),
+                    path,
+                    _file: file,
+                });
             }
         }
     }
@@ -48,8 +52,27 @@ impl FileLock {
 impl Drop for FileLock {
     fn drop(&mut self) {
         // While it is still locked, so that nobody else can hold the file that is removed.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = self.disk.remove(&self.path);
     }
+}
+
+/// Removes the lock files that processes which died, or failed to remove them, have left in `dir`.
+pub(crate) fn sweep(disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), StoreError> {
+    for name in names(disk.as_ref(), dir)? {
+        let path = dir.join(name);
+        let file = match disk.open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+            other => other.at("opening the lock", &path)?,
+        };
+        if try_lock(&file).at("locking", &path)? && is_at(&file, &path) {
+            drop(FileLock {
+                disk: Arc::clone(disk),
+                path,
+                _file: file,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Locks `file` if nobody else has it.

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::path::Path;
 
 use memmap2::Mmap;
 
@@ -15,15 +14,14 @@ pub(crate) enum Bytes {
 
 impl Bytes {
     /// Maps a file of the store: a layer, a pack's index, a stat cache.
-    pub(crate) fn map(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+    pub(crate) fn map(file: &File) -> io::Result<Self> {
         if file.metadata()?.len() == 0 {
             return Ok(Self::Owned(Vec::new()));
         }
         // SAFETY: the files of a store are written once under a temporary name, renamed into place and from then on
         // only ever unlinked or replaced by a rename, never written or truncated, so the mapping does not change and
         // stays backed.
-        let map = unsafe { Mmap::map(&file) }?;
+        let map = unsafe { Mmap::map(file) }?;
         Ok(Self::Mapped(map))
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
 use crate::pack::{Index, Place};
@@ -199,6 +200,7 @@ impl PackSet {
 /// Where the objects of a store are found.
 #[derive(Debug)]
 pub(crate) struct Objects {
+    disk: Arc<dyn Disk>,
     packs_dir: PathBuf,
     loose_dir: PathBuf,
     packs: RwLock<PackSet>,
@@ -207,8 +209,9 @@ pub(crate) struct Objects {
 
 impl Objects {
     /// Nothing is read before the first question.
-    pub(crate) fn new(packs_dir: PathBuf, loose_dir: PathBuf) -> Self {
+    pub(crate) fn new(disk: Arc<dyn Disk>, packs_dir: PathBuf, loose_dir: PathBuf) -> Self {
         Self {
+            disk,
             packs_dir,
             loose_dir,
             packs: RwLock::default(),
@@ -230,7 +233,8 @@ impl Objects {
 
     /// Looks at the packs that appeared or went since the last time. Cheap when none did.
     pub(crate) fn refresh(&self) -> Result<(), StoreError> {
-        let mtime = || -> io::Result<SystemTime> { self.packs_dir.metadata()?.modified() };
+        let mtime =
+            || -> io::Result<SystemTime> { self.disk.metadata(&self.packs_dir)?.modified() };
         let now = mtime().at("looking at", &self.packs_dir)?;
         {
             let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
@@ -243,10 +247,8 @@ impl Objects {
             .duration_since(now)
             .is_ok_and(|age| age > MTIME_GRANULARITY);
         let mut found = HashSet::new();
-        for entry in self.packs_dir.read_dir().at("listing", &self.packs_dir)? {
-            let entry = entry.at("listing", &self.packs_dir)?;
-            let name = entry.file_name();
-            if let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".idx"))
+        for name in names(self.disk.as_ref(), &self.packs_dir)? {
+            if let Some(id) = name.strip_suffix(".idx")
                 && let Ok(id) = id.parse::<PackId>()
             {
                 found.insert(id);
@@ -259,7 +261,8 @@ impl Objects {
         for id in &found {
             // An index that does not hold is passed over: what it named is missing, and `verify` says why.
             if set.known.insert(*id)
-                && let Ok(index) = Index::open(&self.index_path(id), id)
+                && let Ok(file) = self.disk.open(&self.index_path(id))
+                && let Ok(index) = Index::open(&file, id)
             {
                 new.push(Pack { id: *id, index });
             }
@@ -280,7 +283,8 @@ impl Objects {
 
     /// Whether there is a file of this object of `len` bytes.
     pub(crate) fn has_loose(&self, id: &ObjectId, len: Option<u64>) -> bool {
-        std::fs::symlink_metadata(self.loose_path(id))
+        self.disk
+            .metadata(&self.loose_path(id))
             .is_ok_and(|meta| meta.is_file() && len.is_none_or(|len| meta.size() == len))
     }
 
@@ -294,7 +298,7 @@ impl Objects {
         if let Some(file) = lock(&self.files).get(key) {
             return Ok(file);
         }
-        let file = Arc::new(File::open(path)?);
+        let file = Arc::new(self.disk.open(path)?);
         lock(&self.files).insert(key, Arc::clone(&file));
         Ok(file)
     }

@@ -20,7 +20,7 @@
 //!
 //! The name of both files is the BLAKE3 of the index: whoever opens an index knows whether it is whole.
 
-use std::path::Path;
+use std::fs::File;
 
 use crate::id::{ObjectId, PackId};
 use crate::map::Bytes;
@@ -146,9 +146,9 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl Index {
-    /// Maps and checks the index at `path`, whose name says that it is `id`.
-    pub fn open(path: &Path, id: &PackId) -> Result<Self, PackError> {
-        let bytes = Bytes::map(path).map_err(PackError::Map)?;
+    /// Maps and checks an index whose name says that it is `id`.
+    pub fn open(file: &File, id: &PackId) -> Result<Self, PackError> {
+        let bytes = Bytes::map(file).map_err(PackError::Map)?;
         let holds = PackId::from(blake3::hash(&bytes)) == *id;
         let index = Self::check(bytes)?;
         if holds {
@@ -324,7 +324,7 @@ mod tests {
         let good = sample();
         let id = PackId::from(blake3::hash(&good));
         std::fs::write(&path, &good).unwrap();
-        Index::open(&path, &id).unwrap();
+        Index::open(&File::open(&path).unwrap(), &id).unwrap();
         for at in 0..good.len() {
             let mut bytes = good.clone();
             bytes[at] ^= 0x41;
@@ -334,7 +334,10 @@ mod tests {
                 }
             }
             std::fs::write(&path, &bytes).unwrap();
-            assert!(Index::open(&path, &id).is_err(), "byte {at}");
+            assert!(
+                Index::open(&File::open(&path).unwrap(), &id).is_err(),
+                "byte {at}"
+            );
         }
         for len in 0..good.len() {
             assert!(

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::names;
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
 use crate::store::{Store, read_json, write_json};
@@ -96,8 +97,8 @@ impl Store {
             });
         }
         let lease = self.lease("ref")?;
-        if let Some(missing) = content.layers.iter().find(|id| !self.has_layer(id)) {
-            return Err(StoreError::MissingLayer(*missing));
+        for id in &content.layers {
+            self.require_layer(id)?;
         }
         let file = RefFile {
             name: name.to_owned(),
@@ -108,7 +109,11 @@ impl Store {
 
     /// What has this name.
     pub fn get_ref(&self, kind: RefKind, name: &str) -> Result<Option<Ref>, StoreError> {
-        let file: Option<RefFile> = read_json(&self.ref_path(kind, name)?, MAX_REF_FILE)?;
+        let file: Option<RefFile> = read_json(
+            self.disk().as_ref(),
+            &self.ref_path(kind, name)?,
+            MAX_REF_FILE,
+        )?;
         Ok(file
             .filter(|file| file.name == name)
             .map(|file| file.content))
@@ -118,10 +123,10 @@ impl Store {
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
         let dir = self.dir().join("refs").join(kind.dir());
         let mut refs = Vec::new();
-        for entry in dir.read_dir().at("listing", &dir)? {
-            let path = entry.at("listing", &dir)?.path();
+        for name in names(self.disk().as_ref(), &dir)? {
             // One that went meanwhile is not there.
-            let file: Option<RefFile> = read_json(&path, MAX_REF_FILE)?;
+            let file: Option<RefFile> =
+                read_json(self.disk().as_ref(), &dir.join(name), MAX_REF_FILE)?;
             refs.extend(file.map(|file| (file.name, file.content)));
         }
         refs.sort_by(|a, b| a.0.cmp(&b.0));

@@ -127,7 +127,8 @@ pub fn snapshot(
     dir: &Path,
     options: &Options<'_>,
 ) -> Result<Snapshot, SnapshotError> {
-    let cache = StatCache::open(&cache_path(store, options));
+    let cache = store.disk().open(&cache_path(store, options));
+    let cache = cache.map_or_else(|_| StatCache::default(), |file| StatCache::open(&file));
     match attempt(store, lease, dir, options, &cache) {
         // The cache names contents that the store has not any more: everything is read.
         Err(SnapshotError::Store {

@@ -21,7 +21,7 @@
 //! stamp is the time at which the walk began. A file whose mtime or ctime is not older than that, less the clock's
 //! granularity, may have changed after it was read without a trace: its entry holds no longer than this run.
 
-use std::path::Path;
+use std::fs::File;
 
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
@@ -211,9 +211,9 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl StatCache {
-    /// The cache at `path`; empty if there is none that holds.
-    pub fn open(path: &Path) -> Self {
-        Bytes::map(path)
+    /// The cache in a file; empty if it does not hold.
+    pub fn open(file: &File) -> Self {
+        Bytes::map(file)
             .ok()
             .and_then(Self::check)
             .unwrap_or_default()

@@ -1,14 +1,13 @@
 //! Opening a store, and reading from it.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{Disk, RealDisk};
+use crate::disk::{Disk, RealDisk, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId};
 use crate::ingest::Ingest;
@@ -79,9 +78,9 @@ impl Store {
     /// Opens the store on a disk of the caller's, for tests that make it fail.
     pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
         let path = dir.join("format");
-        let format = match read_json::<Format>(&path, MAX_FORMAT)? {
+        let format = match read_json::<Format>(disk.as_ref(), &path, MAX_FORMAT)? {
             Some(format) => format,
-            None => create(dir, disk.as_ref())?,
+            None => create(dir, &disk)?,
         };
         if format.version != FORMAT_VERSION || !format.incompat.is_empty() {
             return Err(StoreError::Unsupported {
@@ -100,7 +99,7 @@ impl Store {
             Some(format!("unknown ro-compat features {:?}", format.ro_compat))
         };
         Ok(Self(Arc::new(Inner {
-            objects: Objects::new(dir.join("packs"), dir.join("loose")),
+            objects: Objects::new(Arc::clone(&disk), dir.join("packs"), dir.join("loose")),
             dir: dir.to_owned(),
             disk,
             read_only,
@@ -149,7 +148,17 @@ impl Store {
 
     /// Whether the layer is there. Only of use to who has pinned it.
     pub fn has_layer(&self, id: &LayerId) -> bool {
-        self.layer_path(id).is_file()
+        self.require_layer(id).is_ok()
+    }
+
+    /// An error unless the layer is there.
+    pub(crate) fn require_layer(&self, id: &LayerId) -> Result<(), StoreError> {
+        let path = self.layer_path(id);
+        match self.disk().metadata(&path) {
+            Ok(meta) if meta.is_file() => Ok(()),
+            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("looking at", &path),
+            _ => Err(StoreError::MissingLayer(*id)),
+        }
     }
 
     /// Opens a layer. Two callers share one mapping.
@@ -158,10 +167,13 @@ impl Store {
             return Ok(layer);
         }
         let path = self.layer_path(id);
-        if !path.is_file() {
-            return Err(StoreError::MissingLayer(*id));
-        }
-        let layer = Layer::open(&path).map_err(|source| StoreError::Layer {
+        let file = match self.disk().open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::MissingLayer(*id));
+            }
+            other => other.at("opening", &path)?,
+        };
+        let layer = Layer::open(&file).map_err(|source| StoreError::Layer {
             id: *id,
             path: path.clone(),
             source,
@@ -192,7 +204,7 @@ impl Store {
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
         let path = self.0.dir.join("locks").join(format!("{key}.flight"));
         Ok(Flight {
-            _lock: FileLock::acquire(path, on_wait)?,
+            _lock: FileLock::acquire(self.disk(), path, on_wait)?,
         })
     }
 }
@@ -203,12 +215,11 @@ pub struct Flight {
     _lock: FileLock,
 }
 
-fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
+fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
     let known = |name: &str| name == "format" || DIRS.contains(&name) || OTHER_DIRS.contains(&name);
-    match dir.read_dir() {
-        Ok(entries) => {
-            for entry in entries {
-                let name = entry.at("listing", dir)?.file_name();
+    match disk.list(dir) {
+        Ok(names) => {
+            for name in names {
                 if !name.to_str().is_some_and(known) {
                     return Err(StoreError::NotAStore {
                         path: dir.to_owned(),
@@ -218,7 +229,10 @@ fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
             }
         }
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
-            let mut missing: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
+            let mut missing: Vec<&Path> = dir
+                .ancestors()
+                .take_while(|dir| disk.metadata(dir).is_err())
+                .collect();
             missing.retain(|dir| !dir.as_os_str().is_empty());
             for dir in missing.into_iter().rev() {
                 disk.create_dir(dir).at("making", dir)?;
@@ -238,8 +252,8 @@ fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
     };
     let path = dir.join("format");
     // Two processes may make the store at once.
-    let _lock = FileLock::acquire(dir.join("locks/format"), &|| {})?;
-    if let Some(format) = read_json(&path, MAX_FORMAT)? {
+    let _lock = FileLock::acquire(disk, dir.join("locks/format"), &|| {})?;
+    if let Some(format) = read_json(disk.as_ref(), &path, MAX_FORMAT)? {
         return Ok(format);
     }
     let tmp = dir.join("tmp/format");
@@ -262,24 +276,13 @@ fn create(dir: &Path, disk: &dyn Disk) -> Result<Format, StoreError> {
 
 /// Reads a small JSON file of the store, if there is one.
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
+    disk: &dyn Disk,
     path: &Path,
     limit: u64,
 ) -> Result<Option<T>, StoreError> {
-    let file = match File::open(path) {
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.at("opening", path)?,
+    let Some(text) = read_file(disk, path, limit)? else {
+        return Ok(None);
     };
-    let mut text = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut text)
-        .at("reading", path)?;
-    if text.len() as u64 > limit {
-        let what = "it is larger than any such file";
-        return Err(StoreError::Damaged {
-            path: path.to_owned(),
-            what,
-        });
-    }
     let value = serde_json::from_slice(&text).map_err(|source| StoreError::Json {
         path: path.to_owned(),
         source,

@@ -1,7 +1,8 @@
 //! What the tests share.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsString;
+use std::fs::{File, Metadata};
 use std::io;
 use std::path::Path;
 
@@ -44,6 +45,34 @@ impl Disk for NoSync {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         RealDisk.remove(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_dir(path)
+    }
+
+    fn open_lock(&self, path: &Path) -> io::Result<File> {
+        RealDisk.open_lock(path)
+    }
+
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        RealDisk.touch(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<File> {
+        RealDisk.open(path)
+    }
+
+    fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        RealDisk.read_at(file, buf, offset)
+    }
+
+    fn metadata(&self, path: &Path) -> io::Result<Metadata> {
+        RealDisk.metadata(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        RealDisk.list(path)
     }
 }
 
