@@ -103,6 +103,11 @@ pub fn first_mismatch<'a>(facts: &'a [Fact], project: NodeRef<'_>) -> Option<&'a
         .find(|fact| fact.seen.again(node_at(project, &fact.path)) != fact.seen)
 }
 
+/// A path as text, as it stands in the JSON of a fact: `%` and what is not printable UTF-8 are written as `%` and two hex digits.
+pub fn path_text(path: &[u8]) -> String {
+    path_text::escape(path)
+}
+
 /// Paths as text: `%` and what is not printable UTF-8 are written as `%` and two hex digits.
 mod path_text {
     use serde::{Deserialize, Deserializer, Serializer};

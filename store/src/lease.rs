@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::disk::{Disk, TmpFile, names};
+use crate::disk::{Disk, TmpFile, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
 use crate::lock::{self, try_lock};
@@ -21,6 +21,8 @@ use crate::store::Store;
 
 /// Longest purpose, in bytes.
 const MAX_PURPOSE: usize = 200;
+/// Longest file of a lease that is read, in bytes: room for more layers than any process pins.
+const MAX_LEASE_FILE: u64 = 16 << 20;
 
 /// What the file of a lease says.
 #[derive(Debug, Default)]
@@ -147,6 +149,44 @@ impl Drop for Lease {
         // Still locked: a sweeper either sees it alive or not at all.
         let _ = self.store.disk().remove(&self.path);
     }
+}
+
+/// A lease that somebody holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveLease {
+    /// What it is for, in the holder's words.
+    pub purpose: String,
+    /// The layers that it pins, which need not exist.
+    pub layers: Vec<LayerId>,
+}
+
+/// The leases that somebody holds, in any order.
+pub(crate) fn live(store: &Store) -> Result<Vec<LiveLease>, StoreError> {
+    let disk = store.disk().as_ref();
+    let leases = store.dir().join("leases");
+    let mut live = Vec::new();
+    for name in names(disk, &leases)? {
+        let path = leases.join(&name);
+        // Read before it is asked whether it lives: one that is dead by then counts no more.
+        let Some(text) = read_file(disk, &path, MAX_LEASE_FILE)? else {
+            continue;
+        };
+        let dead = dead_lease(disk, &path).at("locking", &path)?.is_some();
+        if dead || disk.metadata(&path).is_err() {
+            continue;
+        }
+        let text = String::from_utf8_lossy(&text);
+        let mut lines = text.lines();
+        let purpose = lines
+            .next()
+            .and_then(|line| line.strip_prefix("iii-lease 1 "));
+        let pins = lines.filter_map(|line| line.strip_prefix("layer ")?.parse().ok());
+        live.push(LiveLease {
+            purpose: purpose.unwrap_or_default().to_owned(),
+            layers: pins.collect(),
+        });
+    }
+    Ok(live)
 }
 
 /// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held. Returns how many leases there were.

@@ -45,6 +45,7 @@
 //! Among processes, in this order: flight (a key is being built), lease, key (its records are being written). Among
 //! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
+pub mod account;
 pub mod diff;
 pub mod disk;
 mod error;
@@ -66,6 +67,7 @@ pub mod store;
 mod syncer;
 pub mod tree;
 
+pub use account::{Account, Area, LayerUse, RefUse};
 pub use diff::{Change, ChangeKind, diff};
 pub use error::StoreError;
 pub use facts::{Fact, Seen};
@@ -73,7 +75,7 @@ pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
 pub use keys::{MAX_RECORDS, Record};
 pub use layer::{Kind, Layer, NodeRef};
-pub use lease::Lease;
+pub use lease::{Lease, LiveLease};
 pub use objects::{Blob, LOOSE_MIN};
 pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
 pub use store::{Flight, Store};

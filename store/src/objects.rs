@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
 
 use crate::disk::{Disk, names};
@@ -130,7 +130,7 @@ struct Slot {
 /// All indexes of a moment, and an open-addressing table from ids to packs, so that a lookup, negative ones included,
 /// costs one probe however many packs there are.
 #[derive(Debug, Default)]
-struct PackSet {
+pub(crate) struct PackSet {
     packs: Vec<Pack>,
     slots: Vec<Slot>,
     objects: usize,
@@ -150,6 +150,18 @@ fn position(id: &ObjectId) -> (u64, u32) {
 
 impl PackSet {
     fn find(&self, id: &ObjectId) -> Option<(PackId, Place)> {
+        let (number, ix) = self.position(id)?;
+        let pack = self.packs.get(number as usize)?;
+        Some((pack.id, pack.index.place(ix)))
+    }
+
+    /// The indexes of all packs; their order is their number.
+    pub(crate) fn indexes(&self) -> impl Iterator<Item = &Index> {
+        self.packs.iter().map(|pack| &pack.index)
+    }
+
+    /// The number of the pack that the object is read from, and the object's in it.
+    pub(crate) fn position(&self, id: &ObjectId) -> Option<(u32, u32)> {
         let mask = self.slots.len().checked_sub(1)? as u64;
         let (start, tag) = position(id);
         for step in 0..=mask {
@@ -157,9 +169,9 @@ impl PackSet {
             let number = slot.pack.checked_sub(1)?;
             if slot.tag == tag
                 && let Some(pack) = self.packs.get(number as usize)
-                && let Some(place) = pack.index.find(id)
+                && let Some(ix) = pack.index.position(id)
             {
-                return Some((pack.id, place));
+                return Some((number, ix));
             }
         }
         None
@@ -273,6 +285,12 @@ impl Objects {
         }
         set.listed = settled.then_some(now);
         Ok(())
+    }
+
+    /// The packs of now, which stay as they are until the guard is dropped.
+    pub(crate) fn packs(&self) -> Result<RwLockReadGuard<'_, PackSet>, StoreError> {
+        self.refresh()?;
+        Ok(self.packs.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The object's place in a pack, as of the last [`Objects::refresh`].

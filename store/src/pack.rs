@@ -224,7 +224,7 @@ impl Index {
         self.bytes.get(at..at + ID).unwrap_or_default()
     }
 
-    fn place(&self, ix: u32) -> Place {
+    pub(crate) fn place(&self, ix: u32) -> Place {
         let at = HEADER + FANOUT + self.count as usize * ID + ix as usize * PLACE;
         Place {
             offset: le_u64(&self.bytes, at),
@@ -234,13 +234,18 @@ impl Index {
 
     /// The object's place, if it is in this pack.
     pub fn find(&self, id: &ObjectId) -> Option<Place> {
+        self.position(id).map(|ix| self.place(ix))
+    }
+
+    /// The object's number among those of this pack, by ascending id.
+    pub(crate) fn position(&self, id: &ObjectId) -> Option<u32> {
         let first = id.as_bytes()[0];
         let mut low = first.checked_sub(1).map_or(0, |byte| self.fanout(byte));
         let mut high = self.fanout(first);
         while low < high {
             let ix = low + (high - low) / 2;
             match self.id_bytes(ix).cmp(&id.as_bytes()[..]) {
-                std::cmp::Ordering::Equal => return Some(self.place(ix)),
+                std::cmp::Ordering::Equal => return Some(ix),
                 std::cmp::Ordering::Less => low = ix + 1,
                 std::cmp::Ordering::Greater => high = ix,
             }

@@ -1,5 +1,6 @@
 //! The store's contract, tested from outside. One binary, a directory of its own for each test.
 
+mod accounts;
 mod corpus;
 #[path = "../../../fuzz/src/store.rs"]
 mod decoders;
