@@ -38,6 +38,9 @@ pub enum Command {
     /// Bring base images into the store and list them
     #[command(subcommand, arg_required_else_help = true)]
     Image(Image),
+    /// Say what is in the store, why, and what it takes
+    #[command(subcommand, arg_required_else_help = true)]
+    Store(Store),
 }
 
 #[derive(Debug, Subcommand)]
@@ -132,6 +135,90 @@ pub struct Import {
     /// Name of the image that it stands for
     #[arg(long = "as", value_name = "IMAGE")]
     pub name: String,
+}
+
+/// Wherever a layer is named, the beginning of its id will do, from 4 hex digits on, if no other layer's begins so.
+#[derive(Debug, Subcommand)]
+pub enum Store {
+    /// Say where the bytes are: in total, by worker and image, by layer
+    ///
+    /// LOGICAL is what the files would take if they were unpacked. UNIQUE is what is stored for this one alone, SHARED what it
+    /// shares with others; both count equal contents once. The sums agree with `du`.
+    #[command(after_help = "Examples:
+  iii store df
+  iii store df --all                         # every layer, not only the largest
+  iii store df --json | jq '.refs[] | {name, unique}'")]
+    Df(Df),
+    /// List the layers, the most recently used first
+    #[command(after_help = "Examples:
+  iii store list
+  iii store list --json | jq -r '.layers[] | select(.kept_by == []) | .id'")]
+    List(List),
+    /// Say what a layer holds, what made it, and what that looked at
+    ///
+    /// Of the name of a worker or an image, says which layers it has.
+    #[command(after_help = "Examples:
+  iii store inspect 4f2a91
+  iii store inspect 4f2a91 --entries         # its files, as `ls -l` shows them
+  iii store inspect iii-dev-my-project       # a worker's layers")]
+    Inspect(Inspect),
+    /// Say which paths differ between two layers
+    ///
+    /// A: only the second has it. D: only the first has it. M: type, mode, owner, contents, target or xattrs differ. mtimes
+    /// are no difference. Control characters, invalid UTF-8 and `%` in paths are written as `%` and two hex digits.
+    #[command(after_help = "Examples:
+  iii store diff 4f2a91 77c0de
+  iii store diff 4f2a91 77c0de --json | jq '[.changes[].new_size] | add'")]
+    Diff(Diff),
+    /// Say what keeps a layer
+    #[command(after_help = "Examples:
+  iii store why 4f2a91
+  iii store why 4f2a91 --json | jq '.kept_by[].kind'")]
+    Why(Why),
+}
+
+#[derive(Debug, Args)]
+pub struct Df {
+    /// Show every layer
+    #[arg(long)]
+    pub all: bool,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// The layer's id, or the name of a worker or an image
+    pub layer: String,
+    /// List what is in it
+    #[arg(long)]
+    pub entries: bool,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// The old layer's id
+    #[arg(value_name = "LAYER")]
+    pub old: String,
+    /// The new layer's id
+    #[arg(value_name = "LAYER")]
+    pub new: String,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Why {
+    /// The layer's id
+    pub layer: String,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

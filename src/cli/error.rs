@@ -19,7 +19,9 @@ use crate::home::HomeError;
 use crate::oci::ImageError;
 use crate::sandbox::SandboxError;
 use crate::ui::Ui;
-use iii_store::StoreError;
+use iii_store::{LayerId, StoreError};
+
+use super::store::MIN_PREFIX;
 
 /// Anything that ends a command.
 #[derive(Debug, thiserror::Error)]
@@ -32,10 +34,33 @@ pub enum CliError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(
+        "{text:?} names no layer: that takes the first hex digits of its id, at least {MIN_PREFIX}"
+    )]
+    NotALayer { text: String },
+    #[error("there is no layer, worker or image called {text:?}")]
+    NothingCalled { text: String },
+    #[error("there is no layer whose id begins with {text}")]
+    NoLayer { text: String },
+    #[error("the ids of {} layers begin with {text}: {}", found.len(), listed(text, found))]
+    Ambiguous { text: String, found: Vec<LayerId> },
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
+}
+
+/// Most candidates that a message names.
+const MAX_LISTED: usize = 8;
+
+/// Ids cut to where they differ, as a rule.
+fn listed(prefix: &str, ids: &[LayerId]) -> String {
+    let cut = |id: &LayerId| id.to_string().chars().take(prefix.len() + 6).collect();
+    let mut listed: Vec<String> = ids.iter().take(MAX_LISTED).map(cut).collect();
+    if ids.len() > MAX_LISTED {
+        listed.push("…".into());
+    }
+    listed.join(", ")
 }
 
 impl CliError {
@@ -73,6 +98,8 @@ impl CliError {
                 "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
             }
             Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
+            Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
+            Self::Ambiguous { .. } => "give more of the id".into(),
             Self::Dev(DevError::Sandbox(error) | DevError::Build(BuildError::Sandbox { source: error, .. })) => error.hint()?,
             _ => return None,
         })

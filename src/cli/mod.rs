@@ -3,6 +3,8 @@
 mod args;
 mod error;
 mod image;
+mod store;
+mod table;
 mod worker;
 
 use std::process::ExitCode;
@@ -23,6 +25,7 @@ pub fn iii() -> ExitCode {
     finish(|ui| match command {
         Command::Worker(command) => worker::run(command, ui),
         Command::Image(command) => image::run(command, ui),
+        Command::Store(command) => store::run(command, ui),
     })
 }
 
@@ -55,11 +58,19 @@ fn finish(run: impl FnOnce(&Ui) -> Result<ExitCode, CliError>) -> ExitCode {
 
 /// Prints one JSON object on standard output.
 fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
-    use std::io::Write as _;
     let mut text =
         serde_json::to_string_pretty(value).map_err(|error| CliError::Output(error.into()))?;
     text.push('\n');
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(CliError::Output)
+    print(&text)
+}
+
+/// Prints data on standard output. Whoever reads it may stop whenever they have seen enough.
+fn print(text: &str) -> Result<(), CliError> {
+    use std::io::Write as _;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(CliError::Output(error))
+        }
+        _ => Ok(()),
+    }
 }

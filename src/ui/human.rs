@@ -40,6 +40,41 @@ pub fn human_duration(duration: Duration) -> String {
     }
 }
 
+/// How long ago something was, in its largest unit: `now`, `34s ago`, `5m ago`, `3h ago`, `12d ago`.
+pub fn human_age(age: Duration) -> String {
+    const UNITS: [(u64, &str); 4] = [(24 * 3600, "d"), (3600, "h"), (60, "m"), (1, "s")];
+    let seconds = age.as_secs();
+    let unit = UNITS.into_iter().find(|(unit, _)| seconds >= *unit);
+    unit.map_or_else(
+        || "now".to_owned(),
+        |(unit, name)| format!("{}{name} ago", seconds / unit),
+    )
+}
+
+/// A time in UTC, from the seconds since 1970: `2026-11-22 01:36:27Z`.
+pub fn human_time(seconds: i64) -> String {
+    const DAY: i64 = 24 * 3600;
+    // <https://howardhinnant.github.io/date_algorithms.html#civil_from_days>: years begin in March, so that the day that
+    // leaps is the last of one.
+    let days = seconds.div_euclid(DAY) + 719_468;
+    let era = days.div_euclid(146_097);
+    let day_of_era = days.rem_euclid(146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = (month_from_march + 2) % 12 + 1;
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let second = seconds.rem_euclid(DAY);
+    format!(
+        "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}Z",
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
+}
+
 /// A count with its thousands apart: `30,512`.
 pub fn human_count(count: u64) -> String {
     let digits = count.to_string();
@@ -97,6 +132,40 @@ mod tests {
             assert_eq!(human_duration(Duration::from_micros(micros)), expected);
         }
         assert!(human_duration(Duration::MAX).ends_with('m'));
+    }
+
+    #[test]
+    fn ages() {
+        for (seconds, expected) in [
+            (0, "now"),
+            (59, "59s ago"),
+            (60, "1m ago"),
+            (7199, "1h ago"),
+            (86_399, "23h ago"),
+            (86_400 * 400, "400d ago"),
+        ] {
+            assert_eq!(human_age(Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    /// Against `date -u -d @…`.
+    #[test]
+    fn times() {
+        for (seconds, expected) in [
+            (0, "1970-01-01 00:00:00Z"),
+            (-1, "1969-12-31 23:59:59Z"),
+            (951_782_399, "2000-02-28 23:59:59Z"),
+            (951_782_400, "2000-02-29 00:00:00Z"),
+            (951_868_800, "2000-03-01 00:00:00Z"),
+            (1_709_251_199, "2024-02-29 23:59:59Z"),
+            (4_107_542_400, "2100-03-01 00:00:00Z"),
+            (1_795_311_387, "2026-11-22 01:36:27Z"),
+            (-62_135_596_801, "0000-12-31 23:59:59Z"),
+        ] {
+            assert_eq!(human_time(seconds), expected);
+        }
+        assert!(human_time(i64::MIN).ends_with('Z'));
+        assert!(human_time(i64::MAX).ends_with('Z'));
     }
 
     #[test]

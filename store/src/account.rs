@@ -29,6 +29,7 @@ use crate::id::{LayerId, ObjectId, TreeId};
 use crate::layer::{Kind, Layer};
 use crate::objects::PackSet;
 use crate::refs::RefKind;
+use crate::stat_cache::StatCache;
 use crate::store::Store;
 
 /// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
@@ -143,6 +144,21 @@ impl Store {
         }
         ids.sort_unstable();
         Ok(ids)
+    }
+
+    /// The layers that the last snapshots made of their projects, in any order, as far as the stat caches know. They need not
+    /// be there any more.
+    pub fn snapshot_layers(&self) -> Result<Vec<LayerId>, StoreError> {
+        let dir = self.dir().join("stat");
+        let mut layers = Vec::new();
+        for name in names(self.disk().as_ref(), &dir)? {
+            // A cache that cannot be read or does not hold is none.
+            if let Ok(file) = self.disk().open(&dir.join(name)) {
+                let outcome = StatCache::open(&file).outcome();
+                layers.extend(outcome.map(|outcome| outcome.layer_id));
+            }
+        }
+        Ok(layers)
     }
 
     /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes meanwhile is counted or not.

@@ -9,4 +9,5 @@ mod harness;
 mod layers;
 mod lifecycle;
 mod ordinary_user;
+mod store;
 mod workers;

@@ -1,0 +1,214 @@
+//! `iii store df`.
+
+use std::process::ExitCode;
+
+use iii_store::{Account, LayerUse, RefKind, Store};
+use serde_json::json;
+
+use super::catalog::{Catalog, roots_text};
+use super::unix_seconds;
+use crate::cli::args::Df;
+use crate::cli::table::{Align, Table};
+use crate::cli::{CliError, print, print_json};
+use crate::ui::{Ui, human_bytes, human_counted};
+
+/// Layers that are shown unless all are asked for.
+const LARGEST: usize = 20;
+
+pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
+    let account = store.account()?;
+    let catalog = Catalog::read(store, ui)?;
+    warn_of_damage(&account, ui);
+    if args.json {
+        print_json(&as_json(store, &account, &catalog))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let tables = [
+        totals(store, &account),
+        by_ref(&account),
+        by_layer(&account, &catalog, args.all),
+    ];
+    print(&tables.join("\n"))?;
+    let hidden = account.layers.len().saturating_sub(LARGEST);
+    if hidden > 0 && !args.all {
+        ui.note(format_args!(
+            "and {} more: --all",
+            human_counted(hidden as u64, "smaller layer")
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn warn_of_damage(account: &Account, ui: &Ui) {
+    for (_, error) in &account.damaged {
+        ui.warn(format_args!("{error}; it is left out"));
+    }
+    for layer in account.layers.iter().filter(|layer| layer.missing > 0) {
+        ui.warn(format_args!(
+            "layer {}: the contents of {} are not in the store",
+            layer.id.short(),
+            human_counted(layer.missing, "file")
+        ));
+    }
+    if !account.damaged.is_empty() || account.layers.iter().any(|layer| layer.missing > 0) {
+        ui.note("`iii store verify` says what is damaged");
+    }
+}
+
+/// What the refs would take without a store: each with files of its own.
+fn as_copies(account: &Account) -> u64 {
+    account.refs.iter().map(|name| name.logical).sum()
+}
+
+fn totals(store: &Store, account: &Account) -> String {
+    let mut table = Table::new([("ON DISK", Align::Right), ("", Align::Left)]);
+    let padding = account.padding();
+    let sign = if padding < 0 { "-" } else { "" };
+    let row = |bytes: u64, what: &str| [human_bytes(bytes), what.to_owned()];
+    table.row(row(account.named, "contents of files that layers name"));
+    table.row(row(
+        account.unnamed,
+        "contents that no layer names: `iii store gc` frees them",
+    ));
+    table.row(row(
+        account.layer_files,
+        "layers: names, modes, owners, times",
+    ));
+    table.row(row(account.indexes, "indexes of packs"));
+    table.row(row(account.other, "refs, keys, stat caches, leases, trash"));
+    let padding = format!("{sign}{}", human_bytes(padding.unsigned_abs()));
+    table.row([
+        padding,
+        "padding: alignment in packs, rest of blocks, directories".into(),
+    ]);
+    table.row(row(
+        account.on_disk(),
+        &format!("in all, in {}", store.dir().display()),
+    ));
+    table.row(row(
+        as_copies(account),
+        "if every worker and image had files of its own",
+    ));
+    table.text()
+}
+
+fn kind_text(kind: RefKind) -> &'static str {
+    match kind {
+        RefKind::Image => "image",
+        RefKind::Worker => "worker",
+    }
+}
+
+fn by_ref(account: &Account) -> String {
+    let mut table = Table::new([
+        ("WORKER OR IMAGE", Align::Left),
+        ("LAYERS", Align::Right),
+        ("LOGICAL", Align::Right),
+        ("UNIQUE", Align::Right),
+        ("SHARED", Align::Right),
+    ]);
+    let mut refs: Vec<_> = account.refs.iter().collect();
+    refs.sort_by_key(|name| (name.kind, std::cmp::Reverse(name.unique)));
+    for name in refs {
+        table.row([
+            format!("{} {}", kind_text(name.kind), name.name),
+            name.layers.len().to_string(),
+            human_bytes(name.logical),
+            human_bytes(name.unique),
+            human_bytes(name.shared),
+        ]);
+    }
+    let none = String::new;
+    for (what, bytes) in [
+        ("(several of them)", account.shared_by_refs),
+        ("(none of them)", account.in_no_ref),
+    ] {
+        table.row([what.into(), none(), none(), human_bytes(bytes), none()]);
+    }
+    table.text()
+}
+
+/// The largest first.
+fn sorted(account: &Account) -> Vec<&LayerUse> {
+    let mut layers: Vec<_> = account.layers.iter().collect();
+    layers.sort_by_key(|layer| (std::cmp::Reverse(layer.unique + layer.shared), layer.id));
+    layers
+}
+
+fn by_layer(account: &Account, catalog: &Catalog, all: bool) -> String {
+    let mut table = Table::new([
+        ("LAYER", Align::Left),
+        ("KIND", Align::Left),
+        ("LOGICAL", Align::Right),
+        ("UNIQUE", Align::Right),
+        ("SHARED", Align::Right),
+        ("KEPT BY", Align::Left),
+    ]);
+    let shown = if all { usize::MAX } else { LARGEST };
+    for layer in sorted(account).into_iter().take(shown) {
+        table.row([
+            layer.id.short(),
+            catalog.kind_text(&layer.id),
+            human_bytes(layer.logical),
+            human_bytes(layer.unique),
+            human_bytes(layer.shared),
+            roots_text(&catalog.roots(&layer.id)),
+        ]);
+    }
+    let none = String::new;
+    let several = human_bytes(account.shared_by_layers);
+    table.row(["(several)".into(), none(), none(), several, none(), none()]);
+    table.text()
+}
+
+fn as_json(store: &Store, account: &Account, catalog: &Catalog) -> serde_json::Value {
+    let areas = account.areas.iter().map(|area| {
+        json!({
+            "name": area.name,
+            "files": area.files,
+            "bytes": area.bytes,
+            "on_disk": area.on_disk,
+        })
+    });
+    let refs = account.refs.iter().map(|name| {
+        json!({
+            "kind": kind_text(name.kind),
+            "name": name.name,
+            "layers": name.layers,
+            "logical": name.logical,
+            "unique": name.unique,
+            "shared": name.shared,
+        })
+    });
+    let layers = sorted(account).into_iter().map(|layer| {
+        json!({
+            "id": layer.id,
+            "tree_id": layer.tree_id,
+            "kind": catalog.kind(&layer.id),
+            "logical": layer.logical,
+            "unique": layer.unique,
+            "shared": layer.shared,
+            "missing": layer.missing,
+            "used": unix_seconds(layer.used),
+            "kept_by": catalog.roots(&layer.id),
+        })
+    });
+    json!({
+        "store": store.dir().to_string_lossy(),
+        "on_disk": account.on_disk(),
+        "named": account.named,
+        "unnamed": account.unnamed,
+        "layer_files": account.layer_files,
+        "indexes": account.indexes,
+        "other": account.other,
+        "padding": account.padding(),
+        "as_copies": as_copies(account),
+        "shared_by_layers": account.shared_by_layers,
+        "shared_by_refs": account.shared_by_refs,
+        "in_no_ref": account.in_no_ref,
+        "areas": areas.collect::<Vec<_>>(),
+        "refs": refs.collect::<Vec<_>>(),
+        "layers": layers.collect::<Vec<_>>(),
+        "damaged": account.damaged.iter().map(|(id, _)| id).collect::<Vec<_>>(),
+    })
+}
