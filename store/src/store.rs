@@ -166,6 +166,13 @@ impl Store {
         }
     }
 
+    /// Returns when the names of all layers that are there are durable. A layer that is found may be of somebody who has named
+    /// it but not synced that yet.
+    pub(crate) fn sync_layers(&self) -> Result<(), StoreError> {
+        let dir = self.0.dir.join("layers");
+        self.disk().sync_dir(&dir).at("syncing", &dir)
+    }
+
     /// Opens a layer. Two callers share one mapping.
     pub fn layer(&self, id: &LayerId) -> Result<Arc<Layer>, StoreError> {
         if let Some(layer) = lock(&self.0.layers).get(id).and_then(Weak::upgrade) {
@@ -222,6 +229,8 @@ pub struct Flight {
 
 fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
     let known = |name: &str| name == "format" || DIRS.contains(&name) || OTHER_DIRS.contains(&name);
+    // What must be synced for the store's own name to be durable; somebody else may have made it a moment ago.
+    let mut above = Vec::from_iter(dir.parent());
     match disk.list(dir) {
         Ok(names) => {
             for name in names {
@@ -241,6 +250,7 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
             missing.retain(|dir| !dir.as_os_str().is_empty());
             for dir in missing.into_iter().rev() {
                 disk.create_dir(dir).at("making", dir)?;
+                above.extend(dir.parent());
             }
         }
         Err(err) => return Err(err).at("listing", dir),
@@ -273,9 +283,20 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
     })?;
     disk.write_at(&file, &text, 0).at("writing", &tmp)?;
     disk.sync(&file).at("syncing", &tmp)?;
+    // Where the format is, all directories are.
+    let sync = |dir: &Path| disk.sync_dir(dir).at("syncing", dir);
+    sync(&dir.join("refs"))?;
+    sync(dir)?;
     disk.rename(&tmp, &path).at("renaming", &tmp)?;
-    disk.sync_dir(&dir.join("refs")).at("syncing", dir)?;
-    disk.sync_dir(dir).at("syncing", dir)?;
+    sync(dir)?;
+    for dir in above {
+        let here = dir.as_os_str().is_empty();
+        match sync(if here { Path::new(".") } else { dir }) {
+            // Whoever may not list a directory cannot sync it.
+            Err(err) if err.io_kind() == Some(io::ErrorKind::PermissionDenied) => {}
+            other => other?,
+        }
+    }
     Ok(format)
 }
 
