@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
-use crate::pack::{Index, Place};
+use crate::pack::{Index, PackError, Place};
 
 /// Files of the store that are held open for reading.
 const MAX_OPEN_FILES: usize = 128;
@@ -134,6 +134,7 @@ pub(crate) struct PackSet {
     packs: Vec<Pack>,
     slots: Vec<Slot>,
     objects: usize,
+    /// The packs whose indexes are open.
     known: HashSet<PackId>,
     /// The packs directory's mtime before it was listed, unless it may change unseen.
     listed: Option<SystemTime>,
@@ -270,17 +271,14 @@ impl Objects {
             *set = PackSet::default();
         }
         let mut new = Vec::new();
-        for id in &found {
-            // An index that does not hold is passed over: what it named is missing, and `verify` says why.
-            if set.known.insert(*id)
-                && let Ok(file) = self.disk.open(&self.index_path(id))
-                && let Ok(index) = Index::open(&file, id)
-            {
+        for id in found.difference(&set.known) {
+            if let Some(index) = self.open_index(id)? {
                 new.push(Pack { id: *id, index });
             }
         }
         if !new.is_empty() {
             new.sort_by_key(|pack| pack.id);
+            set.known.extend(new.iter().map(|pack| pack.id));
             set.add(new);
         }
         set.listed = settled.then_some(now);
@@ -291,6 +289,24 @@ impl Objects {
     pub(crate) fn packs(&self) -> Result<RwLockReadGuard<'_, PackSet>, StoreError> {
         self.refresh()?;
         Ok(self.packs.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Opens an index. One that does not hold is passed over, what it named is missing, and `verify` says why; so is one
+    /// whose pack is not there, of which a power cut left only the index.
+    fn open_index(&self, id: &PackId) -> Result<Option<Index>, StoreError> {
+        let (pack, path) = (self.pack_path(id), self.index_path(id));
+        let len = match self.disk.metadata(&pack) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.at("looking at", &pack)?.len(),
+        };
+        let file = match self.disk.open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.at("opening", &path)?,
+        };
+        match Index::open(&file, id) {
+            Err(PackError::Map(err)) => Err(err).at("mapping", &path),
+            index => Ok(index.ok().filter(|index| index.pack_len() == len)),
+        }
     }
 
     /// The object's place in a pack, as of the last [`Objects::refresh`].
