@@ -354,10 +354,6 @@ impl<'a> Ingest<'a> {
         );
         waited.and(synced)?;
 
-        let mut dirs = Vec::new();
-        if !loose.is_empty() {
-            dirs.push(dir.join("loose"));
-        }
         for (id, (_, name)) in loose {
             name.publish(&self.store.objects().loose_path(id))?;
         }
@@ -365,18 +361,18 @@ impl<'a> Ingest<'a> {
             // A pack is there when its index is.
             pack.tmp.publish(&self.store.objects().pack_path(id))?;
             index.publish(&self.store.objects().index_path(id))?;
-            dirs.push(dir.join("packs"));
         }
-        for dir in &dirs {
-            disk.sync_dir(dir).at("syncing", dir)?;
+        // Even if nothing was added: what is reused may be of somebody who has named it but not synced that yet, and syncing
+        // names that are durable costs next to nothing.
+        for name in ["loose", "packs"] {
+            let dir = dir.join(name);
+            disk.sync_dir(&dir).at("syncing", &dir)?;
         }
         self.store.objects().refresh()?;
         if let Some((id, tmp)) = layer {
             tmp.publish(&self.store.layer_path(&id))?;
-            let layers = dir.join("layers");
-            disk.sync_dir(&layers).at("syncing", &layers)?;
         }
-        Ok(())
+        self.store.sync_layers()
     }
 
     /// A layer must never name an object that is not there.
@@ -396,9 +392,9 @@ impl<'a> Ingest<'a> {
                             && !pack.is_some_and(|pack| pack.contains(&object))
                             && !loose.contains_key(&object)
                             && !self.store.objects().contains_known(&object, Some(size))
-                            && !self.store.contains(&object)
                         {
-                            return Err(StoreError::MissingObject(object));
+                            // Tells what is missing from what cannot be read.
+                            self.store.object(&object)?;
                         }
                     }
                 }

@@ -28,8 +28,9 @@
 //! 1. A lease is taken. What will be reused is pinned in it *before* it is looked for.
 //! 2. The new objects, the index of their pack and the layer are written under temporary names and synced, what is ready
 //!    first while the rest is still being read.
-//! 3. The objects get their names (loose files, pack, then index), and these names are synced.
-//! 4. The layer gets its name, and that name is synced.
+//! 3. The objects get their names (loose files, pack, then index), and these names are synced, with those of reused objects:
+//!    whoever stored them may not have come to that yet.
+//! 4. The layer gets its name, and that name is synced, also if somebody else gave it.
 //! 5. Keys and refs name layers, and only layers that are there.
 //!
 //! So a name means durable and whole, a layer never names an object that is not there, and a crash at any point leaves
@@ -37,8 +38,8 @@
 //! An ingest that failed to write once writes no more. Leases and stat caches are not synced: a crash ends the ones and
 //! the others are checked.
 //!
-//! The media are assumed to keep what was synced, to rename atomically, and not to show a rename before the file's
-//! bytes that were synced ahead of it.
+//! The media are assumed to keep what was synced, and to rename atomically. Names that were not synced may be kept or lost
+//! in any combination; so an index without its pack is passed over.
 //!
 //! # Locks
 //!

@@ -186,6 +186,7 @@ fn attempt(
         // First the pin, then the question. A layer that does not hold is made anew.
         lease.pin(&[last.layer_id]).map_err(stored)?;
         if let Ok(layer) = store.layer(&last.layer_id) {
+            store.sync_layers().map_err(stored)?;
             // What was read because it was young need not be read again.
             if taken.read > 0 {
                 remember(store, lease, options, stamp, &last, &taken).map_err(stored)?;
