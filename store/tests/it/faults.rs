@@ -1,229 +1,184 @@
-//! Every call that changes the disk is made to fail in turn. Whatever fails: what has a name is whole, and the same work
+//! Every call is made to fail in turn. Whatever fails: what was promised is there, what has a name is whole, and the same work
 //! done again succeeds.
 
-use std::ffi::OsString;
-use std::fs::{File, Metadata};
+use std::error::Error;
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use iii_store::disk::Disk;
-use iii_store::snapshot::{Options, snapshot};
-use iii_store::{KeyId, LOOSE_MIN, Record, Ref, RefKind, Store, StoreError};
+use iii_store::{Store, StoreError};
+use rustix::io::Errno;
 
-use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise, publish};
+use crate::helpers::{Files, NoSync, publish};
+use crate::seam::{Call, Hook, Hooked};
+use crate::workload::{Promised, causes, check, project, scratch, work};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     /// One call fails, the others work.
-    Once(i32),
+    Io,
+    /// One call that writes finds no room.
+    NoSpace,
     /// One write stores half of its bytes and fails.
-    Short,
+    ShortWrite,
+    /// One read gives half of what it could. That is no failure.
+    ShortRead,
     /// This call and all that follow fail: the process might as well be dead.
     Death,
 }
 
-/// A disk on which the call number `at` fails.
+impl Fault {
+    /// Whether this can happen to a call.
+    fn befalls(self, call: &Call<'_>) -> bool {
+        match self {
+            Self::Io | Self::Death => true,
+            Self::NoSpace => call.writes(),
+            Self::ShortWrite => matches!(call, Call::Write(..)),
+            Self::ShortRead => matches!(call, Call::Read),
+        }
+    }
+}
+
+/// Has the call number `at`, of those that this can happen to, fail.
 #[derive(Debug)]
-struct FaultDisk {
+struct Failing {
+    fault: Fault,
     at: AtomicI64,
     calls: AtomicI64,
-    fault: Fault,
+    /// What failed.
+    failed: Mutex<Option<String>>,
+    short: AtomicI64,
 }
 
-impl FaultDisk {
-    fn call(&self) -> io::Result<()> {
+impl Failing {
+    fn new(fault: Fault, at: i64) -> Self {
+        Self {
+            fault,
+            at: AtomicI64::new(at),
+            calls: AtomicI64::new(0),
+            failed: Mutex::default(),
+            short: AtomicI64::new(0),
+        }
+    }
+
+    fn fails(&self, call: &Call<'_>) -> bool {
+        if !self.fault.befalls(call) {
+            return false;
+        }
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let at = self.at.load(Ordering::Relaxed);
-        let fails = match self.fault {
-            Fault::Death => number >= at,
-            _ => number == at,
-        };
-        if !fails {
-            return Ok(());
+        if number == at {
+            *self.failed.lock().unwrap() = Some(format!("{call:?}"));
+        }
+        number == at || (self.fault == Fault::Death && number > at)
+    }
+}
+
+impl Hook for Failing {
+    fn around<T>(&self, call: Call<'_>, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if !self.fails(&call) {
+            return run();
         }
         let errno = match self.fault {
-            Fault::Once(errno) => errno,
-            Fault::Short => rustix::io::Errno::NOSPC.raw_os_error(),
-            Fault::Death => rustix::io::Errno::IO.raw_os_error(),
+            Fault::Io | Fault::Death => Errno::IO,
+            Fault::NoSpace => Errno::NOSPC,
+            Fault::ShortWrite => {
+                if let Call::Write(file, bytes, offset) = call {
+                    NoSync.write_at(file, &bytes[..bytes.len() / 2], offset)?;
+                }
+                Errno::NOSPC
+            }
+            Fault::ShortRead => {
+                self.short.store(1, Ordering::Relaxed);
+                return run();
+            }
         };
-        Err(io::Error::from_raw_os_error(errno))
-    }
-}
-
-impl Disk for FaultDisk {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.create_dir(path)
+        Err(errno.into())
     }
 
-    fn create(&self, path: &Path) -> io::Result<File> {
-        self.call()?;
-        NoSync.create(path)
-    }
-
-    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let result = self.call();
-        if result.is_err() && self.fault == Fault::Short {
-            NoSync.write_at(file, &bytes[..bytes.len() / 2], offset)?;
+    fn at_most(&self, len: usize) -> usize {
+        if self.short.swap(0, Ordering::Relaxed) == 1 {
+            return len.div_ceil(2);
         }
-        result?;
-        NoSync.write_at(file, bytes, offset)
-    }
-
-    fn reflink(&self, from: &File, to: &File) -> io::Result<()> {
-        self.call()?;
-        NoSync.reflink(from, to)
-    }
-
-    fn sync(&self, file: &File) -> io::Result<()> {
-        self.call()?;
-        NoSync.sync(file)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.rename(from, to)
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.sync_dir(path)
-    }
-
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.remove(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.remove_dir(path)
-    }
-
-    fn open_lock(&self, path: &Path) -> io::Result<File> {
-        self.call()?;
-        NoSync.open_lock(path)
-    }
-
-    fn touch(&self, path: &Path) -> io::Result<()> {
-        self.call()?;
-        NoSync.touch(path)
-    }
-
-    fn open(&self, path: &Path) -> io::Result<File> {
-        self.call()?;
-        NoSync.open(path)
-    }
-
-    fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.call()?;
-        NoSync.read_at(file, buf, offset)
-    }
-
-    fn metadata(&self, path: &Path) -> io::Result<Metadata> {
-        self.call()?;
-        NoSync.metadata(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
-        self.call()?;
-        NoSync.list(path)
+        len
     }
 }
 
-/// Something of everything that writes.
-fn work(dir: &Path, project: &Path, disk: Arc<dyn Disk>) -> Result<(), Box<dyn std::error::Error>> {
-    let store = Store::open_on(dir, disk)?;
-    let lease = store.lease("test")?;
-    let ingest = store.ingest(&lease)?;
-    let files: Files = [
-        (b"small".to_vec(), noise(10, 0)),
-        (b"middle".to_vec(), noise(200_000, 1)),
-        (b"large".to_vec(), noise(LOOSE_MIN as usize + 1, 2)),
-    ]
-    .into();
-    let tree = add_files(&ingest, &files)?;
-    let published = ingest.finish(&tree)?;
-    let content = Ref {
-        layers: vec![published.layer_id],
-        info: serde_json::Value::Null,
-    };
-    store.set_ref(RefKind::Image, "image", &content)?;
-    let record = Record {
-        facts: Vec::new(),
-        layer_id: published.layer_id,
-        tree_id: published.tree_id,
-        provenance: serde_json::Map::new(),
-    };
-    store.put_record(&KeyId::from_bytes([1; 32]), record)?;
-    let options = Options {
-        name: "project",
-        at: b"workspace",
-        excludes: &[],
-        uid: 0,
-        gid: 0,
-    };
-    snapshot(&store, &lease, project, &options)?;
-    store.remove_ref(RefKind::Image, "gone")?;
-    Ok(())
+/// Whether this is what a failed call leads to.
+fn is_known(err: &(dyn Error + 'static)) -> bool {
+    let mut cause = err;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.is::<io::Error>() || cause.to_string().contains("void")
+}
+
+/// One after the other, every call of the work meets with this.
+fn befall_every_call(fault: Fault) {
+    let project = project();
+    for at in 0.. {
+        let dir = scratch();
+        let dir = dir.path().join("home/store");
+        let disk = Arc::new(Hooked(Failing::new(fault, at)));
+        let promised = Mutex::new(Promised::default());
+        let tell = |now: &Promised| *promised.lock().unwrap() = now.clone();
+        let result = work(&dir, project.path(), disk.clone(), &tell);
+        let promised = promised.into_inner().unwrap();
+        let failed = disk.0.failed.lock().unwrap().take();
+        let Some(failed) = failed else {
+            result.unwrap();
+            let least = match fault {
+                Fault::ShortRead => 2,
+                Fault::ShortWrite => 20,
+                _ => 100,
+            };
+            assert!(at > least, "{at} calls are fewer than there must be");
+            return;
+        };
+        let looked = catch_unwind(AssertUnwindSafe(|| {
+            if let Err(err) = &result {
+                let text = causes(err.as_ref());
+                assert!(
+                    fault != Fault::ShortRead && is_known(err.as_ref()),
+                    "{text}"
+                );
+            }
+            // Whoever comes next finds a store that is whole, cleans up, and does the work.
+            check(&dir, project.path(), &promised);
+        }));
+        if let Err(panic) = looked {
+            let result = result.map_err(|err| causes(err.as_ref()));
+            eprintln!("{fault:?} at {at}, {failed}, which gave {result:?}");
+            resume_unwind(panic);
+        }
+    }
 }
 
 #[test]
 fn every_call_fails_once() {
-    let project = tempfile::tempdir().unwrap();
-    std::fs::write(project.path().join("a"), "a").unwrap();
-    std::fs::write(project.path().join("b"), noise(LOOSE_MIN as usize, 3)).unwrap();
-    let faults = [
-        Fault::Once(rustix::io::Errno::IO.raw_os_error()),
-        Fault::Once(rustix::io::Errno::NOSPC.raw_os_error()),
-        Fault::Short,
-        Fault::Death,
-    ];
-    for fault in faults {
-        for at in 0.. {
-            let dir = tempfile::tempdir().unwrap();
-            let dir = dir.path().join("store");
-            let disk = Arc::new(FaultDisk {
-                at: AtomicI64::new(at),
-                calls: AtomicI64::new(0),
-                fault,
-            });
-            let result = work(&dir, project.path(), disk.clone());
-            let calls = disk.calls.load(Ordering::Relaxed);
-            if calls <= at {
-                result.unwrap();
-                assert!(at > 40, "{at} calls are fewer than there must be");
-                break;
-            }
-            if let Err(err) = &result {
-                let mut cause: &dyn std::error::Error = err.as_ref();
-                while let Some(next) = cause.source() {
-                    cause = next;
-                }
-                let known = cause.is::<io::Error>() || cause.to_string().contains("void");
-                assert!(known, "{fault:?} at {at}: {err}: {cause}");
-            }
-            // Whoever comes next finds a store that is whole, cleans up, and does the work.
-            let layers = check_whole(&dir);
-            assert!(result.is_err() || layers == 2, "{fault:?} at {at}");
-            let store = Store::open(&dir).unwrap();
-            for (_, content) in store.list_refs(RefKind::Image).unwrap() {
-                assert!(store.layer(&content.layers[0]).is_ok());
-            }
-            for record in store.records(&KeyId::from_bytes([1; 32])).unwrap() {
-                assert!(store.layer(&record.layer_id).is_ok());
-            }
-            store.sweep_dead_leases().unwrap();
-            for name in ["tmp", "leases", "locks"] {
-                let left = names(&dir.join(name));
-                assert!(left.is_empty(), "{fault:?} at {at}: {name} holds {left:?}");
-            }
-            work(&dir, project.path(), Arc::new(NoSync)).unwrap();
-            assert_eq!(check_whole(&dir), 2);
-        }
-    }
+    befall_every_call(Fault::Io);
+}
+
+#[test]
+fn every_call_that_writes_finds_no_room() {
+    befall_every_call(Fault::NoSpace);
+}
+
+#[test]
+fn every_write_is_cut_short() {
+    befall_every_call(Fault::ShortWrite);
+}
+
+#[test]
+fn every_read_gives_less_than_was_asked_for() {
+    befall_every_call(Fault::ShortRead);
+}
+
+#[test]
+fn every_call_is_the_last() {
+    befall_every_call(Fault::Death);
 }
 
 /// Of these calls, one fails in the middle: everything after it is refused.
@@ -231,17 +186,13 @@ fn every_call_fails_once() {
 fn a_failed_ingest_is_void() {
     let dir = tempfile::tempdir().unwrap();
     publish(&Store::open(dir.path()).unwrap(), &Files::new()).unwrap();
-    let disk = Arc::new(FaultDisk {
-        at: AtomicI64::new(i64::MAX),
-        calls: AtomicI64::new(0),
-        fault: Fault::Once(5),
-    });
+    let disk = Arc::new(Hooked(Failing::new(Fault::Io, i64::MAX)));
     let store = Store::open_on(dir.path(), disk.clone()).unwrap();
     let lease = store.lease("test").unwrap();
     let ingest = store.ingest(&lease).unwrap();
     // The next call makes the pack.
-    let calls = disk.calls.load(Ordering::Relaxed);
-    disk.at.store(calls, Ordering::Relaxed);
+    let calls = disk.0.calls.load(Ordering::Relaxed);
+    disk.0.at.store(calls, Ordering::Relaxed);
     assert!(matches!(ingest.add_bytes(b"x"), Err(StoreError::Io { .. })));
     assert!(matches!(ingest.add_bytes(b"x"), Err(StoreError::Poisoned)));
     assert!(matches!(

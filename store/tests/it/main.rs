@@ -9,5 +9,8 @@ mod faults;
 mod helpers;
 mod ingests;
 mod names;
+mod powercut;
 mod processes;
+mod seam;
 mod snapshots;
+mod workload;

@@ -1,0 +1,252 @@
+//! What the tests of faults and power cuts have the store do, what it has promised at each moment of that, and whether a
+//! store holds it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use iii_store::disk::Disk;
+use iii_store::snapshot::{Options, snapshot};
+use iii_store::{Fact, KeyId, LOOSE_MIN, LayerId, Published, Record, Ref, RefKind, Seen, Store};
+use tempfile::TempDir;
+
+use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise};
+
+/// What a store must hold, whatever happens from now on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Promised {
+    layers: BTreeSet<LayerId>,
+    /// What a name stands for: the layers, or nothing. While it changes, either.
+    refs: BTreeMap<(RefKind, &'static str), Vec<Option<LayerId>>>,
+    /// The layers of the records of a key. While they change, either.
+    records: BTreeMap<KeyId, Vec<Vec<LayerId>>>,
+}
+
+const KEY: KeyId = KeyId::from_bytes([1; 32]);
+
+/// The files of a layer: small, middle, large.
+fn contents() -> &'static Files {
+    static FILES: OnceLock<Files> = OnceLock::new();
+    FILES.get_or_init(|| {
+        [
+            (b"small".to_vec(), noise(10, 0)),
+            (b"middle".to_vec(), noise(200_000, 1)),
+            (b"large".to_vec(), noise(LOOSE_MIN as usize + 1, 2)),
+        ]
+        .into()
+    })
+}
+
+/// A directory that costs no disk, if there is one.
+pub fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+/// A project to take in: one small file, one large one, a link, a directory.
+pub fn project() -> TempDir {
+    let project = scratch();
+    let path = |name: &str| project.path().join(name);
+    std::fs::write(path("a"), "a").unwrap();
+    std::fs::create_dir(path("dir")).unwrap();
+    std::fs::write(path("dir/b"), noise(LOOSE_MIN as usize, 3)).unwrap();
+    std::os::unix::fs::symlink("a", path("link")).unwrap();
+    project
+}
+
+/// Somebody at work on a store, who says what was promised as soon as it is.
+pub struct Worker<'a> {
+    pub store: Store,
+    disk: Arc<dyn Disk>,
+    promised: Promised,
+    tell: &'a dyn Fn(&Promised),
+}
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+impl<'a> Worker<'a> {
+    pub fn open(dir: &Path, disk: Arc<dyn Disk>, tell: &'a dyn Fn(&Promised)) -> Outcome<Self> {
+        Ok(Self {
+            store: Store::open_on(dir, Arc::clone(&disk))?,
+            disk,
+            promised: Promised::default(),
+            tell,
+        })
+    }
+
+    fn tell(&self) {
+        (self.tell)(&self.promised);
+    }
+
+    fn publish(&mut self, files: &Files) -> Outcome<Published> {
+        let lease = self.store.lease("test")?;
+        let ingest = self.store.ingest(&lease)?;
+        let tree = add_files(&ingest, files)?;
+        let published = ingest.finish(&tree)?;
+        self.promised.layers.insert(published.layer_id);
+        self.tell();
+        Ok(published)
+    }
+
+    fn set_ref(&mut self, kind: RefKind, name: &'static str, layer: LayerId) -> Outcome<()> {
+        let slot = self.promised.refs.entry((kind, name)).or_insert(vec![None]);
+        slot.push(Some(layer));
+        self.tell();
+        let content = Ref {
+            layers: vec![layer],
+            info: serde_json::Value::Null,
+        };
+        self.store.set_ref(kind, name, &content)?;
+        self.promised.refs.insert((kind, name), vec![Some(layer)]);
+        self.tell();
+        Ok(())
+    }
+
+    fn remove_ref(&mut self, kind: RefKind, name: &'static str) -> Outcome<()> {
+        let slot = self.promised.refs.entry((kind, name)).or_insert(vec![None]);
+        slot.push(None);
+        self.tell();
+        self.store.remove_ref(kind, name)?;
+        self.promised.refs.insert((kind, name), vec![None]);
+        self.tell();
+        Ok(())
+    }
+
+    /// Puts a record in front of the others, which it agrees with in no fact.
+    fn put_record(&mut self, of: &Published) -> Outcome<()> {
+        let fact = Fact {
+            path: of.layer_id.to_string().into_bytes(),
+            seen: Seen::Absent,
+        };
+        let record = Record {
+            facts: vec![fact],
+            layer_id: of.layer_id,
+            tree_id: of.tree_id,
+            provenance: serde_json::Map::new(),
+        };
+        let slot = self.promised.records.entry(KEY);
+        let slot = slot.or_insert_with(|| vec![Vec::new()]);
+        let mut records = vec![of.layer_id];
+        records.extend(slot.first().unwrap());
+        slot.push(records.clone());
+        self.tell();
+        self.store.put_record(&KEY, record)?;
+        self.promised.records.insert(KEY, vec![records]);
+        self.tell();
+        Ok(())
+    }
+
+    fn snapshot(&mut self, project: &Path) -> Outcome<Published> {
+        let options = Options {
+            name: "project",
+            at: b"workspace",
+            excludes: &[],
+            uid: 0,
+            gid: 0,
+        };
+        let lease = self.store.lease("test")?;
+        let published = snapshot(&self.store, &lease, project, &options)?.published;
+        self.promised.layers.insert(published.layer_id);
+        self.tell();
+        Ok(published)
+    }
+
+    /// Stores a layer, or finds it there, and names it.
+    pub fn store_all(&mut self) -> Outcome<()> {
+        let published = self.publish(contents())?;
+        self.set_ref(RefKind::Image, "image", published.layer_id)
+    }
+
+    /// Leaves behind what somebody leaves who dies.
+    fn die(&self) -> Outcome<()> {
+        for name in ["tmp/dead.0", "leases/dead", "locks/dead.flight"] {
+            let path: PathBuf = self.store.dir().join(name);
+            let _ = std::fs::remove_file(&path);
+            let file = self.disk.create(&path)?;
+            self.disk.write_at(&file, b"half", 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Something of everything that writes. Returns the number of layers that there are then.
+pub fn work(
+    dir: &Path,
+    project: &Path,
+    disk: Arc<dyn Disk>,
+    tell: &dyn Fn(&Promised),
+) -> Outcome<usize> {
+    let mut worker = Worker::open(dir, disk, tell)?;
+    let first = worker.publish(contents())?;
+    worker.set_ref(RefKind::Image, "image", first.layer_id)?;
+    worker.put_record(&first)?;
+    // Most of it is there already.
+    let mut files = contents().clone();
+    files.insert(b"new".to_vec(), b"new".to_vec());
+    let second = worker.publish(&files)?;
+    worker.set_ref(RefKind::Worker, "worker", first.layer_id)?;
+    worker.set_ref(RefKind::Worker, "worker", second.layer_id)?;
+    worker.put_record(&second)?;
+    let taken = worker.snapshot(project)?;
+    worker.set_ref(RefKind::Worker, "gone", taken.layer_id)?;
+    worker.snapshot(project)?;
+    worker.remove_ref(RefKind::Worker, "gone")?;
+    worker.die()?;
+    worker.store.sweep_dead_leases()?;
+    Ok(3)
+}
+
+/// That the store in `dir` opens, holds what was promised, is whole, and that the same work succeeds there.
+pub fn check(dir: &Path, project: &Path, promised: &Promised) {
+    check_promised(dir, promised);
+    let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
+    store.sweep_dead_leases().unwrap();
+    for name in ["tmp", "leases", "locks"] {
+        let left = names(&dir.join(name));
+        assert!(left.is_empty(), "{name} holds {left:?}");
+    }
+    let layers = match work(dir, project, Arc::new(NoSync), &|_| ()) {
+        Ok(layers) => layers,
+        Err(err) => panic!("the same work fails then: {}", causes(&*err)),
+    };
+    assert_eq!(check_whole(dir), layers);
+}
+
+fn check_promised(dir: &Path, promised: &Promised) {
+    let store = match Store::open_on(dir, Arc::new(NoSync)) {
+        Ok(store) => store,
+        Err(err) => panic!("{}", causes(&err)),
+    };
+    for layer in &promised.layers {
+        if let Err(err) = store.layer(layer) {
+            panic!("{}", causes(&err));
+        }
+    }
+    let there = |layer: &Option<LayerId>| layer.is_none_or(|layer| store.layer(&layer).is_ok());
+    for ((kind, name), either) in &promised.refs {
+        let found = store.get_ref(*kind, name).unwrap();
+        let found = found.map(|content| content.layers[0]);
+        assert!(either.contains(&found), "{name} is {found:?}");
+        assert!(there(&found), "{name} has no layer");
+    }
+    for (key, either) in &promised.records {
+        let found = store.records(key).unwrap();
+        let found: Vec<_> = found.iter().map(|record| record.layer_id).collect();
+        assert!(either.contains(&found), "the records are {found:?}");
+        let whole = found.iter().all(|layer| there(&Some(*layer)));
+        assert!(whole, "a record has no layer");
+    }
+    check_whole(dir);
+}
+
+/// An error and what is behind it.
+pub fn causes(err: &(dyn Error + 'static)) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}
