@@ -398,7 +398,7 @@ impl<'a> Slots<'a> {
 
     fn of_object(&self, id: &ObjectId) -> Option<u32> {
         match self.packs.position(id) {
-            Some((pack, ix)) => Some(self.first.get(pack as usize)? + ix),
+            Some((pack, ix)) => Some(self.first.get(pack)? + ix),
             None => self.loose.get(id).copied(),
         }
     }

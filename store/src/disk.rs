@@ -49,6 +49,8 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
     /// The names in a directory, in any order.
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>>;
+    /// The bytes that this user can still write to the filesystem of `path`.
+    fn free(&self, path: &Path) -> io::Result<u64>;
 }
 
 /// The filesystem itself.
@@ -140,6 +142,11 @@ impl Disk for RealDisk {
         path.read_dir()?
             .map(|entry| Ok(entry?.file_name()))
             .collect()
+    }
+
+    fn free(&self, path: &Path) -> io::Result<u64> {
+        let fs = rustix::fs::statvfs(path)?;
+        Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::id::{LayerId, ObjectId};
 use crate::layer::LayerError;
+use crate::pack::PackError;
 use crate::tree::TreeError;
 
 /// An operation on the store that failed. The message names the operation and the path; the cause is the `source`.
@@ -67,6 +68,14 @@ pub enum StoreError {
         /// The cause.
         source: LayerError,
     },
+    /// The index of a pack that cannot be read as one.
+    #[error("{} cannot be read", path.display())]
+    Index {
+        /// Its file.
+        path: PathBuf,
+        /// The cause.
+        source: PackError,
+    },
     /// A file of the store does not hold what its name promises.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
@@ -95,6 +104,18 @@ pub enum StoreError {
     /// An earlier call of the same ingest failed while writing, so that nothing of it can be trusted.
     #[error("the ingest is void: writing to the store failed before")]
     Poisoned,
+    /// Nothing keeps any layer.
+    #[error(
+        "nothing keeps any of the {layers} layers in {}: no image, no worker and no running process names one, and no \
+         record is to be kept; if all of it is to go, remove the directory",
+        path.display()
+    )]
+    NothingKept {
+        /// The store.
+        path: PathBuf,
+        /// How many there are.
+        layers: u64,
+    },
     /// More than a named bound.
     #[error("{what} is larger than the limit of {limit}")]
     TooLarge {

@@ -23,7 +23,7 @@ use crate::objects::{LOOSE_MIN, lock};
 use crate::pack_writer::{FinishedPack, PackWriter};
 use crate::store::Store;
 use crate::syncer::Syncer;
-use crate::tree::{Content, Dir, Node, Tree};
+use crate::tree::{Content, Dir, Leaf, Node, Tree};
 
 /// Piece in which large files are read and written.
 const PIECE: usize = 1 << 20;
@@ -69,6 +69,24 @@ pub struct Ingest<'a> {
     syncer: Mutex<Option<Syncer>>,
     no_reflink: AtomicBool,
     poisoned: AtomicBool,
+    /// How often packs had gone when this began.
+    losses: u64,
+    /// Dropped last.
+    _open: OpenIngest<'a>,
+}
+
+/// An ingest that its lease says is open. Dropping it says that it is done.
+#[derive(Debug)]
+struct OpenIngest<'a> {
+    lease: &'a Lease,
+    number: u64,
+}
+
+impl Drop for OpenIngest<'_> {
+    fn drop(&mut self) {
+        // At worst, gc waits until the lease ends.
+        let _ = self.lease.end_ingest(self.number);
+    }
 }
 
 thread_local! {
@@ -114,7 +132,10 @@ impl Read for FromStart<'_> {
 
 impl<'a> Ingest<'a> {
     pub(crate) fn begin(store: &Store, lease: &'a Lease) -> Result<Self, StoreError> {
-        store.objects().refresh()?;
+        // First the word, then the look: see `gc`.
+        let number = lease.begin_ingest()?;
+        let open = OpenIngest { lease, number };
+        let losses = store.objects().refresh()?;
         Ok(Self {
             store: store.clone(),
             lease,
@@ -123,6 +144,8 @@ impl<'a> Ingest<'a> {
             syncer: Mutex::default(),
             no_reflink: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            losses,
+            _open: open,
         })
     }
 
@@ -304,7 +327,7 @@ impl<'a> Ingest<'a> {
             || self.check_objects(tree, pack.as_ref(), &loose),
         );
         let encoded = encoded?;
-        complete?;
+        let in_files = complete?;
         let id = encoded.layer_id;
         // First the pin, then the question.
         self.lease.pin(&[id])?;
@@ -320,8 +343,31 @@ impl<'a> Ingest<'a> {
             existed,
         };
         let layer = (!existed).then_some((id, &encoded.bytes[..]));
-        self.publish(syncer, pack.as_ref(), &loose, layer)?;
+        let pack_id = self.publish(syncer, pack.as_ref(), &loose, layer)?;
+        self.keep_objects(tree, pack_id, &in_files)?;
         Ok(published)
+    }
+
+    /// Now that the layer has its name: is all that it needs still in its place? A collection that looked at the layers before may
+    /// have taken something out; what it takes out from now on it brings back itself.
+    fn keep_objects(
+        &self,
+        tree: &Dir,
+        pack: Option<PackId>,
+        in_files: &[ObjectId],
+    ) -> Result<(), StoreError> {
+        let objects = self.store.objects();
+        let unmoved = objects.refresh()? == self.losses
+            && pack.is_none_or(|pack| objects.has_pack(&pack))
+            && in_files.iter().all(|id| objects.has_loose(id, None));
+        if unmoved {
+            return Ok(());
+        }
+        let mut objects = leaves(tree).filter_map(|leaf| match leaf.content {
+            Content::File { object, .. } => Some(object),
+            _ => None,
+        });
+        objects.try_for_each(|id| self.store.objects().require(&id))
     }
 
     /// The publish order: bytes durable under temporary names, names of objects, durable names of objects, name of the
@@ -332,7 +378,7 @@ impl<'a> Ingest<'a> {
         pack: Option<&FinishedPack>,
         loose: &Loose,
         layer: Option<(LayerId, &[u8])>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<PackId>, StoreError> {
         let (disk, dir) = (self.store.disk(), self.store.dir());
         let write = |bytes: &[u8]| -> Result<TmpFile, StoreError> {
             let tmp = self.lease.tmp()?;
@@ -372,34 +418,54 @@ impl<'a> Ingest<'a> {
         if let Some((id, tmp)) = layer {
             tmp.publish(&self.store.layer_path(&id))?;
         }
-        self.store.sync_layers()
+        self.store.sync_layers()?;
+        Ok(index.map(|(id, _)| id))
     }
 
-    /// A layer must never name an object that is not there.
+    /// A layer must never name an object that is not there. Returns the objects that are files of their own.
     fn check_objects(
         &self,
         tree: &Dir,
         pack: Option<&FinishedPack>,
         loose: &Loose,
-    ) -> Result<(), StoreError> {
-        let mut dirs = vec![tree];
-        while let Some(dir) = dirs.pop() {
-            for node in dir.entries.values() {
-                match node {
-                    Node::Dir(dir) => dirs.push(dir),
-                    Node::Leaf(leaf) => {
-                        if let Content::File { object, size } = leaf.content
-                            && !pack.is_some_and(|pack| pack.contains(&object))
-                            && !loose.contains_key(&object)
-                            && !self.store.objects().contains_known(&object, Some(size))
-                        {
-                            // Tells what is missing from what cannot be read.
-                            self.store.object(&object)?;
-                        }
-                    }
-                }
+    ) -> Result<Vec<ObjectId>, StoreError> {
+        let objects = self.store.objects();
+        objects.refresh()?;
+        let mut in_files = Vec::new();
+        for leaf in leaves(tree) {
+            let Content::File { object, size } = leaf.content else {
+                continue;
+            };
+            if pack.is_some_and(|pack| pack.contains(&object))
+                || objects.find_packed(&object).is_some()
+            {
+                continue;
+            }
+            if !loose.contains_key(&object) && !objects.contains_known(&object, Some(size)) {
+                objects.require(&object)?;
+            }
+            if objects.find_packed(&object).is_none() {
+                in_files.push(object);
             }
         }
-        Ok(())
+        Ok(in_files)
     }
+}
+
+fn leaves(tree: &Dir) -> impl Iterator<Item = &Leaf> {
+    let mut dirs = vec![tree];
+    let mut entries = None;
+    std::iter::from_fn(move || {
+        loop {
+            let Some(nodes) = &mut entries else {
+                entries = Some(dirs.pop()?.entries.values());
+                continue;
+            };
+            match nodes.next() {
+                Some(Node::Dir(dir)) => dirs.push(dir),
+                Some(Node::Leaf(leaf)) => return Some(leaf),
+                None => entries = None,
+            }
+        }
+    })
 }

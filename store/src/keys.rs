@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::names;
-use crate::error::StoreError;
+use crate::error::{IoContext, StoreError};
 use crate::facts::Fact;
 use crate::id::{KeyId, LayerId, TreeId};
+use crate::lease::Lease;
 use crate::lock::FileLock;
 use crate::store::{Store, read_json, write_json};
 
@@ -63,7 +64,7 @@ impl Store {
         let lease = self.lease("record")?;
         self.require_layer(&record.layer_id)?;
         let lock = self.dir().join("locks").join(format!("{key}.key"));
-        let _lock = FileLock::acquire(self.disk(), lock, &|| {})?;
+        let _lock = FileLock::acquire(self.disk(), &lock, &|| {})?;
         // A damaged file would keep the key from ever being built again; what it said can be built anew.
         let mut records = match self.records(key) {
             Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Vec::new(),
@@ -74,5 +75,32 @@ impl Store {
         records.truncate(MAX_RECORDS);
         let path = self.key_path(key);
         write_json(self, &lease, &path, &KeyFile { records }, MAX_KEY_FILE)
+    }
+
+    /// Removes the records of a key whose layers `go`, durably. Returns how many they were.
+    pub(crate) fn drop_records(
+        &self,
+        lease: &Lease,
+        key: &KeyId,
+        go: &dyn Fn(&LayerId) -> bool,
+    ) -> Result<u64, StoreError> {
+        let lock = self.dir().join("locks").join(format!("{key}.key"));
+        let _lock = FileLock::acquire(self.disk(), &lock, &|| {})?;
+        let mut records = self.records(key)?;
+        let before = records.len();
+        records.retain(|record| !go(&record.layer_id));
+        let dropped = before - records.len();
+        if dropped == 0 {
+            return Ok(0);
+        }
+        let path = self.key_path(key);
+        if records.is_empty() {
+            self.disk().remove(&path).at("removing", &path)?;
+            let dir = self.dir().join("keys");
+            self.disk().sync_dir(&dir).at("syncing", &dir)?;
+        } else {
+            write_json(self, lease, &path, &KeyFile { records }, MAX_KEY_FILE)?;
+        }
+        Ok(dropped as u64)
     }
 }

@@ -694,6 +694,13 @@ impl Layer {
         (0..self.nodes as u32).map(|ix| NodeRef { layer: self, ix })
     }
 
+    /// The contents of all regular files, as often as they are named.
+    pub fn objects(&self) -> impl Iterator<Item = ObjectId> + '_ {
+        self.nodes()
+            .filter(|node| node.kind() == Kind::File)
+            .map(NodeRef::object)
+    }
+
     /// The entry at a relative path such as `usr/bin/node`, without following symlinks. The empty path is the root.
     pub fn lookup(&self, path: &[u8]) -> Option<NodeRef<'_>> {
         tree::components(path).try_fold(self.root(), NodeRef::child)

@@ -1,11 +1,17 @@
 //! Leases: what a living process still needs.
 //!
 //! A lease is a file in `leases/` that its holder keeps flocked, so that it ends with the holder, however that ends; a
-//! lease that can be locked is dead, whatever pid wrote it. Its first line says what it is for; every other line pins
-//! a layer: `layer <id>`. A pin is written *before* the holder asks whether the layer exists. Files in `tmp/` begin
-//! with the name of the lease that they belong to.
+//! lease that can be locked is dead, whatever pid wrote it. Its first line says what it is for. After that,
+//!
+//! ```text
+//! layer <id>    pins a layer: written *before* the holder asks whether the layer exists
+//! ingest <n>    an ingest of the holder begins: written *before* it asks which objects exist
+//! done <n>      that ingest has ended, and its layer, if any, has its name
+//! ```
+//!
+//! A line counts once its newline is there. Files in `tmp/` begin with the name of the lease that they belong to.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,8 +27,10 @@ use crate::store::Store;
 
 /// Longest purpose, in bytes.
 const MAX_PURPOSE: usize = 200;
-/// Longest file of a lease that is read, in bytes: room for more layers than any process pins.
-const MAX_LEASE_FILE: u64 = 16 << 20;
+/// Longest file of one lease, in bytes: nearly a million pins.
+const MAX_LEASE_FILE: u64 = 64 << 20;
+/// The first words of the file.
+const MAGIC: &str = "iii-lease 1 ";
 
 /// What the file of a lease says.
 #[derive(Debug, Default)]
@@ -30,6 +38,50 @@ struct Written {
     /// Its length in bytes.
     len: u64,
     pinned: HashSet<LayerId>,
+    /// Ingests that have begun.
+    ingests: u64,
+}
+
+/// A lease that somebody holds, as others see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveLease {
+    /// The name of its file.
+    pub(crate) name: String,
+    /// What it is for, in the holder's words.
+    pub purpose: String,
+    /// The layers that it pins, which need not exist.
+    pub layers: Vec<LayerId>,
+    /// The ingests that have begun and not ended.
+    pub(crate) ingests: BTreeSet<u64>,
+}
+
+impl LiveLease {
+    fn parse(name: String, bytes: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(bytes);
+        // What stands after the last newline is still being written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let mut lines = whole.lines();
+        let purpose = lines.next().unwrap_or_default();
+        let mut state = Self {
+            name,
+            purpose: purpose.strip_prefix(MAGIC).unwrap_or(purpose).to_owned(),
+            layers: Vec::new(),
+            ingests: BTreeSet::new(),
+        };
+        for line in lines {
+            match line.split_once(' ') {
+                Some(("layer", id)) => state.layers.extend(id.parse::<LayerId>()),
+                Some(("ingest", number)) => state.ingests.extend(number.parse::<u64>()),
+                Some(("done", number)) => {
+                    if let Ok(number) = number.parse() {
+                        state.ingests.remove(&number);
+                    }
+                }
+                _ => {}
+            }
+        }
+        state
+    }
 }
 
 /// Protects what it pins, and what its holder is writing, from garbage collection. Ends when dropped or when the
@@ -77,7 +129,7 @@ impl Lease {
                 .map(|c| if c.is_control() { ' ' } else { c })
                 .take(MAX_PURPOSE)
                 .collect();
-            let line = format!("iii-lease 1 {purpose}\n");
+            let line = format!("{MAGIC}{purpose}\n");
             let disk = store.disk();
             disk.write_at(&file, line.as_bytes(), 0)
                 .at("writing", &tmp)?;
@@ -94,6 +146,7 @@ impl Lease {
                 written: Mutex::new(Written {
                     len: line.len() as u64,
                     pinned: HashSet::new(),
+                    ingests: 0,
                 }),
                 next_tmp: AtomicU64::new(0),
             });
@@ -116,7 +169,26 @@ impl Lease {
             self.append(&mut written, &lines)?;
             written.pinned.extend(layers);
         }
+        drop(written);
+        for id in layers {
+            // When it was last used decides how long it is kept; one that is not there is used by nobody.
+            let _ = self.store.disk().touch(&self.store.layer_path(id));
+        }
         Ok(())
+    }
+
+    /// Says that an ingest begins. Returns its number.
+    pub(crate) fn begin_ingest(&self) -> Result<u64, StoreError> {
+        let mut written = lock(&self.written);
+        let number = written.ingests + 1;
+        self.append(&mut written, &format!("ingest {number}\n"))?;
+        written.ingests = number;
+        Ok(number)
+    }
+
+    /// Says that an ingest has ended.
+    pub(crate) fn end_ingest(&self, number: u64) -> Result<(), StoreError> {
+        self.append(&mut lock(&self.written), &format!("done {number}\n"))
     }
 
     fn append(&self, written: &mut Written, lines: &str) -> Result<(), StoreError> {
@@ -149,44 +221,6 @@ impl Drop for Lease {
         // Still locked: a sweeper either sees it alive or not at all.
         let _ = self.store.disk().remove(&self.path);
     }
-}
-
-/// A lease that somebody holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveLease {
-    /// What it is for, in the holder's words.
-    pub purpose: String,
-    /// The layers that it pins, which need not exist.
-    pub layers: Vec<LayerId>,
-}
-
-/// The leases that somebody holds, in any order.
-pub(crate) fn live(store: &Store) -> Result<Vec<LiveLease>, StoreError> {
-    let disk = store.disk().as_ref();
-    let leases = store.dir().join("leases");
-    let mut live = Vec::new();
-    for name in names(disk, &leases)? {
-        let path = leases.join(&name);
-        // Read before it is asked whether it lives: one that is dead by then counts no more.
-        let Some(text) = read_file(disk, &path, MAX_LEASE_FILE)? else {
-            continue;
-        };
-        let dead = dead_lease(disk, &path).at("locking", &path)?.is_some();
-        if dead || disk.metadata(&path).is_err() {
-            continue;
-        }
-        let text = String::from_utf8_lossy(&text);
-        let mut lines = text.lines();
-        let purpose = lines
-            .next()
-            .and_then(|line| line.strip_prefix("iii-lease 1 "));
-        let pins = lines.filter_map(|line| line.strip_prefix("layer ")?.parse().ok());
-        live.push(LiveLease {
-            purpose: purpose.unwrap_or_default().to_owned(),
-            layers: pins.collect(),
-        });
-    }
-    Ok(live)
 }
 
 /// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held. Returns how many leases there were.
@@ -223,6 +257,24 @@ pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
     Ok(count)
 }
 
+/// The leases that somebody holds, sorted by name.
+pub(crate) fn live(store: &Store) -> Result<Vec<LiveLease>, StoreError> {
+    let (disk, dir) = (store.disk().as_ref(), store.dir().join("leases"));
+    let mut live = Vec::new();
+    for name in names(disk, &dir)? {
+        let path = dir.join(&name);
+        if dead_lease(disk, &path).at("locking", &path)?.is_some() {
+            continue;
+        }
+        // One that went meanwhile has ended.
+        if let Some(bytes) = read_file(disk, &path, MAX_LEASE_FILE)? {
+            live.push(LiveLease::parse(name, &bytes));
+        }
+    }
+    live.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(live)
+}
+
 /// The lease's file, locked, if nobody holds it.
 fn dead_lease(disk: &dyn Disk, path: &Path) -> io::Result<Option<File>> {
     match disk.open(path) {
@@ -236,5 +288,42 @@ fn remove(store: &Store, path: &Path) -> Result<(), StoreError> {
     match store.disk().remove(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.at("removing", path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_what_is_whole_and_nothing_else() {
+        let (a, b) = ("11".repeat(32), "22".repeat(32));
+        let cases: [(&str, &str, usize, &[u64]); 8] = [
+            ("", "", 0, &[]),
+            ("iii-lease 1 dev x", "", 0, &[]),
+            ("iii-lease 1 dev x\n", "dev x", 0, &[]),
+            (&format!("iii-lease 1 x\nlayer {a}\nlayer {b}"), "x", 1, &[]),
+            (
+                &format!("iii-lease 1 x\nlayer {a}\nlayer {b}\n"),
+                "x",
+                2,
+                &[],
+            ),
+            ("iii-lease 1 x\ningest 1\ningest 2\ndone 1\n", "x", 0, &[2]),
+            ("iii-lease 1 x\ningest 1\ndone 1\ningest 2", "x", 0, &[]),
+            (
+                "other\nlayer\nlayer zz\ningest -1\ndone 7\n\u{fffd}\n",
+                "other",
+                0,
+                &[],
+            ),
+        ];
+        for (text, purpose, pins, ingests) in cases {
+            let state = LiveLease::parse("name".into(), text.as_bytes());
+            assert_eq!(state.purpose, purpose, "{text:?}");
+            assert_eq!(state.layers.len(), pins, "{text:?}");
+            assert!(state.ingests.iter().eq(ingests), "{text:?}");
+        }
+        LiveLease::parse("name".into(), b"\xff\xfe\nlayer \xff\n");
     }
 }

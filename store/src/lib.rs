@@ -47,10 +47,12 @@
 //! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
 pub mod account;
+mod census;
 pub mod diff;
 pub mod disk;
 mod error;
 pub mod facts;
+mod gc;
 pub mod id;
 mod ingest;
 mod keys;
@@ -62,16 +64,19 @@ mod objects;
 pub mod pack;
 mod pack_writer;
 mod refs;
+mod roots;
 pub mod snapshot;
 pub mod stat_cache;
 pub mod store;
 mod syncer;
+mod trash;
 pub mod tree;
 
 pub use account::{Account, Area, LayerUse, RefUse};
 pub use diff::{Change, ChangeKind, diff};
 pub use error::StoreError;
 pub use facts::{Fact, Seen};
+pub use gc::{DroppedRecord, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
 pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
 pub use keys::{MAX_RECORDS, Record};
@@ -79,4 +84,5 @@ pub use layer::{Kind, Layer, NodeRef};
 pub use lease::{Lease, LiveLease};
 pub use objects::{Blob, LOOSE_MIN};
 pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
+pub use roots::{Root, Roots};
 pub use store::{Flight, Store};

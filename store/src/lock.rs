@@ -24,28 +24,48 @@ impl FileLock {
     /// Waits for the lock. Calls `on_wait` once if somebody else has it.
     pub(crate) fn acquire(
         disk: &Arc<dyn Disk>,
-        path: PathBuf,
+        path: &Path,
         on_wait: &dyn Fn(),
     ) -> Result<Self, StoreError> {
         let mut waited = false;
         loop {
-            let file = disk.open_lock(&path).at("opening the lock", &path)?;
-            if !try_lock(&file).at("locking", &path)? {
+            let file = disk.open_lock(path).at("opening the lock", path)?;
+            if !try_lock(&file).at("locking", path)? {
                 if !waited {
                     on_wait();
                     waited = true;
                 }
-                wait_lock(&file).at("locking", &path)?;
+                wait_lock(&file).at("locking", path)?;
             }
-            // Whoever had it may have removed the file meanwhile, and somebody else made the next one.
-            if is_at(&file, &path) {
-                return Ok(Self {
-                    disk: Arc::clone(disk),
-                    path,
-                    _file: file,
-                });
+            if let Some(lock) = Self::hold(disk, path, file) {
+                return Ok(lock);
             }
         }
+    }
+
+    /// Takes the lock, unless somebody else has it.
+    pub(crate) fn try_acquire(
+        disk: &Arc<dyn Disk>,
+        path: &Path,
+    ) -> Result<Option<Self>, StoreError> {
+        loop {
+            let file = disk.open_lock(path).at("opening the lock", path)?;
+            if !try_lock(&file).at("locking", path)? {
+                return Ok(None);
+            }
+            if let Some(lock) = Self::hold(disk, path, file) {
+                return Ok(Some(lock));
+            }
+        }
+    }
+
+    /// A lock of a locked file, unless whoever had it before removed the file meanwhile, and somebody else made the next one.
+    fn hold(disk: &Arc<dyn Disk>, path: &Path, file: File) -> Option<Self> {
+        is_at(&file, path).then(|| Self {
+            disk: Arc::clone(disk),
+            path: path.to_owned(),
+            _file: file,
+        })
     }
 }
 

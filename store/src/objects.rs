@@ -12,6 +12,7 @@ use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
 use crate::pack::{Index, PackError, Place};
+use crate::trash::Places;
 
 /// Files of the store that are held open for reading.
 const MAX_OPEN_FILES: usize = 128;
@@ -113,10 +114,11 @@ impl OpenFiles {
     }
 }
 
+/// A pack that is there, by its index.
 #[derive(Debug)]
-struct Pack {
-    id: PackId,
-    index: Index,
+pub(crate) struct Pack {
+    pub(crate) id: PackId,
+    pub(crate) index: Index,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -138,6 +140,8 @@ pub(crate) struct PackSet {
     known: HashSet<PackId>,
     /// The packs directory's mtime before it was listed, unless it may change unseen.
     listed: Option<SystemTime>,
+    /// How often a pack has gone.
+    losses: u64,
 }
 
 fn position(id: &ObjectId) -> (u64, u32) {
@@ -150,9 +154,14 @@ fn position(id: &ObjectId) -> (u64, u32) {
 }
 
 impl PackSet {
+    /// The packs of this index: see [`PackSet::position`].
+    pub(crate) fn packs(&self) -> &[Pack] {
+        &self.packs
+    }
+
     fn find(&self, id: &ObjectId) -> Option<(PackId, Place)> {
         let (number, ix) = self.position(id)?;
-        let pack = self.packs.get(number as usize)?;
+        let pack = self.packs.get(number)?;
         Some((pack.id, pack.index.place(ix)))
     }
 
@@ -162,7 +171,7 @@ impl PackSet {
     }
 
     /// The number of the pack that the object is read from, and the object's in it.
-    pub(crate) fn position(&self, id: &ObjectId) -> Option<(u32, u32)> {
+    pub(crate) fn position(&self, id: &ObjectId) -> Option<(usize, u32)> {
         let mask = self.slots.len().checked_sub(1)? as u64;
         let (start, tag) = position(id);
         for step in 0..=mask {
@@ -172,13 +181,13 @@ impl PackSet {
                 && let Some(pack) = self.packs.get(number as usize)
                 && let Some(ix) = pack.index.position(id)
             {
-                return Some((number, ix));
+                return Some((number as usize, ix));
             }
         }
         None
     }
 
-    fn add(&mut self, packs: Vec<Pack>) {
+    pub(crate) fn add(&mut self, packs: Vec<Pack>) {
         let before = self.packs.len();
         self.objects += packs
             .iter()
@@ -214,6 +223,8 @@ impl PackSet {
 #[derive(Debug)]
 pub(crate) struct Objects {
     disk: Arc<dyn Disk>,
+    /// The store.
+    dir: PathBuf,
     packs_dir: PathBuf,
     loose_dir: PathBuf,
     packs: RwLock<PackSet>,
@@ -222,11 +233,12 @@ pub(crate) struct Objects {
 
 impl Objects {
     /// Nothing is read before the first question.
-    pub(crate) fn new(disk: Arc<dyn Disk>, packs_dir: PathBuf, loose_dir: PathBuf) -> Self {
+    pub(crate) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
         Self {
             disk,
-            packs_dir,
-            loose_dir,
+            dir: dir.to_owned(),
+            packs_dir: dir.join("packs"),
+            loose_dir: dir.join("loose"),
             packs: RwLock::default(),
             files: Mutex::default(),
         }
@@ -244,15 +256,15 @@ impl Objects {
         self.loose_dir.join(id.to_string())
     }
 
-    /// Looks at the packs that appeared or went since the last time. Cheap when none did.
-    pub(crate) fn refresh(&self) -> Result<(), StoreError> {
+    /// Looks at the packs that appeared or went since the last time. Cheap when none did. Returns how often any has gone.
+    pub(crate) fn refresh(&self) -> Result<u64, StoreError> {
         let mtime =
             || -> io::Result<SystemTime> { self.disk.metadata(&self.packs_dir)?.modified() };
         let now = mtime().at("looking at", &self.packs_dir)?;
         {
             let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
             if set.listed == Some(now) {
-                return Ok(());
+                return Ok(set.losses);
             }
         }
         let mut set = self.packs.write().unwrap_or_else(PoisonError::into_inner);
@@ -268,7 +280,10 @@ impl Objects {
             }
         }
         if set.known.iter().any(|id| !found.contains(id)) {
-            *set = PackSet::default();
+            *set = PackSet {
+                losses: set.losses + 1,
+                ..PackSet::default()
+            };
         }
         let mut new = Vec::new();
         for id in found.difference(&set.known) {
@@ -282,7 +297,7 @@ impl Objects {
             set.add(new);
         }
         set.listed = settled.then_some(now);
-        Ok(())
+        Ok(set.losses)
     }
 
     /// The packs of now, which stay as they are until the guard is dropped.
@@ -313,6 +328,13 @@ impl Objects {
     pub(crate) fn find_packed(&self, id: &ObjectId) -> Option<(PackId, Place)> {
         let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         set.find(id)
+    }
+
+    /// Whether a pack and its index have their names.
+    pub(crate) fn has_pack(&self, id: &PackId) -> bool {
+        [self.pack_path(id), self.index_path(id)]
+            .iter()
+            .all(|path| self.disk.metadata(path).is_ok())
     }
 
     /// Whether there is a file of this object of `len` bytes.
@@ -370,15 +392,62 @@ impl Objects {
         }
     }
 
+    /// The object's bytes, wherever they are.
     pub(crate) fn open(&self, id: &ObjectId) -> Result<Blob, StoreError> {
         if let Some(blob) = self.open_known(id)? {
             return Ok(blob);
         }
         self.refresh()?;
+        if let Some(blob) = self.open_known(id)? {
+            return Ok(blob);
+        }
+        self.take_back(id)?;
         self.open_known(id)?.ok_or(StoreError::MissingObject(*id))
     }
 
-    pub(crate) fn contains(&self, id: &ObjectId) -> bool {
-        self.contains_known(id, None) || (self.refresh().is_ok() && self.find_packed(id).is_some())
+    /// An error unless the object is in its place, if need be because it was taken back from the trash.
+    pub(crate) fn require(&self, id: &ObjectId) -> Result<(), StoreError> {
+        if self.contains_known(id, None) {
+            return Ok(());
+        }
+        self.refresh()?;
+        if self.find_packed(id).is_some() {
+            return Ok(());
+        }
+        self.take_back(id)?;
+        if self.find_packed(id).is_some() {
+            return Ok(());
+        }
+        let path = self.loose_path(id);
+        match self.disk.metadata(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                Err(StoreError::MissingObject(*id))
+            }
+            other => other.at("looking at", &path).map(drop),
+        }
+    }
+
+    /// Looks for an object in the trash, and takes it back from there.
+    fn take_back(&self, id: &ObjectId) -> Result<(), StoreError> {
+        let places = Places {
+            disk: self.disk.as_ref(),
+            dir: &self.dir,
+        };
+        if places.take_back_object(id)? {
+            self.refresh()?;
+        }
+        Ok(())
+    }
+
+    /// All bytes of an object of a pack, unchecked.
+    pub(crate) fn read_packed(&self, pack: &PackId, place: Place) -> Result<Vec<u8>, StoreError> {
+        let path = self.pack_path(pack);
+        let file = self.open_file(FileKey::Pack(*pack), &path);
+        let blob = Blob {
+            file: file.at("opening", &path)?,
+            offset: place.offset,
+            len: place.len,
+        };
+        blob.read_all(LOOSE_MIN).at("reading", &path)
     }
 }

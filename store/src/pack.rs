@@ -224,6 +224,7 @@ impl Index {
         self.bytes.get(at..at + ID).unwrap_or_default()
     }
 
+    /// The place of the object that is the `ix`th by id.
     pub(crate) fn place(&self, ix: u32) -> Place {
         let at = HEADER + FANOUT + self.count as usize * ID + ix as usize * PLACE;
         Place {

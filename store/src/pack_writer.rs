@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::disk::TmpFile;
-use crate::error::StoreError;
-use crate::id::ObjectId;
+use crate::error::{IoContext, StoreError};
+use crate::id::{ObjectId, PackId};
+use crate::lease::Lease;
 use crate::objects::lock;
 use crate::pack::{self, Place};
+use crate::store::Store;
 
 /// Objects are gathered into writes of this many bytes.
 const CHUNK: usize = 1 << 20;
@@ -58,6 +60,23 @@ pub(crate) struct FinishedPack {
 impl FinishedPack {
     pub(crate) fn encode_index(&self) -> Vec<u8> {
         pack::encode_index(&self.objects, self.len)
+    }
+
+    /// Makes the pack durable and gives it its name.
+    pub(crate) fn publish(&self, store: &Store, lease: &Lease) -> Result<PackId, StoreError> {
+        let bytes = self.encode_index();
+        let id = PackId::from(blake3::hash(&bytes));
+        let index = lease.tmp()?;
+        index.write(&bytes, 0)?;
+        self.tmp.sync()?;
+        index.sync()?;
+        let [to, to_index] = store.places().pack(&id);
+        // A pack is there when its index is.
+        self.tmp.publish(&to)?;
+        index.publish(&to_index)?;
+        let dir = store.dir().join("packs");
+        store.disk().sync_dir(&dir).at("syncing", &dir)?;
+        Ok(id)
     }
 
     pub(crate) fn contains(&self, id: &ObjectId) -> bool {

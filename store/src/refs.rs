@@ -20,7 +20,8 @@ const MAX_REF_FILE: u64 = 16 << 20;
 const MAX_PLAIN: usize = 180;
 
 /// What a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RefKind {
     /// An image, by its reference.
     Image,
@@ -29,6 +30,9 @@ pub enum RefKind {
 }
 
 impl RefKind {
+    /// All kinds.
+    pub const ALL: [Self; 2] = [Self::Image, Self::Worker];
+
     fn dir(self) -> &'static str {
         match self {
             Self::Image => "image",

@@ -1,6 +1,7 @@
 //! Opening a store, and reading from it.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
@@ -15,13 +16,14 @@ use crate::layer::Layer;
 use crate::lease::{self, Lease, LiveLease};
 use crate::lock::FileLock;
 use crate::objects::{Blob, Objects, lock};
+use crate::trash::Places;
 
 /// Version of the layout described in the crate's documentation.
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-const DIRS: [&str; 11] = [
+const DIRS: [&str; 12] = [
     "packs",
     "loose",
     "layers",
@@ -33,9 +35,8 @@ const DIRS: [&str; 11] = [
     "locks",
     "tmp",
     "stat",
+    "trash",
 ];
-/// Directories that later versions of this program make.
-const OTHER_DIRS: [&str; 2] = ["trash", "chains"];
 
 /// The `format` file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +100,7 @@ impl Store {
             Some(format!("unknown ro-compat features {:?}", format.ro_compat))
         };
         Ok(Self(Arc::new(Inner {
-            objects: Objects::new(Arc::clone(&disk), dir.join("packs"), dir.join("loose")),
+            objects: Objects::new(Arc::clone(&disk), dir),
             dir: dir.to_owned(),
             disk,
             read_only,
@@ -162,6 +163,7 @@ impl Store {
         match self.disk().metadata(&path) {
             Ok(meta) if meta.is_file() => Ok(()),
             Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("looking at", &path),
+            Err(_) if self.take_back_layer(id)? => Ok(()),
             _ => Err(StoreError::MissingLayer(*id)),
         }
     }
@@ -179,21 +181,18 @@ impl Store {
             return Ok(layer);
         }
         let path = self.layer_path(id);
-        let file = match self.disk().open(&path) {
-            Err(err) if err.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::MissingLayer(*id));
-            }
-            other => other.at("opening", &path)?,
+        let open = || match self.disk().open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.at("opening", &path).map(Some),
         };
-        let layer = Layer::open(&file).map_err(|source| StoreError::Layer {
-            id: *id,
-            path: path.clone(),
-            source,
-        })?;
-        if layer.layer_id() != *id || !layer.body_holds() {
-            let what = "it is not the layer that its name says";
-            return Err(StoreError::Damaged { path, what });
+        let mut file = open()?;
+        if file.is_none() {
+            // Whoever took it back, it is there again.
+            self.take_back_layer(id)?;
+            file = open()?;
         }
+        let file = file.ok_or(StoreError::MissingLayer(*id))?;
+        let layer = Self::check_layer(id, &path, &file)?;
         let layer = Arc::new(layer);
         let mut layers = lock(&self.0.layers);
         layers.retain(|_, layer| layer.strong_count() > 0);
@@ -201,9 +200,41 @@ impl Store {
         Ok(layer)
     }
 
+    /// Maps a layer file and checks that it is the layer that its name says.
+    pub(crate) fn check_layer(id: &LayerId, path: &Path, file: &File) -> Result<Layer, StoreError> {
+        let layer = Layer::open(file).map_err(|source| StoreError::Layer {
+            id: *id,
+            path: path.to_owned(),
+            source,
+        })?;
+        if layer.layer_id() != *id || !layer.body_holds() {
+            let what = "it is not the layer that its name says";
+            return Err(StoreError::Damaged {
+                path: path.to_owned(),
+                what,
+            });
+        }
+        Ok(layer)
+    }
+
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places {
+            disk: self.disk().as_ref(),
+            dir: self.dir(),
+        }
+    }
+
+    /// Looks for a layer in the trash and takes it back from there.
+    fn take_back_layer(&self, id: &LayerId) -> Result<bool, StoreError> {
+        if self.0.read_only.is_some() {
+            return Ok(false);
+        }
+        self.places().take_back_layer(id)
+    }
+
     /// Whether the object is there, and so durable and whole.
     pub fn contains(&self, id: &ObjectId) -> bool {
-        self.0.objects.contains(id)
+        self.0.objects.require(id).is_ok()
     }
 
     /// The object's bytes. Costs no system call when its file is open already.
@@ -216,7 +247,7 @@ impl Store {
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
         let path = self.0.dir.join("locks").join(format!("{key}.flight"));
         Ok(Flight {
-            _lock: FileLock::acquire(self.disk(), path, on_wait)?,
+            _lock: FileLock::acquire(self.disk(), &path, on_wait)?,
         })
     }
 }
@@ -228,7 +259,7 @@ pub struct Flight {
 }
 
 fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
-    let known = |name: &str| name == "format" || DIRS.contains(&name) || OTHER_DIRS.contains(&name);
+    let known = |name: &str| name == "format" || DIRS.contains(&name);
     // What must be synced for the store's own name to be durable; somebody else may have made it a moment ago.
     let mut above = Vec::from_iter(dir.parent());
     match disk.list(dir) {
@@ -267,7 +298,7 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
     };
     let path = dir.join("format");
     // Two processes may make the store at once.
-    let _lock = FileLock::acquire(disk, dir.join("locks/format"), &|| {})?;
+    let _lock = FileLock::acquire(disk, &dir.join("locks/format"), &|| {})?;
     if let Some(format) = read_json(disk.as_ref(), &path, MAX_FORMAT)? {
         return Ok(format);
     }

@@ -74,6 +74,10 @@ impl Disk for NoSync {
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
         RealDisk.list(path)
     }
+
+    fn free(&self, path: &Path) -> io::Result<u64> {
+        RealDisk.free(path)
+    }
 }
 
 /// Files by path.

@@ -28,6 +28,7 @@ pub enum Call<'a> {
     Read,
     Metadata(&'a Path),
     List(&'a Path),
+    Free(&'a Path),
 }
 
 impl Call<'_> {
@@ -35,7 +36,7 @@ impl Call<'_> {
     pub fn writes(&self) -> bool {
         !matches!(
             self,
-            Self::Open(_) | Self::Read | Self::Metadata(_) | Self::List(_)
+            Self::Open(_) | Self::Read | Self::Metadata(_) | Self::List(_) | Self::Free(_)
         )
     }
 }
@@ -58,6 +59,7 @@ impl Debug for Call<'_> {
             Self::Read => f.write_str("read_at"),
             Self::Metadata(path) => write!(f, "metadata {}", path.display()),
             Self::List(path) => write!(f, "list {}", path.display()),
+            Self::Free(path) => write!(f, "free {}", path.display()),
         }
     }
 }
@@ -151,6 +153,10 @@ impl<H: Hook> Disk for Hooked<H> {
 
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
         self.0.around(Call::List(path), || NoSync.list(path))
+    }
+
+    fn free(&self, path: &Path) -> io::Result<u64> {
+        self.0.around(Call::Free(path), || NoSync.free(path))
     }
 }
 

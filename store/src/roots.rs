@@ -1,0 +1,107 @@
+//! Roots: what keeps layers from being collected.
+//!
+//! A layer is kept by a ref, by a lease whose holder lives, or by a record of a key. Leases are always read before refs and
+//! records: who stores a ref or a record has the layer pinned until it is stored, so that one of the two shows it.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::names;
+use crate::error::StoreError;
+use crate::id::{KeyId, LayerId};
+use crate::keys::Record;
+use crate::lease::{self, LiveLease};
+use crate::refs::RefKind;
+use crate::store::Store;
+
+/// One thing that keeps a layer.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(tag = "root", rename_all = "snake_case")]
+pub enum Root {
+    /// A ref names it.
+    Ref {
+        /// What the name stands for.
+        kind: RefKind,
+        /// The name.
+        name: String,
+    },
+    /// A living process needs it.
+    Lease {
+        /// What for.
+        purpose: String,
+    },
+    /// A recipe made it.
+    Record {
+        /// The recipe.
+        key: KeyId,
+    },
+}
+
+/// All roots of a moment.
+#[derive(Debug, Default)]
+pub struct Roots {
+    /// What keeps each layer; sorted.
+    pub layers: HashMap<LayerId, Vec<Root>>,
+    /// The records of each key, newest first.
+    pub records: BTreeMap<KeyId, Vec<Record>>,
+    /// Keys whose file does not hold: they keep nothing, and are built anew.
+    pub damaged_keys: Vec<KeyId>,
+    /// The leases of the living.
+    pub(crate) leases: Vec<LiveLease>,
+}
+
+impl Roots {
+    /// Reads them. Safe beside everything else. A ref that is damaged is an error: nobody knows what it keeps.
+    pub fn read(store: &Store) -> Result<Self, StoreError> {
+        let mut roots = Self {
+            leases: lease::live(store)?,
+            ..Self::default()
+        };
+        for lease in &roots.leases {
+            for layer in &lease.layers {
+                let root = Root::Lease {
+                    purpose: lease.purpose.clone(),
+                };
+                roots.layers.entry(*layer).or_default().push(root);
+            }
+        }
+        for kind in RefKind::ALL {
+            for (name, content) in store.list_refs(kind)? {
+                for layer in content.layers {
+                    let name = name.clone();
+                    let root = Root::Ref { kind, name };
+                    roots.layers.entry(layer).or_default().push(root);
+                }
+            }
+        }
+        for name in names(store.disk().as_ref(), &store.dir().join("keys"))? {
+            let Ok(key) = name.parse::<KeyId>() else {
+                continue;
+            };
+            match store.records(&key) {
+                Ok(records) => {
+                    for record in &records {
+                        let layer = roots.layers.entry(record.layer_id).or_default();
+                        layer.push(Root::Record { key });
+                    }
+                    roots.records.insert(key, records);
+                }
+                Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                    roots.damaged_keys.push(key);
+                }
+                Err(err) => return Err(err),
+            }
+        }
+        for reasons in roots.layers.values_mut() {
+            reasons.sort_unstable();
+            reasons.dedup();
+        }
+        Ok(roots)
+    }
+
+    /// What keeps a layer.
+    pub fn of(&self, layer: &LayerId) -> &[Root] {
+        self.layers.get(layer).map_or(&[], Vec::as_slice)
+    }
+}

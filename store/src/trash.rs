@@ -1,0 +1,166 @@
+//! Trash: what gc has taken out of its place and nobody can look up any more, but that can still be taken back.
+//!
+//! ```text
+//! trash/<generation>/       what one gc took out; generations are numbered upwards
+//!   born                    JSON: when that was
+//!   waits                   JSON: the ingests that were open after objects had been taken out
+//!   <layer>.layer           as in layers/
+//!   <pack>.pack <pack>.idx  as in packs/
+//!   <object>.loose          as in loose/
+//! ```
+//!
+//! A name moves by one rename, so that taking back and removing cannot both succeed. Of a pack the index decides: it is the
+//! first to be taken out and the first to be removed, and the last to be taken back.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::disk::{Disk, names};
+use crate::error::{IoContext, StoreError};
+use crate::id::{LayerId, ObjectId, PackId};
+use crate::pack::Index;
+
+/// The extension of a layer in the trash.
+pub(crate) const LAYER: &str = "layer";
+/// The extension of a loose object in the trash.
+pub(crate) const LOOSE: &str = "loose";
+
+/// The generations in the trash of the store in `dir`, oldest first.
+pub(crate) fn generations(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>, StoreError> {
+    let trash = dir.join("trash");
+    let mut found = Vec::new();
+    for name in list(disk, &trash)? {
+        if let Ok(number) = name.parse::<u64>() {
+            found.push((number, trash.join(name)));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// The names in the trash, or in a generation; none if it went meanwhile.
+pub(crate) fn list(disk: &dyn Disk, generation: &Path) -> Result<Vec<String>, StoreError> {
+    match names(disk, generation) {
+        Err(err) if err.io_kind() == Some(io::ErrorKind::NotFound) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// Moves a name. False if it is not there, or not any more.
+pub(crate) fn move_name(disk: &dyn Disk, from: &Path, to: &Path) -> Result<bool, StoreError> {
+    match disk.rename(from, to) {
+        Ok(()) => Ok(true),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(err) => Err(err).at("renaming", from),
+    }
+}
+
+/// Where things are when they are not in the trash.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Places<'a> {
+    pub(crate) disk: &'a dyn Disk,
+    /// The store.
+    pub(crate) dir: &'a Path,
+}
+
+impl Places<'_> {
+    pub(crate) fn layer(&self, id: &LayerId) -> PathBuf {
+        self.dir.join("layers").join(id.to_string())
+    }
+
+    pub(crate) fn pack(&self, id: &PackId) -> [PathBuf; 2] {
+        let packs = self.dir.join("packs");
+        [
+            packs.join(format!("{id}.pack")),
+            packs.join(format!("{id}.idx")),
+        ]
+    }
+
+    pub(crate) fn loose(&self, id: &ObjectId) -> PathBuf {
+        self.dir.join("loose").join(id.to_string())
+    }
+
+    fn sync(&self, kind: &str) -> Result<(), StoreError> {
+        let dir = self.dir.join(kind);
+        self.disk.sync_dir(&dir).at("syncing", &dir)
+    }
+
+    /// Takes a layer back, durably. False if it is not in the trash.
+    pub(crate) fn take_back_layer(&self, id: &LayerId) -> Result<bool, StoreError> {
+        for (_, generation) in generations(self.disk, self.dir)? {
+            let from = generation.join(format!("{id}.{LAYER}"));
+            if move_name(self.disk, &from, &self.layer(id))? {
+                self.sync("layers")?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes a pack back from a generation, durably. False if it is not there, or not any more.
+    pub(crate) fn take_back_pack(
+        &self,
+        generation: &Path,
+        id: &PackId,
+    ) -> Result<bool, StoreError> {
+        let [pack, index] = self.pack(id);
+        // Already back, if somebody else is at it, too.
+        move_name(self.disk, &generation.join(format!("{id}.pack")), &pack)?;
+        let taken = move_name(self.disk, &generation.join(format!("{id}.idx")), &index)?;
+        if taken {
+            self.sync("packs")?;
+        }
+        Ok(taken)
+    }
+
+    /// Takes a loose object back from a generation, durably. False if it is not there, or not any more.
+    pub(crate) fn take_back_loose(
+        &self,
+        generation: &Path,
+        id: &ObjectId,
+    ) -> Result<bool, StoreError> {
+        let from = generation.join(format!("{id}.{LOOSE}"));
+        let taken = move_name(self.disk, &from, &self.loose(id))?;
+        if taken {
+            self.sync("loose")?;
+        }
+        Ok(taken)
+    }
+
+    /// Takes an object back, with the pack that holds it. False if it is not in the trash.
+    pub(crate) fn take_back_object(&self, id: &ObjectId) -> Result<bool, StoreError> {
+        for (_, generation) in generations(self.disk, self.dir)? {
+            if self.take_back_loose(&generation, id)? {
+                return Ok(true);
+            }
+            for name in list(self.disk, &generation)? {
+                let Some((pack, suffix)) = name.split_once('.') else {
+                    continue;
+                };
+                let Ok(pack) = pack.parse::<PackId>() else {
+                    continue;
+                };
+                let [to, index] = self.pack(&pack);
+                if suffix == "idx" {
+                    if self.holds(&generation.join(&name), &pack, id)
+                        && self.take_back_pack(&generation, &pack)?
+                    {
+                        return Ok(true);
+                    }
+                } else if suffix == "pack" && self.holds(&index, &pack, id) {
+                    // It is just being taken out, or back: its index is still, or already, in its place.
+                    move_name(self.disk, &generation.join(&name), &to)?;
+                    self.sync("packs")?;
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether this index is there and names the object.
+    fn holds(&self, index: &Path, pack: &PackId, id: &ObjectId) -> bool {
+        let index = self.disk.open(index).map(|file| Index::open(&file, pack));
+        index.is_ok_and(|index| index.is_ok_and(|index| index.position(id).is_some()))
+    }
+}
