@@ -13,7 +13,7 @@
 //! Objects are counted in place: every object of every index has a number, and what is known of it is one word in an array. No
 //! map of ids is made, so a store of 20 workers with 30,000 files each takes a fraction of a second and a few MiB.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::fs::Metadata;
 use std::io;
@@ -23,11 +23,11 @@ use std::time::SystemTime;
 
 use rayon::prelude::*;
 
+use crate::census::Census;
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, ObjectId, TreeId};
-use crate::layer::{Kind, Layer};
-use crate::objects::PackSet;
+use crate::layer::Layer;
 use crate::refs::RefKind;
 use crate::stat_cache::StatCache;
 use crate::store::Store;
@@ -165,8 +165,7 @@ impl Store {
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
         let mut refs = self.all_refs()?;
-        let packs = self.objects().packs()?;
-        let slots = Slots::new(&packs, &files)?;
+        let slots = Slots::new(self.census()?, &files)?;
         let read: Vec<Result<KnownLayer, StoreError>> = files
             .layers
             .par_iter()
@@ -262,7 +261,6 @@ struct LayerFile {
 #[derive(Debug, Default)]
 struct Files {
     areas: Vec<Area>,
-    loose: Vec<(ObjectId, u64)>,
     layers: Vec<LayerFile>,
     indexes: u64,
     other: u64,
@@ -296,7 +294,6 @@ impl Files {
             }
         }
         files.layers.sort_unstable_by_key(|file| file.id);
-        files.loose.sort_unstable();
         files.areas = AREAS
             .into_iter()
             .chain([OTHER])
@@ -316,10 +313,8 @@ impl Files {
             // Counted object by object; the rest is padding.
         } else if area == "packs" && extension == Some("idx") {
             self.indexes += len;
-        } else if area == "loose"
-            && let Ok(id) = name.parse()
-        {
-            self.loose.push((id, len));
+        } else if area == "loose" && name.parse::<ObjectId>().is_ok() {
+            // Counted by the census.
         } else if area == "layers"
             && let Ok(id) = name.parse()
         {
@@ -347,13 +342,9 @@ fn stat(disk: &dyn Disk, path: &Path) -> Result<Option<Metadata>, StoreError> {
     }
 }
 
-/// A number for everything that is counted: the objects of the packs, pack by pack, then the loose ones, then the files of the
-/// layers.
-struct Slots<'a> {
-    packs: &'a PackSet,
-    /// The number of each pack's first object.
-    first: Vec<u32>,
-    loose: HashMap<ObjectId, u32>,
+/// A number for everything that is counted: the objects, as in the [`Census`], then the files of the layers.
+struct Slots {
+    census: Census,
     first_layer_file: u32,
     /// How long each is.
     lengths: Vec<u64>,
@@ -366,19 +357,9 @@ struct SlotsOfLayer {
     missing: u64,
 }
 
-impl<'a> Slots<'a> {
-    fn new(packs: &'a PackSet, files: &Files) -> Result<Self, StoreError> {
-        let mut first = Vec::new();
-        let mut lengths = Vec::new();
-        for index in packs.indexes() {
-            first.push(lengths.len() as u32);
-            lengths.extend(index.objects().map(|(_, place)| place.len));
-        }
-        let mut loose = HashMap::with_capacity(files.loose.len());
-        for (id, len) in &files.loose {
-            loose.insert(*id, lengths.len() as u32);
-            lengths.push(*len);
-        }
+impl Slots {
+    fn new(census: Census, files: &Files) -> Result<Self, StoreError> {
+        let mut lengths = census.lengths();
         let first_layer_file = lengths.len() as u32;
         lengths.extend(files.layers.iter().map(|file| file.len));
         if u32::try_from(lengths.len()).is_err() {
@@ -388,34 +369,20 @@ impl<'a> Slots<'a> {
             });
         }
         Ok(Self {
-            packs,
-            first,
-            loose,
+            census,
             first_layer_file,
             lengths,
         })
     }
 
-    fn of_object(&self, id: &ObjectId) -> Option<u32> {
-        match self.packs.position(id) {
-            Some((pack, ix)) => Some(self.first.get(pack)? + ix),
-            None => self.loose.get(id).copied(),
-        }
-    }
-
     fn of_layer(&self, layer: &Layer, number: usize) -> SlotsOfLayer {
-        let mut list = Vec::with_capacity(layer.file_count() as usize + 1);
-        let mut missing = 0;
-        for node in layer.nodes().filter(|node| node.kind() == Kind::File) {
-            match self.of_object(&node.object()) {
-                Some(slot) => list.push(slot),
-                None => missing += 1,
-            }
-        }
+        let named = self.census.named_by(layer);
+        let mut list: Vec<u32> = named.slots.into_iter().map(|slot| slot as u32).collect();
         list.push(self.first_layer_file + number as u32);
-        list.sort_unstable();
-        list.dedup();
-        SlotsOfLayer { list, missing }
+        SlotsOfLayer {
+            list,
+            missing: named.missing.len() as u64,
+        }
     }
 
     fn len(&self, slot: u32) -> u64 {
@@ -430,7 +397,7 @@ impl Owners {
     const NONE: u32 = 0;
     const SEVERAL: u32 = u32::MAX;
 
-    fn none(slots: &Slots<'_>) -> Self {
+    fn none(slots: &Slots) -> Self {
         Self(vec![Self::NONE; slots.lengths.len()])
     }
 
@@ -452,7 +419,7 @@ impl Owners {
     }
 
     /// The bytes that have one owner, and those that have several.
-    fn split(&self, slots: &Slots<'_>, list: impl Iterator<Item = u32>) -> (u64, u64) {
+    fn split(&self, slots: &Slots, list: impl Iterator<Item = u32>) -> (u64, u64) {
         list.fold((0, 0), |(unique, shared), slot| {
             let len = slots.len(slot);
             match self.of(slot) {
@@ -473,7 +440,7 @@ struct KnownLayer {
     slots: SlotsOfLayer,
 }
 
-fn count_layers(slots: &Slots<'_>, known: &[KnownLayer], owners: &Owners) -> Vec<LayerUse> {
+fn count_layers(slots: &Slots, known: &[KnownLayer], owners: &Owners) -> Vec<LayerUse> {
     let layer_use = |layer: &KnownLayer| {
         let (unique, shared) = owners.split(slots, layer.slots.list.iter().copied());
         LayerUse {
@@ -490,7 +457,7 @@ fn count_layers(slots: &Slots<'_>, known: &[KnownLayer], owners: &Owners) -> Vec
 }
 
 /// Fills in what the refs have, and says who has what.
-fn count_refs(slots: &Slots<'_>, known: &[KnownLayer], refs: &mut [RefUse]) -> Owners {
+fn count_refs(slots: &Slots, known: &[KnownLayer], refs: &mut [RefUse]) -> Owners {
     // Several layers of one ref may name the same object, and one ref may name a layer twice.
     let layers_of = |layers: &[LayerId]| -> BTreeSet<usize> {
         let found = layers

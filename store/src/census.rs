@@ -13,7 +13,8 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
 use crate::layer::{Kind, Layer};
 use crate::objects::{Pack, PackSet};
-use crate::pack::{Index, Place};
+use crate::pack::{Index, PackError, Place};
+use crate::store::Store;
 
 /// All objects of the packs and loose files in two directories, as of when it was taken.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub(crate) struct Census {
     loose_files: Vec<(ObjectId, u64)>,
     /// Indexes whose pack is not there, of which a power cut left no more: they name nothing.
     pub(crate) strays: Vec<PackId>,
+    /// Indexes that do not hold, or not for their pack: what they named is not counted.
+    pub(crate) damaged: Vec<StoreError>,
 }
 
 /// The objects that a layer names.
@@ -38,11 +41,10 @@ pub(crate) struct Named {
 }
 
 impl Census {
-    /// Reads the indexes in `packs` and the names in `loose`. An index that does not hold, or not for its
-    /// pack, is an error: what it named cannot be told from what is missing.
-    pub(crate) fn take(disk: &dyn Disk, packs: &Path, loose: &Path) -> Result<Self, StoreError> {
+    /// Reads the indexes in `packs` and the names in `loose`.
+    fn take(disk: &dyn Disk, packs: &Path, loose: &Path) -> Result<Self, StoreError> {
         let mut found = Vec::new();
-        let mut strays = Vec::new();
+        let (mut strays, mut damaged) = (Vec::new(), Vec::new());
         for name in names(disk, packs)? {
             let Some(id) = name.strip_suffix(".idx").and_then(|id| id.parse().ok()) else {
                 continue;
@@ -60,15 +62,15 @@ impl Census {
                 Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
                 other => other.at("opening", &path)?,
             };
-            let index = Index::open(&file, &id);
-            let index = index.map_err(|source| StoreError::Index { path, source })?;
-            if index.pack_len() != len {
-                return Err(StoreError::Damaged {
+            match Index::open(&file, &id) {
+                Err(PackError::Map(err)) => Err(err).at("mapping", &path)?,
+                Err(source) => damaged.push(StoreError::Index { path, source }),
+                Ok(index) if index.pack_len() != len => damaged.push(StoreError::Damaged {
                     path: pack,
                     what: "it is not as long as its index says",
-                });
+                }),
+                Ok(index) => found.push(Pack { id, index }),
             }
-            found.push(Pack { id, index });
         }
         found.sort_by_key(|pack| pack.id);
         let mut files = Vec::new();
@@ -85,12 +87,13 @@ impl Census {
         files.sort_unstable();
         Ok(Self {
             strays,
+            damaged,
             ..Self::of(found, files)
         })
     }
 
     /// The census of these packs and loose objects.
-    pub(crate) fn of(packs: Vec<Pack>, loose_files: Vec<(ObjectId, u64)>) -> Self {
+    fn of(packs: Vec<Pack>, loose_files: Vec<(ObjectId, u64)>) -> Self {
         let mut set = PackSet::default();
         set.add(packs);
         let mut total = 0;
@@ -107,6 +110,7 @@ impl Census {
             loose,
             loose_files,
             strays: Vec::new(),
+            damaged: Vec::new(),
         }
     }
 
@@ -152,6 +156,19 @@ impl Census {
         (ix < pack.index.count() as usize).then(|| (pack.id, pack.index.place(ix as u32)))
     }
 
+    /// The lengths of all objects, in the order of their slots.
+    pub(crate) fn lengths(&self) -> Vec<u64> {
+        let packed = self
+            .set
+            .packs()
+            .iter()
+            .flat_map(|pack| pack.index.objects());
+        let packed = packed.map(|(_, place)| place.len);
+        packed
+            .chain(self.loose_files.iter().map(|(_, len)| *len))
+            .collect()
+    }
+
     /// Length of the object in bytes.
     pub(crate) fn len_of(&self, slot: usize) -> u64 {
         match self.place(slot) {
@@ -178,5 +195,13 @@ impl Census {
         named.slots.sort_unstable();
         named.slots.dedup();
         named
+    }
+}
+
+impl Store {
+    /// A census of this moment.
+    pub(crate) fn census(&self) -> Result<Census, StoreError> {
+        let (packs, loose) = (self.dir().join("packs"), self.dir().join("loose"));
+        Census::take(self.disk().as_ref(), &packs, &loose)
     }
 }

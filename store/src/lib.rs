@@ -14,7 +14,9 @@
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
 //! locks/format             flocked by who makes the store
+//! locks/gc                 flocked by who takes things out of the store
 //! stat/<project>           the stat cache of a project: `snapshot`
+//! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! ```
 //!
@@ -34,7 +36,8 @@
 //! 5. Keys and refs name layers, and only layers that are there.
 //!
 //! So a name means durable and whole, a layer never names an object that is not there, and a crash at any point leaves
-//! at worst temporary files of a dead lease, and objects that no layer names. Deletion runs the other way round.
+//! at worst temporary files of a dead lease, and objects that no layer names. Deletion runs the other way round, through the
+//! trash, beside all of this: `gc`.
 //! An ingest that failed to write once writes no more. Leases and stat caches are not synced: a crash ends the ones and
 //! the others are checked.
 //!
@@ -43,7 +46,7 @@
 //!
 //! # Locks
 //!
-//! Among processes, in this order: flight (a key is being built), lease, key (its records are being written). Among
+//! Among processes, in this order: flight (a key is being built), lease, gc, key (its records are being written). Among
 //! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
 pub mod account;

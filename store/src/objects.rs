@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use crate::disk::{Disk, names};
@@ -165,11 +165,6 @@ impl PackSet {
         Some((pack.id, pack.index.place(ix)))
     }
 
-    /// The indexes of all packs; their order is their number.
-    pub(crate) fn indexes(&self) -> impl Iterator<Item = &Index> {
-        self.packs.iter().map(|pack| &pack.index)
-    }
-
     /// The number of the pack that the object is read from, and the object's in it.
     pub(crate) fn position(&self, id: &ObjectId) -> Option<(usize, u32)> {
         let mask = self.slots.len().checked_sub(1)? as u64;
@@ -298,12 +293,6 @@ impl Objects {
         }
         set.listed = settled.then_some(now);
         Ok(set.losses)
-    }
-
-    /// The packs of now, which stay as they are until the guard is dropped.
-    pub(crate) fn packs(&self) -> Result<RwLockReadGuard<'_, PackSet>, StoreError> {
-        self.refresh()?;
-        Ok(self.packs.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Opens an index. One that does not hold is passed over, what it named is missing, and `verify` says why; so is one

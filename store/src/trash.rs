@@ -14,17 +14,24 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
 
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, ObjectId, PackId};
+use crate::lease::Lease;
 use crate::pack::Index;
+use crate::store::{Store, read_json, write_json};
 
 /// The extension of a layer in the trash.
 pub(crate) const LAYER: &str = "layer";
 /// The extension of a loose object in the trash.
 pub(crate) const LOOSE: &str = "loose";
 
+/// Longest `born` or `waits` file, in bytes.
+pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
 /// The generations in the trash of the store in `dir`, oldest first.
 pub(crate) fn generations(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>, StoreError> {
     let trash = dir.join("trash");
@@ -163,4 +170,72 @@ impl Places<'_> {
         let index = self.disk.open(index).map(|file| Index::open(&file, pack));
         index.is_ok_and(|index| index.is_ok_and(|index| index.position(id).is_some()))
     }
+}
+
+/// When a generation of the trash was made.
+#[derive(Debug, Serialize, Deserialize)]
+struct Born {
+    unix_seconds: u64,
+}
+
+/// Writes down when a generation is made.
+pub(crate) fn note_birth(
+    store: &Store,
+    lease: &Lease,
+    generation: &Path,
+) -> Result<(), StoreError> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let born = Born {
+        unix_seconds: now.unwrap_or_default().as_secs(),
+    };
+    write_json(
+        store,
+        lease,
+        &generation.join("born"),
+        &born,
+        MAX_TRASH_FILE,
+    )
+}
+
+/// A layer in the trash, and when its generation was made.
+pub(crate) struct TrashedLayer {
+    pub(crate) id: LayerId,
+    pub(crate) path: PathBuf,
+    pub(crate) born: SystemTime,
+}
+
+fn born(store: &Store, generation: &Path) -> Result<SystemTime, StoreError> {
+    let path = generation.join("born");
+    match read_json::<Born>(store.disk().as_ref(), &path, MAX_TRASH_FILE) {
+        Ok(Some(born)) => Ok(UNIX_EPOCH + Duration::from_secs(born.unix_seconds)),
+        // Cut short by a crash: it counts from now on, which is as long as anybody was promised.
+        Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+            Ok(SystemTime::now())
+        }
+        Err(err) => Err(err),
+    }
+}
+
+/// The layers in the trash, oldest generation first.
+pub(crate) fn layers(store: &Store) -> Result<Vec<TrashedLayer>, StoreError> {
+    let disk = store.disk().as_ref();
+    let mut layers = Vec::new();
+    for (_, generation) in generations(disk, store.dir())? {
+        let born = born(store, &generation)?;
+        for name in list(disk, &generation)? {
+            let id = name.strip_suffix(LAYER).and_then(|id| id.strip_suffix('.'));
+            if let Some(id) = id.and_then(|id| id.parse().ok()) {
+                let path = generation.join(name);
+                layers.push(TrashedLayer { id, path, born });
+            }
+        }
+    }
+    Ok(layers)
+}
+
+/// Whether what was born then has been in the trash for this time.
+pub(crate) fn is_over(born: SystemTime, grace: Duration) -> bool {
+    // A clock that was set back makes nothing younger than new.
+    let age = SystemTime::now().duration_since(born).unwrap_or_default();
+    age >= grace
 }

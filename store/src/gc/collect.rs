@@ -1,0 +1,457 @@
+//! Carrying out a plan.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{GcEvent, GcPlan, GcReport, decide, on_disk, reason};
+use crate::census::Census;
+use crate::disk::names;
+use crate::error::{IoContext, StoreError};
+use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::lease::{self, Lease, LiveLease};
+use crate::objects::lock;
+use crate::pack_writer::PackWriter;
+use crate::roots::Roots;
+use crate::store::{Store, read_json, write_json};
+use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, Places, is_over};
+
+/// The ingests for which the objects of a generation wait, by lease.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Waits {
+    ingests: BTreeMap<String, BTreeSet<u64>>,
+}
+
+impl Waits {
+    fn of(leases: &[LiveLease]) -> Self {
+        let open = leases.iter().filter(|lease| !lease.ingests.is_empty());
+        Self {
+            ingests: open
+                .map(|lease| (lease.name.clone(), lease.ingests.clone()))
+                .collect(),
+        }
+    }
+
+    fn are_over(&self, leases: &[LiveLease]) -> bool {
+        leases.iter().all(|lease| {
+            let waited = self.ingests.get(&lease.name);
+            waited.is_none_or(|waited| waited.is_disjoint(&lease.ingests))
+        })
+    }
+}
+
+fn suffix(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or_default()
+}
+
+/// Carries out one plan. Holds the lock of collections.
+pub(super) struct Collection<'a> {
+    store: &'a Store,
+    lease: &'a Lease,
+    events: &'a dyn Fn(GcEvent<'_>),
+    /// What this collection takes out; made when it is first needed.
+    generation: Option<PathBuf>,
+    report: GcReport,
+    written: u64,
+}
+
+impl<'a> Collection<'a> {
+    pub(super) fn new(store: &'a Store, lease: &'a Lease, events: &'a dyn Fn(GcEvent<'_>)) -> Self {
+        Self {
+            store,
+            lease,
+            events,
+            generation: None,
+            report: GcReport::default(),
+            written: 0,
+        }
+    }
+
+    fn places(&self) -> Places<'a> {
+        self.store.places()
+    }
+
+    fn sync(&self, dir: &Path) -> Result<(), StoreError> {
+        self.store.disk().sync_dir(dir).at("syncing", dir)
+    }
+
+    fn sync_kind(&self, kind: &str) -> Result<(), StoreError> {
+        self.sync(&self.store.dir().join(kind))
+    }
+
+    pub(super) fn run(mut self, plan: &GcPlan) -> Result<GcReport, StoreError> {
+        lease::sweep(self.store)?;
+        self.drop_records(plan)?;
+        self.trash_layers(plan)?;
+        self.remove_expired(plan.grace)?;
+        match self.collect_objects() {
+            Ok(()) => {}
+            Err(
+                err @ (StoreError::Index { .. }
+                | StoreError::Layer { .. }
+                | StoreError::Damaged { .. }),
+            ) => (self.events)(GcEvent::Blocked(&reason(&err))),
+            Err(err) => return Err(err),
+        }
+        for name in &plan.stat_caches {
+            self.remove(&self.store.dir().join("stat").join(name))?;
+        }
+        self.tidy()?;
+        self.report.freed = self.report.freed.saturating_sub(self.written);
+        Ok(self.report)
+    }
+
+    /// Removes a file. Says whether it was there.
+    fn remove(&mut self, path: &Path) -> Result<bool, StoreError> {
+        let bytes = self.store.metadata(path)?.map_or(0, |meta| on_disk(&meta));
+        match self.store.disk().remove(path) {
+            Ok(()) => {
+                self.report.freed += bytes;
+                Ok(true)
+            }
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(err) => Err(err).at("removing", path),
+        }
+    }
+
+    fn drop_records(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
+        let mut by_key: BTreeMap<KeyId, BTreeSet<LayerId>> = BTreeMap::new();
+        for record in &plan.records {
+            by_key.entry(record.key).or_default().insert(record.layer);
+        }
+        if by_key.is_empty() {
+            return Ok(());
+        }
+        // Who has begun to use a layer since the plan was made keeps its record.
+        let leases = lease::live(self.store)?;
+        let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
+        for (key, layers) in &by_key {
+            let goes = |layer: &LayerId| layers.contains(layer) && !pinned.contains(layer);
+            self.report.records += self.store.drop_records(self.lease, key, &goes)?;
+        }
+        Ok(())
+    }
+
+    /// The generation of this collection.
+    fn generation(&mut self) -> Result<PathBuf, StoreError> {
+        if let Some(generation) = &self.generation {
+            return Ok(generation.clone());
+        }
+        let disk = self.store.disk();
+        let trash = self.store.dir().join("trash");
+        // Stores of earlier versions have none.
+        disk.create_dir(&trash).at("making", &trash)?;
+        let last = trash::generations(disk.as_ref(), self.store.dir())?;
+        let number = last
+            .last()
+            .map_or(1, |(number, _)| number.saturating_add(1));
+        let generation = trash.join(number.to_string());
+        disk.create_dir(&generation).at("making", &generation)?;
+        self.sync(&trash)?;
+        trash::note_birth(self.store, self.lease, &generation)?;
+        self.generation = Some(generation.clone());
+        Ok(generation)
+    }
+
+    fn trash_layers(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
+        if !plan.layers.is_empty() {
+            let generation = self.generation()?;
+            for garbage in &plan.layers {
+                let to = generation.join(format!("{}.{LAYER}", garbage.layer));
+                let from = self.places().layer(&garbage.layer);
+                if trash::move_name(self.store.disk().as_ref(), &from, &to)? {
+                    self.report.layers_trashed += 1;
+                }
+            }
+            self.sync(&generation)?;
+            self.sync_kind("layers")?;
+        }
+        // Now that they cannot be found any more: does anybody need them?
+        let trashed = trash::layers(self.store)?;
+        if trashed.is_empty() {
+            return Ok(());
+        }
+        let roots = Roots::read(self.store)?;
+        for layer in trashed {
+            if !roots.of(&layer.id).is_empty() && self.places().take_back_layer(&layer.id)? {
+                self.report.layers_trashed = self.report.layers_trashed.saturating_sub(1);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_expired(&mut self, grace: Duration) -> Result<(), StoreError> {
+        let mut dirs = BTreeSet::new();
+        for layer in trash::layers(self.store)? {
+            if is_over(layer.born, grace) && self.remove(&layer.path)? {
+                self.report.layers_removed += 1;
+                dirs.extend(layer.path.parent().map(Path::to_owned));
+            }
+        }
+        // Durable before any object of theirs goes.
+        for dir in dirs {
+            self.sync(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// The layer files that are there, in the trash, too.
+    fn layer_files(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
+        // Trash first: one that is taken back meanwhile is then seen in its place.
+        let trashed = trash::layers(self.store)?.into_iter();
+        let mut files: Vec<_> = trashed.map(|layer| (layer.id, layer.path)).collect();
+        let present = self.store.present_layers()?.into_iter();
+        files.extend(present.map(|layer| (layer.id, layer.path)));
+        Ok(files)
+    }
+
+    fn collect_objects(&mut self) -> Result<(), StoreError> {
+        let disk = Arc::clone(self.store.disk());
+        // Before the layers are listed: an object that comes later is in no pack that this looks at.
+        let mut census = self.store.census()?;
+        if let Some(err) = census.damaged.pop() {
+            return Err(err);
+        }
+        let orphans = self.orphans(&census)?;
+        let files = self.layer_files()?;
+        let seen: HashSet<LayerId> = files.iter().map(|(id, _)| *id).collect();
+        let (live, missing) = self.mark(&census, &files)?;
+        // What an earlier collection took out too much of.
+        for object in missing {
+            self.places().take_back_object(&object)?;
+        }
+        let lives = |slot: usize| {
+            live.get(slot)
+                .is_some_and(|n| n.load(Ordering::Relaxed) > 0)
+        };
+        let mut packs = decide(&census, &lives);
+        let rewritten = self.rewrite(&census, &packs.rewrite, &lives)?;
+        packs.dead.extend(rewritten);
+        let loose: Vec<ObjectId> = census
+            .loose()
+            .filter(|(_, _, slot)| !lives(*slot))
+            .map(|(id, ..)| id)
+            .collect();
+        let leftovers = orphans.len() + census.strays.len();
+        if packs.dead.len() + loose.len() + leftovers > 0 {
+            let generation = self.generation()?;
+            let disk = disk.as_ref();
+            for id in &packs.dead {
+                let [_, index] = self.places().pack(id);
+                trash::move_name(disk, &index, &generation.join(format!("{id}.idx")))?;
+                self.trash_pack_file(&generation, id)?;
+            }
+            for id in &orphans {
+                self.trash_pack_file(&generation, id)?;
+            }
+            for id in &census.strays {
+                let [pack, index] = self.places().pack(id);
+                let trashed = generation.join(format!("{id}.idx"));
+                trash::move_name(disk, &index, &trashed)?;
+                // Somebody was just taking the pack back, or publishing it.
+                if self.store.metadata(&pack)?.is_some() {
+                    trash::move_name(disk, &trashed, &index)?;
+                }
+            }
+            for id in &loose {
+                let to = generation.join(format!("{id}.{LOOSE}"));
+                trash::move_name(disk, &self.places().loose(id), &to)?;
+            }
+            self.sync(&generation)?;
+            self.sync_kind("packs")?;
+            self.sync_kind("loose")?;
+        }
+        self.empty_trash(&seen)
+    }
+
+    /// Counts how many layers name each object. Also the objects that are not there.
+    fn mark(
+        &self,
+        census: &Census,
+        files: &[(LayerId, PathBuf)],
+    ) -> Result<(Vec<AtomicU32>, Vec<ObjectId>), StoreError> {
+        let mut live = Vec::new();
+        live.resize_with(census.len(), AtomicU32::default);
+        let (store, places) = (self.store, self.places());
+        let missing: Mutex<Vec<ObjectId>> = Mutex::default();
+        files.par_iter().try_for_each(|(id, path)| {
+            let layer = match store.open_layer_file(id, path)? {
+                Some(layer) => layer,
+                // Moved meanwhile: taken back, or away by nobody but this.
+                None => match store.open_layer_file(id, &places.layer(id))? {
+                    Some(layer) => layer,
+                    None => return Ok(()),
+                },
+            };
+            let named = census.named_by(&layer);
+            for slot in named.slots {
+                live[slot].fetch_add(1, Ordering::Relaxed);
+            }
+            lock(&missing).extend(named.missing);
+            Ok::<_, StoreError>(())
+        })?;
+        let missing = std::mem::take(&mut *lock(&missing));
+        Ok((live, missing))
+    }
+
+    /// Packs without an index: a crash, or something taken back halfway.
+    fn orphans(&self, census: &Census) -> Result<Vec<PackId>, StoreError> {
+        let known: HashSet<PackId> = census.packs().map(|(pack, _)| pack.id).collect();
+        let dir = self.store.dir().join("packs");
+        let mut orphans = Vec::new();
+        for name in names(self.store.disk().as_ref(), &dir)? {
+            let id = name.strip_suffix(".pack").and_then(|id| id.parse().ok());
+            if let Some(id) = id.filter(|id| !known.contains(id))
+                && self.store.metadata(&self.places().pack(&id)[1])?.is_none()
+            {
+                orphans.push(id);
+            }
+        }
+        Ok(orphans)
+    }
+
+    /// Takes out the data of a pack whose index is not in its place.
+    fn trash_pack_file(&self, generation: &Path, id: &PackId) -> Result<(), StoreError> {
+        let disk = self.store.disk().as_ref();
+        let [pack, index] = self.places().pack(id);
+        let trashed = generation.join(format!("{id}.pack"));
+        trash::move_name(disk, &pack, &trashed)?;
+        // Somebody has taken the index back, or published this very pack.
+        if self.store.metadata(&index)?.is_some() {
+            trash::move_name(disk, &trashed, &pack)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the living objects of these packs to a new one. Returns the packs that are not needed any more.
+    fn rewrite(
+        &mut self,
+        census: &Census,
+        packs: &[PackId],
+        lives: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<PackId>, StoreError> {
+        let writer = PackWriter::default();
+        let mut done = Vec::new();
+        let wanted: HashSet<&PackId> = packs.iter().collect();
+        'packs: for (pack, first) in census.packs().filter(|(pack, _)| wanted.contains(&pack.id)) {
+            let mut living: Vec<_> = pack
+                .index
+                .objects()
+                .enumerate()
+                .filter(|(ix, _)| lives(first + ix))
+                .map(|(_, object)| object)
+                .collect();
+            living.sort_unstable_by_key(|(_, place)| place.offset);
+            for (id, place) in living {
+                let bytes = self.store.objects().read_packed(&pack.id, place);
+                // What does not hold is not spread; `verify` finds it where it is.
+                let Some(bytes) = bytes.ok().filter(|bytes| ObjectId::of(bytes) == id) else {
+                    (self.events)(GcEvent::Unreadable(&pack.id));
+                    continue 'packs;
+                };
+                writer.add(|| self.lease.tmp(), id, &bytes)?;
+            }
+            done.push(pack.id);
+        }
+        if let Some(finished) = writer.finish()? {
+            let id = finished.publish(self.store, self.lease)?;
+            for path in self.places().pack(&id) {
+                let meta = self.store.metadata(&path)?;
+                self.written += meta.map_or(0, |meta| on_disk(&meta));
+            }
+            // Rewriting one pack whole gives the same one again.
+            done.retain(|pack| *pack != id);
+        }
+        self.report.packs_rewritten += done.len() as u64;
+        Ok(done)
+    }
+
+    /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that did not need them when they
+    /// were taken out.
+    fn empty_trash(&mut self, seen: &HashSet<LayerId>) -> Result<(), StoreError> {
+        let disk = Arc::clone(self.store.disk());
+        let is_object = |name: &str| ["pack", "idx", LOOSE].contains(&suffix(name));
+        let mut holding = Vec::new();
+        for (_, generation) in trash::generations(disk.as_ref(), self.store.dir())? {
+            let names = trash::list(disk.as_ref(), &generation)?;
+            if names.iter().any(|name| is_object(name)) {
+                holding.push(generation);
+            }
+        }
+        if holding.is_empty() {
+            return Ok(());
+        }
+        // After everything was taken out, and before the layers are listed: an ingest that has ended by now has published its
+        // layer, and one that begins from now on does not find what is in here.
+        let leases = lease::live(self.store)?;
+        for (id, path) in self.layer_files()? {
+            if seen.contains(&id) {
+                continue;
+            }
+            let Some(layer) = self.store.open_layer_file(&id, &path)? else {
+                continue;
+            };
+            for object in layer.objects() {
+                // Looks in the trash, too, and takes it back. What is nowhere was lost before.
+                match self.store.objects().require(&object) {
+                    Err(StoreError::MissingObject(_)) => {}
+                    other => other?,
+                }
+            }
+        }
+        for generation in holding {
+            let path = generation.join("waits");
+            let waits = match read_json::<Waits>(disk.as_ref(), &path, MAX_TRASH_FILE) {
+                Ok(Some(waits)) => waits,
+                // Not written yet, or cut short: everybody who is at it now is waited for.
+                Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                    let waits = Waits::of(&leases);
+                    if !waits.ingests.is_empty() {
+                        write_json(self.store, self.lease, &path, &waits, MAX_TRASH_FILE)?;
+                    }
+                    waits
+                }
+                Err(err) => return Err(err),
+            };
+            if !waits.are_over(&leases) {
+                continue;
+            }
+            let mut names = trash::list(disk.as_ref(), &generation)?;
+            names.retain(|name| is_object(name));
+            // The index goes before its pack.
+            names.sort_by_key(|name| suffix(name) != "idx");
+            for name in names {
+                if self.remove(&generation.join(&name))? && suffix(&name) != "idx" {
+                    self.report.files_removed += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes generations in which nothing is left, and counts what is.
+    fn tidy(&mut self) -> Result<(), StoreError> {
+        let disk = Arc::clone(self.store.disk());
+        for (_, generation) in trash::generations(disk.as_ref(), self.store.dir())? {
+            let names = trash::list(disk.as_ref(), &generation)?;
+            let own = |name: &String| name == "born" || name == "waits";
+            if names.iter().all(own) {
+                for name in names {
+                    self.remove(&generation.join(name))?;
+                }
+                disk.remove_dir(&generation).at("removing", &generation)?;
+                continue;
+            }
+            for name in names {
+                let meta = self.store.metadata(&generation.join(name))?;
+                self.report.waiting += meta.map_or(0, |meta| on_disk(&meta));
+            }
+        }
+        Ok(())
+    }
+}

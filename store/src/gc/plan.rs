@@ -1,0 +1,363 @@
+//! What goes and what stays.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
+
+use rayon::prelude::*;
+
+use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide, on_disk, reason};
+use crate::census::{Census, Named};
+use crate::disk::names;
+use crate::error::{IoContext, StoreError};
+use crate::id::LayerId;
+use crate::layer::Layer;
+use crate::roots::{Root, Roots};
+use crate::stat_cache::StatCache;
+use crate::store::Store;
+use crate::trash::{self, TrashedLayer, is_over};
+
+/// The time in which a layer that is not used loses half of what it is worth keeping.
+const HALF_LIFE: Duration = Duration::from_secs(7 * 86_400);
+
+/// Everything that a plan is made from.
+pub(super) struct Planner<'a> {
+    store: &'a Store,
+    roots: Roots,
+    layers: Vec<Present>,
+    trashed: Vec<TrashedLayer>,
+    census: Census,
+    blocked: Option<String>,
+    /// What each layer says; only of those that can be read.
+    opened: HashMap<LayerId, Layer>,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn read(store: &'a Store) -> Result<Self, StoreError> {
+        let roots = Roots::read(store)?;
+        let layers = store.present_layers()?;
+        let trashed = trash::layers(store)?;
+        let census = store.census()?;
+        let mut blocked = census.damaged.first().map(reason);
+        let mut opened = HashMap::new();
+        for (id, path) in layers.iter().map(|layer| (layer.id, &layer.path)) {
+            match store.open_layer_file(&id, path) {
+                Ok(layer) => opened.extend(layer.map(|layer| (id, layer))),
+                Err(err @ (StoreError::Layer { .. } | StoreError::Damaged { .. })) => {
+                    blocked = Some(reason(&err));
+                }
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(Self {
+            store,
+            roots,
+            layers,
+            trashed,
+            census,
+            blocked,
+            opened,
+        })
+    }
+
+    /// The records whose layers only records keep: those that a policy may drop.
+    fn may_go(&self, id: &LayerId) -> bool {
+        let roots = self.roots.of(id);
+        !roots.is_empty() && roots.iter().all(|root| matches!(root, Root::Record { .. }))
+    }
+
+    pub(super) fn plan(self, policy: &Policy) -> Result<GcPlan, StoreError> {
+        let now = SystemTime::now();
+        let store_bytes = self.store.bytes_on_disk()?;
+        let free = self.store.disk().free(self.store.dir());
+        let free = free.at("asking for free space at", self.store.dir())?;
+        let short = policy.min_free.is_some_and(|min| free < min);
+        let grace = if short { Duration::ZERO } else { policy.grace };
+
+        let mut why: HashMap<LayerId, Why> = HashMap::new();
+        for layer in &self.layers {
+            let age = now.duration_since(layer.used).unwrap_or_default();
+            if self.may_go(&layer.id) && age >= policy.keep {
+                why.insert(layer.id, Why::Unused);
+            }
+        }
+        let mut plan = GcPlan {
+            store_bytes,
+            grace,
+            ..GcPlan::default()
+        };
+        if self.blocked.is_none() {
+            let mut size = Size::new(&self, &why);
+            plan.still_over = self.fit(policy, (store_bytes, free), &mut size, &mut why);
+            self.count_objects(&mut plan, &size, &why, grace);
+        }
+        self.list_layers(&mut plan, &why);
+        let expired = self
+            .trashed
+            .iter()
+            .filter(|layer| is_over(layer.born, grace) && self.roots.of(&layer.id).is_empty());
+        for layer in expired {
+            plan.expired.push(layer.id);
+            let meta = self.store.metadata(&layer.path)?;
+            plan.frees += meta.map_or(0, |meta| on_disk(&meta));
+        }
+        plan.stat_caches = self.stat_caches(policy, now)?;
+        plan.blocked = self.blocked;
+        if plan.kept.is_empty() && !plan.layers.is_empty() {
+            return Err(StoreError::NothingKept {
+                path: self.store.dir().to_owned(),
+                layers: plan.layers.len() as u64,
+            });
+        }
+        Ok(plan)
+    }
+
+    /// Drops layers that may go until the store is as small as the policy says. `space` is what it takes now, and what is free
+    /// beside it. Returns what is still too much.
+    fn fit(
+        &self,
+        policy: &Policy,
+        space: (u64, u64),
+        size: &mut Size<'_>,
+        why: &mut HashMap<LayerId, Why>,
+    ) -> u64 {
+        let mut candidates = self.by_worth(size, why);
+        loop {
+            let (taken, free) = (space.0.saturating_sub(size.freed), space.1 + size.freed);
+            let large = policy.max_bytes.map_or(0, |max| taken.saturating_sub(max));
+            let full = policy.min_free.map_or(0, |min| min.saturating_sub(free));
+            if large == 0 && full == 0 {
+                return 0;
+            }
+            let Some(id) = candidates.pop() else {
+                return large.max(full);
+            };
+            why.insert(
+                id,
+                if large > 0 {
+                    Why::MaxSize
+                } else {
+                    Why::MinFree
+                },
+            );
+            size.drop_layer(&id);
+        }
+    }
+
+    fn list_layers(&self, plan: &mut GcPlan, why: &HashMap<LayerId, Why>) {
+        for (key, records) in &self.roots.records {
+            for record in records {
+                let layer = record.layer_id;
+                let there = self.layers.binary_search_by_key(&layer, |layer| layer.id);
+                let trashed = || self.trashed.iter().any(|trashed| trashed.id == layer);
+                let why = match why.get(&layer) {
+                    Some(why) => *why,
+                    None if there.is_err() && !trashed() => Why::Missing,
+                    None => continue,
+                };
+                let key = *key;
+                plan.records.push(DroppedRecord { key, layer, why });
+            }
+        }
+        for layer in &self.layers {
+            let opened = self.opened.get(&layer.id);
+            let logical_bytes = opened.map_or(0, Layer::logical_bytes);
+            let roots = self.roots.of(&layer.id);
+            if roots.is_empty() || why.contains_key(&layer.id) {
+                plan.layers.push(Garbage {
+                    layer: layer.id,
+                    logical_bytes,
+                    last_used: layer.used,
+                });
+                if plan.grace.is_zero() {
+                    plan.frees += layer.bytes;
+                } else {
+                    plan.frees_later += layer.bytes;
+                }
+            } else {
+                plan.kept.push(Kept {
+                    layer: layer.id,
+                    logical_bytes,
+                    last_used: layer.used,
+                    roots: roots.to_vec(),
+                });
+            }
+        }
+        plan.kept
+            .sort_by_key(|kept| std::cmp::Reverse((kept.last_used, kept.layer)));
+    }
+
+    /// The layers that may go for space, the one that is worth most first: what it would take to build it again, for each byte
+    /// that it frees, halved for each week in which it was not used.
+    fn by_worth(&self, size: &Size<'_>, why: &HashMap<LayerId, Why>) -> Vec<LayerId> {
+        let now = SystemTime::now();
+        let mut seconds: HashMap<LayerId, f64> = HashMap::new();
+        for record in self.roots.records.values().flatten() {
+            let took = record.provenance.get("seconds");
+            let took = took.and_then(serde_json::Value::as_f64).unwrap_or_default();
+            let most = seconds.entry(record.layer_id).or_default();
+            *most = most.max(took);
+        }
+        let candidates = self
+            .layers
+            .iter()
+            .filter(|layer| self.may_go(&layer.id) && !why.contains_key(&layer.id));
+        let mut worth: Vec<(f64, LayerId)> = candidates
+            .map(|layer| {
+                let age = now.duration_since(layer.used).unwrap_or_default();
+                let took = 1.0 + seconds.get(&layer.id).copied().unwrap_or_default();
+                // In KiB, which fit into 32 bits up to 4 TiB.
+                let kib = (layer.bytes + size.unique(&layer.id)) >> 10;
+                let kib = f64::from(u32::try_from(kib).unwrap_or(u32::MAX));
+                let decay = (-age.as_secs_f64() / HALF_LIFE.as_secs_f64()).exp2();
+                (took / (kib + 1.0) * decay, layer.id)
+            })
+            .collect();
+        worth.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        worth.into_iter().map(|(_, id)| id).collect()
+    }
+
+    fn count_objects(
+        &self,
+        plan: &mut GcPlan,
+        size: &Size<'_>,
+        why: &HashMap<LayerId, Why>,
+        grace: Duration,
+    ) {
+        let census = &self.census;
+        let eventually = decide(census, &|slot| size.named(slot));
+        let loose = |lives: &dyn Fn(usize) -> bool| -> (u64, u64) {
+            let dead = census.loose().filter(|(_, _, slot)| !lives(*slot));
+            dead.fold((0, 0), |(count, bytes), (_, len, _)| {
+                (count + 1, bytes + len)
+            })
+        };
+        let (_, loose_eventually) = loose(&|slot| size.named(slot));
+        // Until the grace period is over, layers in the trash keep their objects.
+        let held: HashSet<usize> = if grace.is_zero() {
+            HashSet::new()
+        } else {
+            let garbage = self
+                .layers
+                .iter()
+                .filter(|layer| self.roots.of(&layer.id).is_empty() || why.contains_key(&layer.id));
+            let garbage = garbage.filter_map(|layer| self.opened.get(&layer.id));
+            garbage
+                .flat_map(|layer| census.named_by(layer).slots)
+                .chain(self.trashed.iter().flat_map(|trashed| {
+                    if is_over(trashed.born, grace) {
+                        return Vec::new();
+                    }
+                    let layer = self.store.open_layer_file(&trashed.id, &trashed.path);
+                    let layer = layer.ok().flatten();
+                    layer.map_or_else(Vec::new, |layer| census.named_by(&layer).slots)
+                }))
+                .collect()
+        };
+        let lives = |slot: usize| size.named(slot) || held.contains(&slot);
+        let packs = decide(census, &lives);
+        let (loose_count, loose_bytes) = loose(&lives);
+        plan.objects = packs.dead_objects + loose_count;
+        plan.object_bytes = packs.dead_bytes + loose_bytes;
+        plan.dead_packs = packs.dead.len() as u64;
+        plan.rewritten_packs = packs.rewrite.len() as u64;
+        let now = packs.frees + loose_bytes;
+        plan.frees += now;
+        plan.frees_later += (eventually.frees + loose_eventually).saturating_sub(now);
+    }
+
+    /// The stat caches that say nothing of use: they do not hold, or their layer is gone and they are old.
+    fn stat_caches(&self, policy: &Policy, now: SystemTime) -> Result<Vec<String>, StoreError> {
+        let (disk, dir) = (self.store.disk(), self.store.dir().join("stat"));
+        let mut useless = Vec::new();
+        for name in names(disk.as_ref(), &dir)? {
+            let path = dir.join(&name);
+            let Some(meta) = self.store.metadata(&path)? else {
+                continue;
+            };
+            let written = meta.modified().at("looking at", &path)?;
+            if now.duration_since(written).unwrap_or_default() < policy.keep {
+                continue;
+            }
+            let cache = disk.open(&path).map(|file| StatCache::open(&file));
+            let layer = cache
+                .unwrap_or_default()
+                .outcome()
+                .map(|last| last.layer_id);
+            let there = |id| {
+                self.layers
+                    .binary_search_by_key(&id, |layer| layer.id)
+                    .is_ok()
+            };
+            if !layer.is_some_and(there) {
+                useless.push(name);
+            }
+        }
+        useless.sort_unstable();
+        Ok(useless)
+    }
+}
+
+/// How many of the layers that stay name each object.
+struct Size<'a> {
+    census: &'a Census,
+    counts: Vec<AtomicU32>,
+    /// What the layers name that may still go.
+    named: HashMap<LayerId, Vec<usize>>,
+    /// Bytes of objects that nobody names.
+    freed: u64,
+}
+
+impl<'a> Size<'a> {
+    fn new(planner: &'a Planner<'_>, why: &HashMap<LayerId, Why>) -> Self {
+        let census = &planner.census;
+        let mut counts = Vec::new();
+        counts.resize_with(census.len(), AtomicU32::default);
+        let stays: Vec<&Present> = planner
+            .layers
+            .iter()
+            .filter(|layer| !planner.roots.of(&layer.id).is_empty() && !why.contains_key(&layer.id))
+            .collect();
+        let named = stays.par_iter().filter_map(|present| {
+            let layer = planner.opened.get(&present.id)?;
+            let Named { slots, .. } = census.named_by(layer);
+            for slot in &slots {
+                counts[*slot].fetch_add(1, Ordering::Relaxed);
+            }
+            planner.may_go(&present.id).then_some((present.id, slots))
+        });
+        let named = named.collect();
+        let freed = (0..counts.len())
+            .filter(|slot| counts[*slot].load(Ordering::Relaxed) == 0)
+            .map(|slot| census.len_of(slot))
+            .sum();
+        Self {
+            census,
+            counts,
+            named,
+            freed,
+        }
+    }
+
+    fn named(&self, slot: usize) -> bool {
+        let count = self.counts.get(slot);
+        count.is_some_and(|count| count.load(Ordering::Relaxed) > 0)
+    }
+
+    /// Bytes of the objects that only this layer names.
+    fn unique(&self, id: &LayerId) -> u64 {
+        let slots = self.named.get(id).into_iter().flatten();
+        slots
+            .filter(|slot| self.counts[**slot].load(Ordering::Relaxed) == 1)
+            .map(|slot| self.census.len_of(*slot))
+            .sum()
+    }
+
+    fn drop_layer(&mut self, id: &LayerId) {
+        for slot in self.named.remove(id).unwrap_or_default() {
+            if self.counts[slot].fetch_sub(1, Ordering::Relaxed) == 1 {
+                self.freed += self.census.len_of(slot);
+            }
+        }
+    }
+}
