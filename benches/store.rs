@@ -1,0 +1,625 @@
+//! The store beside archivers and other content-addressed stores, on one `node_modules`; see benches/README.md.
+
+#[allow(dead_code, reason = "each bench uses its part")]
+mod corpus;
+#[path = "corpus/packages.rs"]
+mod packages;
+#[allow(dead_code, reason = "each bench uses its part")]
+mod support;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use iii_store::snapshot::{Options, snapshot};
+use iii_store::{ObjectId, Store};
+use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use tempfile::TempDir;
+
+/// The first argument of this program when it does nothing but one piece of work, so that what that costs, the start of a
+/// process included, is measured as that of the peers is.
+const ALONE: &str = "--alone";
+/// Where `cargo install composefs-ctl` put its program, in the benches' cache.
+const COMPOSEFS: &str = "composefs-ctl-0.9.4";
+/// What a first ingest may take, as a part of what `mkfs.erofs` takes, and of what others that name contents by their hash take.
+const FIRST_OF_EROFS: f64 = 0.85;
+const FIRST_OF_OTHERS: f64 = 0.2;
+/// What an ingest of an unchanged tree may take, as a multiple of `git status`.
+const UNCHANGED_OF_GIT: f64 = 1.5;
+/// What an ingest after one edit may take.
+const EDIT_MS: f64 = 150.0;
+/// Resident memory that an ingest may have at its highest, whatever the tree.
+const MAX_RESIDENT_MIB: f64 = 256.0;
+/// Bytes on disk, as a multiple of the bytes that differ among the workers.
+const MAX_BYTES_ON_DISK: f64 = 1.05;
+/// Workers that share a store, and how many kinds of them there are.
+const WORKERS: usize = 20;
+const KINDS: usize = 5;
+/// Source files of a worker. Each has one that no other has.
+const SOURCES: usize = 100;
+
+/// Who stores the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    Ours,
+    Erofs,
+    Composefs,
+    Ostree,
+    Restic,
+    Borg,
+    Git,
+}
+
+impl Peer {
+    const ALL: [Peer; 7] = [
+        Peer::Ours,
+        Peer::Erofs,
+        Peer::Composefs,
+        Peer::Ostree,
+        Peer::Restic,
+        Peer::Borg,
+        Peer::Git,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Peer::Ours => "ours",
+            Peer::Erofs => "mkfs.erofs",
+            Peer::Composefs => "composefs-rs",
+            Peer::Ostree => "ostree",
+            Peer::Restic => "restic",
+            Peer::Borg => "borg",
+            Peer::Git => "git status",
+        }
+    }
+
+    fn program(self) -> PathBuf {
+        match self {
+            Peer::Ours => PathBuf::new(),
+            Peer::Erofs => "mkfs.erofs".into(),
+            Peer::Composefs => corpus::cache()
+                .map(|cache| cache.join(COMPOSEFS).join("bin/cfsctl"))
+                .unwrap_or_default(),
+            Peer::Ostree => "ostree".into(),
+            Peer::Restic => "restic".into(),
+            Peer::Borg => "borg".into(),
+            Peer::Git => "git".into(),
+        }
+    }
+
+    /// Why it takes no part, if it does not.
+    fn missing(self) -> Option<String> {
+        if self == Peer::Ours {
+            return None;
+        }
+        let mut command = Command::new(self.program());
+        command.arg(if self == Peer::Restic {
+            "version"
+        } else {
+            "--help"
+        });
+        command.output().err().map(|error| error.to_string())
+    }
+
+    /// A command in `dir`, where it keeps all of its own.
+    fn command<S: AsRef<OsStr>>(self, dir: &Path, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(self.program());
+        command
+            .args(args)
+            .env("HOME", dir)
+            .env("XDG_CACHE_HOME", dir.join("cache"))
+            .env("RESTIC_PASSWORD", "bench")
+            .env("BORG_BASE_DIR", dir)
+            .env("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes");
+        command
+    }
+
+    /// git over `tree`, with its repository in `dir`.
+    fn git(self, dir: &Path, tree: &Path) -> Command {
+        let mut command = self.command(dir, ["-c", "core.compression=0"]);
+        command
+            .env("GIT_DIR", dir.join("store"))
+            .env("GIT_WORK_TREE", tree)
+            .current_dir(tree);
+        command
+    }
+
+    /// Makes an empty store in `dir`, but for git, which has `tree` in it already.
+    fn init(self, dir: &Path, tree: &Path) -> Result<()> {
+        let repository = dir.join("store");
+        let repository = repository.as_os_str();
+        let mut command = match self {
+            Peer::Ours => {
+                let opened = Store::open(repository).map(drop);
+                return opened.map_err(|error| said("opening a store", &error));
+            }
+            Peer::Erofs => return Ok(()),
+            Peer::Git => {
+                run(self.git(dir, tree).args(["init", "--quiet"]))?;
+                run(self.git(dir, tree).args(["add", "--all", "--force"]))?;
+                let mut command = self.git(dir, tree);
+                command.args(["-c", "user.name=bench", "-c", "user.email=bench@localhost"]);
+                command.args(["commit", "--quiet", "--message=all"]);
+                command
+            }
+            Peer::Composefs => {
+                let mut command = self.command(dir, ["init", "--insecure"]);
+                command.arg(repository);
+                command
+            }
+            Peer::Ostree => {
+                let mut command = self.command(dir, ["init", "--mode=bare-user", "--repo"]);
+                command.arg(repository);
+                command
+            }
+            Peer::Restic => {
+                let mut command = self.command(dir, ["--quiet", "init", "--repo"]);
+                command.arg(repository);
+                command
+            }
+            Peer::Borg => {
+                let mut command = self.command(dir, ["init", "--encryption", "none"]);
+                command.arg(repository);
+                command
+            }
+        };
+        run(&mut command).map(drop)
+    }
+
+    /// Takes `tree` into the store in `dir`; `name` is another one each time.
+    fn store(self, dir: &Path, tree: &Path, name: &str) -> Result<Command> {
+        let repository = dir.join("store");
+        Ok(match self {
+            Peer::Ours => alone(
+                "ingest",
+                [repository.as_os_str(), OsStr::new("tree"), tree.as_os_str()],
+            )?,
+            Peer::Erofs => {
+                let mut command = self.command(dir, ["--quiet"]);
+                command.arg(dir.join(name)).arg(tree);
+                command
+            }
+            Peer::Composefs => {
+                let mut command = self.command(dir, ["--repo"]);
+                command.arg(&repository).arg("create-image").arg(tree);
+                command
+            }
+            Peer::Ostree => {
+                let mut command = self.command(dir, ["commit", "--branch=tree", "--repo"]);
+                command.arg(&repository);
+                command.arg(["--tree=dir=", &tree.to_string_lossy()].concat());
+                command
+            }
+            Peer::Restic => {
+                let mut command =
+                    self.command(dir, ["backup", "--quiet", "--compression=off", "--repo"]);
+                command.arg(&repository).arg(tree);
+                command
+            }
+            Peer::Borg => {
+                let mut command = self.command(dir, ["create", "--compression", "none"]);
+                command.arg(format!("{}::{name}", repository.display()));
+                command.arg(tree);
+                command
+            }
+            Peer::Git => {
+                let mut command = self.git(dir, tree);
+                command.args(["status", "--porcelain"]);
+                command
+            }
+        })
+    }
+}
+
+fn said(what: &str, error: &dyn std::error::Error) -> Error {
+    let mut why = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        why = format!("{why}: {error}");
+        cause = error.source();
+    }
+    Error::Command {
+        what: what.to_owned(),
+        why,
+    }
+}
+
+/// This program, to do one piece of work.
+fn alone<S: AsRef<OsStr>>(work: &str, args: impl IntoIterator<Item = S>) -> Result<Command> {
+    let this = std::env::current_exe().map_err(failed("finding", Path::new("this program")))?;
+    let mut command = Command::new(this);
+    command.args([ALONE, work]).args(args);
+    Ok(command)
+}
+
+/// What this program does when it is told to do one piece of work. Prints the highest resident memory in KiB.
+fn work(mut args: std::env::ArgsOs) -> Result<bool> {
+    let mut next = || args.next().unwrap_or_default();
+    let (work, dir, name) = (next(), PathBuf::from(next()), next());
+    let what = format!("{} into {}", work.display(), dir.display());
+    let store = Store::open(&dir).map_err(|error| said(&what, &error))?;
+    let lease = store.lease("bench").map_err(|error| said(&what, &error))?;
+    match work.to_str() {
+        Some("ingest") => {
+            let options = Options {
+                name: &name.to_string_lossy(),
+                at: b"",
+                excludes: &[],
+                uid: 0,
+                gid: 0,
+            };
+            snapshot(&store, &lease, &PathBuf::from(next()), &options)
+                .map_err(|error| said(&what, &error))?;
+        }
+        _ => {
+            return Err(Error::Command {
+                what,
+                why: "no such work".into(),
+            });
+        }
+    }
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    println!(
+        "{}",
+        line.unwrap_or_default().trim().trim_end_matches(" kB")
+    );
+    Ok(true)
+}
+
+/// Runs a command and returns how long it took.
+fn timed(command: &mut Command) -> Result<Duration> {
+    let begin = Instant::now();
+    run(command)?;
+    Ok(begin.elapsed())
+}
+
+/// Runs this program for one piece of work and returns its highest resident memory in MiB.
+fn resident(command: &mut Command) -> Result<f64> {
+    let output = run(command)?;
+    let kib: f64 = String::from_utf8_lossy(&output.stdout)
+        .trim()
+        .parse()
+        .map_err(|error| went_wrong(command, &error))?;
+    Ok(kib / 1024.0)
+}
+
+/// Waits until the disk has nothing to write, so that nobody pays for who ran before.
+fn settle(dir: &Path) -> Result<Duration> {
+    let begin = Instant::now();
+    let opened = File::open(dir).map_err(failed("opening", dir))?;
+    rustix::fs::syncfs(&opened).map_err(|error| failed("syncing", dir)(error.into()))?;
+    Ok(begin.elapsed())
+}
+
+/// The samples of one row of a table, by who made them.
+#[derive(Default)]
+struct Row(HashMap<&'static str, Samples>);
+
+impl Row {
+    fn push(&mut self, peer: Peer, took: Duration) {
+        self.0.entry(peer.name()).or_default().0.push(took);
+    }
+
+    fn get(&self, peer: Peer) -> Option<&Samples> {
+        self.0.get(peer.name())
+    }
+
+    fn show(&self, what: &str) -> Vec<String> {
+        let cell = |peer: Peer| self.get(peer).map_or("–".into(), Samples::show);
+        let mut cells = vec![what.to_owned()];
+        cells.extend(Peer::ALL.map(cell));
+        cells
+    }
+
+    /// Asks for at most `bound` times what `peer` takes.
+    fn bound(&self, what: &str, peer: Peer, bound: f64, bounds: &mut Bounds) {
+        if let (Some(ours), Some(theirs)) = (self.get(Peer::Ours), self.get(peer)) {
+            let (ratio, ..) = ours.ratio(theirs);
+            println!("{what} / {}: {}", peer.name(), ours.show_ratio(theirs));
+            bounds.at_most(&format!("{what}, of {}", peer.name()), ratio, bound, "");
+        }
+    }
+}
+
+/// First ingest, ingest again, ingest after an edit: every peer in every round, each with a store of its own. What was
+/// written stays till the end: ext4 takes long to make files shortly after it has removed many.
+fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+    let mut peers = Peer::ALL.to_vec();
+    peers.retain(|peer| {
+        let missing = peer.missing();
+        if let Some(why) = &missing {
+            skip(peer.name(), why);
+        }
+        missing.is_none()
+    });
+    let (mut first, mut again, mut edited) = (Row::default(), Row::default(), Row::default());
+    let mut synced = Samples::default();
+    for round in 0..support::option("--rounds", 5) {
+        for &peer in &peers {
+            interrupt.check()?;
+            let dir = scratch.join(format!("{}-{round}", peer.name()));
+            fs::create_dir(&dir).map_err(failed("making", &dir))?;
+            peer.init(&dir, tree)?;
+            settle(scratch)?;
+            if peer != Peer::Git {
+                first.push(peer, timed(&mut peer.store(&dir, tree, "first")?)?);
+                let took = settle(scratch)?;
+                if peer == Peer::Erofs {
+                    synced.0.push(took);
+                }
+            }
+            if peer != Peer::Erofs {
+                again.push(peer, timed(&mut peer.store(&dir, tree, "again")?)?);
+                settle(scratch)?;
+            }
+            if matches!(peer, Peer::Ours | Peer::Git) {
+                let path = tree.join("package.json");
+                let text = fs::read(&path).map_err(failed("reading", &path))?;
+                fs::write(&path, [&text[..], b"\n"].concat()).map_err(failed("writing", &path))?;
+                settle(scratch)?;
+                edited.push(peer, timed(&mut peer.store(&dir, tree, "edited")?)?);
+            }
+        }
+    }
+    let mut head = vec!["ms, median (min–max)"];
+    head.extend(Peer::ALL.map(Peer::name));
+    let rows = [
+        first.show("first"),
+        again.show("again, unchanged"),
+        edited.show("after one edit"),
+    ];
+    support::table(&head, &rows);
+    println!(
+        "\nA sync after mkfs.erofs, which does none: {} ms",
+        synced.show()
+    );
+    for peer in [
+        Peer::Erofs,
+        Peer::Composefs,
+        Peer::Ostree,
+        Peer::Restic,
+        Peer::Borg,
+    ] {
+        let bound = if peer == Peer::Erofs {
+            FIRST_OF_EROFS
+        } else {
+            FIRST_OF_OTHERS
+        };
+        first.bound("first ingest", peer, bound, bounds);
+    }
+    again.bound(
+        "ingest again, unchanged",
+        Peer::Git,
+        UNCHANGED_OF_GIT,
+        bounds,
+    );
+    if let Some(ours) = edited.get(Peer::Ours) {
+        bounds.at_most("ingest after one edit", ours.median(), EDIT_MS, " ms");
+    }
+    Ok(())
+}
+
+/// Makes a tree of `entries` entries: small files, no two the same, 100 to a directory.
+fn many(dir: &Path, entries: usize) -> Result<()> {
+    let mut made = 0;
+    for number in 0.. {
+        let sub = dir.join(format!("{}/package-{number}", number / 100));
+        fs::create_dir_all(&sub).map_err(failed("making", &sub))?;
+        for file in 0..100 {
+            if made >= entries {
+                return Ok(());
+            }
+            let path = sub.join(format!("some-module-{file}.js"));
+            fs::write(&path, format!("{number} {file}\n")).map_err(failed("writing", &path))?;
+            made += 1;
+        }
+        made += 1;
+    }
+    Ok(())
+}
+
+/// The highest resident memory of an ingest: of `node_modules`, and of a tree with very many entries, the first time, again, and
+/// after an edit.
+fn memory(
+    node_modules: &Path,
+    scratch: &Path,
+    interrupt: &Interrupt,
+    bounds: &mut Bounds,
+) -> Result<()> {
+    let entries = support::option("--entries", 100_000);
+    let large = scratch.join("large");
+    many(&large, entries)?;
+    let mut rows = Vec::new();
+    for (what, tree, edit) in [
+        ("node_modules".to_owned(), node_modules, "package.json"),
+        (
+            format!("{entries} entries"),
+            &large,
+            "0/package-0/some-module-0.js",
+        ),
+    ] {
+        let store = scratch.join(format!("memory-{}", rows.len()));
+        let mut row = vec![what.clone()];
+        for turn in ["first", "again", "edited"] {
+            interrupt.check()?;
+            if turn == "edited" {
+                let path = tree.join(edit);
+                fs::write(&path, turn).map_err(failed("writing", &path))?;
+            }
+            let mut ingest = alone(
+                "ingest",
+                [store.as_os_str(), OsStr::new("tree"), tree.as_os_str()],
+            )?;
+            let begin = Instant::now();
+            let mib = resident(&mut ingest)?;
+            row.push(format!("{mib:.0} ({:.1} s)", begin.elapsed().as_secs_f64()));
+            bounds.at_most(
+                &format!("resident memory, {what}, {turn}"),
+                mib,
+                MAX_RESIDENT_MIB,
+                " MiB",
+            );
+        }
+        rows.push(row);
+    }
+    support::table(
+        &[
+            "highest resident memory, MiB",
+            "first",
+            "again, unchanged",
+            "after one edit",
+        ],
+        &rows,
+    );
+    Ok(())
+}
+
+/// Every regular file below `dir`, by its contents: how many bytes differ.
+fn unique(dir: &Path, seen: &mut HashMap<ObjectId, u64>) -> Result<()> {
+    let entries = fs::read_dir(dir).map_err(failed("listing", dir))?;
+    for entry in entries {
+        let path = entry.map_err(failed("listing", dir))?.path();
+        let meta = fs::symlink_metadata(&path).map_err(failed("looking at", &path))?;
+        if meta.is_dir() {
+            unique(&path, seen)?;
+        } else if meta.is_file() {
+            let bytes = fs::read(&path).map_err(failed("reading", &path))?;
+            seen.insert(ObjectId::of(&bytes), bytes.len() as u64);
+        }
+    }
+    Ok(())
+}
+
+/// What everything below `dir` takes on the disk.
+fn on_disk(dir: &Path) -> Result<u64> {
+    let meta = fs::symlink_metadata(dir).map_err(failed("looking at", dir))?;
+    let mut bytes = meta.blocks() * 512;
+    if meta.is_dir() {
+        for entry in fs::read_dir(dir).map_err(failed("listing", dir))? {
+            bytes += on_disk(&entry.map_err(failed("listing", dir))?.path())?;
+        }
+    }
+    Ok(bytes)
+}
+
+/// Links what is in `from` into `to`, where the two have the same name for a directory as well.
+fn link_tree(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(failed("making", to))?;
+    for entry in fs::read_dir(from).map_err(failed("listing", from))? {
+        let entry = entry.map_err(failed("listing", from))?;
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            link_tree(&path, &target)?;
+        } else {
+            fs::hard_link(&path, &target).map_err(failed("linking", &target))?;
+        }
+    }
+    Ok(())
+}
+
+/// Twenty workers of five kinds: what a kind installed and each worker's own sources, every one a layer of its own.
+fn workers(
+    node_modules: &Path,
+    scratch: &Path,
+    interrupt: &Interrupt,
+    bounds: &mut Bounds,
+) -> Result<()> {
+    let store = scratch.join("workers-store");
+    let trees = scratch.join("workers");
+    let packages = node_modules.join("node_modules");
+    let mut names: Vec<_> = fs::read_dir(&packages)
+        .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
+        .map_err(failed("listing", &packages))?
+        .into_iter()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.file_name())
+        .collect();
+    names.sort();
+    let mut seen = HashMap::new();
+    let ingest = |name: &str, tree: &Path| -> Result<()> {
+        interrupt.check()?;
+        run(&mut alone(
+            "ingest",
+            [store.as_os_str(), OsStr::new(name), tree.as_os_str()],
+        )?)
+        .map(drop)
+    };
+    for kind in 0..KINDS {
+        // Half of the packages are of all kinds, the others of one.
+        let installed = trees.join(format!("kind-{kind}/node_modules"));
+        for (number, name) in names.iter().enumerate() {
+            if number % 2 == 0 || number / 2 % KINDS == kind {
+                link_tree(&packages.join(name), &installed.join(name))?;
+            }
+        }
+        ingest(&format!("kind-{kind}"), &installed)?;
+        unique(&installed, &mut seen)?;
+    }
+    for worker in 0..WORKERS {
+        let sources = trees.join(format!("worker-{worker}"));
+        fs::create_dir_all(&sources).map_err(failed("making", &sources))?;
+        for number in 0..SOURCES {
+            let path = sources.join(format!("{number}.js"));
+            let whose = if number == 0 { worker } else { worker % KINDS };
+            let text = format!("exports.of{whose} = {number};\n").repeat(1 + number);
+            fs::write(&path, text).map_err(failed("writing", &path))?;
+        }
+        ingest(&format!("worker-{worker}"), &sources)?;
+        unique(&sources, &mut seen)?;
+    }
+    settle(scratch)?;
+    let differ: u64 = seen.values().sum();
+    let rows = ["packs", "loose", "layers", "stat", ""].map(|name| -> Result<Vec<String>> {
+        let bytes = on_disk(&store.join(name))?;
+        let name = if name.is_empty() { "all" } else { name };
+        Ok(vec![
+            name.to_owned(),
+            bytes.to_string(),
+            format!("{:.3}", bytes as f64 / differ as f64),
+        ])
+    });
+    println!(
+        "\n{WORKERS} workers of {KINDS} kinds: {} contents, {differ} bytes differ",
+        seen.len()
+    );
+    let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
+    support::table(&["the store's", "bytes on disk", "of what differs"], &rows);
+    let bytes = on_disk(&store)?;
+    bounds.at_most(
+        "bytes on disk, of what differs",
+        bytes as f64 / differ as f64,
+        MAX_BYTES_ON_DISK,
+        "",
+    );
+    Ok(())
+}
+
+fn bench() -> Result<bool> {
+    let interrupt = Interrupt::catch()?;
+    let cache = corpus::cache()?;
+    let corpus = packages::node_modules()?;
+    let scratch = TempDir::with_prefix_in("scratch-", &cache)
+        .map_err(failed("making a directory in", &cache))?;
+    // A copy that can be edited.
+    let tree = scratch.path().join("tree");
+    run(Command::new("cp").arg("-a").arg(&corpus).arg(&tree))?;
+    let mut bounds = Bounds::default();
+    support::print_machine();
+    ingests(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    workers(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    memory(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    Ok(bounds.print())
+}
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    if args.nth(1).is_some_and(|arg| arg == ALONE) {
+        return support::end("store", work(args));
+    }
+    support::end("store", bench())
+}
