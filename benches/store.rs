@@ -495,6 +495,11 @@ fn unique(dir: &Path, seen: &mut HashMap<ObjectId, u64>) -> Result<()> {
     Ok(())
 }
 
+#[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 bytes")]
+fn part(of: u64, whole: u64) -> f64 {
+    of as f64 / whole as f64
+}
+
 /// What everything below `dir` takes on the disk.
 fn on_disk(dir: &Path) -> Result<u64> {
     let meta = fs::symlink_metadata(dir).map_err(failed("looking at", dir))?;
@@ -580,7 +585,7 @@ fn workers(
         Ok(vec![
             name.to_owned(),
             bytes.to_string(),
-            format!("{:.3}", bytes as f64 / differ as f64),
+            format!("{:.3}", part(bytes, differ)),
         ])
     });
     println!(
@@ -592,7 +597,7 @@ fn workers(
     let bytes = on_disk(&store)?;
     bounds.at_most(
         "bytes on disk, of what differs",
-        bytes as f64 / differ as f64,
+        part(bytes, differ),
         MAX_BYTES_ON_DISK,
         "",
     );

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -23,10 +23,12 @@ use crate::objects::{LOOSE_MIN, lock};
 use crate::pack_writer::{FinishedPack, PackWriter};
 use crate::store::Store;
 use crate::syncer::Syncer;
-use crate::tree::{Content, Dir, Leaf, Node, Tree};
+use crate::tree::{self, Source};
 
 /// Piece in which large files are read and written.
 const PIECE: usize = 1 << 20;
+/// The indexes leave memory whenever so many objects were looked for in them.
+const RELEASE: usize = 1 << 16;
 
 /// An object that was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Ingest<'a> {
     syncer: Mutex<Option<Syncer>>,
     no_reflink: AtomicBool,
     poisoned: AtomicBool,
+    /// How often an object was looked for in the indexes.
+    looked: AtomicUsize,
     /// How often packs had gone when this began.
     losses: u64,
     /// Dropped last.
@@ -144,6 +148,7 @@ impl<'a> Ingest<'a> {
             syncer: Mutex::default(),
             no_reflink: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            looked: AtomicUsize::new(0),
             losses,
             _open: open,
         })
@@ -213,11 +218,19 @@ impl<'a> Ingest<'a> {
         })
     }
 
+    /// Whether the object is in a pack of the store. What so many of these questions brought into memory leaves it again.
+    fn is_packed(&self, object: &ObjectId) -> bool {
+        let objects = self.store.objects();
+        if self.looked.fetch_add(1, Ordering::Relaxed) % RELEASE == RELEASE - 1 {
+            objects.release();
+        }
+        objects.find_packed(object).is_some()
+    }
+
     fn add_small(&self, bytes: &[u8]) -> Result<Added, StoreError> {
         let object = ObjectId::of(bytes);
         let size = bytes.len() as u64;
-        let new = self.store.objects().find_packed(&object).is_none()
-            && self.pack.add(|| self.lease.tmp(), object, bytes)?;
+        let new = !self.is_packed(&object) && self.pack.add(|| self.lease.tmp(), object, bytes)?;
         if new && let Some((file, path)) = self.pack.to_sync() {
             self.sync_soon(file, path)?;
         }
@@ -310,7 +323,7 @@ impl<'a> Ingest<'a> {
 
     /// Makes the layer of `tree` and everything in it durable, then visible. Every file's object must be in the store or
     /// have been added.
-    pub fn finish(mut self, tree: &Tree) -> Result<Published, StoreError> {
+    pub fn finish<S: Source>(mut self, tree: &S) -> Result<Published, StoreError> {
         if *self.poisoned.get_mut() {
             return Err(StoreError::Poisoned);
         }
@@ -322,13 +335,13 @@ impl<'a> Ingest<'a> {
         let loose = self.loose.get_mut().unwrap_or_else(PoisonError::into_inner);
         let loose = std::mem::take(loose);
         let pack = std::mem::take(&mut self.pack).finish()?;
-        let (encoded, complete) = rayon::join(
-            || layer::encode(tree),
+        let (plan, complete) = rayon::join(
+            || layer::Plan::new(tree),
             || self.check_objects(tree, pack.as_ref(), &loose),
         );
-        let encoded = encoded?;
+        let plan = plan?;
         let in_files = complete?;
-        let id = encoded.layer_id;
+        let id = plan.layer_id;
         // First the pin, then the question.
         self.lease.pin(&[id])?;
         let existed = self.store.has_layer(&id) && self.store.layer(&id).is_ok();
@@ -337,22 +350,28 @@ impl<'a> Ingest<'a> {
         let sizes = sizes.chain(loose.values().map(|(size, _)| *size));
         let published = Published {
             layer_id: id,
-            tree_id: encoded.tree_id,
+            tree_id: plan.tree_id,
             new_files: sizes.clone().count() as u64,
             new_bytes: sizes.sum(),
             existed,
         };
-        let layer = (!existed).then_some((id, &encoded.bytes[..]));
-        let pack_id = self.publish(syncer, pack.as_ref(), &loose, layer)?;
+        let layer = if existed {
+            None
+        } else {
+            let tmp = self.lease.tmp()?;
+            plan.write(&mut |piece, at| tmp.write(piece, at))?;
+            Some((id, tmp))
+        };
+        let pack_id = self.publish(syncer, pack, &loose, layer)?;
         self.keep_objects(tree, pack_id, &in_files)?;
         Ok(published)
     }
 
     /// Now that the layer has its name: is all that it needs still in its place? A collection that looked at the layers before may
     /// have taken something out; what it takes out from now on it brings back itself.
-    fn keep_objects(
+    fn keep_objects<S: Source>(
         &self,
-        tree: &Dir,
+        tree: &S,
         pack: Option<PackId>,
         in_files: &[ObjectId],
     ) -> Result<(), StoreError> {
@@ -363,11 +382,7 @@ impl<'a> Ingest<'a> {
         if unmoved {
             return Ok(());
         }
-        let mut objects = leaves(tree).filter_map(|leaf| match leaf.content {
-            Content::File { object, .. } => Some(object),
-            _ => None,
-        });
-        objects.try_for_each(|id| self.store.objects().require(&id))
+        tree::files(tree).try_for_each(|(id, _)| objects.require(&id))
     }
 
     /// The publish order: bytes durable under temporary names, names of objects, durable names of objects, name of the
@@ -375,22 +390,16 @@ impl<'a> Ingest<'a> {
     fn publish(
         &self,
         syncer: Option<Syncer>,
-        pack: Option<&FinishedPack>,
+        pack: Option<FinishedPack>,
         loose: &Loose,
-        layer: Option<(LayerId, &[u8])>,
+        layer: Option<(LayerId, TmpFile)>,
     ) -> Result<Option<PackId>, StoreError> {
         let (disk, dir) = (self.store.disk(), self.store.dir());
-        let write = |bytes: &[u8]| -> Result<TmpFile, StoreError> {
+        let index = pack.as_ref().map(|pack| -> Result<_, StoreError> {
             let tmp = self.lease.tmp()?;
-            tmp.write(bytes, 0)?;
-            Ok(tmp)
-        };
-        let index = pack.map(FinishedPack::encode_index);
-        let index =
-            index.map(|bytes| write(&bytes).map(|tmp| (PackId::from(blake3::hash(&bytes)), tmp)));
+            Ok((pack.write_index(&tmp)?, tmp))
+        });
         let index = index.transpose()?;
-        let layer = layer.map(|(id, bytes)| write(bytes).map(|tmp| (id, tmp)));
-        let layer = layer.transpose()?;
         let unsynced = pack.iter().map(|pack| &*pack.tmp);
         let unsynced = unsynced.chain(index.iter().map(|(_, tmp)| tmp));
         let unsynced: Vec<&TmpFile> = unsynced.chain(layer.iter().map(|(_, tmp)| tmp)).collect();
@@ -423,22 +432,17 @@ impl<'a> Ingest<'a> {
     }
 
     /// A layer must never name an object that is not there. Returns the objects that are files of their own.
-    fn check_objects(
+    fn check_objects<S: Source>(
         &self,
-        tree: &Dir,
+        tree: &S,
         pack: Option<&FinishedPack>,
         loose: &Loose,
     ) -> Result<Vec<ObjectId>, StoreError> {
         let objects = self.store.objects();
         objects.refresh()?;
         let mut in_files = Vec::new();
-        for leaf in leaves(tree) {
-            let Content::File { object, size } = leaf.content else {
-                continue;
-            };
-            if pack.is_some_and(|pack| pack.contains(&object))
-                || objects.find_packed(&object).is_some()
-            {
+        for (object, size) in tree::files(tree) {
+            if pack.is_some_and(|pack| pack.contains(&object)) || self.is_packed(&object) {
                 continue;
             }
             if !loose.contains_key(&object) && !objects.contains_known(&object, Some(size)) {
@@ -450,22 +454,4 @@ impl<'a> Ingest<'a> {
         }
         Ok(in_files)
     }
-}
-
-fn leaves(tree: &Dir) -> impl Iterator<Item = &Leaf> {
-    let mut dirs = vec![tree];
-    let mut entries = None;
-    std::iter::from_fn(move || {
-        loop {
-            let Some(nodes) = &mut entries else {
-                entries = Some(dirs.pop()?.entries.values());
-                continue;
-            };
-            match nodes.next() {
-                Some(Node::Dir(dir)) => dirs.push(dir),
-                Some(Node::Leaf(leaf)) => return Some(leaf),
-                None => entries = None,
-            }
-        }
-    })
 }

@@ -37,14 +37,16 @@
 //! have equal ids wherever they stand. The [`LayerId`] is BLAKE3 with [`LAYER_CONTEXT`] over the tree id and, for each
 //! node in order, its seconds (i64) and nanoseconds (u32) of mtime.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
+use crate::pieces::{Pieces, Put, collect};
 use crate::tree::{
-    self, Content, Dir, DirKind, MAX_DEPTH, MAX_NODES, MAX_TARGET, MAX_XATTR_NAME, MAX_XATTR_VALUE,
-    MAX_XATTRS, Meta, Mtime, Node, Rdev, Tree, TreeError, Xattrs,
+    self, Content, Dir, DirKind, Entry, MAX_DEPTH, MAX_NODES, MAX_TARGET, MAX_TEXT, MAX_XATTR_NAME,
+    MAX_XATTR_VALUE, MAX_XATTRS, Meta, Mtime, Node, Rdev, Source, Tree, TreeError, Xattrs,
 };
 
 /// Context of the tree hash.
@@ -61,6 +63,10 @@ const LINK: usize = 8;
 const NO_XATTRS: u32 = u32::MAX;
 const FLAG_OPAQUE: u8 = 1;
 const FLAG_IMPLICIT: u8 = 2;
+/// While a large layer is checked, what was read of it leaves memory every so many nodes.
+const RELEASE: u32 = 1 << 16;
+/// What is hashed is gathered up to about this many bytes: one long update is several times faster than many short ones.
+const HASHED: usize = 64 << 10;
 
 /// Why a file is not a layer this program can read.
 #[derive(Debug, thiserror::Error)]
@@ -147,22 +153,36 @@ struct Flat<'a> {
     name: &'a [u8],
     node: FlatNode<'a>,
     parent: u32,
-    depth: u16,
-    first_child: u32,
     link: u32,
-    hash: [u8; 32],
 }
 
-#[derive(Clone, Copy)]
 enum FlatNode<'a> {
-    Dir(&'a Dir),
-    Leaf(&'a tree::Leaf),
+    Dir {
+        meta: Cow<'a, Meta>,
+        kind: DirKind,
+        place: Place,
+    },
+    Leaf(Cow<'a, tree::Leaf>),
+}
+
+/// The metadata of an implicit directory, and of a whiteout: nobody's.
+static IMPLICIT_META: Meta = meta_of_mode(0o755);
+static WHITEOUT_META: Meta = meta_of_mode(0);
+
+const fn meta_of_mode(mode: u16) -> Meta {
+    Meta {
+        mode,
+        uid: 0,
+        gid: 0,
+        mtime: Mtime { sec: 0, nsec: 0 },
+        xattrs: Xattrs::new(),
+    }
 }
 
 impl Flat<'_> {
     fn kind(&self) -> Kind {
-        match self.node {
-            FlatNode::Dir(_) => Kind::Dir,
+        match &self.node {
+            FlatNode::Dir { .. } => Kind::Dir,
             FlatNode::Leaf(leaf) => match leaf.content {
                 Content::File { .. } => Kind::File,
                 Content::Symlink { .. } => Kind::Symlink,
@@ -177,55 +197,72 @@ impl Flat<'_> {
 
     fn flags(&self) -> u8 {
         match self.node {
-            FlatNode::Dir(dir) => match dir.kind {
-                DirKind::Merged => 0,
-                DirKind::Opaque => FLAG_OPAQUE,
-                DirKind::Implicit => FLAG_IMPLICIT,
-            },
-            FlatNode::Leaf(_) => 0,
+            FlatNode::Dir {
+                kind: DirKind::Opaque,
+                ..
+            } => FLAG_OPAQUE,
+            FlatNode::Dir {
+                kind: DirKind::Implicit,
+                ..
+            } => FLAG_IMPLICIT,
+            _ => 0,
         }
     }
 
-    /// The metadata that counts: none for a whiteout, the agreed ones for an implicit directory.
-    fn meta(&self) -> Meta {
-        match self.node {
-            FlatNode::Dir(dir) if dir.kind == DirKind::Implicit => Meta {
-                mode: 0o755,
-                ..Meta::default()
-            },
-            FlatNode::Dir(dir) => dir.meta.clone(),
-            FlatNode::Leaf(leaf) if leaf.content == Content::Whiteout => Meta::default(),
-            FlatNode::Leaf(leaf) => leaf.meta.clone(),
+    fn meta(&self) -> &Meta {
+        match &self.node {
+            FlatNode::Dir {
+                kind: DirKind::Implicit,
+                ..
+            } => &IMPLICIT_META,
+            FlatNode::Dir { meta, .. } => meta,
+            FlatNode::Leaf(leaf) if leaf.content == Content::Whiteout => &WHITEOUT_META,
+            FlatNode::Leaf(leaf) => &leaf.meta,
         }
     }
 
     fn target(&self) -> &[u8] {
-        match self.node {
-            FlatNode::Leaf(tree::Leaf {
-                content: Content::Symlink { target },
-                ..
-            }) => target,
-            _ => &[],
+        match &self.node {
+            FlatNode::Leaf(leaf) => match &leaf.content {
+                Content::Symlink { target } => target,
+                _ => &[],
+            },
+            FlatNode::Dir { .. } => &[],
+        }
+    }
+
+    fn file(&self) -> Option<(ObjectId, u64)> {
+        match &self.node {
+            FlatNode::Leaf(leaf) => match leaf.content {
+                Content::File { object, size } => Some((object, size)),
+                _ => None,
+            },
+            FlatNode::Dir { .. } => None,
         }
     }
 
     fn file_size(&self) -> u64 {
-        match self.node {
-            FlatNode::Leaf(tree::Leaf {
-                content: Content::File { size, .. },
-                ..
-            }) => *size,
-            _ => 0,
-        }
+        self.file().map_or(0, |(_, size)| size)
     }
 
     fn rdev(&self) -> u64 {
-        match self.node {
-            FlatNode::Leaf(tree::Leaf {
-                content: Content::Char(rdev) | Content::Block(rdev),
-                ..
-            }) => u64::from(rdev.major) << 32 | u64::from(rdev.minor),
-            _ => 0,
+        match &self.node {
+            FlatNode::Leaf(leaf) => match leaf.content {
+                Content::Char(rdev) | Content::Block(rdev) => {
+                    u64::from(rdev.major) << 32 | u64::from(rdev.minor)
+                }
+                _ => 0,
+            },
+            FlatNode::Dir { .. } => 0,
+        }
+    }
+
+    fn hash(&self) -> [u8; 32] {
+        match &self.node {
+            FlatNode::Dir { place, .. } => place.hash,
+            FlatNode::Leaf(_) => self
+                .file()
+                .map_or([0; 32], |(object, _)| *object.as_bytes()),
         }
     }
 
@@ -243,8 +280,59 @@ impl Flat<'_> {
         out.extend(self.name);
         out.extend((self.target().len() as u16).to_le_bytes());
         out.extend(self.target());
-        out.extend(self.hash);
+        out.extend(self.hash());
         write_xattrs(&meta.xattrs, out);
+    }
+
+    /// What the blob holds of it: how long its name, target and xattrs are there.
+    fn text(&self) -> [usize; 3] {
+        let xattrs = &self.meta().xattrs;
+        let set: usize = xattrs
+            .iter()
+            .map(|(name, value)| 6 + name.len() + value.len())
+            .sum();
+        let set = if xattrs.is_empty() { 0 } else { 2 + set };
+        [self.name.len(), self.target().len(), set]
+    }
+
+    fn write_text(&self, out: &mut Vec<u8>) {
+        out.extend(self.name);
+        out.extend(self.target());
+        if !self.meta().xattrs.is_empty() {
+            write_xattrs(&self.meta().xattrs, out);
+        }
+    }
+
+    /// Its record; `blob` is where its text begins.
+    fn write_node(&self, blob: u32, out: &mut Vec<u8>) {
+        let meta = self.meta();
+        let [name, target, _] = self.text();
+        let (size, aux) = match &self.node {
+            FlatNode::Dir { place, .. } => (place.children, place.first_child),
+            FlatNode::Leaf(_) if target != 0 => (target as u64, u64::from(blob) + name as u64),
+            FlatNode::Leaf(_) => (self.file_size(), self.rdev()),
+        };
+        let xattrs = if meta.xattrs.is_empty() {
+            NO_XATTRS
+        } else {
+            blob + (name + target) as u32
+        };
+        out.extend(blob.to_le_bytes());
+        out.extend((name as u16).to_le_bytes());
+        out.extend([self.kind() as u8, self.flags()]);
+        out.extend(meta.mode.to_le_bytes());
+        out.extend([0; 2]);
+        out.extend(meta.uid.to_le_bytes());
+        out.extend(meta.gid.to_le_bytes());
+        out.extend(self.parent.to_le_bytes());
+        out.extend(meta.mtime.sec.to_le_bytes());
+        out.extend(meta.mtime.nsec.to_le_bytes());
+        out.extend(xattrs.to_le_bytes());
+        out.extend(size.to_le_bytes());
+        out.extend(aux.to_le_bytes());
+        out.extend(self.link.to_le_bytes());
+        out.extend([0; 4]);
+        out.extend(self.hash());
     }
 }
 
@@ -274,204 +362,314 @@ fn check_meta(meta: &Meta) -> Result<(), TreeError> {
     Ok(())
 }
 
-/// Lays the entries of `tree` out breadth first.
-fn flatten(tree: &Tree) -> Result<Vec<Flat<'_>>, TreeError> {
-    let flat = |name, node, parent, depth| Flat {
-        name,
-        node,
-        parent,
-        depth,
-        first_child: 0,
-        link: 0,
-        hash: [0; 32],
-    };
-    let mut nodes = vec![flat(&[][..], FlatNode::Dir(tree), 0, 0)];
-    let mut next = 0;
-    while next < nodes.len() {
-        if let FlatNode::Dir(dir) = nodes[next].node {
-            nodes[next].first_child = nodes.len() as u32;
-            let depth = nodes[next].depth + 1;
-            if nodes.len() + dir.entries.len() > MAX_NODES {
-                return Err(TreeError::TooLarge);
-            }
-            if usize::from(depth) > MAX_DEPTH && !dir.entries.is_empty() {
-                return Err(TreeError::Depth);
-            }
-            for (name, node) in &dir.entries {
-                tree::check_name(name)?;
-                let node = match node {
-                    Node::Dir(dir) => FlatNode::Dir(dir),
-                    Node::Leaf(leaf) => FlatNode::Leaf(leaf),
-                };
-                nodes.push(flat(name, node, next as u32, depth));
-            }
-        }
-        next += 1;
-    }
-    Ok(nodes)
+/// Where what is in a directory stands, and its hash once that is known.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// The directory's own index.
+    node: u32,
+    first_child: u64,
+    children: u64,
+    hash: [u8; 32],
 }
 
-/// Numbers the hardlink groups by their first name and returns (group, node) pairs, sorted.
-fn number_links(nodes: &mut [Flat<'_>]) -> Vec<(u32, u32)> {
-    let label = |flat: &Flat<'_>| match flat.node {
-        FlatNode::Leaf(leaf) if leaf.content != Content::Whiteout => leaf.link,
-        _ => None,
-    };
-    let mut names: HashMap<u64, u32> = HashMap::new();
-    for flat in &*nodes {
-        if let Some(label) = label(flat) {
-            *names.entry(label).or_default() += 1;
+/// A directory of the tree being encoded.
+#[derive(Debug)]
+struct PlannedDir<D> {
+    dir: D,
+    place: Place,
+    /// The first of its directories among all.
+    first_dir: u32,
+}
+
+/// A tree laid out breadth first and hashed, ready to be written. It holds something of each directory and of each hardlink;
+/// everything else is read from the tree again when it is needed, so that the layer is never in memory as a whole.
+#[derive(Debug)]
+pub(crate) struct Plan<'a, S: Source> {
+    source: &'a S,
+    /// Breadth first, as their entries are.
+    dirs: Vec<PlannedDir<S::Dir<'a>>>,
+    /// Numbers of the hardlink groups by their label.
+    groups: HashMap<u64, u32>,
+    /// Group and node, sorted.
+    links: Vec<(u32, u32)>,
+    nodes: u32,
+    files: u32,
+    logical_bytes: u64,
+    text: usize,
+    pub(crate) tree_id: TreeId,
+    pub(crate) layer_id: LayerId,
+}
+
+impl<'a, S: Source> Plan<'a, S> {
+    pub(crate) fn new(source: &'a S) -> Result<Self, TreeError> {
+        let mut plan = Self {
+            source,
+            dirs: Vec::new(),
+            groups: HashMap::new(),
+            links: Vec::new(),
+            nodes: 1,
+            files: 0,
+            logical_bytes: 0,
+            text: 0,
+            tree_id: TreeId::from_bytes([0; 32]),
+            layer_id: LayerId::from_bytes([0; 32]),
+        };
+        plan.lay_out()?;
+        plan.number_links();
+        plan.hash();
+        Ok(plan)
+    }
+
+    /// Gives every entry its place and checks it.
+    fn lay_out(&mut self) -> Result<(), TreeError> {
+        let planned = |dir, node| PlannedDir {
+            dir,
+            place: Place {
+                node,
+                first_child: 0,
+                children: 0,
+                hash: [0; 32],
+            },
+            first_dir: 0,
+        };
+        self.dirs.push(planned(self.source.root(), 0));
+        let root = self.root();
+        check_meta(root.meta())?;
+        self.text = root.text().iter().sum();
+        // The names of each label that a leaf has.
+        let mut labels: HashMap<u64, u32> = HashMap::new();
+        // Breadth first, one level ends where the directories of the one before it do.
+        let (mut depth, mut level_end) = (1, 1);
+        let mut at = 0;
+        while at < self.dirs.len() {
+            if at == level_end {
+                depth += 1;
+                level_end = self.dirs.len();
+            }
+            let (dir, node) = (self.dirs[at].dir, self.dirs[at].place.node);
+            let (first_child, first_dir) = (self.nodes, self.dirs.len() as u32);
+            for (name, entry) in self.source.entries(dir) {
+                if depth > MAX_DEPTH {
+                    return Err(TreeError::Depth);
+                }
+                tree::check_name(name)?;
+                let entry_node = match entry {
+                    Entry::Dir(dir) => {
+                        self.dirs.push(planned(dir, self.nodes));
+                        self.dir_node(&self.dirs[self.dirs.len() - 1])
+                    }
+                    Entry::Leaf(leaf) => {
+                        if let Content::Symlink { target } = &leaf.content
+                            && (target.is_empty()
+                                || target.len() > MAX_TARGET
+                                || target.contains(&0))
+                        {
+                            return Err(TreeError::Target);
+                        }
+                        if let Some(label) = label(&leaf) {
+                            *labels.entry(label).or_default() += 1;
+                        }
+                        FlatNode::Leaf(leaf)
+                    }
+                };
+                let flat = Flat {
+                    name,
+                    node: entry_node,
+                    parent: node,
+                    link: 0,
+                };
+                check_meta(flat.meta())?;
+                self.nodes += 1;
+                self.text += flat.text().iter().sum::<usize>();
+                if self.nodes as usize > MAX_NODES || self.text > MAX_TEXT {
+                    return Err(TreeError::TooLarge);
+                }
+            }
+            let dir = &mut self.dirs[at];
+            dir.place.first_child = first_child.into();
+            dir.place.children = u64::from(self.nodes - first_child);
+            dir.first_dir = first_dir;
+            at += 1;
+        }
+        labels.retain(|_, names| *names > 1);
+        self.groups = labels;
+        Ok(())
+    }
+
+    /// Numbers the hardlink groups by their first name, and counts files, each group once.
+    fn number_links(&mut self) {
+        let labels = std::mem::take(&mut self.groups);
+        let mut groups = HashMap::with_capacity(labels.len());
+        let mut links = Vec::with_capacity(labels.values().map(|names| *names as usize).sum());
+        let (mut files, mut bytes) = (0, 0_u64);
+        for (ix, flat) in self.flats().enumerate() {
+            files += u32::from(flat.file().is_some());
+            let mut size = flat.file_size();
+            if let FlatNode::Leaf(leaf) = &flat.node
+                && let Some(label) = label(leaf).filter(|label| labels.contains_key(label))
+            {
+                let number = groups.len() as u32 + 1;
+                let group = *groups.entry(label).or_insert(number);
+                if group != number {
+                    size = 0;
+                }
+                links.push((group, ix as u32));
+            }
+            bytes = bytes.saturating_add(size);
+        }
+        links.sort_unstable();
+        self.groups = groups;
+        self.links = links;
+        self.files = files;
+        self.logical_bytes = bytes;
+    }
+
+    fn hash(&mut self) {
+        let mut scratch = Vec::new();
+        // Children stand after their parent, so going backwards every child is hashed before its directory is.
+        for ix in (0..self.dirs.len()).rev() {
+            let dir = &self.dirs[ix];
+            let children = self.children(dir);
+            let hash = hash_entries(dir.place.children as u32, children, &mut scratch);
+            self.dirs[ix].place.hash = hash;
+        }
+        let root = hash_entries(1, std::iter::once(self.root()), &mut scratch);
+        self.tree_id = TreeId::from_bytes(root);
+
+        let mut hasher = blake3::Hasher::new_derive_key(LAYER_CONTEXT);
+        scratch.clear();
+        scratch.extend(root);
+        for flat in self.flats() {
+            let mtime = flat.meta().mtime;
+            scratch.extend(mtime.sec.to_le_bytes());
+            scratch.extend(mtime.nsec.to_le_bytes());
+            if scratch.len() >= HASHED {
+                hasher.update(&scratch);
+                scratch.clear();
+            }
+        }
+        hasher.update(&scratch);
+        self.layer_id = LayerId::from_bytes(*hasher.finalize().as_bytes());
+    }
+
+    fn dir_node(&self, planned: &PlannedDir<S::Dir<'a>>) -> FlatNode<'a> {
+        let (meta, kind) = self.source.dir(planned.dir);
+        FlatNode::Dir {
+            meta,
+            kind,
+            place: planned.place,
         }
     }
-    names.retain(|_, count| *count > 1);
-    let mut groups: HashMap<u64, u32> = HashMap::new();
-    let mut links = Vec::new();
-    for (ix, flat) in nodes.iter_mut().enumerate() {
-        let Some(label) = label(flat).filter(|label| names.contains_key(label)) else {
-            continue;
-        };
-        let number = groups.len() as u32 + 1;
-        flat.link = *groups.entry(label).or_insert(number);
-        links.push((flat.link, ix as u32));
+
+    fn root(&self) -> Flat<'a> {
+        Flat {
+            name: &[],
+            node: self.dir_node(&self.dirs[0]),
+            parent: 0,
+            link: 0,
+        }
     }
-    links.sort_unstable();
-    links
+
+    fn children(&self, dir: &PlannedDir<S::Dir<'a>>) -> impl Iterator<Item = Flat<'a>> {
+        let mut dirs = self.dirs[dir.first_dir as usize..].iter();
+        let parent = dir.place.node;
+        self.source
+            .entries(dir.dir)
+            .filter_map(move |(name, entry)| {
+                let (node, link) = match entry {
+                    Entry::Dir(_) => (self.dir_node(dirs.next()?), 0),
+                    Entry::Leaf(leaf) => {
+                        let group = label(&leaf).and_then(|label| self.groups.get(&label));
+                        let link = group.copied().unwrap_or(0);
+                        (FlatNode::Leaf(leaf), link)
+                    }
+                };
+                Some(Flat {
+                    name,
+                    node,
+                    parent,
+                    link,
+                })
+            })
+    }
+
+    /// All entries in the order in which they stand.
+    fn flats(&self) -> impl Iterator<Item = Flat<'a>> {
+        std::iter::once(self.root()).chain(self.dirs.iter().flat_map(|dir| self.children(dir)))
+    }
+
+    /// Hands the layer file out in pieces, its header last.
+    pub(crate) fn write<'p, E>(&self, put: &'p mut Put<'p, E>) -> Result<(), E> {
+        let mut pieces = Pieces::new(HEADER as u64, put);
+        let mut blob = 0;
+        for flat in self.flats() {
+            pieces.add(|out| flat.write_node(blob, out))?;
+            blob += flat.text().iter().sum::<usize>() as u32;
+        }
+        for (group, node) in &self.links {
+            pieces.add(|out| {
+                out.extend(group.to_le_bytes());
+                out.extend(node.to_le_bytes());
+            })?;
+        }
+        for flat in self.flats() {
+            pieces.add(|out| flat.write_text(out))?;
+        }
+        let (body, put) = pieces.finish()?;
+
+        let mut header = Vec::with_capacity(HEADER);
+        header.extend(MAGIC);
+        for word in [VERSION, 0, 0, 0, self.nodes, self.links.len() as u32] {
+            header.extend(word.to_le_bytes());
+        }
+        header.extend((self.text as u64).to_le_bytes());
+        header.extend(self.logical_bytes.to_le_bytes());
+        header.extend(u64::from(self.files).to_le_bytes());
+        header.extend(self.tree_id.as_bytes());
+        header.extend(self.layer_id.as_bytes());
+        header.extend(body.as_bytes());
+        header.resize(HEADER, 0);
+        put(&header, 0)
+    }
+}
+
+/// The label by which a leaf may have other names.
+fn label(leaf: &tree::Leaf) -> Option<u64> {
+    leaf.link.filter(|_| leaf.content != Content::Whiteout)
 }
 
 /// Encodes `tree`. Deterministic: equal trees give equal bytes, whatever made them.
-pub fn encode(tree: &Tree) -> Result<EncodedLayer, TreeError> {
-    let mut nodes = flatten(tree)?;
-    let links = number_links(&mut nodes);
-    let mut files = 0;
-    let mut logical_bytes = 0_u64;
-    let mut scratch = Vec::new();
-    // Children stand after their parent, so going backwards every child is hashed before its directory is.
-    for ix in (0..nodes.len()).rev() {
-        match nodes[ix].node {
-            FlatNode::Leaf(leaf) => {
-                if let Content::File { object, size } = leaf.content {
-                    nodes[ix].hash = *object.as_bytes();
-                    files += 1;
-                    logical_bytes = logical_bytes.saturating_add(size);
-                }
-                if let Content::Symlink { target } = &leaf.content
-                    && (target.is_empty() || target.len() > MAX_TARGET || target.contains(&0))
-                {
-                    return Err(TreeError::Target);
-                }
-                check_meta(&leaf.meta)?;
-            }
-            FlatNode::Dir(dir) => {
-                check_meta(&dir.meta)?;
-                let first = nodes[ix].first_child as usize;
-                let children = &nodes[first..first + dir.entries.len()];
-                nodes[ix].hash = hash_entries(children, &mut scratch);
-            }
-        }
-    }
-    let root = TreeId::from_bytes(hash_entries(&nodes[..1], &mut scratch));
-    for pair in links.windows(2) {
-        if pair[0].0 == pair[1].0 {
-            let again = nodes[pair[1].1 as usize].file_size();
-            logical_bytes = logical_bytes.saturating_sub(again);
-        }
-    }
-
-    let mut mtimes = root.as_bytes().to_vec();
-    let mut blob = Vec::new();
-    let mut bytes = Vec::with_capacity(HEADER + nodes.len() * (NODE + 24));
-    bytes.resize(HEADER, 0);
-    for flat in &nodes {
-        let meta = flat.meta();
-        mtimes.extend(meta.mtime.sec.to_le_bytes());
-        mtimes.extend(meta.mtime.nsec.to_le_bytes());
-        encode_node(flat, &meta, &mut blob, &mut bytes)?;
-    }
-    for (group, node) in &links {
-        bytes.extend(group.to_le_bytes());
-        bytes.extend(node.to_le_bytes());
-    }
-    bytes.extend(&blob);
-    let layer_id = LayerId::from_bytes(blake3::derive_key(LAYER_CONTEXT, &mtimes));
-    let body = blake3::hash(&bytes[HEADER..]);
-
-    let mut header = Vec::with_capacity(HEADER);
-    header.extend(MAGIC);
-    for word in [VERSION, 0, 0, 0, nodes.len() as u32, links.len() as u32] {
-        header.extend(word.to_le_bytes());
-    }
-    header.extend((blob.len() as u64).to_le_bytes());
-    header.extend(logical_bytes.to_le_bytes());
-    header.extend(u64::from(files).to_le_bytes());
-    header.extend(root.as_bytes());
-    header.extend(layer_id.as_bytes());
-    header.extend(body.as_bytes());
-    bytes[..header.len()].copy_from_slice(&header);
+pub fn encode<S: Source>(tree: &S) -> Result<EncodedLayer, TreeError> {
+    let plan = Plan::new(tree)?;
+    let mut bytes = Vec::new();
+    plan.write::<TreeError>(&mut collect(&mut bytes))?;
     Ok(EncodedLayer {
-        tree_id: root,
-        layer_id,
-        nodes: nodes.len() as u32,
-        files,
-        logical_bytes,
         bytes,
+        tree_id: plan.tree_id,
+        layer_id: plan.layer_id,
+        nodes: plan.nodes,
+        files: plan.files,
+        logical_bytes: plan.logical_bytes,
     })
 }
 
-/// The hash of what a directory holds. `scratch` is a buffer to be used again: one long update is several times faster than
-/// many short ones.
-fn hash_entries(entries: &[Flat<'_>], scratch: &mut Vec<u8>) -> [u8; 32] {
+/// The hash of what a directory holds. `scratch` is a buffer to be used again.
+fn hash_entries<'a>(
+    count: u32,
+    entries: impl Iterator<Item = Flat<'a>>,
+    scratch: &mut Vec<u8>,
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key(TREE_CONTEXT);
     scratch.clear();
-    scratch.extend((entries.len() as u32).to_le_bytes());
+    scratch.extend(count.to_le_bytes());
     for entry in entries {
         entry.write_hashed(scratch);
+        if scratch.len() >= HASHED {
+            hasher.update(scratch);
+            scratch.clear();
+        }
     }
-    let mut hasher = blake3::Hasher::new_derive_key(TREE_CONTEXT);
     *hasher.update(scratch).finalize().as_bytes()
-}
-
-fn encode_node(
-    flat: &Flat<'_>,
-    meta: &Meta,
-    blob: &mut Vec<u8>,
-    out: &mut Vec<u8>,
-) -> Result<(), TreeError> {
-    let mut put = |bytes: &[u8]| -> Result<u32, TreeError> {
-        let at = u32::try_from(blob.len()).map_err(|_| TreeError::TooLarge)?;
-        blob.extend(bytes);
-        Ok(at)
-    };
-    let name = put(flat.name)?;
-    let (size, aux) = match flat.node {
-        FlatNode::Dir(dir) => (dir.entries.len() as u64, u64::from(flat.first_child)),
-        FlatNode::Leaf(leaf) => match &leaf.content {
-            Content::Symlink { target } => (target.len() as u64, u64::from(put(target)?)),
-            _ => (flat.file_size(), flat.rdev()),
-        },
-    };
-    let xattrs = if meta.xattrs.is_empty() {
-        NO_XATTRS
-    } else {
-        let mut set = Vec::new();
-        write_xattrs(&meta.xattrs, &mut set);
-        put(&set)?
-    };
-    out.extend(name.to_le_bytes());
-    out.extend((flat.name.len() as u16).to_le_bytes());
-    out.extend([flat.kind() as u8, flat.flags()]);
-    out.extend(meta.mode.to_le_bytes());
-    out.extend([0; 2]);
-    out.extend(meta.uid.to_le_bytes());
-    out.extend(meta.gid.to_le_bytes());
-    out.extend(flat.parent.to_le_bytes());
-    out.extend(meta.mtime.sec.to_le_bytes());
-    out.extend(meta.mtime.nsec.to_le_bytes());
-    out.extend(xattrs.to_le_bytes());
-    out.extend(size.to_le_bytes());
-    out.extend(aux.to_le_bytes());
-    out.extend(flat.link.to_le_bytes());
-    out.extend([0; 4]);
-    out.extend(flat.hash);
-    Ok(())
 }
 
 /// A layer, read in place. Opening checks the whole structure once (not the hashes), so that reading afterwards can
@@ -532,12 +730,13 @@ impl Layer {
             links,
             blob: end as usize,
         };
-        layer.check_nodes()?;
-        layer.check_links()?;
+        let linked = layer.check_nodes()?;
+        layer.check_links(linked)?;
         Ok(layer)
     }
 
-    fn check_nodes(&self) -> Result<(), LayerError> {
+    /// Returns how many nodes say that they are in a hardlink group.
+    fn check_nodes(&self) -> Result<usize, LayerError> {
         use LayerError::Damaged;
         let root = self.node(0).ok_or(Damaged("no root"))?;
         if root.raw_kind() != Some(Kind::Dir) || root.u16(4) != 0 || root.parent_ix() != 0 {
@@ -548,6 +747,7 @@ impl Layer {
             |off: u64, len: u64| off.checked_add(len).is_some_and(|end| end <= blob as u64);
         // Children stand in the order of their parents, each range beginning where the last one ended.
         let mut next_child = 1_u64;
+        let mut linked = 0;
         // Breadth first, one level ends where the children of the one before it do.
         let (mut depth, mut level_end) = (0, 1_u64);
         for ix in 0..self.nodes as u32 {
@@ -558,8 +758,12 @@ impl Layer {
             if depth > MAX_DEPTH {
                 return Err(Damaged("depth"));
             }
+            if ix % RELEASE == RELEASE - 1 {
+                self.bytes.release();
+            }
             let node = NodeRef { layer: self, ix };
             let kind = node.raw_kind().ok_or(Damaged("kind"))?;
+            linked += usize::from(node.is_hardlinked());
             if !within(u64::from(node.u32(0)), u64::from(node.u16(4))) {
                 return Err(Damaged("name out of bounds"));
             }
@@ -605,10 +809,10 @@ impl Layer {
         if next_child != self.nodes as u64 {
             return Err(Damaged("orphans"));
         }
-        Ok(())
+        Ok(linked)
     }
 
-    fn check_links(&self) -> Result<(), LayerError> {
+    fn check_links(&self, linked: usize) -> Result<(), LayerError> {
         let damaged = LayerError::Damaged("hardlinks");
         let mut last = (0, 0);
         for at in 0..self.links {
@@ -620,9 +824,6 @@ impl Layer {
             }
             last = link;
         }
-        let linked = (0..self.nodes as u32)
-            .filter(|&ix| NodeRef { layer: self, ix }.u32(56) != 0)
-            .count();
         if linked == self.links {
             Ok(())
         } else {
@@ -708,7 +909,7 @@ impl Layer {
 
     /// Whether the bytes after the header are those that were written.
     pub fn body_holds(&self) -> bool {
-        *blake3::hash(&self.bytes[HEADER..]).as_bytes() == array(&self.bytes, 120)
+        *self.bytes.hash(HEADER).as_bytes() == array(&self.bytes, 120)
     }
 
     /// The tree that this layer encodes. What [`encode`] makes of it is this layer again.

@@ -66,6 +66,7 @@ mod map;
 mod objects;
 pub mod pack;
 mod pack_writer;
+mod pieces;
 mod refs;
 mod roots;
 pub mod snapshot;

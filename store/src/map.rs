@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io;
 use std::ops::Deref;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
+
+/// What is read through once is read in pieces of so many bytes, each of which leaves memory before the next.
+const PIECE: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(crate) enum Bytes {
@@ -23,6 +26,35 @@ impl Bytes {
         // stays backed.
         let map = unsafe { Mmap::map(file) }?;
         Ok(Self::Mapped(map))
+    }
+
+    /// Lets go of the pages that are in memory; they come back when they are read again. For who looks at much of a mapping
+    /// once.
+    pub(crate) fn release(&self) {
+        if let Self::Mapped(map) = self {
+            // SAFETY: the mapping is shared with its file and never written: nothing is lost with its pages, and reading
+            // it again gives the same bytes.
+            let advised = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            // It is advice.
+            drop(advised);
+        }
+    }
+
+    /// The BLAKE3 of everything from `start` on.
+    pub(crate) fn hash(&self, start: usize) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        self.hash_into(&mut hasher, start);
+        hasher.finalize()
+    }
+
+    /// Hashes everything from `start` on.
+    pub(crate) fn hash_into(&self, hasher: &mut blake3::Hasher, start: usize) {
+        for piece in self.get(start..).unwrap_or_default().chunks(PIECE) {
+            hasher.update(piece);
+            if piece.len() == PIECE {
+                self.release();
+            }
+        }
     }
 }
 

@@ -192,7 +192,7 @@ impl PackSet {
         // At most half full, so that probes are short and always end at an empty slot.
         let wanted = (self.objects * 2).next_power_of_two().max(64);
         let fresh = if wanted > self.slots.len() {
-            self.slots = vec![Slot::default(); wanted * 2];
+            self.slots = vec![Slot::default(); wanted];
             0
         } else {
             before
@@ -210,6 +210,7 @@ impl PackSet {
                     tag,
                 };
             }
+            pack.index.release();
         }
     }
 }
@@ -324,6 +325,14 @@ impl Objects {
         [self.pack_path(id), self.index_path(id)]
             .iter()
             .all(|path| self.disk.metadata(path).is_ok())
+    }
+
+    /// Lets go of the indexes' pages that are in memory.
+    pub(crate) fn release(&self) {
+        let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        for pack in &set.packs {
+            pack.index.release();
+        }
     }
 
     /// Whether there is a file of this object of `len` bytes.

@@ -20,10 +20,12 @@
 //!
 //! The name of both files is the BLAKE3 of the index: whoever opens an index knows whether it is whole.
 
+use std::convert::Infallible;
 use std::fs::File;
 
 use crate::id::{ObjectId, PackId};
 use crate::map::Bytes;
+use crate::pieces::{Pieces, Put, collect};
 
 /// Version of both layouts.
 pub const VERSION: u32 = 1;
@@ -101,27 +103,44 @@ pub(crate) fn pack_header() -> [u8; HEADER] {
 
 /// Encodes the index of a pack that is `pack_len` bytes long. `objects` must be sorted by id, without duplicates.
 pub fn encode_index(objects: &[(ObjectId, Place)], pack_len: u64) -> Vec<u8> {
-    let mut out = Vec::with_capacity(HEADER + FANOUT + objects.len() * (ID + PLACE));
-    out.extend(header(*INDEX_MAGIC));
-    out[24..28].copy_from_slice(&(objects.len() as u32).to_le_bytes());
-    out[32..40].copy_from_slice(&pack_len.to_le_bytes());
+    let mut bytes = Vec::with_capacity(HEADER + FANOUT + objects.len() * (ID + PLACE));
+    let Ok(_) = write_index::<Infallible>(objects, pack_len, &mut collect(&mut bytes));
+    bytes
+}
+
+/// As [`encode_index`], handed out in pieces. Returns the name.
+pub(crate) fn write_index<'p, E>(
+    objects: &[(ObjectId, Place)],
+    pack_len: u64,
+    put: &'p mut Put<'p, E>,
+) -> Result<PackId, E> {
+    let mut pieces = Pieces::new(0, put);
+    let mut header = header(*INDEX_MAGIC);
+    header[24..28].copy_from_slice(&(objects.len() as u32).to_le_bytes());
+    header[32..40].copy_from_slice(&pack_len.to_le_bytes());
     let mut counts = [0_u32; 256];
     for (id, _) in objects {
         counts[usize::from(id.as_bytes()[0])] += 1;
     }
-    let mut total = 0;
-    for count in counts {
-        total += count;
-        out.extend(total.to_le_bytes());
-    }
+    pieces.add(|out| {
+        out.extend(header);
+        let mut total = 0;
+        for count in counts {
+            total += count;
+            out.extend(total.to_le_bytes());
+        }
+    })?;
     for (id, _) in objects {
-        out.extend(id.as_bytes());
+        pieces.add(|out| out.extend(id.as_bytes()))?;
     }
     for (_, place) in objects {
-        out.extend(place.offset.to_le_bytes());
-        out.extend(place.len.to_le_bytes());
+        pieces.add(|out| {
+            out.extend(place.offset.to_le_bytes());
+            out.extend(place.len.to_le_bytes());
+        })?;
     }
-    out
+    let (name, _) = pieces.finish()?;
+    Ok(name.into())
 }
 
 /// The index of a pack, read in place. Opening checks all of it once, so that reading afterwards cannot fail.
@@ -149,7 +168,7 @@ impl Index {
     /// Maps and checks an index whose name says that it is `id`.
     pub fn open(file: &File, id: &PackId) -> Result<Self, PackError> {
         let bytes = Bytes::map(file).map_err(PackError::Map)?;
-        let holds = PackId::from(blake3::hash(&bytes)) == *id;
+        let holds = PackId::from(bytes.hash(0)) == *id;
         let index = Self::check(bytes)?;
         if holds {
             Ok(index)
@@ -203,6 +222,11 @@ impl Index {
             }
         }
         Ok(index)
+    }
+
+    /// See [`Bytes::release`].
+    pub(crate) fn release(&self) {
+        self.bytes.release();
     }
 
     /// Number of objects.

@@ -4,10 +4,12 @@
 //! host's: labels, quarantine marks), and names that are hardlinks of one file become files of their own. Symlinks are
 //! kept and never followed. Sockets, fifos and devices are left out and reported. Mount points are crossed as they are.
 
-use std::collections::BTreeMap;
-use std::ffi::{CStr, CString, OsStr};
+use std::borrow::Cow;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
+use std::iter;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -29,9 +31,10 @@ use crate::refs::escape;
 use crate::stat_cache::{
     self, CachedDir, DirEntries, FileEntry, FileStat, Outcome, StatCache, Time,
 };
-use crate::store::{Store, write_cache};
+use crate::store::Store;
 use crate::tree::{
-    Content, Dir, DirKind, Leaf, MAX_DEPTH, MAX_NODES, Meta, Mtime, Node, Tree, TreeError,
+    self, Content, DirKind, Entry, Leaf, MAX_DEPTH, MAX_NODES, MAX_TEXT, Meta, Mtime, Source,
+    TreeError, Xattrs,
 };
 
 /// How often a file that changes while it is read is read again.
@@ -39,6 +42,14 @@ const MAX_ATTEMPTS: u32 = 8;
 /// Most files, and most bytes, that one task reads.
 const BATCH_FILES: usize = 64;
 const BATCH_BYTES: u64 = 1 << 20;
+/// Directories that one task enters, one after the other.
+const BATCH_DIRS: usize = 8;
+/// The stat cache leaves memory whenever this many entries were looked at.
+const RELEASE: usize = 1 << 14;
+/// What is hashed is gathered up to about this many bytes.
+const HASHED: usize = 64 << 10;
+/// What a file held that the stat cache does not know: no contents have this id.
+const UNKNOWN: ObjectId = ObjectId::from_bytes([0; 32]);
 /// Buffer for the entries of a directory.
 const LISTING: usize = 32 << 10;
 
@@ -163,8 +174,8 @@ fn attempt(
         ingest: &ingest,
         cache,
         dirs: Mutex::new(vec![Found::default()]),
-        files: Mutex::default(),
         nodes: AtomicUsize::new(1),
+        text: AtomicUsize::new(0),
         read: AtomicU64::new(0),
         fresh: AtomicBool::new(false),
         known: AtomicU64::new(0),
@@ -174,7 +185,7 @@ fn attempt(
         error: Mutex::default(),
     };
     let root = walk.open_root()?;
-    rayon::in_place_scope(|scope| walk.run(|| walk.visit(scope, 0, root, Vec::new(), 0)));
+    rayon::in_place_scope(|scope| walk.run(|| walk.visit(scope, 0, root, &[], 0)));
     let taken = walk.finish()?;
 
     let fingerprint = fingerprint(&taken.dirs, options);
@@ -202,15 +213,23 @@ fn attempt(
         }
     }
 
-    let tree = tree(&taken.dirs, dir, options)?;
-    let published = ingest.finish(&tree).map_err(stored)?;
+    let tree = Layout {
+        above: tree::components(options.at).collect(),
+        dirs: &taken.dirs,
+        options,
+    };
+    let published = ingest.finish(&tree).map_err(|err| match err {
+        StoreError::Tree(source) => SnapshotError::Tree {
+            path: dir.to_owned(),
+            source,
+        },
+        source => stored(source),
+    })?;
     let outcome = Outcome {
         fingerprint,
         layer_id: published.layer_id,
         tree_id: published.tree_id,
     };
-    // Freeing tens of thousands of nodes is not what anybody waits for.
-    rayon::spawn(move || drop(tree));
     let (layer, cached) = rayon::join(
         || store.layer(&published.layer_id),
         || remember(store, lease, options, stamp, &outcome, &taken),
@@ -229,10 +248,15 @@ fn remember(
     outcome: &Outcome,
     taken: &Taken,
 ) -> Result<(), StoreError> {
-    match stat_cache::encode(stamp, outcome, &entries(&taken.dirs)) {
-        Some(bytes) => write_cache(lease, &cache_path(store, options), &bytes),
-        None => Ok(()),
+    let tmp = lease.tmp()?;
+    let fits = stat_cache::write(stamp, outcome, &entries(&taken.dirs), &mut |piece, at| {
+        tmp.write(piece, at)
+    })?;
+    if fits {
+        // Not synced: a crash may lose or cut it, and its reader checks it.
+        tmp.publish(&cache_path(store, options))?;
     }
+    Ok(())
 }
 
 /// A hash of all that goes into the layer.
@@ -251,65 +275,99 @@ fn fingerprint(dirs: &[Found], options: &Options<'_>) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// Puts the directories together.
-fn tree(dirs: &[Found], root: &Path, options: &Options<'_>) -> Result<Tree, SnapshotError> {
-    let meta = |stat: &FileStat| Meta {
-        mode: (stat.mode & 0o7777) as u16,
-        uid: options.uid,
-        gid: options.gid,
-        mtime: Mtime {
-            sec: stat.mtime.sec,
-            nsec: stat.mtime.nsec,
-        },
-        xattrs: BTreeMap::new(),
-    };
-    let mut children: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
-    children.resize_with(dirs.len(), Vec::new);
-    let mut project = Dir::default();
-    // Children stand after their parents: going backwards, every directory is whole when it is moved.
-    for found in dirs.iter().rev() {
-        let mut nodes = children.pop().unwrap_or_default();
-        let Some(stat) = &found.stat else { continue };
-        nodes.extend(found.links.iter().map(|(name, stat, target)| {
-            let leaf = Leaf {
-                meta: meta(stat),
-                content: Content::Symlink {
-                    target: target.clone(),
-                },
-                link: None,
-            };
-            (name.clone(), Node::Leaf(leaf))
-        }));
-        nodes.extend(found.files.iter().map(|(name, stat, object)| {
-            let leaf = Leaf {
-                meta: meta(stat),
-                content: Content::File {
-                    object: *object,
-                    size: stat.size,
-                },
-                link: None,
-            };
-            (name.clone(), Node::Leaf(leaf))
-        }));
-        let dir = Dir {
-            meta: meta(stat),
-            kind: DirKind::Merged,
-            entries: nodes.into_iter().collect(),
-        };
-        match children.get_mut(found.parent) {
-            Some(siblings) => siblings.push((found.name.clone(), Node::Dir(dir))),
-            None => project = dir,
+/// The directories that were found, as a tree below the directory where they are to stand.
+struct Layout<'a> {
+    /// The directories on the way, which come first.
+    above: Vec<&'a [u8]>,
+    dirs: &'a [Found],
+    options: &'a Options<'a>,
+}
+
+impl Layout<'_> {
+    fn meta(&self, mode: u32, mtime: Time) -> Meta {
+        Meta {
+            mode: (mode & 0o7777) as u16,
+            uid: self.options.uid,
+            gid: self.options.gid,
+            mtime: Mtime {
+                sec: mtime.sec,
+                nsec: mtime.nsec,
+            },
+            xattrs: Xattrs::new(),
         }
     }
-    let mut tree = Tree::implicit();
-    let at = tree
-        .dir_at(options.at)
-        .map_err(|source| SnapshotError::Tree {
-            path: root.to_owned(),
-            source,
-        })?;
-    *at = project;
-    Ok(tree)
+
+    fn leaf(&self, stat: &FileStat, content: Content) -> Entry<'_, usize> {
+        Entry::Leaf(Cow::Owned(Leaf {
+            meta: self.meta(stat.mode, stat.mtime),
+            content,
+            link: None,
+        }))
+    }
+
+    fn found(&self, dir: usize) -> Option<&Found> {
+        self.dirs.get(dir.checked_sub(self.above.len())?)
+    }
+
+    fn entries_of<'b>(
+        &'b self,
+        found: &'b Found,
+    ) -> impl Iterator<Item = (&'b [u8], Entry<'b, usize>)> {
+        let dirs = found.dirs.clone().filter_map(|ix| {
+            let dir = self.dirs.get(ix)?;
+            dir.stat?;
+            Some((dir.name(), Entry::Dir(self.above.len() + ix)))
+        });
+        let links = found.links.iter().map(|(name, stat, target)| {
+            let target = target.clone();
+            (&**name, self.leaf(stat, Content::Symlink { target }))
+        });
+        let files = found.files.iter().map(|(name, stat, object)| {
+            let (object, size) = (*object, stat.size);
+            (&**name, self.leaf(stat, Content::File { object, size }))
+        });
+        merge(merge(dirs, links), files)
+    }
+}
+
+/// Two sequences that are sorted by name as one.
+fn merge<'a, T>(
+    a: impl Iterator<Item = (&'a [u8], T)>,
+    b: impl Iterator<Item = (&'a [u8], T)>,
+) -> impl Iterator<Item = (&'a [u8], T)> {
+    let (mut a, mut b) = (a.peekable(), b.peekable());
+    iter::from_fn(move || match (a.peek(), b.peek()) {
+        (Some((first, _)), Some((second, _))) if second < first => b.next(),
+        (Some(_), _) => a.next(),
+        (None, _) => b.next(),
+    })
+}
+
+impl Source for Layout<'_> {
+    type Dir<'b>
+        = usize
+    where
+        Self: 'b;
+
+    fn root(&self) -> usize {
+        0
+    }
+
+    fn dir(&self, dir: usize) -> (Cow<'_, Meta>, DirKind) {
+        match self.found(dir).and_then(|found| found.stat) {
+            Some((mode, mtime)) => (Cow::Owned(self.meta(mode, mtime)), DirKind::Merged),
+            None => (Cow::Owned(Meta::default()), DirKind::Implicit),
+        }
+    }
+
+    fn entries(&self, dir: usize) -> impl Iterator<Item = (&[u8], Entry<'_, usize>)> {
+        let above = self.above.get(dir);
+        let above = above.map(|name| (*name, Entry::Dir(dir + 1)));
+        let found = self.found(dir).into_iter();
+        above
+            .into_iter()
+            .chain(found.flat_map(|found| self.entries_of(found)))
+    }
 }
 
 /// What the next stat cache says.
@@ -359,14 +417,14 @@ fn file_stat(stat: &Stat) -> FileStat {
 /// A directory that was found.
 #[derive(Debug, Default)]
 struct Found {
-    parent: usize,
-    name: Box<[u8]>,
-    path: Vec<u8>,
-    /// Nothing if it went before it could be opened.
-    stat: Option<FileStat>,
+    path: Arc<[u8]>,
+    /// Mode and mtime. Nothing if it went before it could be opened.
+    stat: Option<(u32, Time)>,
+    /// The directories in it, sorted by name.
+    dirs: Range<usize>,
     /// Sorted by name.
     links: Vec<LinkEntry>,
-    /// Sorted by name once all of them were read.
+    /// Sorted by name once all of them were read. One that went has lost its name.
     files: Vec<FileEntry>,
 }
 
@@ -374,39 +432,41 @@ struct Found {
 type LinkEntry = (Box<[u8]>, FileStat, Box<[u8]>);
 
 impl Found {
+    fn name(&self) -> &[u8] {
+        let slash = self.path.iter().rposition(|&byte| byte == b'/');
+        &self.path[slash.map_or(0, |slash| slash + 1)..]
+    }
+
     /// A hash of all of it that goes into the layer.
     fn fingerprint(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
         let mut bytes = Vec::new();
-        let mut put = |name: &[u8], stat: &FileStat, content: &[u8]| {
+        let mut put = |name: &[u8], mode: u32, mtime: Time, size: u64, content: &[u8]| {
             bytes.extend((name.len() as u32).to_le_bytes());
             bytes.extend(name);
-            bytes.extend(stat.mode.to_le_bytes());
-            bytes.extend(stat.mtime.sec.to_le_bytes());
-            bytes.extend(stat.mtime.nsec.to_le_bytes());
-            bytes.extend(stat.size.to_le_bytes());
+            bytes.extend(mode.to_le_bytes());
+            bytes.extend(mtime.sec.to_le_bytes());
+            bytes.extend(mtime.nsec.to_le_bytes());
+            bytes.extend(size.to_le_bytes());
             bytes.extend((content.len() as u32).to_le_bytes());
             bytes.extend(content);
+            if bytes.len() >= HASHED {
+                hasher.update(&bytes);
+                bytes.clear();
+            }
         };
-        if let Some(stat) = &self.stat {
+        if let Some((mode, mtime)) = self.stat {
             // The length of a directory is the filesystem's own affair.
-            put(&self.path, &FileStat { size: 0, ..*stat }, b"");
+            put(&self.path, mode, mtime, 0, b"");
         }
         for (name, stat, target) in &self.links {
-            put(name, stat, target);
+            put(name, stat.mode, stat.mtime, stat.size, target);
         }
         for (name, stat, object) in &self.files {
-            put(name, stat, object.as_bytes());
+            put(name, stat.mode, stat.mtime, stat.size, object.as_bytes());
         }
-        *blake3::hash(&bytes).as_bytes()
+        *hasher.update(&bytes).finalize().as_bytes()
     }
-}
-
-/// A file that has to be read.
-struct Stale {
-    name: CString,
-    stat: FileStat,
-    /// What it held at the last snapshot.
-    held: Option<ObjectId>,
 }
 
 /// What is in one directory.
@@ -414,9 +474,11 @@ struct Listing<'a> {
     path: &'a [u8],
     cached: CachedDir<'a>,
     links: Vec<LinkEntry>,
+    /// What the cache knows to be unchanged.
     files: Vec<FileEntry>,
-    dirs: Vec<CString>,
-    stale: Vec<Stale>,
+    dirs: Vec<Box<[u8]>>,
+    /// What has to be read, with what it held at the last snapshot.
+    stale: Vec<FileEntry>,
 }
 
 struct Walk<'a> {
@@ -426,9 +488,9 @@ struct Walk<'a> {
     cache: &'a StatCache,
     /// A directory always stands after the one it is in.
     dirs: Mutex<Vec<Found>>,
-    /// Files that were read, each with the index of its directory.
-    files: Mutex<Vec<(usize, FileEntry)>>,
     nodes: AtomicUsize,
+    /// Bytes of the paths of all directories.
+    text: AtomicUsize,
     read: AtomicU64,
     /// Whether anything was read that the store did not have.
     fresh: AtomicBool,
@@ -487,17 +549,17 @@ fn join(path: &[u8], name: &[u8]) -> Vec<u8> {
     joined
 }
 
-/// Splits what has to be read into what one task reads.
-fn batches(stale: Vec<Stale>) -> Vec<Vec<Stale>> {
-    let mut batches: Vec<Vec<Stale>> = Vec::new();
+/// Splits what has to be read, the files from `first` on, into what one task reads.
+fn batches(files: &[FileEntry], first: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
     let mut bytes = 0_u64;
-    for file in stale {
-        bytes = bytes.saturating_add(file.stat.size);
+    for (ix, (_, stat, _)) in files.iter().enumerate().skip(first) {
+        bytes = bytes.saturating_add(stat.size);
         match batches.last_mut() {
-            Some(batch) if batch.len() < BATCH_FILES && bytes <= BATCH_BYTES => batch.push(file),
+            Some(batch) if batch.len() < BATCH_FILES && bytes <= BATCH_BYTES => batch.end = ix + 1,
             _ => {
-                bytes = file.stat.size;
-                batches.push(vec![file]);
+                bytes = stat.size;
+                batches.push(ix..ix + 1);
             }
         }
     }
@@ -540,20 +602,20 @@ impl Walk<'_> {
         }
     }
 
-    /// Takes in an open directory and spawns a task for each in it.
+    /// Takes in an open directory and spawns tasks for what is in it.
     fn visit<'s>(
         &'s self,
         scope: &Scope<'s>,
         ix: usize,
         fd: OwnedFd,
-        path: Vec<u8>,
+        path: &[u8],
         depth: usize,
     ) -> Result<(), SnapshotError> {
-        let stat = rustix::fs::fstat(&fd).map_err(|err| self.error("looking at", &path, err))?;
+        let stat = rustix::fs::fstat(&fd).map_err(|err| self.error("looking at", path, err))?;
         let stat = file_stat(&stat);
         let mut listing = Listing {
-            path: &path,
-            cached: self.cache.dir(&path),
+            path,
+            cached: self.cache.dir(path),
             links: Vec::new(),
             files: Vec::new(),
             dirs: Vec::new(),
@@ -562,51 +624,68 @@ impl Walk<'_> {
         self.list(&fd, &mut listing)?;
         let Listing {
             mut links,
-            files,
-            dirs,
-            stale,
+            mut files,
+            mut dirs,
+            mut stale,
             ..
         } = listing;
         links.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        let nodes = links.len() + files.len() + dirs.len() + stale.len();
+        dirs.sort_unstable();
+        let first_stale = files.len();
+        if files.is_empty() {
+            files = stale;
+        } else {
+            files.append(&mut stale);
+        }
+        files.shrink_to_fit();
+        let nodes = links.len() + files.len() + dirs.len();
         if depth >= MAX_DEPTH && nodes != 0 {
-            let (path, source) = (self.path(&path), TreeError::Depth);
+            let (path, source) = (self.path(path), TreeError::Depth);
             return Err(SnapshotError::Tree { path, source });
         }
-        if self.nodes.fetch_add(nodes, Ordering::Relaxed) + nodes > MAX_NODES {
+        let text = dirs.iter().map(|name| path.len() + 1 + name.len()).sum();
+        let text = self.text.fetch_add(text, Ordering::Relaxed) + text;
+        let before = self.nodes.fetch_add(nodes, Ordering::Relaxed);
+        if before + nodes > MAX_NODES || text > MAX_TEXT {
             let (path, source) = (self.root.to_owned(), TreeError::TooLarge);
             return Err(SnapshotError::Tree { path, source });
         }
+        if before / RELEASE != (before + nodes) / RELEASE {
+            self.cache.release();
+        }
 
-        let first = {
+        let batches = batches(&files, first_stale);
+        let subdirs = {
             let mut all = lock(&self.dirs);
             let first = all.len();
             all.extend(dirs.iter().map(|name| Found {
-                parent: ix,
-                name: name.to_bytes().into(),
+                path: join(path, name).into(),
                 ..Found::default()
             }));
+            let subdirs = first..all.len();
             if let Some(found) = all.get_mut(ix) {
-                found.stat = Some(stat);
+                found.stat = Some((stat.mode, stat.mtime));
+                found.dirs = subdirs.clone();
                 found.links = links;
                 found.files = files;
-                found.path.clone_from(&path);
             }
-            first
+            subdirs
         };
         // Shared by the tasks that open what is in it.
         let fd = Arc::new(fd);
-        let path = Arc::new(path);
-        for (number, name) in dirs.into_iter().enumerate() {
-            let (fd, path) = (Arc::clone(&fd), Arc::clone(&path));
+        for first in subdirs.clone().step_by(BATCH_DIRS) {
+            let fd = Arc::clone(&fd);
+            let batch = first..subdirs.end.min(first + BATCH_DIRS);
             scope.spawn(move |scope| {
-                self.run(|| self.descend(scope, first + number, fd, &path, &name, depth + 1));
+                for ix in batch {
+                    self.run(|| self.descend(scope, ix, &fd, depth + 1));
+                }
             });
         }
         // After the directories: a thread takes what was spawned last first, so few directories stay open.
-        for batch in batches(stale) {
-            let (fd, path) = (Arc::clone(&fd), Arc::clone(&path));
-            scope.spawn(move |_| self.run(|| self.read_batch(ix, &fd, &path, batch)));
+        for batch in batches {
+            let fd = Arc::clone(&fd);
+            scope.spawn(move |_| self.run(|| self.read_batch(ix, &fd, batch)));
         }
         Ok(())
     }
@@ -615,27 +694,22 @@ impl Walk<'_> {
         &'s self,
         scope: &Scope<'s>,
         ix: usize,
-        parent: Arc<OwnedFd>,
-        path: &[u8],
-        name: &CStr,
+        parent: &OwnedFd,
         depth: usize,
     ) -> Result<(), SnapshotError> {
+        let path = lock(&self.dirs)
+            .get(ix)
+            .map(|found| Arc::clone(&found.path));
+        let path = path.unwrap_or_default();
+        let name = path.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
         let flags = OPEN_DIR | OFlags::NOFOLLOW;
-        let fd = match rustix::fs::openat(&parent, name, flags, Mode::empty()) {
-            Ok(fd) => fd,
+        match rustix::fs::openat(parent, name, flags, Mode::empty()) {
+            Ok(fd) => self.visit(scope, ix, fd, &path, depth),
             // It is gone: then it is not in the layer.
-            Err(Errno::NOENT) => return Ok(()),
-            Err(Errno::NOTDIR | Errno::LOOP) => {
-                return Err(self.changing(path, name.to_bytes()));
-            }
-            Err(err) => {
-                let path = join(path, name.to_bytes());
-                return Err(self.error("opening the directory", &path, err));
-            }
-        };
-        // Not held open while its children are visited.
-        drop(parent);
-        self.visit(scope, ix, fd, join(path, name.to_bytes()), depth)
+            Err(Errno::NOENT) => Ok(()),
+            Err(Errno::NOTDIR | Errno::LOOP) => Err(SnapshotError::Changing(self.path(&path))),
+            Err(err) => Err(self.error("opening the directory", &path, err)),
+        }
     }
 
     fn list(&self, dir: &OwnedFd, listing: &mut Listing<'_>) -> Result<(), SnapshotError> {
@@ -650,7 +724,7 @@ impl Walk<'_> {
                 continue;
             }
             if entry.file_type() == FileType::Directory {
-                listing.dirs.push(name.to_owned());
+                listing.dirs.push(bytes.into());
                 continue;
             }
             match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -673,7 +747,7 @@ impl Walk<'_> {
         let bytes = name.to_bytes();
         let what = match FileType::from_raw_mode(stat.mode) {
             FileType::Directory => {
-                listing.dirs.push(name.to_owned());
+                listing.dirs.push(bytes.into());
                 return Ok(());
             }
             FileType::RegularFile => {
@@ -681,14 +755,13 @@ impl Walk<'_> {
                 if known.is_some() {
                     self.known.fetch_add(1, Ordering::Relaxed);
                 }
-                match known {
-                    Some((object, true)) => listing.files.push((bytes.into(), stat, object)),
-                    _ => listing.stale.push(Stale {
-                        name: name.to_owned(),
-                        stat,
-                        held: known.map(|(object, _)| object),
-                    }),
-                }
+                let (object, holds) = known.unwrap_or((UNKNOWN, false));
+                let list = if holds {
+                    &mut listing.files
+                } else {
+                    &mut listing.stale
+                };
+                list.push((bytes.into(), stat, object));
                 return Ok(());
             }
             FileType::Symlink => return self.link(dir, listing, name, stat),
@@ -722,24 +795,41 @@ impl Walk<'_> {
         }
     }
 
+    /// Reads some of the files of a directory.
     fn read_batch(
         &self,
         ix: usize,
         dir: &OwnedFd,
-        path: &[u8],
-        batch: Vec<Stale>,
+        range: Range<usize>,
     ) -> Result<(), SnapshotError> {
-        let mut read = Vec::with_capacity(batch.len());
-        let mut changed = 0;
-        for file in batch {
-            if let Some((stat, object)) = self.read_file(dir, path, &file)? {
-                changed += u64::from(file.held != Some(object));
-                read.push((ix, (file.name.to_bytes().into(), stat, object)));
+        let found = lock(&self.dirs).get(ix).and_then(|found| {
+            let batch = found.files.get(range.clone())?;
+            Some((Arc::clone(&found.path), batch.to_vec()))
+        });
+        let Some((path, batch)) = found else {
+            return Ok(());
+        };
+        let mut taken = Vec::with_capacity(batch.len());
+        for (name, stat, _) in &batch {
+            taken.push(self.read_file(dir, &path, name, *stat)?);
+        }
+        let (mut read, mut changed) = (0, 0);
+        let mut dirs = lock(&self.dirs);
+        let files = dirs
+            .get_mut(ix)
+            .and_then(|found| found.files.get_mut(range));
+        for (file, taken) in files.into_iter().flatten().zip(taken) {
+            match taken {
+                Some((stat, object)) => {
+                    read += 1;
+                    changed += u64::from(file.2 != object);
+                    (file.1, file.2) = (stat, object);
+                }
+                None => file.0 = Box::default(),
             }
         }
-        self.read.fetch_add(read.len() as u64, Ordering::Relaxed);
+        self.read.fetch_add(read, Ordering::Relaxed);
         self.changed.fetch_add(changed, Ordering::Relaxed);
-        lock(&self.files).extend(read);
         Ok(())
     }
 
@@ -748,13 +838,12 @@ impl Walk<'_> {
         &self,
         dir: &OwnedFd,
         path: &[u8],
-        file: &Stale,
+        name: &[u8],
+        mut before: FileStat,
     ) -> Result<Option<(FileStat, ObjectId)>, SnapshotError> {
-        let name = file.name.to_bytes();
         let full = || join(path, name);
-        let mut before = file.stat;
         for _ in 0..MAX_ATTEMPTS {
-            let open = match rustix::fs::openat(dir, &file.name, OPEN_FILE, Mode::empty()) {
+            let open = match rustix::fs::openat(dir, name, OPEN_FILE, Mode::empty()) {
                 Ok(fd) => File::from(fd),
                 Err(Errno::NOENT) => return Ok(None),
                 Err(Errno::LOOP) => return Err(self.changing(path, name)),
@@ -792,13 +881,10 @@ impl Walk<'_> {
             return Err(err);
         }
         let mut dirs = inner(self.dirs);
-        for (ix, file) in inner(self.files) {
-            if let Some(dir) = dirs.get_mut(ix) {
-                dir.files.push(file);
-            }
-        }
-        dirs.par_iter_mut()
-            .for_each(|dir| dir.files.sort_unstable_by(|a, b| a.0.cmp(&b.0)));
+        dirs.par_iter_mut().for_each(|dir| {
+            dir.files.retain(|(name, ..)| !name.is_empty());
+            dir.files.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        });
         let mut skipped = inner(self.skipped);
         skipped.sort_unstable();
         Ok(Taken {

@@ -21,10 +21,12 @@
 //! stamp is the time at which the walk began. A file whose mtime or ctime is not older than that, less the clock's
 //! granularity, may have changed after it was read without a trace: its entry holds no longer than this run.
 
+use std::convert::Infallible;
 use std::fs::File;
 
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
+use crate::pieces::{Pieces, Put, collect};
 
 const MAGIC: &[u8; 8] = b"III-STAT";
 const VERSION: u32 = 1;
@@ -107,54 +109,82 @@ pub struct DirEntries<'a> {
 
 /// Encodes a cache. `dirs` must be sorted by path. Nothing if it would not fit the format.
 pub fn encode(stamp: Time, outcome: &Outcome, dirs: &[DirEntries<'_>]) -> Option<Vec<u8>> {
-    let entries: usize = dirs.iter().map(|dir| dir.files.len()).sum();
-    let mut out = vec![0; HEADER];
-    let mut blob = Vec::new();
-    let mut put = |bytes: &[u8]| -> Option<[u32; 2]> {
-        let at = u32::try_from(blob.len()).ok()?;
-        blob.extend_from_slice(bytes);
-        Some([at, u32::try_from(bytes.len()).ok()?])
-    };
-    let mut first = 0_u32;
-    for dir in dirs {
-        let [at, len] = put(dir.path)?;
-        let count = u32::try_from(dir.files.len()).ok()?;
-        for word in [at, len, first, count] {
-            out.extend(word.to_le_bytes());
-        }
-        first = first.checked_add(count)?;
+    let mut bytes = Vec::new();
+    let Ok(fits) = write::<Infallible>(stamp, outcome, dirs, &mut collect(&mut bytes));
+    fits.then_some(bytes)
+}
+
+/// As [`encode`], handed out in pieces, the header once more at the end. False if it would not fit the format.
+pub(crate) fn write<'p, E>(
+    stamp: Time,
+    outcome: &Outcome,
+    dirs: &[DirEntries<'_>],
+    put: &'p mut Put<'p, E>,
+) -> Result<bool, E> {
+    let files = || dirs.iter().flat_map(|dir| dir.files);
+    let entries = files().count();
+    let paths: usize = dirs.iter().map(|dir| dir.path.len()).sum();
+    let blob = paths + files().map(|(name, ..)| name.len()).sum::<usize>();
+    if [dirs.len(), entries, blob]
+        .iter()
+        .any(|len| u32::try_from(*len).is_err())
+    {
+        return Ok(false);
     }
-    for (name, stat, object) in dirs.iter().flat_map(|dir| dir.files) {
-        let [at, len] = put(name)?;
-        out.extend(at.to_le_bytes());
-        out.extend(len.to_le_bytes());
-        out.extend(stat.mtime.sec.to_le_bytes());
-        out.extend(stat.ctime.sec.to_le_bytes());
-        out.extend(stat.mtime.nsec.to_le_bytes());
-        out.extend(stat.ctime.nsec.to_le_bytes());
-        for word in [stat.ino, stat.dev, stat.size] {
-            out.extend(word.to_le_bytes());
-        }
-        out.extend(stat.mode.to_le_bytes());
-        out.extend([0; 4]);
-        out.extend(object.as_bytes());
-    }
-    out.extend(&blob);
     let mut header = Vec::with_capacity(HEADER);
     header.extend(MAGIC);
     for word in [VERSION, 0, 0, 0, dirs.len() as u32, entries as u32] {
         header.extend(word.to_le_bytes());
     }
-    header.extend((blob.len() as u64).to_le_bytes());
+    header.extend((blob as u64).to_le_bytes());
     header.extend(stamp.sec.to_le_bytes());
     header.extend(stamp.nsec.to_le_bytes());
     header.resize(CHECKSUM.end, 0);
     header.extend(outcome.fingerprint);
     header.extend(outcome.layer_id.as_bytes());
     header.extend(outcome.tree_id.as_bytes());
-    out[..header.len()].copy_from_slice(&header);
-    seal(&mut out);
-    Some(out)
+    header.resize(HEADER, 0);
+
+    let mut pieces = Pieces::new(0, put);
+    pieces.add(|out| out.extend(&header))?;
+    let (mut at, mut first) = (0_u32, 0_u32);
+    for dir in dirs {
+        let (len, count) = (dir.path.len() as u32, dir.files.len() as u32);
+        pieces.add(|out| {
+            for word in [at, len, first, count] {
+                out.extend(word.to_le_bytes());
+            }
+        })?;
+        at += len;
+        first += count;
+    }
+    for (name, stat, object) in files() {
+        pieces.add(|out| {
+            out.extend(at.to_le_bytes());
+            out.extend((name.len() as u32).to_le_bytes());
+            out.extend(stat.mtime.sec.to_le_bytes());
+            out.extend(stat.ctime.sec.to_le_bytes());
+            out.extend(stat.mtime.nsec.to_le_bytes());
+            out.extend(stat.ctime.nsec.to_le_bytes());
+            for word in [stat.ino, stat.dev, stat.size] {
+                out.extend(word.to_le_bytes());
+            }
+            out.extend(stat.mode.to_le_bytes());
+            out.extend([0; 4]);
+            out.extend(object.as_bytes());
+        })?;
+        at += name.len() as u32;
+    }
+    for dir in dirs {
+        pieces.add(|out| out.extend(dir.path))?;
+    }
+    for (name, ..) in files() {
+        pieces.add(|out| out.extend(&**name))?;
+    }
+    let (checksum, put) = pieces.finish()?;
+    header[CHECKSUM].copy_from_slice(checksum.as_bytes());
+    put(&header, 0)?;
+    Ok(true)
 }
 
 /// Puts the checksum of a cache into its place; too short a one has none.
@@ -242,7 +272,7 @@ impl StatCache {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&bytes[..CHECKSUM.start]);
         hasher.update(&[0; CHECKSUM.end - CHECKSUM.start]);
-        hasher.update(&bytes[CHECKSUM.end..]);
+        bytes.hash_into(&mut hasher, CHECKSUM.end);
         if hasher.finalize().as_bytes() != &bytes[CHECKSUM] {
             return None;
         }
@@ -256,6 +286,11 @@ impl StatCache {
             entries,
             stamp,
         })
+    }
+
+    /// See [`Bytes::release`].
+    pub(crate) fn release(&self) {
+        self.bytes.release();
     }
 
     /// Number of files in it.

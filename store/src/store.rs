@@ -347,13 +347,6 @@ pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
     Ok(Some(value))
 }
 
-/// Replaces a cache. A crash may lose or cut it: its reader checks it.
-pub(crate) fn write_cache(lease: &Lease, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let tmp = lease.tmp()?;
-    tmp.write(bytes, 0)?;
-    tmp.publish(path)
-}
-
 /// Writes a JSON file, durably, replacing the one before.
 pub(crate) fn write_json<T: Serialize>(
     store: &Store,

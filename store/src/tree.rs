@@ -1,12 +1,13 @@
 //! Trees in memory: what a layer says, before it is encoded.
 //!
-//! A [`Tree`] is built by an ingest, an unpacked archive or a frozen upper, and becomes bytes, a [`TreeId`] and a
-//! [`LayerId`] in [`crate::layer::encode`]. Names are raw bytes and are compared as such: no Unicode
+//! A [`Source`] is anything that can say what is in its directories: a [`Tree`], a directory that was walked, an archive
+//! that was unpacked. It becomes bytes, a [`TreeId`] and a [`LayerId`] in [`crate::layer`]. Names are raw bytes and are compared as such: no Unicode
 //! normalisation, no case folding. There is no atime, no ctime and no inode number.
 //!
 //! [`TreeId`]: crate::TreeId
 //! [`LayerId`]: crate::LayerId
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use crate::id::ObjectId;
@@ -17,8 +18,11 @@ pub const MAX_NAME: usize = 255;
 pub const MAX_TARGET: usize = 4095;
 /// Deepest nesting of directories. A path of `PATH_MAX` bytes has at most 2,048 components.
 pub const MAX_DEPTH: usize = 2048;
-/// Most entries in one tree.
-pub const MAX_NODES: usize = 16 << 20;
+/// Most entries in one tree. While a layer is made, each of its entries is held in memory, in about 200 bytes: this is what keeps
+/// an ingest below 256 MiB.
+pub const MAX_NODES: usize = 1 << 20;
+/// Most bytes of names, symlink targets and xattrs in one tree, for the same reason.
+pub const MAX_TEXT: usize = 64 << 20;
 /// Longest xattr name, in bytes (Linux's `XATTR_NAME_MAX`).
 pub const MAX_XATTR_NAME: usize = 255;
 /// Longest xattr value, in bytes (Linux's `XATTR_SIZE_MAX`).
@@ -44,9 +48,9 @@ pub enum TreeError {
     /// An xattr beyond the limits.
     #[error("xattr {:?} is beyond the limits ({MAX_XATTRS} of {MAX_XATTR_NAME} + {MAX_XATTR_VALUE} bytes)", String::from_utf8_lossy(.0))]
     Xattr(Vec<u8>),
-    /// More than [`MAX_NODES`] entries, or more than 4 GiB of names.
+    /// More than [`MAX_NODES`] entries, or more than [`MAX_TEXT`] bytes of names.
     #[error(
-        "the tree is too large: at most {MAX_NODES} entries and 4 GiB of names, targets and xattrs"
+        "the tree is too large: at most {MAX_NODES} entries and {} MiB of names, symlink targets and xattrs", MAX_TEXT >> 20
     )]
     TooLarge,
 }
@@ -161,6 +165,80 @@ pub enum Node {
 
 /// A whole tree: its root directory.
 pub type Tree = Dir;
+
+/// An entry of a [`Source`].
+#[derive(Debug, Clone)]
+pub enum Entry<'a, D> {
+    /// A directory.
+    Dir(D),
+    /// Anything else.
+    Leaf(Cow<'a, Leaf>),
+}
+
+/// A tree, however it is held. It is read several times and says the same each time.
+pub trait Source: Sync {
+    /// What names a directory of it.
+    type Dir<'a>: Copy + Send + Sync
+    where
+        Self: 'a;
+
+    /// The root.
+    fn root(&self) -> Self::Dir<'_>;
+
+    /// A directory's metadata, and how it combines with what is below.
+    fn dir<'a>(&'a self, dir: Self::Dir<'a>) -> (Cow<'a, Meta>, DirKind);
+
+    /// A directory's entries, by ascending name.
+    fn entries<'a>(
+        &'a self,
+        dir: Self::Dir<'a>,
+    ) -> impl Iterator<Item = (&'a [u8], Entry<'a, Self::Dir<'a>>)>;
+}
+
+impl Source for Tree {
+    type Dir<'a> = &'a Dir;
+
+    fn root(&self) -> &Dir {
+        self
+    }
+
+    fn dir<'a>(&'a self, dir: &'a Dir) -> (Cow<'a, Meta>, DirKind) {
+        (Cow::Borrowed(&dir.meta), dir.kind)
+    }
+
+    fn entries<'a>(&'a self, dir: &'a Dir) -> impl Iterator<Item = (&'a [u8], Entry<'a, &'a Dir>)> {
+        dir.entries.iter().map(|(name, node)| {
+            let entry = match node {
+                Node::Dir(dir) => Entry::Dir(dir),
+                Node::Leaf(leaf) => Entry::Leaf(Cow::Borrowed(leaf)),
+            };
+            (&**name, entry)
+        })
+    }
+}
+
+/// The contents and the size of every file of a tree.
+pub(crate) fn files<S: Source>(tree: &S) -> impl Iterator<Item = (ObjectId, u64)> {
+    let mut dirs = vec![tree.root()];
+    let mut entries = None;
+    std::iter::from_fn(move || {
+        loop {
+            let Some(in_dir) = &mut entries else {
+                entries = Some(tree.entries(dirs.pop()?));
+                continue;
+            };
+            match in_dir.next() {
+                Some((_, Entry::Dir(dir))) => dirs.push(dir),
+                Some((_, Entry::Leaf(leaf))) => {
+                    if let Content::File { object, size } = leaf.content {
+                        return Some((object, size));
+                    }
+                }
+                None => entries = None,
+            }
+        }
+    })
+}
 
 /// Checks that `name` can stand in a tree.
 pub fn check_name(name: &[u8]) -> Result<(), TreeError> {
