@@ -12,6 +12,7 @@ mod ingests;
 mod names;
 mod powercut;
 mod processes;
+mod reflinks;
 mod seam;
 mod snapshots;
 mod workload;
