@@ -16,6 +16,9 @@ use crate::trash::Places;
 
 /// Files of the store that are held open for reading.
 const MAX_OPEN_FILES: usize = 128;
+/// How often a layer or an object is looked for in its place and then in the trash. While somebody looks, a collection may have
+/// it in the one, then in the other, then in another pack.
+pub(crate) const LOOKS: u32 = 3;
 /// A directory whose mtime is younger than this may change again without its mtime telling.
 const MTIME_GRANULARITY: Duration = Duration::from_millis(50);
 
@@ -392,37 +395,45 @@ impl Objects {
 
     /// The object's bytes, wherever they are.
     pub(crate) fn open(&self, id: &ObjectId) -> Result<Blob, StoreError> {
-        if let Some(blob) = self.open_known(id)? {
-            return Ok(blob);
+        match self.open_known(id)? {
+            Some(blob) => Ok(blob),
+            None => self.look(id, || self.open_known(id)),
         }
-        self.refresh()?;
-        if let Some(blob) = self.open_known(id)? {
-            return Ok(blob);
-        }
-        self.take_back(id)?;
-        self.open_known(id)?.ok_or(StoreError::MissingObject(*id))
     }
 
-    /// An error unless the object is in its place, if need be because it was taken back from the trash.
+    /// An error unless the object is in its place, if need be because it was taken back from the trash. Packs are those of
+    /// the last [`Objects::refresh`], if they hold it.
     pub(crate) fn require(&self, id: &ObjectId) -> Result<(), StoreError> {
         if self.contains_known(id, None) {
             return Ok(());
         }
-        self.refresh()?;
-        if self.find_packed(id).is_some() {
-            return Ok(());
-        }
-        self.take_back(id)?;
-        if self.find_packed(id).is_some() {
-            return Ok(());
-        }
         let path = self.loose_path(id);
-        match self.disk.metadata(&path) {
-            Err(err) if err.kind() == io::ErrorKind::NotFound => {
-                Err(StoreError::MissingObject(*id))
+        self.look(id, || {
+            if self.find_packed(id).is_some() {
+                return Ok(Some(()));
             }
-            other => other.at("looking at", &path).map(drop),
+            match self.disk.metadata(&path) {
+                Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+                other => other.at("looking at", &path).map(|_| Some(())),
+            }
+        })
+    }
+
+    /// Looks for an object in its place, and takes it back from the trash if it is not there.
+    fn look<T>(
+        &self,
+        id: &ObjectId,
+        find: impl Fn() -> Result<Option<T>, StoreError>,
+    ) -> Result<T, StoreError> {
+        for _ in 0..LOOKS {
+            self.refresh()?;
+            if let Some(found) = find()? {
+                return Ok(found);
+            }
+            self.take_back(id)?;
         }
+        self.refresh()?;
+        find()?.ok_or(StoreError::MissingObject(*id))
     }
 
     /// Looks for an object in the trash, and takes it back from there.
@@ -431,10 +442,7 @@ impl Objects {
             disk: self.disk.as_ref(),
             dir: &self.dir,
         };
-        if places.take_back_object(id)? {
-            self.refresh()?;
-        }
-        Ok(())
+        places.take_back_object(id).map(drop)
     }
 
     /// All bytes of an object of a pack, unchecked.

@@ -15,7 +15,7 @@ use crate::ingest::Ingest;
 use crate::layer::Layer;
 use crate::lease::{self, Lease, LiveLease};
 use crate::lock::FileLock;
-use crate::objects::{Blob, Objects, lock};
+use crate::objects::{Blob, LOOKS, Objects, lock};
 use crate::trash::Places;
 
 /// Version of the layout described in the crate's documentation.
@@ -160,11 +160,28 @@ impl Store {
     /// An error unless the layer is there.
     pub(crate) fn require_layer(&self, id: &LayerId) -> Result<(), StoreError> {
         let path = self.layer_path(id);
-        match self.disk().metadata(&path) {
-            Ok(meta) if meta.is_file() => Ok(()),
-            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("looking at", &path),
-            Err(_) if self.take_back_layer(id)? => Ok(()),
-            _ => Err(StoreError::MissingLayer(*id)),
+        let meta = self.look(id, || self.disk().metadata(&path))?;
+        if meta.at("looking at", &path)?.is_file() {
+            return Ok(());
+        }
+        Err(StoreError::MissingLayer(*id))
+    }
+
+    /// Looks for a layer file in its place, and takes it back from the trash if it is not there.
+    fn look<T>(
+        &self,
+        id: &LayerId,
+        find: impl Fn() -> io::Result<T>,
+    ) -> Result<io::Result<T>, StoreError> {
+        for _ in 0..LOOKS {
+            match find() {
+                Err(err) if err.kind() == io::ErrorKind::NotFound => self.take_back_layer(id)?,
+                found => return Ok(found),
+            };
+        }
+        match find() {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Err(StoreError::MissingLayer(*id)),
+            found => Ok(found),
         }
     }
 
@@ -181,17 +198,8 @@ impl Store {
             return Ok(layer);
         }
         let path = self.layer_path(id);
-        let open = || match self.disk().open(&path) {
-            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
-            other => other.at("opening", &path).map(Some),
-        };
-        let mut file = open()?;
-        if file.is_none() {
-            // Whoever took it back, it is there again.
-            self.take_back_layer(id)?;
-            file = open()?;
-        }
-        let file = file.ok_or(StoreError::MissingLayer(*id))?;
+        let file = self.look(id, || self.disk().open(&path))?;
+        let file = file.at("opening", &path)?;
         let layer = Self::check_layer(id, &path, &file)?;
         let layer = Arc::new(layer);
         let mut layers = lock(&self.0.layers);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{GcEvent, GcPlan, GcReport, decide, on_disk, reason};
+use super::{GcEvent, GcPlan, GcReport, Packs, decide, on_disk, reason};
 use crate::census::Census;
 use crate::disk::names;
 use crate::error::{IoContext, StoreError};
@@ -230,8 +230,7 @@ impl<'a> Collection<'a> {
                 .is_some_and(|n| n.load(Ordering::Relaxed) > 0)
         };
         let mut packs = decide(&census, &lives);
-        let rewritten = self.rewrite(&census, &packs.rewrite, &lives)?;
-        packs.dead.extend(rewritten);
+        self.rewrite(&census, &mut packs, &lives)?;
         let loose: Vec<ObjectId> = census
             .loose()
             .filter(|(_, _, slot)| !lives(*slot))
@@ -328,16 +327,16 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// Writes the living objects of these packs to a new one. Returns the packs that are not needed any more.
+    /// Writes the living objects of the packs that are to be rewritten to a new one, after which they are dead.
     fn rewrite(
         &mut self,
         census: &Census,
-        packs: &[PackId],
+        packs: &mut Packs,
         lives: &dyn Fn(usize) -> bool,
-    ) -> Result<Vec<PackId>, StoreError> {
+    ) -> Result<(), StoreError> {
         let writer = PackWriter::default();
         let mut done = Vec::new();
-        let wanted: HashSet<&PackId> = packs.iter().collect();
+        let wanted: HashSet<&PackId> = packs.rewrite.iter().collect();
         'packs: for (pack, first) in census.packs().filter(|(pack, _)| wanted.contains(&pack.id)) {
             let mut living: Vec<_> = pack
                 .index
@@ -364,11 +363,14 @@ impl<'a> Collection<'a> {
                 let meta = self.store.metadata(&path)?;
                 self.written += meta.map_or(0, |meta| on_disk(&meta));
             }
-            // Rewriting one pack whole gives the same one again.
+            // Rewriting one pack whole gives the same one again; and when objects are there twice, the pack may have been there
+            // all along, with nothing in it that was counted.
             done.retain(|pack| *pack != id);
+            packs.dead.retain(|pack| *pack != id);
         }
         self.report.packs_rewritten += done.len() as u64;
-        Ok(done)
+        packs.dead.extend(done);
+        Ok(())
     }
 
     /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that did not need them when they
@@ -389,6 +391,8 @@ impl<'a> Collection<'a> {
         // After everything was taken out, and before the layers are listed: an ingest that has ended by now has published its
         // layer, and one that begins from now on does not find what is in here.
         let leases = lease::live(self.store)?;
+        // What this process knew of packs is from before.
+        self.store.objects().refresh()?;
         for (id, path) in self.layer_files()? {
             if seen.contains(&id) {
                 continue;

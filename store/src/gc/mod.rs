@@ -44,6 +44,7 @@ use crate::layer::Layer;
 use crate::lock::FileLock;
 use crate::roots::Root;
 use crate::store::Store;
+use crate::trash;
 
 use collect::Collection;
 use plan::Planner;
@@ -246,7 +247,8 @@ impl Store {
         let mut total = 0;
         let mut dirs = vec![self.dir().to_owned()];
         while let Some(dir) = dirs.pop() {
-            for name in names(self.disk().as_ref(), &dir)? {
+            // A generation of the trash may go meanwhile.
+            for name in trash::list(self.disk().as_ref(), &dir)? {
                 let path = dir.join(name);
                 match self.disk().metadata(&path) {
                     Ok(meta) if meta.is_dir() => dirs.push(path),
