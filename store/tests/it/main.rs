@@ -9,6 +9,8 @@ mod faults;
 mod gc;
 mod helpers;
 mod ingests;
+mod kills;
+mod model;
 mod names;
 mod powercut;
 mod processes;

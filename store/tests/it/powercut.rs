@@ -18,7 +18,7 @@ use blake3::Hash;
 
 use crate::helpers::noise;
 use crate::seam::{Call, Hook, Hooked, all_of};
-use crate::workload::{Promised, Worker, check, project, scratch, work};
+use crate::workload::{Promised, Random, Worker, check, project, scratch, work};
 
 /// A file or a directory, whatever its names.
 type Node = usize;
@@ -413,16 +413,6 @@ impl Display for Cut<'_> {
     }
 }
 
-/// Numbers by a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 += 1;
-        u64::from_le_bytes(noise(8, self.0).try_into().unwrap())
-    }
-}
-
 /// Cuts the power after the call number `from` of a recorded run, and after every one that follows, and has `check` look at
 /// what may be found then: the extremes and `random` others. Returns the number of images.
 fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &Promised)) -> usize {
@@ -430,7 +420,7 @@ fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &P
     let mut maker = Maker::new();
     let mut promised = Arc::new(Promised::default());
     let mut images = 0;
-    let mut dice = Random(seed);
+    let mut dice = Random::new(seed);
     for (number, op) in ops.iter().enumerate() {
         media.apply(op);
         if let Op::Promise(now) = op {
@@ -462,7 +452,7 @@ fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &P
         }
         for _ in 0..random {
             let start = dice.next();
-            let (mut names, mut fates) = (Random(start), Random(start ^ 1 << 63));
+            let (mut names, mut fates) = (Random::new(start), Random::new(!start));
             // From nearly none to nearly all.
             let share = names.next() % 256;
             let image = media.image(

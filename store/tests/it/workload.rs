@@ -250,3 +250,22 @@ pub fn causes(err: &(dyn Error + 'static)) -> String {
     }
     text
 }
+
+/// Numbers by a seed.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed << 20)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        u64::from_le_bytes(noise(8, self.0).try_into().unwrap())
+    }
+
+    /// A number less than `count`.
+    pub fn below(&mut self, count: u64) -> u64 {
+        self.next() % count
+    }
+}
