@@ -15,7 +15,9 @@ use std::time::{Instant, SystemTime};
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{FreezeError, OpenError, Overlay, OverlayOptions, Project as ProjectAt};
 use iii_store::snapshot::{self, SnapshotError};
-use iii_store::{Fact, KeyId, Layer, LayerId, Lease, Published, Record, Store, StoreError, TreeId};
+use iii_store::{
+    Fact, GcReport, KeyId, Layer, LayerId, Lease, Published, Record, Store, StoreError, TreeId,
+};
 use rustix::process::Signal;
 
 use crate::compose;
@@ -163,6 +165,8 @@ pub enum Event<'a> {
     Output(Kind, Stream, &'a [u8]),
     /// A layer above the base is ready.
     Ready(&'a Report),
+    /// The store was cleared of what nobody needs.
+    Collected(&'a GcReport),
     /// Something works worse than it could, or was left out.
     Note(String),
 }

@@ -13,7 +13,8 @@ use iii_overlay::{OpenError, Overlay, OverlayOptions};
 use iii_store::{Lease, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
-use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack};
+use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack, Status};
+use crate::collect;
 use crate::compose;
 use crate::environment;
 use crate::home::{Home, HomeError};
@@ -83,6 +84,8 @@ pub struct Target {
     pub name: Option<String>,
     /// The base image, unless it follows from the project.
     pub base: Option<String>,
+    /// Lets the store be cleared after a build that leaves it or the disk too full.
+    pub collect: bool,
 }
 
 /// What to run.
@@ -167,34 +170,62 @@ impl Opened {
         })
     }
 
+    /// Realises the layers. The lease pins them, and nothing else.
     fn realise(
         &self,
         home: &Home,
-        lease: &Lease,
-        rebuild: bool,
+        purpose: &str,
+        target: &Target,
         signals: &Signals,
         events: &(dyn Fn(Event<'_>) + Sync),
-    ) -> Result<Stack, DevError> {
+    ) -> Result<(Stack, Lease), DevError> {
         for warning in &self.project.warnings {
             events(Event::Note(warning.clone()));
         }
         // What runs that were killed have left.
         build::sweep(home);
         self.store.sweep_dead_leases()?;
+        let purpose = format!("{purpose} {}", self.name);
+        // This one pins whatever is looked at on the way, too: more than is needed from then on.
+        let looking = self.store.lease(&purpose)?;
         let builder = Builder {
             home,
             store: &self.store,
-            lease,
+            lease: &looking,
             project: &self.project,
             name: self.name.as_str(),
             image: &self.image,
             env: &self.env,
-            rebuild,
+            rebuild: target.rebuild,
             signals,
             events,
         };
-        Ok(builder.realise()?)
+        let realised = builder.realise().map_err(DevError::from).and_then(|stack| {
+            let lease = self.store.lease(&purpose)?;
+            lease.pin(&stack.ids())?;
+            Ok((stack, lease))
+        });
+        drop(looking);
+        if realised.is_err() && target.collect {
+            // It may have failed for want of space.
+            self.collect(events);
+        }
+        realised
     }
+
+    /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
+    fn collect(&self, events: &dyn Fn(Event<'_>)) {
+        match collect::after_build(&self.store) {
+            Ok(Some(report)) if report.freed > 0 => events(Event::Collected(&report)),
+            Ok(_) => {}
+            Err(error) => events(Event::Note(format!("clearing the store failed: {error}"))),
+        }
+    }
+}
+
+fn has_built(stack: &Stack) -> bool {
+    let mut reports = stack.reports.iter();
+    reports.any(|report| report.status == Status::Built)
 }
 
 /// Realises the layers of a project and starts nothing. Returns what became of each, bottom first.
@@ -205,8 +236,10 @@ pub fn build(
     events: &(dyn Fn(Event<'_>) + Sync),
 ) -> Result<Vec<Report>, DevError> {
     let opened = Opened::new(home, target)?;
-    let lease = opened.store.lease(&format!("build {}", opened.name))?;
-    let stack = opened.realise(home, &lease, target.rebuild, signals, events)?;
+    let (stack, _lease) = opened.realise(home, "build", target, signals, events)?;
+    if target.collect && has_built(&stack) {
+        opened.collect(events);
+    }
     Ok(stack.reports)
 }
 
@@ -228,8 +261,7 @@ pub fn dev(
         &project.root,
         drop_upper,
     )?;
-    let lease = opened.store.lease(&format!("dev {}", opened.name))?;
-    let stack = opened.realise(home, &lease, options.target.rebuild, signals, events)?;
+    let (stack, _lease) = opened.realise(home, "dev", &options.target, signals, events)?;
     let config = worker_config(&options.config, &opened.name, events)?;
 
     if drop_upper {
@@ -297,10 +329,11 @@ pub fn dev(
         }
         sandbox.wait()
     });
-    Ok(Ended {
-        status: status?,
-        signal,
-    })
+    let status = status?;
+    if options.target.collect && has_built(&stack) {
+        opened.collect(events);
+    }
+    Ok(Ended { status, signal })
 }
 
 fn worker_config(

@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod cli;
+pub mod collect;
 pub mod compose;
 pub mod dev;
 pub mod environment;

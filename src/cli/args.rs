@@ -1,8 +1,11 @@
 //! The command line, as people type it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::quantity::{self, Limit, Room};
 
 /// Runs iii workers in sandboxes made of shared layers.
 #[derive(Debug, Parser)]
@@ -175,6 +178,40 @@ pub enum Store {
   iii store why 4f2a91
   iii store why 4f2a91 --json | jq '.kept_by[].kind'")]
     Why(Why),
+    /// Free what nobody needs
+    ///
+    /// What workers, images and running processes have stays, whatever the limits. What else was built is kept for use again
+    /// as long as the limits allow, and goes by how much it would cost to build again, by its size, and by how long it
+    /// was not used. Layers go into a trash first, where builds that want them after all find them. Sizes are given in
+    /// B, KB, MB, GB, TB or KiB, MiB, GiB, TiB, times in s, m, h, d, w. A gc by these defaults runs after a build when
+    /// the store or the disk is fuller than they say; `III_GC=off` keeps it from doing so.
+    #[command(after_help = "Examples:
+  iii store gc --dry-run                     # what would go, what would stay, and why
+  iii store gc --max-size 5GB --keep 2d
+  iii store gc --keep 0s --grace 0s          # everything that is in no use at the moment, at once")]
+    Gc(Gc),
+}
+
+#[derive(Debug, Args)]
+pub struct Gc {
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Make the store no larger than this, or `none` [default: 20GiB]
+    #[arg(long, value_name = "SIZE", value_parser = quantity::size_limit)]
+    pub max_size: Option<Limit<u64>>,
+    /// Leave this much of the disk free, or `none` [default: 10%, but no more than 5GB]
+    #[arg(long, value_name = "SHARE|SIZE", value_parser = quantity::room)]
+    pub min_free: Option<Limit<Room>>,
+    /// Drop what was not used for this long [default: 14d]
+    #[arg(long, value_name = "TIME", value_parser = quantity::time)]
+    pub keep: Option<Duration>,
+    /// How long layers stay in the trash [default: 10m]
+    #[arg(long, value_name = "TIME", value_parser = quantity::time)]
+    pub grace: Option<Duration>,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

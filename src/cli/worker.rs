@@ -92,6 +92,7 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, DevError> {
         rebuild: args.rebuild,
         name: args.name,
         base: args.base,
+        collect: std::env::var_os("III_GC").is_none_or(|gc| gc != "off"),
     })
 }
 
@@ -128,6 +129,10 @@ impl<'a> Printer<'a> {
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
+            Event::Collected(report) => ui.ok(format_args!(
+                "the store was cleared of {} that nobody needed (III_GC=off keeps it)",
+                human_bytes(report.freed)
+            )),
             Event::Note(text) => ui.warn(text),
         }
     }

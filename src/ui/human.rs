@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// Units of time and their seconds, the largest first.
+const UNITS: [(u64, &str); 4] = [(24 * 3600, "d"), (3600, "h"), (60, "m"), (1, "s")];
+
 /// A size: `512 B`, `4.0 KiB`, `12.3 MiB`.
 pub fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -40,9 +43,20 @@ pub fn human_duration(duration: Duration) -> String {
     }
 }
 
+/// A length of time as it is set, in the largest unit that says it exactly: `14d`, `36h`, `90s`.
+pub fn human_span(span: Duration) -> String {
+    let seconds = span.as_secs();
+    let unit = UNITS
+        .into_iter()
+        .find(|(unit, _)| seconds >= *unit && seconds.is_multiple_of(*unit));
+    unit.map_or_else(
+        || "0s".to_owned(),
+        |(unit, name)| format!("{}{name}", seconds / unit),
+    )
+}
+
 /// How long ago something was, in its largest unit: `now`, `34s ago`, `5m ago`, `3h ago`, `12d ago`.
 pub fn human_age(age: Duration) -> String {
-    const UNITS: [(u64, &str); 4] = [(24 * 3600, "d"), (3600, "h"), (60, "m"), (1, "s")];
     let seconds = age.as_secs();
     let unit = UNITS.into_iter().find(|(unit, _)| seconds >= *unit);
     unit.map_or_else(
@@ -145,6 +159,19 @@ mod tests {
             (86_400 * 400, "400d ago"),
         ] {
             assert_eq!(human_age(Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    #[test]
+    fn spans() {
+        for (seconds, expected) in [
+            (0, "0s"),
+            (90, "90s"),
+            (600, "10m"),
+            (36 * 3600, "36h"),
+            (14 * 86_400, "14d"),
+        ] {
+            assert_eq!(human_span(Duration::from_secs(seconds)), expected);
         }
     }
 

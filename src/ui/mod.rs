@@ -17,7 +17,9 @@ use crate::tail::{LineSplitter, clean, inert};
 mod human;
 mod progress;
 
-pub use human::{human_age, human_bytes, human_count, human_counted, human_duration, human_time};
+pub use human::{
+    human_age, human_bytes, human_count, human_counted, human_duration, human_span, human_time,
+};
 pub use progress::{ProgressHandle, Unit};
 
 /// How long an operation may take before a bar is drawn for it.

@@ -4,9 +4,9 @@
 //!
 //! - [`Account::areas`]: what the filesystem says each directory takes, in blocks, the directories themselves included. Their
 //!   sum is what `du` says.
-//! - [`Account::named`], [`unnamed`](Account::unnamed), [`layer_files`](Account::layer_files),
-//!   [`indexes`](Account::indexes), [`other`](Account::other) by their lengths, and [`padding`](Account::padding): what
-//!   the filesystem takes beyond them.
+//! - [`Account::named`], [`in_trash`](Account::in_trash), [`unnamed`](Account::unnamed),
+//!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes), [`other`](Account::other) by their lengths, and
+//!   [`padding`](Account::padding): what the filesystem takes beyond them.
 //! - What only one [layer](LayerUse) or one [ref](RefUse) has, and what several share: together they are everything that
 //!   layers name, and the layers' own files.
 //!
@@ -26,11 +26,12 @@ use rayon::prelude::*;
 use crate::census::Census;
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
-use crate::id::{LayerId, ObjectId, TreeId};
+use crate::id::{LayerId, TreeId};
 use crate::layer::Layer;
 use crate::refs::RefKind;
 use crate::stat_cache::StatCache;
 use crate::store::Store;
+use crate::trash;
 
 /// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
 pub const AREAS: [&str; 10] = [
@@ -98,6 +99,8 @@ pub struct Account {
     pub areas: Vec<Area>,
     /// Objects that layers name.
     pub named: u64,
+    /// What gc has taken out and not removed yet: the files in the trash, and objects that only layers in the trash name.
+    pub in_trash: u64,
     /// Objects that no layer names, and second copies of those that one does.
     pub unnamed: u64,
     /// The files of the layers: names, modes, owners, times.
@@ -116,8 +119,9 @@ pub struct Account {
     pub layers: Vec<LayerUse>,
     /// Every ref, sorted by kind and name.
     pub refs: Vec<RefUse>,
-    /// Layers that cannot be read, and why. What only they name counts as [`Account::unnamed`].
-    pub damaged: Vec<(LayerId, StoreError)>,
+    /// Why layers or indexes cannot be read. What only such layers name counts as [`Account::unnamed`], what only stands in such
+    /// an index as [`Account::padding`].
+    pub unreadable: Vec<StoreError>,
 }
 
 impl Account {
@@ -129,7 +133,8 @@ impl Account {
     /// What the filesystem takes beyond the lengths: alignment in packs, the rest of last blocks, directories. Negative where
     /// it compresses.
     pub fn padding(&self) -> i64 {
-        let lengths = self.named + self.unnamed + self.layer_files + self.indexes + self.other;
+        let objects = self.named + self.in_trash + self.unnamed;
+        let lengths = objects + self.layer_files + self.indexes + self.other;
         self.on_disk() as i64 - lengths as i64
     }
 }
@@ -165,53 +170,64 @@ impl Store {
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
         let mut refs = self.all_refs()?;
-        let slots = Slots::new(self.census()?, &files)?;
-        let read: Vec<Result<KnownLayer, StoreError>> = files
+        let mut census = self.census()?;
+        let mut unreadable = std::mem::take(&mut census.damaged);
+        let slots = Slots::new(&census, &files.layers);
+        let read: Vec<_> = files
             .layers
             .par_iter()
             .enumerate()
             .map(|(number, file)| {
-                let layer = self.layer(&file.id)?;
-                Ok(KnownLayer {
-                    used: file.used,
-                    id: file.id,
-                    tree_id: layer.tree_id(),
-                    logical: layer.logical_bytes(),
-                    slots: slots.of_layer(&layer, number),
-                })
+                // Not through `layer`, which would take back what gc moves away meanwhile.
+                let path = self.layer_path(&file.id);
+                let layer = self.open_layer_file(&file.id, &path)?;
+                Ok(layer.map(|layer| KnownLayer::new(&slots, file, number, &layer)))
             })
             .collect();
         let mut known = Vec::new();
-        let mut damaged = Vec::new();
-        for (file, read) in files.layers.iter().zip(read) {
+        for read in read {
             match read {
-                Ok(layer) => known.push(layer),
-                // It went meanwhile.
-                Err(StoreError::MissingLayer(_)) => {}
-                Err(error) => damaged.push((file.id, error)),
+                Ok(layer) => known.extend(layer),
+                Err(error) => unreadable.push(error),
             }
         }
+        let trashed: Vec<Vec<usize>> = files
+            .trashed
+            .par_iter()
+            .map(|(id, path)| {
+                // One that cannot be read keeps nothing that anybody will miss.
+                let layer = self.open_layer_file(id, path).ok().flatten();
+                layer.map_or_else(Vec::new, |layer| census.named_by(&layer).slots)
+            })
+            .collect();
 
         let mut by_layer = Owners::none(&slots);
         for (number, layer) in known.iter().enumerate() {
-            by_layer.add(number, &layer.slots.list);
+            by_layer.add(number, &layer.slots);
+        }
+        let mut by_trash = Owners::none(&slots);
+        for list in &trashed {
+            by_trash.add(0, list);
         }
         let by_ref = count_refs(&slots, &known, &mut refs);
         let mut account = Account {
             layer_files: files.layers.iter().map(|file| file.len).sum(),
             layers: count_layers(&slots, &known, &by_layer),
             refs,
-            damaged,
+            unreadable,
+            in_trash: files.in_trash,
             areas: files.areas,
             indexes: files.indexes,
             other: files.other,
             ..Account::default()
         };
-        for (slot, &len) in (0..).zip(&slots.lengths) {
-            let is_object = slot < slots.first_layer_file;
+        for (slot, &len) in slots.lengths.iter().enumerate() {
+            let is_object = slot < census.len();
             if by_layer.of(slot) == Owners::NONE {
                 // Else it is the file of a damaged layer.
-                if is_object {
+                if is_object && by_trash.of(slot) != Owners::NONE {
+                    account.in_trash += len;
+                } else if is_object {
                     account.unnamed += len;
                 }
                 continue;
@@ -233,7 +249,7 @@ impl Store {
 
     fn all_refs(&self) -> Result<Vec<RefUse>, StoreError> {
         let mut refs = Vec::new();
-        for kind in [RefKind::Image, RefKind::Worker] {
+        for kind in RefKind::ALL {
             for (name, content) in self.list_refs(kind)? {
                 refs.push(RefUse {
                     kind,
@@ -262,6 +278,8 @@ struct LayerFile {
 struct Files {
     areas: Vec<Area>,
     layers: Vec<LayerFile>,
+    trashed: Vec<(LayerId, PathBuf)>,
+    in_trash: u64,
     indexes: u64,
     other: u64,
 }
@@ -307,21 +325,26 @@ impl Files {
 
     fn add(&mut self, path: &Path, area: &str, meta: &Metadata) {
         let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        let extension = path.extension().and_then(OsStr::to_str);
+        let (stem, extension) = name.rsplit_once('.').unwrap_or((name, ""));
         let len = meta.len();
-        if area == "packs" && extension == Some("pack") {
+        match (area, extension) {
             // Counted object by object; the rest is padding.
-        } else if area == "packs" && extension == Some("idx") {
-            self.indexes += len;
-        } else if area == "loose" && name.parse::<ObjectId>().is_ok() {
-            // Counted by the census.
-        } else if area == "layers"
-            && let Ok(id) = name.parse()
-        {
-            let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            self.layers.push(LayerFile { id, len, used });
-        } else {
-            self.other += len;
+            ("packs", "pack") | ("loose", "") => {}
+            ("packs", "idx") => self.indexes += len,
+            ("trash", extension) => {
+                self.in_trash += len;
+                if extension == trash::LAYER
+                    && let Ok(id) = stem.parse()
+                {
+                    self.trashed.push((id, path.to_owned()));
+                }
+            }
+            ("layers", _) if name.parse::<LayerId>().is_ok() => {
+                let used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                let id = name.parse().ok();
+                self.layers.extend(id.map(|id| LayerFile { id, len, used }));
+            }
+            _ => self.other += len,
         }
     }
 }
@@ -342,51 +365,22 @@ fn stat(disk: &dyn Disk, path: &Path) -> Result<Option<Metadata>, StoreError> {
     }
 }
 
-/// A number for everything that is counted: the objects, as in the [`Census`], then the files of the layers.
-struct Slots {
-    census: Census,
-    first_layer_file: u32,
+/// A number for everything that is counted: the slots of the objects, then the files of the layers.
+struct Slots<'a> {
+    census: &'a Census,
     /// How long each is.
     lengths: Vec<u64>,
 }
 
-/// What one layer names, by number: sorted, each once.
-struct SlotsOfLayer {
-    list: Vec<u32>,
-    /// Files whose contents have no number, because the store does not have them.
-    missing: u64,
-}
-
-impl Slots {
-    fn new(census: Census, files: &Files) -> Result<Self, StoreError> {
+impl<'a> Slots<'a> {
+    fn new(census: &'a Census, layers: &[LayerFile]) -> Self {
         let mut lengths = census.lengths();
-        let first_layer_file = lengths.len() as u32;
-        lengths.extend(files.layers.iter().map(|file| file.len));
-        if u32::try_from(lengths.len()).is_err() {
-            return Err(StoreError::TooLarge {
-                what: "the number of objects",
-                limit: u32::MAX.into(),
-            });
-        }
-        Ok(Self {
-            census,
-            first_layer_file,
-            lengths,
-        })
+        lengths.extend(layers.iter().map(|file| file.len));
+        Self { census, lengths }
     }
 
-    fn of_layer(&self, layer: &Layer, number: usize) -> SlotsOfLayer {
-        let named = self.census.named_by(layer);
-        let mut list: Vec<u32> = named.slots.into_iter().map(|slot| slot as u32).collect();
-        list.push(self.first_layer_file + number as u32);
-        SlotsOfLayer {
-            list,
-            missing: named.missing.len() as u64,
-        }
-    }
-
-    fn len(&self, slot: u32) -> u64 {
-        self.lengths.get(slot as usize).copied().unwrap_or_default()
+    fn len(&self, slot: usize) -> u64 {
+        self.lengths.get(slot).copied().unwrap_or_default()
     }
 }
 
@@ -397,14 +391,14 @@ impl Owners {
     const NONE: u32 = 0;
     const SEVERAL: u32 = u32::MAX;
 
-    fn none(slots: &Slots) -> Self {
+    fn none(slots: &Slots<'_>) -> Self {
         Self(vec![Self::NONE; slots.lengths.len()])
     }
 
-    fn add(&mut self, owner: usize, slots: &[u32]) {
+    fn add(&mut self, owner: usize, slots: &[usize]) {
         let owner = owner as u32 + 1;
         for &slot in slots {
-            if let Some(now) = self.0.get_mut(slot as usize) {
+            if let Some(now) = self.0.get_mut(slot) {
                 *now = match *now {
                     Self::NONE => owner,
                     now if now == owner => owner,
@@ -414,12 +408,12 @@ impl Owners {
         }
     }
 
-    fn of(&self, slot: u32) -> u32 {
-        self.0.get(slot as usize).copied().unwrap_or(Self::NONE)
+    fn of(&self, slot: usize) -> u32 {
+        self.0.get(slot).copied().unwrap_or(Self::NONE)
     }
 
     /// The bytes that have one owner, and those that have several.
-    fn split(&self, slots: &Slots, list: impl Iterator<Item = u32>) -> (u64, u64) {
+    fn split(&self, slots: &Slots<'_>, list: impl Iterator<Item = usize>) -> (u64, u64) {
         list.fold((0, 0), |(unique, shared), slot| {
             let len = slots.len(slot);
             match self.of(slot) {
@@ -437,19 +431,36 @@ struct KnownLayer {
     id: LayerId,
     tree_id: TreeId,
     logical: u64,
-    slots: SlotsOfLayer,
+    /// Its objects and its own file.
+    slots: Vec<usize>,
+    missing: u64,
 }
 
-fn count_layers(slots: &Slots, known: &[KnownLayer], owners: &Owners) -> Vec<LayerUse> {
+impl KnownLayer {
+    fn new(slots: &Slots<'_>, file: &LayerFile, number: usize, layer: &Layer) -> Self {
+        let mut named = slots.census.named_by(layer);
+        named.slots.push(slots.census.len() + number);
+        Self {
+            used: file.used,
+            id: file.id,
+            tree_id: layer.tree_id(),
+            logical: layer.logical_bytes(),
+            slots: named.slots,
+            missing: named.missing.len() as u64,
+        }
+    }
+}
+
+fn count_layers(slots: &Slots<'_>, known: &[KnownLayer], owners: &Owners) -> Vec<LayerUse> {
     let layer_use = |layer: &KnownLayer| {
-        let (unique, shared) = owners.split(slots, layer.slots.list.iter().copied());
+        let (unique, shared) = owners.split(slots, layer.slots.iter().copied());
         LayerUse {
             id: layer.id,
             tree_id: layer.tree_id,
             logical: layer.logical,
             unique,
             shared,
-            missing: layer.slots.missing,
+            missing: layer.missing,
             used: layer.used,
         }
     };
@@ -457,7 +468,7 @@ fn count_layers(slots: &Slots, known: &[KnownLayer], owners: &Owners) -> Vec<Lay
 }
 
 /// Fills in what the refs have, and says who has what.
-fn count_refs(slots: &Slots, known: &[KnownLayer], refs: &mut [RefUse]) -> Owners {
+fn count_refs(slots: &Slots<'_>, known: &[KnownLayer], refs: &mut [RefUse]) -> Owners {
     // Several layers of one ref may name the same object, and one ref may name a layer twice.
     let layers_of = |layers: &[LayerId]| -> BTreeSet<usize> {
         let found = layers
@@ -465,9 +476,9 @@ fn count_refs(slots: &Slots, known: &[KnownLayer], refs: &mut [RefUse]) -> Owner
             .map(|id| known.binary_search_by_key(id, |layer| layer.id));
         found.filter_map(Result::ok).collect()
     };
-    let slots_of = |layers: &BTreeSet<usize>| -> Vec<&[u32]> {
+    let slots_of = |layers: &BTreeSet<usize>| -> Vec<&[usize]> {
         let found = layers.iter().filter_map(|&number| known.get(number));
-        found.map(|layer| &layer.slots.list[..]).collect()
+        found.map(|layer| &layer.slots[..]).collect()
     };
     let mut owners = Owners::none(slots);
     for (number, name) in refs.iter().enumerate() {
@@ -481,7 +492,7 @@ fn count_refs(slots: &Slots, known: &[KnownLayer], refs: &mut [RefUse]) -> Owner
         let number = number as u32 + 1;
         let own = slots_of(&layers).into_iter().flatten().copied();
         let once = own.filter(|&slot| {
-            let last = counted_for.get_mut(slot as usize);
+            let last = counted_for.get_mut(slot);
             last.is_some_and(|last| std::mem::replace(last, number) != number)
         });
         (name.unique, name.shared) = owners.split(slots, once);

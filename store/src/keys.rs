@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::names;
 use crate::error::{IoContext, StoreError};
 use crate::facts::Fact;
 use crate::id::{KeyId, LayerId, TreeId};
@@ -40,15 +39,6 @@ struct KeyFile {
 impl Store {
     fn key_path(&self, key: &KeyId) -> PathBuf {
         self.dir().join("keys").join(key.to_string())
-    }
-
-    /// Every key that has records, sorted.
-    pub fn keys(&self) -> Result<Vec<KeyId>, StoreError> {
-        let dir = self.dir().join("keys");
-        let names = names(self.disk().as_ref(), &dir)?;
-        let mut keys: Vec<KeyId> = names.iter().filter_map(|name| name.parse().ok()).collect();
-        keys.sort_unstable();
-        Ok(keys)
     }
 
     /// The records of a key, newest first. Their layers may be gone: pin, then look.

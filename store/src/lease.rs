@@ -44,13 +44,13 @@ struct Written {
 
 /// A lease that somebody holds, as others see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveLease {
+pub(crate) struct LiveLease {
     /// The name of its file.
     pub(crate) name: String,
     /// What it is for, in the holder's words.
-    pub purpose: String,
+    pub(crate) purpose: String,
     /// The layers that it pins, which need not exist.
-    pub layers: Vec<LayerId>,
+    pub(crate) layers: Vec<LayerId>,
     /// The ingests that have begun and not ended.
     pub(crate) ingests: BTreeSet<u64>,
 }

@@ -85,7 +85,7 @@ pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
 pub use keys::{MAX_RECORDS, Record};
 pub use layer::{Kind, Layer, NodeRef};
-pub use lease::{Lease, LiveLease};
+pub use lease::Lease;
 pub use objects::{Blob, LOOSE_MIN};
 pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
 pub use roots::{Root, Roots};

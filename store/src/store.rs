@@ -13,7 +13,7 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId};
 use crate::ingest::Ingest;
 use crate::layer::Layer;
-use crate::lease::{self, Lease, LiveLease};
+use crate::lease::{self, Lease};
 use crate::lock::FileLock;
 use crate::objects::{Blob, LOOKS, Objects, lock};
 use crate::trash::Places;
@@ -130,11 +130,6 @@ impl Store {
             });
         }
         Lease::take(self, purpose)
-    }
-
-    /// The leases that living processes hold.
-    pub fn live_leases(&self) -> Result<Vec<LiveLease>, StoreError> {
-        lease::live(self)
     }
 
     /// Removes what processes that died left behind: their leases and temporary files. Returns the number of leases.

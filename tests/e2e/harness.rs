@@ -167,6 +167,8 @@ pub struct Home {
     dir: TempDir,
     /// What runs the binary: the program itself, or a wrapper and its arguments in front of it.
     program: Vec<PathBuf>,
+    /// Whether a build may clear the store, which depends on how full the disk is.
+    clears: bool,
 }
 
 impl Home {
@@ -174,12 +176,24 @@ impl Home {
         Home {
             dir: TempDir::with_prefix("home-").unwrap(),
             program: vec![PathBuf::from(env!("CARGO_BIN_EXE_iii"))],
+            clears: false,
         }
     }
 
     /// A home whose runs go through `program`, which ends with the binary itself.
     pub fn through(dir: TempDir, program: Vec<PathBuf>) -> Self {
-        Home { dir, program }
+        Home {
+            dir,
+            program,
+            clears: false,
+        }
+    }
+
+    /// A home whose builds clear the store when the disk is too full.
+    pub fn that_clears() -> Self {
+        let mut home = Home::new();
+        home.clears = true;
+        home
     }
 
     /// A home whose Node base is busybox.
@@ -215,6 +229,9 @@ impl Home {
             if text.starts_with("III_") || text.starts_with("XDG_") {
                 command.env_remove(&name);
             }
+        }
+        if !self.clears {
+            command.env("III_GC", "off");
         }
         command
             .env("HOME", self.path())

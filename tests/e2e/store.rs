@@ -3,9 +3,10 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::mount::{MountFlags, mount};
 use serde_json::Value;
 
-use crate::harness::{Home, Layers, NODE_IMAGE, Project};
+use crate::harness::{Home, LIMIT, Layers, NODE_IMAGE, Project, files, is_root, skip};
 
 /// What install makes of `deps.txt` is the same as `deps.txt`; `main.txt` is the project's own.
 fn project(deps: &str, main: &str) -> Project {
@@ -71,12 +72,22 @@ fn run_once(home: &Home, project: &Project, name: &str) {
 
 /// A home with two workers that share setup and install, and a build that no worker has.
 fn filled() -> (Home, Layers) {
-    let home = Home::with_busybox();
-    run_once(&home, &project("dep\n", "one\n"), "one");
-    run_once(&home, &project("dep\n", "two\n"), "two");
-    let third = project("other dep\n", "three\n");
-    let built = home.build(&third, &["--name", "three"]);
+    let (home, built, _) = filled_from();
     (home, built)
+}
+
+/// The same, with the projects.
+fn filled_from() -> (Home, Layers, [Project; 3]) {
+    let home = Home::with_busybox();
+    let projects = [
+        project("dep\n", "one\n"),
+        project("dep\n", "two\n"),
+        project("other dep\n", "three\n"),
+    ];
+    run_once(&home, &projects[0], "one");
+    run_once(&home, &projects[1], "two");
+    let built = home.build(&projects[2], &["--name", "three"]);
+    (home, built, projects)
 }
 
 #[test]
@@ -123,6 +134,9 @@ fn df_adds_up() {
         .find(|layer| layer["id"] == third.layer_id.as_str())
         .unwrap();
     assert_eq!(array(third, "kept_by"), [] as [Value; 0]);
+    assert_eq!(third["reclaimable"], third["unique"]);
+    assert_eq!(sum(layers, "reclaimable"), number(third, "unique"));
+    assert!(number(&df, "reclaimable_later") > 0, "{df:#}");
 
     let table = text(&home, &["df"]);
     for part in [
@@ -158,9 +172,13 @@ fn df_counts_what_nobody_needs_and_what_is_damaged() {
         "iii store verify",
     ]);
     let df = json(&home, &["df"]);
-    assert_eq!(
-        array(&df, "damaged"),
-        [built.get("install").layer_id.as_str()]
+    let [unreadable] = array(&df, "unreadable") else {
+        panic!("one layer is damaged: {df:#}");
+    };
+    let unreadable = unreadable.as_str().unwrap();
+    assert!(
+        unreadable.contains(&built.get("install").layer_id),
+        "{unreadable}"
     );
     assert_eq!(number(&df, "on_disk"), du(&home.state().join("store/v1")));
 }
@@ -181,8 +199,10 @@ fn list_and_why_say_what_keeps_a_layer() {
         assert_eq!(why["kept_by"], layer["kept_by"]);
         assert_eq!(why["kind"], layer["kind"]);
         let roots = array(layer, "kept_by").iter();
+        // What kind of ref it is, or what else.
+        let kind = |root: &Value| root.get("kind").unwrap_or(&root["root"]).clone();
         roots
-            .map(|root| root["root"].as_str().unwrap().to_owned())
+            .map(|root| kind(root).as_str().unwrap().to_owned())
             .collect()
     };
     for (kind, expected) in [
@@ -211,7 +231,7 @@ fn list_and_why_say_what_keeps_a_layer() {
     let mut dev = home.dev(&third, &["--name", "three"]);
     dev.wait_for("started");
     let why = home.start(&["store", "why", &built.get("install").layer_id]);
-    let why = why.finish(crate::harness::LIMIT).ok().stdout;
+    let why = why.finish(LIMIT).ok().stdout;
     assert!(why.contains("lease   dev three"), "{why}");
     dev.stop();
 }
@@ -358,4 +378,184 @@ fn an_empty_store_is_no_error() {
     assert_eq!(number(&df, "on_disk"), du(&home.state().join("store/v1")));
     assert_eq!(array(&json(&home, &["list"]), "layers"), [] as [Value; 0]);
     text(&home, &["df"]);
+}
+
+/// The ids under `name` in a plan.
+fn ids(plan: &Value, name: &str) -> Vec<String> {
+    let layers = array(plan, name).iter();
+    let mut ids: Vec<_> = layers
+        .map(|layer| layer["id"].as_str().unwrap().to_owned())
+        .collect();
+    ids.sort_unstable();
+    ids
+}
+
+#[test]
+fn gc_does_what_its_dry_run_says() {
+    let (home, built, projects) = filled_from();
+    let store = home.state().join("store/v1");
+    let all = ids(&json(&home, &["list"]), "layers");
+    let before = files(&store);
+    let args = ["gc", "--grace", "0s", "--min-free", "none"];
+    let dry = json(&home, &[&args[..], &["--dry-run"]].concat());
+    let mut after = files(&store);
+    after.sort_unstable();
+    let mut unchanged = before;
+    unchanged.sort_unstable();
+    assert_eq!(after, unchanged);
+    assert_eq!(dry["report"], Value::Null);
+
+    let plan = &dry["plan"];
+    assert_eq!(ids(plan, "goes"), [built.get("project").layer_id.clone()]);
+    assert_eq!(ids(plan, "stays").len(), all.len() - 1);
+    assert!(
+        array(plan, "stays")
+            .iter()
+            .all(|layer| !array(layer, "kept_by").is_empty())
+    );
+    assert!(number(plan, "frees") > 0, "{plan:#}");
+    let shown = text(&home, &[&args[..], &["--dry-run"]].concat());
+    for part in [
+        "GOES ",
+        "nothing keeps it",
+        "STAYS ",
+        "2 workers",
+        "recipe",
+        "frees about ",
+    ] {
+        assert!(shown.contains(part), "no {part:?} in\n{shown}");
+    }
+
+    let done = json(&home, &args);
+    assert_eq!(done["plan"], *plan);
+    assert_eq!(number(&done["report"], "layers_removed"), 1, "{done:#}");
+    assert_eq!(ids(&json(&home, &["list"]), "layers"), ids(plan, "stays"));
+    home.run(&["store", "why", &built.get("project").layer_id])
+        .fails()
+        .says(&["no layer"]);
+    let df = json(&home, &["df"]);
+    assert_eq!(number(&df, "unnamed"), 0, "{df:#}");
+    assert_eq!(number(&df, "on_disk"), du(&store));
+
+    // What stayed is whole, and what went is built again.
+    assert_eq!(home.build(&projects[0], &["--name", "one"]).built(), "");
+    assert_eq!(
+        home.build(&projects[2], &["--name", "three"]).built(),
+        "project"
+    );
+
+    // Of what only a recipe keeps, the limits decide.
+    let limits = [
+        "gc",
+        "--grace",
+        "0s",
+        "--min-free",
+        "none",
+        "--max-size",
+        "none",
+        "--keep",
+        "0s",
+    ];
+    let done = json(&home, &limits);
+    assert!(ids(&done["plan"], "goes").contains(&built.get("install").layer_id));
+    assert_eq!(
+        home.build(&projects[2], &["--name", "three"]).built(),
+        "install project"
+    );
+    home.run(&[
+        "store",
+        "gc",
+        "--grace",
+        "0s",
+        "--min-free",
+        "none",
+        "--max-size",
+        "0",
+    ])
+    .ok()
+    .says(&["the store is too large", "more than the limits allow"]);
+    run_once(&home, &projects[1], "two");
+}
+
+#[test]
+fn gc_leaves_what_runs_and_gives_back_what_is_wanted_after_all() {
+    let (home, built, projects) = filled_from();
+    let layers = |home: &Home| ids(&json(home, &["list"]), "layers");
+    // Into the trash, and back out of it.
+    let all = layers(&home);
+    let done = json(&home, &["gc", "--min-free", "none"]);
+    assert_eq!(number(&done["report"], "layers_removed"), 0, "{done:#}");
+    assert_eq!(layers(&home).len(), all.len() - 1);
+    let df = json(&home, &["df"]);
+    assert_eq!(number(&df, "on_disk"), du(&home.state().join("store/v1")));
+    assert!(number(&df, "in_trash") > 0, "{df:#}");
+    assert_eq!(number(&df, "unnamed"), 0, "{df:#}");
+    let again = home.build(&projects[2], &["--name", "three"]);
+    assert_eq!(again.ids(), built.ids());
+    assert_eq!(layers(&home), all);
+
+    let mut dev = home.dev(&projects[2], &["--name", "three"]);
+    dev.wait_for("started");
+    let args = [
+        "store",
+        "gc",
+        "--keep",
+        "0s",
+        "--grace",
+        "0s",
+        "--max-size",
+        "0",
+        "--min-free",
+        "none",
+    ];
+    let gc = home.start(&args).finish(LIMIT).ok();
+    assert!(gc.stdout.contains("dev three"), "{}", gc.stdout);
+    dev.stop();
+    assert_eq!(home.build(&projects[2], &["--name", "three"]).built(), "");
+}
+
+#[test]
+fn gc_refuses_limits_that_make_no_sense() {
+    let home = Home::new();
+    for (args, says) in [
+        (["--max-size", "20G"], "GiB"),
+        (["--max-size", "much"], "20GB"),
+        (["--min-free", "110%"], "100%"),
+        (["--min-free", "some"], "10%"),
+        (["--keep", "14"], "14d"),
+        (["--grace", "soon"], "14d"),
+    ] {
+        let ended = home.run(&["store", "gc", args[0], args[1]]).exits(2);
+        assert!(ended.stderr.contains(says), "{args:?}: {}", ended.stderr);
+    }
+    home.run(&["store", "gc"]).ok();
+}
+
+#[test]
+fn a_build_clears_a_store_that_fills_the_disk() {
+    if !is_root() {
+        skip("clearing a full disk", "needs root to mount a small tmpfs");
+        return;
+    }
+    let home = Home::that_clears();
+    std::fs::create_dir(home.state()).unwrap();
+    let options = Some(c"size=40m");
+    mount("tmpfs", home.state(), "tmpfs", MountFlags::empty(), options).unwrap();
+    home.import_busybox();
+    std::fs::write(home.state().join("ballast"), vec![1; 27 << 20]).unwrap();
+    // Nothing has a name here, so each build leaves 1.5 MB that only its recipe keeps.
+    let project = Project::scripts(
+        "true",
+        "cat deps.txt >installed.txt; dd if=/dev/urandom of=big bs=1500k count=1 2>/dev/null",
+        "true",
+    );
+    let mut cleared = 0;
+    for round in 0..10 {
+        project.write("deps.txt", &format!("dep {round}\n"));
+        let ended = home.run(&["worker", "build", project.arg()]).ok();
+        cleared += usize::from(ended.stderr.contains("the store was cleared of"));
+    }
+    assert!((1..10).contains(&cleared), "cleared {cleared} times");
+    // The last one is still there.
+    assert_eq!(home.build(&project, &[]).built(), "");
 }

@@ -1,33 +1,20 @@
 //! What is known of the layers: who keeps them, what made them, what they are.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Store, StoreError};
+use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Root, Roots, Store, StoreError};
 use serde::Serialize;
 
 use crate::plan::Kind;
-use crate::ui::Ui;
-
-/// Something that keeps a layer.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(tag = "root", rename_all = "snake_case")]
-pub enum Root {
-    /// An image has it.
-    Image { name: String },
-    /// A worker has it.
-    Worker { name: String },
-    /// A process that runs needs it.
-    Lease { purpose: String },
-    /// A recipe made it, and can use it again.
-    Record { key: KeyId },
-}
+use crate::ui::{Ui, human_age};
 
 /// The refs, leases and records of a moment, by layer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Catalog {
     /// The layers of images and workers, bottom first.
     pub refs: Vec<(RefKind, String, Vec<LayerId>)>,
-    roots: BTreeMap<LayerId, BTreeSet<Root>>,
+    roots: Roots,
     recipes: BTreeMap<LayerId, Vec<(KeyId, Record)>>,
     projects: BTreeSet<LayerId>,
 }
@@ -35,55 +22,41 @@ pub struct Catalog {
 impl Catalog {
     /// Reads them. A key that is damaged keeps nothing, and is named as a warning.
     pub fn read(store: &Store, ui: &Ui) -> Result<Self, StoreError> {
-        let mut catalog = Self {
-            projects: store.snapshot_layers()?.into_iter().collect(),
-            ..Self::default()
-        };
-        // Leases first: who stores a ref or a record has its layers pinned until then.
-        for lease in store.live_leases()? {
-            for layer in lease.layers {
-                let purpose = lease.purpose.clone();
-                catalog.keep(layer, Root::Lease { purpose });
+        let mut roots = Roots::read(store)?;
+        for key in &roots.damaged_keys {
+            ui.warn(format_args!(
+                "the records of key {} are damaged; what they stand for is built again",
+                key.short()
+            ));
+        }
+        let mut recipes: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (key, records) in std::mem::take(&mut roots.records) {
+            for record in records {
+                let made = recipes.entry(record.layer_id).or_default();
+                made.push((key, record));
             }
         }
-        for (name, content) in store.list_refs(RefKind::Image)? {
-            for layer in &content.layers {
-                catalog.keep(*layer, Root::Image { name: name.clone() });
-            }
-            catalog.refs.push((RefKind::Image, name, content.layers));
-        }
-        for (name, content) in store.list_refs(RefKind::Worker)? {
-            for layer in &content.layers {
-                catalog.keep(*layer, Root::Worker { name: name.clone() });
-            }
-            catalog.projects.extend(content.layers.last());
-            catalog.refs.push((RefKind::Worker, name, content.layers));
-        }
-        for key in store.keys()? {
-            match store.records(&key) {
-                Ok(records) => {
-                    for record in records {
-                        catalog.keep(record.layer_id, Root::Record { key });
-                        let recipes = catalog.recipes.entry(record.layer_id).or_default();
-                        recipes.push((key, record));
-                    }
+        let mut refs = Vec::new();
+        let mut projects: BTreeSet<LayerId> = store.snapshot_layers()?.into_iter().collect();
+        for kind in RefKind::ALL {
+            for (name, content) in store.list_refs(kind)? {
+                if kind == RefKind::Worker {
+                    projects.extend(content.layers.last());
                 }
-                Err(error @ (StoreError::Json { .. } | StoreError::Damaged { .. })) => {
-                    ui.warn(format_args!("{error}; what it recorded is built again"));
-                }
-                Err(error) => return Err(error),
+                refs.push((kind, name, content.layers));
             }
         }
-        Ok(catalog)
-    }
-
-    fn keep(&mut self, layer: LayerId, root: Root) {
-        self.roots.entry(layer).or_default().insert(root);
+        Ok(Self {
+            refs,
+            roots,
+            recipes,
+            projects,
+        })
     }
 
     /// What keeps a layer, sorted.
-    pub fn roots(&self, id: &LayerId) -> Vec<&Root> {
-        self.roots.get(id).into_iter().flatten().collect()
+    pub fn roots(&self, id: &LayerId) -> &[Root] {
+        self.roots.of(id)
     }
 
     /// What made a layer, as far as it is recorded.
@@ -101,10 +74,16 @@ impl Catalog {
             .filter_map(|provenance| provenance.get("kind"))
             .find_map(|kind| serde_json::from_value(kind.clone()).ok());
         let in_image = || {
-            let roots = self.roots.get(id).into_iter().flatten();
-            roots
-                .into_iter()
-                .any(|root| matches!(root, Root::Image { .. }))
+            let image = |root: &Root| {
+                matches!(
+                    root,
+                    Root::Ref {
+                        kind: RefKind::Image,
+                        ..
+                    }
+                )
+            };
+            self.roots(id).iter().any(image)
         };
         recorded.or_else(|| {
             if self.projects.contains(id) {
@@ -123,39 +102,60 @@ impl Catalog {
 }
 
 /// What keeps a layer, in one cell of a table.
-pub fn roots_text(roots: &[&Root]) -> String {
-    let names = |what: &str, select: fn(&Root) -> Option<&str>| {
-        let names: Vec<&str> = roots.iter().filter_map(|root| select(root)).collect();
-        match names[..] {
-            [] => None,
-            [name] => Some(format!("{what} {name}")),
-            _ => Some(format!("{} {what}s", names.len())),
-        }
+pub fn roots_text(roots: &[Root]) -> String {
+    let mut parts = Vec::new();
+    let mut put = |what: &str, names: &[&str]| match names {
+        [] => {}
+        [name] => parts.push(format!("{what} {name}")),
+        _ => parts.push(format!("{} {what}s", names.len())),
     };
-    let parts = [
-        names("image", |root| match root {
-            Root::Image { name } => Some(name),
-            _ => None,
-        }),
-        names("worker", |root| match root {
-            Root::Worker { name } => Some(name),
-            _ => None,
-        }),
-        names("lease", |root| match root {
-            Root::Lease { purpose } => Some(purpose),
-            _ => None,
-        }),
-        roots
+    for kind in RefKind::ALL {
+        let names: Vec<&str> = roots
             .iter()
-            .any(|root| matches!(root, Root::Record { .. }))
-            .then(|| "recipe".to_owned()),
-    ];
-    let parts: Vec<String> = parts.into_iter().flatten().collect();
+            .filter_map(|root| match root {
+                Root::Ref { kind: own, name } if *own == kind => Some(name.as_str()),
+                _ => None,
+            })
+            .collect();
+        put(ref_kind_text(kind), &names);
+    }
+    let purposes: Vec<&str> = roots
+        .iter()
+        .filter_map(|root| match root {
+            Root::Lease { purpose } => Some(purpose.as_str()),
+            _ => None,
+        })
+        .collect();
+    put("lease", &purposes);
+    if roots.iter().any(|root| matches!(root, Root::Record { .. })) {
+        parts.push("recipe".into());
+    }
     if parts.is_empty() {
         "nothing".into()
     } else {
         parts.join(", ")
     }
+}
+
+/// What a name stands for, in a word.
+pub fn ref_kind_text(kind: RefKind) -> &'static str {
+    match kind {
+        RefKind::Image => "image",
+        RefKind::Worker => "worker",
+    }
+}
+
+/// Seconds since 1970, negative before.
+pub fn unix_seconds(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(since) => since.as_secs() as i64,
+        Err(before) => -(before.duration().as_secs() as i64),
+    }
+}
+
+/// How long ago something was, as a cell of a table.
+pub fn age_text(time: SystemTime) -> String {
+    human_age(time.elapsed().unwrap_or_default())
 }
 
 /// How many entries of each type a layer has, the root apart.

@@ -1,16 +1,17 @@
 //! `iii store df`.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use iii_store::{Account, LayerUse, RefKind, Store};
+use iii_store::{Account, GcPlan, LayerId, LayerUse, Store, StoreError};
 use serde_json::json;
 
-use super::catalog::{Catalog, roots_text};
-use super::unix_seconds;
+use super::catalog::{Catalog, ref_kind_text, roots_text, unix_seconds};
 use crate::cli::args::Df;
 use crate::cli::table::{Align, Table};
 use crate::cli::{CliError, print, print_json};
-use crate::ui::{Ui, human_bytes, human_counted};
+use crate::collect::{self, Disk};
+use crate::ui::{Ui, human_bytes, human_counted, human_span};
 
 /// Layers that are shown unless all are asked for.
 const LARGEST: usize = 20;
@@ -19,12 +20,19 @@ pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;
     let catalog = Catalog::read(store, ui)?;
     warn_of_damage(&account, ui);
+    let plan = match store.plan_gc(&collect::policy(Disk::of(store)?)) {
+        Err(error @ StoreError::NothingKept { .. }) => {
+            ui.warn(error);
+            GcPlan::default()
+        }
+        plan => plan?,
+    };
     if args.json {
-        print_json(&as_json(store, &account, &catalog))?;
+        print_json(&as_json(store, &account, &catalog, &plan))?;
         return Ok(ExitCode::SUCCESS);
     }
     let tables = [
-        totals(store, &account),
+        totals(store, &account, &plan),
         by_ref(&account),
         by_layer(&account, &catalog, args.all),
     ];
@@ -40,7 +48,7 @@ pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
 }
 
 fn warn_of_damage(account: &Account, ui: &Ui) {
-    for (_, error) in &account.damaged {
+    for error in &account.unreadable {
         ui.warn(format_args!("{error}; it is left out"));
     }
     for layer in account.layers.iter().filter(|layer| layer.missing > 0) {
@@ -50,7 +58,7 @@ fn warn_of_damage(account: &Account, ui: &Ui) {
             human_counted(layer.missing, "file")
         ));
     }
-    if !account.damaged.is_empty() || account.layers.iter().any(|layer| layer.missing > 0) {
+    if !account.unreadable.is_empty() || account.layers.iter().any(|layer| layer.missing > 0) {
         ui.note("`iii store verify` says what is damaged");
     }
 }
@@ -60,22 +68,20 @@ fn as_copies(account: &Account) -> u64 {
     account.refs.iter().map(|name| name.logical).sum()
 }
 
-fn totals(store: &Store, account: &Account) -> String {
+fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
     let mut table = Table::new([("ON DISK", Align::Right), ("", Align::Left)]);
     let padding = account.padding();
     let sign = if padding < 0 { "-" } else { "" };
     let row = |bytes: u64, what: &str| [human_bytes(bytes), what.to_owned()];
     table.row(row(account.named, "contents of files that layers name"));
-    table.row(row(
-        account.unnamed,
-        "contents that no layer names: `iii store gc` frees them",
-    ));
+    table.row(row(account.in_trash, "what gc has taken out, in the trash"));
+    table.row(row(account.unnamed, "contents that no layer names"));
     table.row(row(
         account.layer_files,
         "layers: names, modes, owners, times",
     ));
     table.row(row(account.indexes, "indexes of packs"));
-    table.row(row(account.other, "refs, keys, stat caches, leases, trash"));
+    table.row(row(account.other, "refs, keys, stat caches, leases"));
     let padding = format!("{sign}{}", human_bytes(padding.unsigned_abs()));
     table.row([
         padding,
@@ -85,18 +91,24 @@ fn totals(store: &Store, account: &Account) -> String {
         account.on_disk(),
         &format!("in all, in {}", store.dir().display()),
     ));
+    table.row([String::new(), String::new()]);
     table.row(row(
         as_copies(account),
         "if every worker and image had files of its own",
     ));
+    let later = match plan.frees_later {
+        0 => String::new(),
+        bytes => format!(
+            ", and {} after {} in the trash",
+            human_bytes(bytes),
+            human_span(plan.grace)
+        ),
+    };
+    table.row(row(
+        plan.frees,
+        &format!("that `iii store gc` frees now{later}"),
+    ));
     table.text()
-}
-
-fn kind_text(kind: RefKind) -> &'static str {
-    match kind {
-        RefKind::Image => "image",
-        RefKind::Worker => "worker",
-    }
 }
 
 fn by_ref(account: &Account) -> String {
@@ -111,7 +123,7 @@ fn by_ref(account: &Account) -> String {
     refs.sort_by_key(|name| (name.kind, std::cmp::Reverse(name.unique)));
     for name in refs {
         table.row([
-            format!("{} {}", kind_text(name.kind), name.name),
+            format!("{} {}", ref_kind_text(name.kind), name.name),
             name.layers.len().to_string(),
             human_bytes(name.logical),
             human_bytes(name.unique),
@@ -152,7 +164,7 @@ fn by_layer(account: &Account, catalog: &Catalog, all: bool) -> String {
             human_bytes(layer.logical),
             human_bytes(layer.unique),
             human_bytes(layer.shared),
-            roots_text(&catalog.roots(&layer.id)),
+            roots_text(catalog.roots(&layer.id)),
         ]);
     }
     let none = String::new;
@@ -161,7 +173,13 @@ fn by_layer(account: &Account, catalog: &Catalog, all: bool) -> String {
     table.text()
 }
 
-fn as_json(store: &Store, account: &Account, catalog: &Catalog) -> serde_json::Value {
+fn as_json(
+    store: &Store,
+    account: &Account,
+    catalog: &Catalog,
+    plan: &GcPlan,
+) -> serde_json::Value {
+    let goes: BTreeSet<LayerId> = plan.layers.iter().map(|layer| layer.layer).collect();
     let areas = account.areas.iter().map(|area| {
         json!({
             "name": area.name,
@@ -172,7 +190,7 @@ fn as_json(store: &Store, account: &Account, catalog: &Catalog) -> serde_json::V
     });
     let refs = account.refs.iter().map(|name| {
         json!({
-            "kind": kind_text(name.kind),
+            "kind": ref_kind_text(name.kind),
             "name": name.name,
             "layers": name.layers,
             "logical": name.logical,
@@ -188,27 +206,32 @@ fn as_json(store: &Store, account: &Account, catalog: &Catalog) -> serde_json::V
             "logical": layer.logical,
             "unique": layer.unique,
             "shared": layer.shared,
+            "reclaimable": if goes.contains(&layer.id) { layer.unique } else { 0 },
             "missing": layer.missing,
             "used": unix_seconds(layer.used),
             "kept_by": catalog.roots(&layer.id),
         })
     });
+    let unreadable = account.unreadable.iter().map(ToString::to_string);
     json!({
         "store": store.dir().to_string_lossy(),
         "on_disk": account.on_disk(),
         "named": account.named,
+        "in_trash": account.in_trash,
         "unnamed": account.unnamed,
         "layer_files": account.layer_files,
         "indexes": account.indexes,
         "other": account.other,
         "padding": account.padding(),
         "as_copies": as_copies(account),
+        "reclaimable": plan.frees,
+        "reclaimable_later": plan.frees_later,
         "shared_by_layers": account.shared_by_layers,
         "shared_by_refs": account.shared_by_refs,
         "in_no_ref": account.in_no_ref,
         "areas": areas.collect::<Vec<_>>(),
         "refs": refs.collect::<Vec<_>>(),
         "layers": layers.collect::<Vec<_>>(),
-        "damaged": account.damaged.iter().map(|(id, _)| id).collect::<Vec<_>>(),
+        "unreadable": unreadable.collect::<Vec<_>>(),
     })
 }

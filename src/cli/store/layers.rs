@@ -2,30 +2,31 @@
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use iii_store::facts::path_text;
 use iii_store::tree::DirKind;
 use iii_store::{
-    Change, ChangeKind, Fact, KeyId, Kind, Layer, LayerId, NodeRef, Record, RefKind, Seen, Store,
+    Change, ChangeKind, Fact, KeyId, Kind, Layer, LayerId, NodeRef, Policy, Record, RefKind, Root,
+    Seen, Store,
 };
 use serde_json::{Value, json};
 
-use super::catalog::{Catalog, Counts, Root, roots_text};
-use super::{choose, resolve, unix_seconds};
+use super::catalog::{Catalog, Counts, age_text, ref_kind_text, roots_text, unix_seconds};
+use super::{choose, resolve};
 use crate::cli::args::{Diff, Inspect, List, Why};
 use crate::cli::table::{Align, Table};
 use crate::cli::{CliError, print, print_json};
 use crate::oci::Reference;
 use crate::tail::inert;
 use crate::ui::{
-    Ui, human_age, human_bytes, human_count, human_counted, human_duration, human_time,
+    Ui, human_bytes, human_count, human_counted, human_duration, human_span, human_time,
 };
 
 pub fn list(store: &Store, args: &List, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;
     let catalog = Catalog::read(store, ui)?;
-    for (_, error) in &account.damaged {
+    for error in &account.unreadable {
         ui.warn(format_args!("{error}; `iii store verify` says more"));
     }
     let mut layers: Vec<_> = account.layers.iter().collect();
@@ -61,15 +62,11 @@ pub fn list(store: &Store, args: &List, ui: &Ui) -> Result<ExitCode, CliError> {
             human_bytes(layer.logical),
             human_bytes(layer.unique),
             age_text(layer.used),
-            roots_text(&catalog.roots(&layer.id)),
+            roots_text(catalog.roots(&layer.id)),
         ]);
     }
     print(&table.text())?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn age_text(time: SystemTime) -> String {
-    human_age(time.elapsed().unwrap_or_default())
 }
 
 pub fn inspect(store: &Store, args: &Inspect, ui: &Ui) -> Result<ExitCode, CliError> {
@@ -107,10 +104,6 @@ fn inspect_refs(
     refs: &[(RefKind, &str, &[LayerId])],
     as_json: bool,
 ) -> Result<(), CliError> {
-    let kind_text = |kind: RefKind| match kind {
-        RefKind::Image => "image",
-        RefKind::Worker => "worker",
-    };
     if as_json {
         let mut found = Vec::new();
         for (kind, name, ids) in refs {
@@ -124,7 +117,7 @@ fn inspect_refs(
                     "logical": layer.logical_bytes(),
                 }));
             }
-            found.push(json!({ "kind": kind_text(*kind), "name": name, "layers": layers }));
+            found.push(json!({ "kind": ref_kind_text(*kind), "name": name, "layers": layers }));
         }
         return print_json(&json!({ "refs": found }));
     }
@@ -145,7 +138,7 @@ fn inspect_refs(
         let name = inert(name);
         print(&format!(
             "{} {name}, bottom first\n{}",
-            kind_text(*kind),
+            ref_kind_text(*kind),
             table.text()
         ))?;
     }
@@ -190,7 +183,7 @@ fn inspect_layer(
     line("tree", &layer.tree_id().to_string());
     line("kind", &catalog.kind_text(id));
     line("holds", &counts_text(&counts, layer.logical_bytes()));
-    line("kept by", &roots_text(&catalog.roots(id)));
+    line("kept by", &roots_text(catalog.roots(id)));
     for (key, record) in catalog.recipes(id) {
         recipe_lines(key, record, &mut line);
     }
@@ -466,10 +459,9 @@ pub fn why(store: &Store, args: &Why, ui: &Ui) -> Result<ExitCode, CliError> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = String::new();
-    for root in &roots {
+    for root in roots {
         let (what, name) = match root {
-            Root::Image { name } => ("image", inert(name)),
-            Root::Worker { name } => ("worker", inert(name)),
+            Root::Ref { kind, name } => (ref_kind_text(*kind), inert(name)),
             Root::Lease { purpose } => ("lease", format!("{}, running now", inert(purpose))),
             Root::Record { key } => ("recipe", key.to_string()),
         };
@@ -481,6 +473,11 @@ pub fn why(store: &Store, args: &Why, ui: &Ui) -> Result<ExitCode, CliError> {
         ui.note(format_args!(
             "nothing keeps {}: `iii store gc` frees it",
             id.short()
+        ));
+    } else if roots.iter().all(|root| matches!(root, Root::Record { .. })) {
+        ui.note(format_args!(
+            "kept for use again: `iii store gc` frees it {} after its last use, or earlier where space is short",
+            human_span(Policy::default().keep)
         ));
     }
     Ok(ExitCode::SUCCESS)

@@ -2,10 +2,10 @@
 
 mod catalog;
 mod df;
+mod gc;
 mod layers;
 
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use iii_store::{LayerId, Store};
 
@@ -25,6 +25,7 @@ pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
         args::Store::Inspect(args) => layers::inspect(&store, &args, ui),
         args::Store::Diff(args) => layers::diff(&store, &args, ui),
         args::Store::Why(args) => layers::why(&store, &args, ui),
+        args::Store::Gc(args) => gc::gc(&store, &args, ui),
     }
 }
 
@@ -51,14 +52,6 @@ fn choose(text: &str, ids: &[LayerId]) -> Result<LayerId, CliError> {
         [id] => Ok(id),
         [] => Err(CliError::NoLayer { text }),
         _ => Err(CliError::Ambiguous { text, found }),
-    }
-}
-
-/// Seconds since 1970, negative before.
-fn unix_seconds(time: SystemTime) -> i64 {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => since.as_secs() as i64,
-        Err(before) => -(before.duration().as_secs() as i64),
     }
 }
 

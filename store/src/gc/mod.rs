@@ -291,7 +291,11 @@ impl Store {
     }
 
     /// Opens a layer file wherever it is; nothing if it went.
-    fn open_layer_file(&self, id: &LayerId, path: &Path) -> Result<Option<Layer>, StoreError> {
+    pub(crate) fn open_layer_file(
+        &self,
+        id: &LayerId,
+        path: &Path,
+    ) -> Result<Option<Layer>, StoreError> {
         let file = match self.disk().open(path) {
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.at("opening", path)?,

@@ -4,9 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use iii_store::tree::{Content, Leaf, Meta, Node};
-use iii_store::{Account, Kind, LOOSE_MIN, LayerId, ObjectId, Ref, RefKind, Store};
+use iii_store::{
+    Account, Kind, LOOSE_MIN, LayerId, ObjectId, Policy, Ref, RefKind, Root, Roots, Store,
+    StoreError,
+};
 
 use crate::helpers::{add_files, files, noise, publish};
 
@@ -76,8 +80,12 @@ fn check_sums(store: &Store, account: &Account) {
     if let Some(du) = du(store.dir()) {
         assert_eq!(account.on_disk(), du);
     }
-    let lengths =
-        account.named + account.unnamed + account.layer_files + account.indexes + account.other;
+    let lengths = account.named
+        + account.in_trash
+        + account.unnamed
+        + account.layer_files
+        + account.indexes
+        + account.other;
     assert_eq!(lengths as i64 + account.padding(), account.on_disk() as i64);
     let named = account.named + account.layer_files;
     let unique: u64 = account.layers.iter().map(|layer| layer.unique).sum();
@@ -115,7 +123,7 @@ fn everything_adds_up() {
     let account = store.account().unwrap();
     check_sums(&store, &account);
     assert_eq!(account.unnamed, 0);
-    assert!(account.damaged.is_empty());
+    assert!(account.unreadable.is_empty());
     let listed: Vec<_> = account.layers.iter().map(|layer| layer.id).collect();
     assert_eq!(listed, store.layer_ids().unwrap());
     assert_eq!(listed.len(), ids.len());
@@ -204,8 +212,8 @@ fn a_damaged_store_is_counted_too() {
     let store = Store::open(dir.path()).unwrap();
     let account = store.account().unwrap();
     assert_eq!(account.on_disk(), blocks(dir.path()));
-    let [(id, _)] = &account.damaged[..] else {
-        panic!("one layer is damaged: {:?}", account.damaged);
+    let [StoreError::Layer { id, .. }] = &account.unreadable[..] else {
+        panic!("one layer is damaged: {:?}", account.unreadable);
     };
     assert_eq!(*id, cut);
     assert_eq!(account.unnamed, 2);
@@ -214,25 +222,57 @@ fn a_damaged_store_is_counted_too() {
 }
 
 #[test]
-fn says_who_holds_leases() {
+fn leases_of_the_living_are_roots() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let layer = publish(&store, &files(&[("a", "a")])).unwrap().layer_id;
-    assert_eq!(store.live_leases().unwrap(), []);
+    let roots = || Roots::read(&store).unwrap().of(&layer).to_vec();
+    assert_eq!(roots(), []);
     let lease = store.lease("dev my-worker").unwrap();
     lease.pin(&[layer]).unwrap();
     // What a process that was killed leaves.
-    std::fs::write(
-        dir.path().join("leases/dead"),
-        format!("iii-lease 1 x\nlayer {layer}\n"),
-    )
-    .unwrap();
-    let live = store.live_leases().unwrap();
-    assert_eq!(live.len(), 1);
-    assert_eq!(
-        (&*live[0].purpose, &live[0].layers[..]),
-        ("dev my-worker", &[layer][..])
-    );
+    let dead = format!("iii-lease 1 x\nlayer {layer}\n");
+    std::fs::write(dir.path().join("leases/dead"), dead).unwrap();
+    let purpose = "dev my-worker".to_owned();
+    assert_eq!(roots(), [Root::Lease { purpose }]);
     drop(lease);
-    assert_eq!(store.live_leases().unwrap(), []);
+    assert_eq!(roots(), []);
+}
+
+#[test]
+fn trash_is_counted_as_such() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let kept = publish(&store, &files(&[("a", "kept"), ("b", "both")])).unwrap();
+    set_ref(&store, RefKind::Worker, "one", &[kept.layer_id]);
+    publish(&store, &files(&[("c", "only in trash"), ("b", "both")])).unwrap();
+    let policy = |grace| Policy {
+        min_free: None,
+        max_bytes: None,
+        grace,
+        ..Policy::default()
+    };
+    let gc = |grace| {
+        let plan = store.plan_gc(&policy(grace)).unwrap();
+        store.gc(&plan, &|_| {}).unwrap()
+    };
+    gc(Duration::from_secs(600));
+    let account = store.account().unwrap();
+    check_sums(&store, &account);
+    assert_eq!(account.layers.len(), 1);
+    assert_eq!(account.unnamed, 0);
+    let trash = account
+        .areas
+        .iter()
+        .find(|area| area.name == "trash")
+        .unwrap();
+    assert_eq!(account.in_trash, trash.bytes + "only in trash".len() as u64);
+    // To count is no use: what is in the trash stays there.
+    assert_eq!(store.layer_ids().unwrap(), [kept.layer_id]);
+
+    gc(Duration::ZERO);
+    let account = store.account().unwrap();
+    check_sums(&store, &account);
+    assert_eq!((account.in_trash, account.unnamed), (0, 0));
+    assert_eq!(account.named, 8);
 }

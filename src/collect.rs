@@ -1,0 +1,95 @@
+//! Keeping the store from filling up the disk: the limits that hold without a word, and the collection after a build.
+
+use std::io;
+
+use iii_store::{GcReport, Policy, Store, StoreError};
+
+/// The part of the disk that is to stay free: one in so many bytes.
+pub const MIN_FREE_PART: u64 = 10;
+/// Most bytes that are to stay free without a word. A tenth of a large disk is more than anybody misses, and would drop, on one
+/// that is well filled with other things, every layer that no worker is using at the moment.
+pub const MAX_MIN_FREE: u64 = 5_000_000_000;
+
+/// Free bytes and all bytes of the filesystem that holds the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disk {
+    /// What an ordinary user can still write.
+    pub free: u64,
+    /// What there is.
+    pub total: u64,
+}
+
+impl Disk {
+    /// Of the filesystem that holds the store.
+    pub fn of(store: &Store) -> Result<Self, StoreError> {
+        let stat = rustix::fs::statvfs(store.dir()).map_err(|source| StoreError::Io {
+            op: "asking for the free space of",
+            path: store.dir().to_owned(),
+            source: io::Error::from(source),
+        })?;
+        Ok(Self {
+            free: stat.f_bavail.saturating_mul(stat.f_frsize),
+            total: stat.f_blocks.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    /// What is to stay free without a word.
+    pub fn min_free(self) -> u64 {
+        (self.total / MIN_FREE_PART).min(MAX_MIN_FREE)
+    }
+}
+
+/// The limits that hold without a word.
+pub fn policy(disk: Disk) -> Policy {
+    Policy {
+        min_free: Some(disk.min_free()),
+        ..Policy::default()
+    }
+}
+
+/// Collects if the store or the disk is fuller than it should be. Waits for nobody: a collection that runs already does as
+/// well. Nothing where there was nothing to do.
+pub fn after_build(store: &Store) -> Result<Option<GcReport>, StoreError> {
+    let disk = Disk::of(store)?;
+    let policy = policy(disk);
+    let is_large = || -> Result<bool, StoreError> {
+        match policy.max_bytes {
+            Some(max) => Ok(store.bytes_on_disk()? > max),
+            None => Ok(false),
+        }
+    };
+    if policy.min_free.is_none_or(|min| disk.free >= min) && !is_large()? {
+        return Ok(None);
+    }
+    let plan = store.plan_gc(&policy)?;
+    store.try_gc(&plan, &|_| {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenth_stays_free_and_not_more_than_is_of_use() {
+        for (total, expected) in [
+            (0, 0),
+            (20_000_000_000, 2_000_000_000),
+            (50_000_000_000, 5_000_000_000),
+            (2_000_000_000_000, 5_000_000_000),
+        ] {
+            let disk = Disk { free: 0, total };
+            assert_eq!(disk.min_free(), expected);
+            assert_eq!(policy(disk).min_free, Some(expected));
+        }
+    }
+
+    #[test]
+    fn the_disk_of_a_store_has_room() {
+        let Ok(dir) = tempfile::tempdir() else {
+            panic!("a temporary directory");
+        };
+        let store = Store::open(dir.path()).unwrap_or_else(|error| panic!("{error}"));
+        let disk = Disk::of(&store).unwrap_or_else(|error| panic!("{error}"));
+        assert!(disk.free <= disk.total && disk.total > 0);
+    }
+}
