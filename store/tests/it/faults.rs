@@ -2,6 +2,7 @@
 //! done again succeeds.
 
 use std::error::Error;
+use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -11,9 +12,9 @@ use iii_store::disk::Disk;
 use iii_store::{Store, StoreError};
 use rustix::io::Errno;
 
-use crate::helpers::{Files, NoSync, publish};
+use crate::helpers::{Files, NoSync, copy, publish};
 use crate::seam::{Call, Hook, Hooked};
-use crate::workload::{Promised, causes, check, project, scratch, work};
+use crate::workload::{Promised, Work, causes, check, project, scratch};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
@@ -116,17 +117,26 @@ fn is_known(err: &(dyn Error + 'static)) -> bool {
 }
 
 /// One after the other, every call of the work meets with this.
-fn befall_every_call(fault: Fault) {
+fn befall(fault: Fault, work: Work) {
     let project = project();
+    let template = scratch();
+    let before = template.path().join("store");
+    fs::create_dir(&before).unwrap();
+    let plain: Arc<dyn Disk> = Arc::new(NoSync);
+    let before = work.prepare(&before, &plain).unwrap();
     for at in 0.. {
         let dir = scratch();
         let dir = dir.path().join("home/store");
-        let disk = Arc::new(Hooked(Failing::new(fault, at)));
-        let promised = Mutex::new(Promised::default());
+        if let Work::Collect = work {
+            copy(&template.path().join("store"), &dir);
+        }
+        let failing = Arc::new(Hooked(Failing::new(fault, at)));
+        let disk: Arc<dyn Disk> = failing.clone();
+        let promised = Mutex::new(before.clone());
         let tell = |now: &Promised| *promised.lock().unwrap() = now.clone();
-        let result = work(&dir, project.path(), disk.clone(), &tell);
+        let result = work.run(&dir, project.path(), &disk, &before, &tell);
         let promised = promised.into_inner().unwrap();
-        let failed = disk.0.failed.lock().unwrap().take();
+        let failed = failing.0.failed.lock().unwrap().take();
         let Some(failed) = failed else {
             result.unwrap();
             let least = match fault {
@@ -146,7 +156,7 @@ fn befall_every_call(fault: Fault) {
                 );
             }
             // Whoever comes next finds a store that is whole, cleans up, and does the work.
-            check(&dir, project.path(), &promised);
+            check(work, &dir, project.path(), &promised);
         }));
         if let Err(panic) = looked {
             let result = result.map_err(|err| causes(err.as_ref()));
@@ -158,27 +168,52 @@ fn befall_every_call(fault: Fault) {
 
 #[test]
 fn every_call_fails_once() {
-    befall_every_call(Fault::Io);
+    befall(Fault::Io, Work::Store);
+}
+
+#[test]
+fn every_call_fails_once_of_a_collection() {
+    befall(Fault::Io, Work::Collect);
 }
 
 #[test]
 fn every_call_that_writes_finds_no_room() {
-    befall_every_call(Fault::NoSpace);
+    befall(Fault::NoSpace, Work::Store);
+}
+
+#[test]
+fn every_call_that_writes_finds_no_room_of_a_collection() {
+    befall(Fault::NoSpace, Work::Collect);
 }
 
 #[test]
 fn every_write_is_cut_short() {
-    befall_every_call(Fault::ShortWrite);
+    befall(Fault::ShortWrite, Work::Store);
+}
+
+#[test]
+fn every_write_is_cut_short_of_a_collection() {
+    befall(Fault::ShortWrite, Work::Collect);
 }
 
 #[test]
 fn every_read_gives_less_than_was_asked_for() {
-    befall_every_call(Fault::ShortRead);
+    befall(Fault::ShortRead, Work::Store);
+}
+
+#[test]
+fn every_read_gives_less_than_was_asked_for_of_a_collection() {
+    befall(Fault::ShortRead, Work::Collect);
 }
 
 #[test]
 fn every_call_is_the_last() {
-    befall_every_call(Fault::Death);
+    befall(Fault::Death, Work::Store);
+}
+
+#[test]
+fn every_call_is_the_last_of_a_collection() {
+    befall(Fault::Death, Work::Collect);
 }
 
 /// Of these calls, one fails in the middle: everything after it is refused.

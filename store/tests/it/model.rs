@@ -16,7 +16,7 @@ use iii_store::{GcPlan, KeyId, LOOSE_MIN, LayerId, Record, Ref, RefKind, Store, 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise, publish, read_back};
+use crate::helpers::{Files, NoSync, add_files, check_whole, copy, noise, publish, read_back};
 use crate::kills::{assert_nothing_leaked, greedy};
 use crate::seam::{Call, Hook, Hooked};
 use crate::workload::{Random, causes, scratch};
@@ -378,21 +378,6 @@ fn plan_and_collect(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), S
 fn sweep(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     store.sweep_dead_leases().map(drop)
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for name in names(from) {
-        let (from, to) = (from.join(&name), to.join(&name));
-        let meta = fs::metadata(&from).unwrap();
-        if meta.is_dir() {
-            copy(&from, &to);
-        } else if meta.len() > 4096 {
-            fs::hard_link(&from, &to).unwrap();
-        } else {
-            fs::copy(&from, &to).unwrap();
-        }
-    }
 }
 
 /// Actors on one store.

@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use blake3::Hash;
+use iii_store::disk::Disk;
 
-use crate::helpers::noise;
+use crate::helpers::{LINKED, noise};
 use crate::seam::{Call, Hook, Hooked, all_of};
-use crate::workload::{Promised, Random, Worker, check, project, scratch, work};
+use crate::workload::{Promised, Random, Work, Worker, check, project, scratch};
 
 /// A file or a directory, whatever its names.
 type Node = usize;
@@ -331,10 +332,6 @@ struct Image {
     files: Vec<(PathBuf, Arc<[u8]>)>,
 }
 
-/// Files that are longer than this are one file wherever they have the same contents: no store writes to a file that is
-/// there. Shorter ones may be locked.
-const LINKED: usize = 4096;
-
 /// Makes images.
 struct Maker {
     dir: tempfile::TempDir,
@@ -377,7 +374,7 @@ impl Maker {
         }
         for ((path, bytes), hash) in image.files.iter().zip(hashes) {
             let to = made.path().join(path);
-            if bytes.len() <= LINKED {
+            if bytes.len() as u64 <= LINKED {
                 fs::write(&to, bytes).unwrap();
                 continue;
             }
@@ -468,39 +465,44 @@ fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &P
     images
 }
 
-fn cut_all_of_it(random: u64, seed: u64) {
+fn cut_all_of(work: Work, random: u64, seed: u64) {
     let (root, project) = (scratch(), project());
     let recorder = Recorder::new(root.path());
-    let disk = Arc::new(Hooked(recorder.clone()));
+    let disk: Arc<dyn Disk> = Arc::new(Hooked(recorder.clone()));
     let dir = root.path().join("home/store");
-    work(&dir, project.path(), disk, &|promised| {
-        recorder.promise(promised);
-    })
-    .unwrap();
+    let before = work.prepare(&dir, &disk).unwrap();
+    let from = recorder.ops().len();
+    let tell = |promised: &Promised| recorder.promise(promised);
+    work.run(&dir, project.path(), &disk, &before, &tell)
+        .unwrap();
     let ops = recorder.ops();
-    assert!(
-        ops.len() > 100,
-        "{} calls are fewer than there are",
-        ops.len()
-    );
-    let images = cut(&ops, 0, random, seed, &|dir, promised| {
-        check(&dir.join("home/store"), project.path(), promised);
+    let calls = ops.len() - from;
+    assert!(calls > 100, "{calls} calls are fewer than there are");
+    let images = cut(&ops, from, random, seed, &|dir, promised| {
+        check(work, &dir.join("home/store"), project.path(), promised);
     });
-    eprintln!("{} calls, {images} images", ops.len());
+    eprintln!("{calls} calls, {images} images");
 }
 
 #[test]
-fn the_power_is_cut_after_every_call() {
-    cut_all_of_it(4, 1);
+fn the_power_is_cut_while_a_store_is_filled() {
+    cut_all_of(Work::Store, 3, 1);
+}
+
+#[test]
+fn the_power_is_cut_while_garbage_is_collected() {
+    cut_all_of(Work::Collect, 3, 1);
 }
 
 /// With another seed each time; a failure says which it was.
 #[test]
 #[ignore = "takes minutes"]
-fn the_power_is_cut_after_every_call_in_many_ways() {
+fn the_power_is_cut_in_many_ways() {
     let now = std::time::SystemTime::now();
     let seed = now.duration_since(std::time::UNIX_EPOCH).unwrap();
-    cut_all_of_it(200, seed.as_millis() as u64);
+    for work in [Work::Store, Work::Collect] {
+        cut_all_of(work, 100, seed.as_millis() as u64);
+    }
 }
 
 /// Somebody else stores the same, and names it, while the first is at any point of it. The power is cut when the second is
@@ -531,7 +533,7 @@ fn the_power_is_cut_while_another_has_not_synced_what_was_reused() {
             break;
         };
         cut(ops, ops.len() - 1, 2, at as u64, &|dir, promised| {
-            check(dir, project.path(), promised);
+            check(Work::Store, dir, project.path(), promised);
         });
     }
 }

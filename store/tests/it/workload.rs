@@ -5,13 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use iii_store::disk::Disk;
 use iii_store::snapshot::{Options, snapshot};
-use iii_store::{Fact, KeyId, LOOSE_MIN, LayerId, Published, Record, Ref, RefKind, Seen, Store};
+use iii_store::{
+    Fact, KeyId, LOOSE_MIN, LayerId, Policy, Published, Record, Ref, RefKind, Seen, Store,
+};
 use tempfile::TempDir;
 
 use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise};
+use crate::kills::{assert_nothing_leaked, greedy};
 
 /// What a store must hold, whatever happens from now on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -72,6 +76,40 @@ impl<'a> Worker<'a> {
             promised: Promised::default(),
             tell,
         })
+    }
+
+    /// Nobody promises any more what only this keeps, nor, if they may go, what only records keep.
+    fn collect(&mut self, policy: &Policy) -> Outcome<()> {
+        let kept = |records: bool| -> BTreeSet<LayerId> {
+            let refs = self.promised.refs.values().flatten().flatten().copied();
+            let of_records = self.promised.records.values().flatten().flatten().copied();
+            refs.chain(of_records.filter(|_| records)).collect()
+        };
+        let drops = policy.max_bytes.is_some();
+        let kept = kept(!drops);
+        self.promised.layers.retain(|layer| kept.contains(layer));
+        let records = self.promised.records.clone();
+        if drops {
+            for either in self.promised.records.values_mut() {
+                let rooted = |list: &Vec<LayerId>| {
+                    let rooted = list.iter().filter(|layer| kept.contains(layer));
+                    rooted.copied().collect()
+                };
+                let left: Vec<Vec<LayerId>> = either.iter().map(rooted).collect();
+                either.extend(left);
+            }
+        }
+        self.tell();
+        let plan = self.store.plan_gc(policy)?;
+        self.store.gc(&plan, &|_| ())?;
+        if drops {
+            for (key, either) in records {
+                let left = self.promised.records.entry(key).or_default();
+                left.drain(..either.len());
+            }
+        }
+        self.tell();
+        Ok(())
     }
 
     fn tell(&self) {
@@ -169,47 +207,127 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Something of everything that writes. Returns the number of layers that there are then.
-pub fn work(
-    dir: &Path,
-    project: &Path,
-    disk: Arc<dyn Disk>,
-    tell: &dyn Fn(&Promised),
-) -> Outcome<usize> {
-    let mut worker = Worker::open(dir, disk, tell)?;
-    let first = worker.publish(contents())?;
-    worker.set_ref(RefKind::Image, "image", first.layer_id)?;
-    worker.put_record(&first)?;
-    // Most of it is there already.
-    let mut files = contents().clone();
-    files.insert(b"new".to_vec(), b"new".to_vec());
-    let second = worker.publish(&files)?;
-    worker.set_ref(RefKind::Worker, "worker", first.layer_id)?;
-    worker.set_ref(RefKind::Worker, "worker", second.layer_id)?;
-    worker.put_record(&second)?;
-    let taken = worker.snapshot(project)?;
-    worker.set_ref(RefKind::Worker, "gone", taken.layer_id)?;
-    worker.snapshot(project)?;
-    worker.remove_ref(RefKind::Worker, "gone")?;
-    worker.die()?;
-    worker.store.sweep_dead_leases()?;
-    Ok(3)
+/// What is done to a store.
+#[derive(Debug, Clone, Copy)]
+pub enum Work {
+    /// A store is made, and layers, refs, records and snapshots are put there.
+    Store,
+    /// Garbage is collected from one that has some.
+    Collect,
 }
 
-/// That the store in `dir` opens, holds what was promised, is whole, and that the same work succeeds there.
-pub fn check(dir: &Path, project: &Path, promised: &Promised) {
+/// Nothing goes but layers that nobody names, and those into the trash.
+const GENTLE: Policy = Policy {
+    keep: Duration::from_secs(86_400),
+    max_bytes: None,
+    min_free: None,
+    grace: Duration::from_secs(3600),
+};
+
+impl Work {
+    /// Has somebody do what must have been done before. Returns what is promised then.
+    pub fn prepare(self, dir: &Path, disk: &Arc<dyn Disk>) -> Outcome<Promised> {
+        let Self::Collect = self else {
+            return Ok(Promised::default());
+        };
+        let mut worker = Worker::open(dir, Arc::clone(disk), &|_| ())?;
+        // A pack of which little is needed, and an object that is a file of its own.
+        let mut mostly = contents().clone();
+        for number in 10..20 {
+            mostly.insert(vec![b'a' + number], noise(2000, number.into()));
+        }
+        worker.publish(&mostly)?;
+        let kept = Files::from([(b"kept".to_vec(), noise(2000, 10))]);
+        let kept = worker.publish(&kept)?;
+        worker.set_ref(RefKind::Worker, "kept", kept.layer_id)?;
+        worker.put_record(&kept)?;
+        let recorded = Files::from([(b"recorded".to_vec(), noise(500, 30))]);
+        let recorded = worker.publish(&recorded)?;
+        worker.put_record(&recorded)?;
+        Ok(worker.promised)
+    }
+
+    /// Does something of everything.
+    pub fn run(
+        self,
+        dir: &Path,
+        project: &Path,
+        disk: &Arc<dyn Disk>,
+        promised: &Promised,
+        tell: &dyn Fn(&Promised),
+    ) -> Outcome<()> {
+        let mut worker = Worker::open(dir, Arc::clone(disk), tell)?;
+        worker.promised = promised.clone();
+        worker.tell();
+        match self {
+            Self::Store => worker.store(project),
+            Self::Collect => worker.collect_all(),
+        }
+    }
+}
+
+impl Worker<'_> {
+    fn store(&mut self, project: &Path) -> Outcome<()> {
+        let first = self.publish(contents())?;
+        self.set_ref(RefKind::Image, "image", first.layer_id)?;
+        self.put_record(&first)?;
+        // Most of it is there already.
+        let mut files = contents().clone();
+        files.insert(b"new".to_vec(), b"new".to_vec());
+        let second = self.publish(&files)?;
+        self.set_ref(RefKind::Worker, "worker", first.layer_id)?;
+        self.set_ref(RefKind::Worker, "worker", second.layer_id)?;
+        self.put_record(&second)?;
+        let taken = self.snapshot(project)?;
+        self.set_ref(RefKind::Worker, "gone", taken.layer_id)?;
+        self.snapshot(project)?;
+        self.remove_ref(RefKind::Worker, "gone")?;
+        self.die()?;
+        self.store.sweep_dead_leases()?;
+        Ok(())
+    }
+
+    fn collect_all(&mut self) -> Outcome<()> {
+        // Into the trash, and back out of it.
+        self.collect(&GENTLE)?;
+        let again = self.publish(contents())?;
+        self.set_ref(RefKind::Worker, "again", again.layer_id)?;
+        self.collect(&GENTLE)?;
+        self.remove_ref(RefKind::Worker, "again")?;
+        self.collect(&GENTLE)?;
+        // Records, packs and all.
+        self.collect(&greedy())?;
+        let again = self.publish(contents())?;
+        self.set_ref(RefKind::Worker, "again", again.layer_id)?;
+        self.collect(&greedy())
+    }
+}
+
+/// That the store in `dir` opens, holds what was promised, is whole, and that the same work succeeds there; and that what nobody
+/// needs can be freed, before and after.
+pub fn check(work: Work, dir: &Path, project: &Path, promised: &Promised) {
     check_promised(dir, promised);
-    let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(NoSync);
+    let store = Store::open_on(dir, Arc::clone(&disk)).unwrap();
     store.sweep_dead_leases().unwrap();
     for name in ["tmp", "leases", "locks"] {
         let left = names(&dir.join(name));
         assert!(left.is_empty(), "{name} holds {left:?}");
     }
-    let layers = match work(dir, project, Arc::new(NoSync), &|_| ()) {
-        Ok(layers) => layers,
-        Err(err) => panic!("the same work fails then: {}", causes(&*err)),
-    };
-    assert_eq!(check_whole(dir), layers);
+    assert_nothing_leaked(&store);
+    for either in promised.refs.values() {
+        assert!(
+            either
+                .iter()
+                .any(|layer| layer.is_none_or(|layer| store.layer(&layer).is_ok()))
+        );
+    }
+    let before = work.prepare(dir, &disk).unwrap_or_default();
+    if let Err(err) = work.run(dir, project, &disk, &before, &|_| ()) {
+        panic!("the same work fails then: {}", causes(&*err));
+    }
+    check_whole(dir);
+    assert_nothing_leaked(&store);
 }
 
 fn check_promised(dir: &Path, promised: &Promised) {
