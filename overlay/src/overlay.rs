@@ -38,45 +38,8 @@ impl Objects for Store {
 
     fn copy_to(&self, object: &ObjectId, len: u64, to: &std::fs::File) -> io::Result<()> {
         let blob = self.object(object).map_err(io::Error::other)?;
-        let (mut from, mut at) = (blob.offset(), 0);
-        while at < len {
-            let left = usize::try_from(len - at).unwrap_or(usize::MAX);
-            match rustix::fs::copy_file_range(blob.file(), Some(&mut from), to, Some(&mut at), left)
-            {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
-                // Another filesystem, or one that cannot.
-                Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
-                    return copy_by_reading(&|buf, off| blob.read_at(buf, off), at, len, to);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        blob.copy_to(len, to)
     }
-}
-
-/// Copies the bytes from `at` to `len` of what `read` reads to the same place in `to`.
-pub(crate) fn copy_by_reading(
-    read: &dyn Fn(&mut [u8], u64) -> io::Result<usize>,
-    mut at: u64,
-    len: u64,
-    to: &std::fs::File,
-) -> io::Result<()> {
-    use std::os::unix::fs::FileExt;
-    let mut buf = vec![0; 1 << 17];
-    while at < len {
-        let want = buf
-            .len()
-            .min(usize::try_from(len - at).unwrap_or(usize::MAX));
-        let got = read(&mut buf[..want], at)?;
-        if got == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        to.write_all_at(&buf[..got], at)?;
-        at += got as u64;
-    }
-    Ok(())
 }
 
 /// Layers and an upper as one filesystem. See the crate's documentation for what holds.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
@@ -25,6 +26,8 @@ pub(crate) struct Census {
     loose: HashMap<ObjectId, usize>,
     /// In the order of their slots.
     loose_files: Vec<(ObjectId, u64)>,
+    /// Outboards whose object is not there.
+    pub(crate) lone_outboards: Vec<ObjectId>,
     /// Indexes whose pack is not there, of which a power cut left no more: they name nothing.
     pub(crate) strays: Vec<PackId>,
     /// Indexes that do not hold, or not for their pack: what they named is not counted.
@@ -69,12 +72,16 @@ impl Census {
                     path: pack,
                     what: "it is not as long as its index says",
                 }),
-                Ok(index) => found.push(Pack { id, index }),
+                Ok(index) => found.push(Arc::new(Pack::new(id, index, pack))),
             }
         }
         found.sort_by_key(|pack| pack.id);
         let mut files = Vec::new();
+        let mut outboards = Vec::new();
         for name in names(disk, loose)? {
+            if let Some(id) = name.strip_suffix(".cv") {
+                outboards.extend(id.parse::<ObjectId>());
+            }
             let Ok(id) = name.parse::<ObjectId>() else {
                 continue;
             };
@@ -85,15 +92,17 @@ impl Census {
             }
         }
         files.sort_unstable();
+        outboards.retain(|id| files.binary_search_by_key(id, |(id, _)| *id).is_err());
         Ok(Self {
             strays,
             damaged,
+            lone_outboards: outboards,
             ..Self::of(found, files)
         })
     }
 
     /// The census of these packs and loose objects.
-    fn of(packs: Vec<Pack>, loose_files: Vec<(ObjectId, u64)>) -> Self {
+    fn of(packs: Vec<Arc<Pack>>, loose_files: Vec<(ObjectId, u64)>) -> Self {
         let mut set = PackSet::default();
         set.add(packs);
         let mut total = 0;
@@ -111,6 +120,7 @@ impl Census {
             loose_files,
             strays: Vec::new(),
             damaged: Vec::new(),
+            lone_outboards: Vec::new(),
         }
     }
 
@@ -126,7 +136,7 @@ impl Census {
     }
 
     /// The packs, each with the slot of its first object.
-    pub(crate) fn packs(&self) -> impl Iterator<Item = (&Pack, usize)> {
+    pub(crate) fn packs(&self) -> impl Iterator<Item = (&Arc<Pack>, usize)> {
         self.set.packs().iter().zip(self.first.iter().copied())
     }
 

@@ -50,6 +50,12 @@ pub enum StoreError {
         /// Its incompat features that are unknown here.
         incompat: Vec<String>,
     },
+    /// The store is of an earlier layout.
+    #[error(
+        "the store at {} was made by an earlier iii; bring it up to date with `iii store migrate`, which keeps all of it",
+        .0.display()
+    )]
+    Outdated(PathBuf),
     /// The store can be read but not written.
     #[error("the store at {} is read-only here: {why}", path.display())]
     ReadOnly {

@@ -20,6 +20,7 @@ use crate::id::{LayerId, ObjectId, PackId, TreeId};
 use crate::layer;
 use crate::lease::Lease;
 use crate::objects::{LOOSE_MIN, lock};
+use crate::outboard::OutboardHasher;
 use crate::pack_writer::{FinishedPack, PackWriter};
 use crate::store::Store;
 use crate::syncer::Syncer;
@@ -56,8 +57,15 @@ pub struct Published {
     pub existed: bool,
 }
 
-/// Large objects under their temporary names. Their files were given to the syncer.
-type Loose = HashMap<ObjectId, (u64, TmpName)>;
+/// A large object and its outboard under their temporary names. Their files were given to the syncer.
+#[derive(Debug)]
+struct Large {
+    size: u64,
+    object: TmpName,
+    outboard: TmpName,
+}
+
+type Loose = HashMap<ObjectId, Large>;
 
 /// Takes in the objects of one layer, from any number of threads, and then the layer. Dropping it without
 /// [`Ingest::finish`] leaves nothing. After a failure to write, every further call is [`StoreError::Poisoned`]; a failure
@@ -245,7 +253,7 @@ impl<'a> Ingest<'a> {
                 self.no_reflink.store(true, Ordering::Relaxed);
                 return Ok(None);
             }
-            let mut hasher = blake3::Hasher::new();
+            let mut hasher = OutboardHasher::default();
             let mut size = 0;
             with_buffer(|buffer| -> Result<(), StoreError> {
                 loop {
@@ -261,8 +269,7 @@ impl<'a> Ingest<'a> {
             if size < LOOSE_MIN {
                 return Ok(None);
             }
-            let object = hasher.finalize().into();
-            self.keep_loose(object, size, tmp).map(Some)
+            self.keep_loose(hasher, size, tmp).map(Some)
         })
     }
 
@@ -270,7 +277,7 @@ impl<'a> Ingest<'a> {
     fn add_large(&self, head: &[u8], reader: &mut dyn Read) -> Result<Added, StoreError> {
         self.guard(|| {
             let tmp = self.lease.tmp()?;
-            let mut hasher = blake3::Hasher::new();
+            let mut hasher = OutboardHasher::default();
             hasher.update(head);
             tmp.write(head, 0)?;
             let mut size = head.len() as u64;
@@ -284,11 +291,17 @@ impl<'a> Ingest<'a> {
                 tmp.write(&piece[..count], size)?;
                 size += count as u64;
             }
-            self.keep_loose(hasher.finalize().into(), size, tmp)
+            self.keep_loose(hasher, size, tmp)
         })
     }
 
-    fn keep_loose(&self, object: ObjectId, size: u64, tmp: TmpFile) -> Result<Added, StoreError> {
+    fn keep_loose(
+        &self,
+        hasher: OutboardHasher,
+        size: u64,
+        tmp: TmpFile,
+    ) -> Result<Added, StoreError> {
+        let (object, outboard) = hasher.finish();
         let known = Added {
             object,
             size,
@@ -297,13 +310,21 @@ impl<'a> Ingest<'a> {
         if self.store.objects().has_loose(&object, Some(size)) {
             return Ok(known);
         }
-        let path = tmp.path().to_owned();
-        let TmpFile { name, file } = tmp;
+        let beside = self.lease.tmp()?;
+        beside.write(&outboard.encode(), 0)?;
+        let files = [&tmp, &beside].map(|tmp| (Arc::clone(&tmp.file), tmp.path().to_owned()));
+        let large = Large {
+            size,
+            object: tmp.name,
+            outboard: beside.name,
+        };
         match lock(&self.loose).entry(object) {
             Entry::Occupied(_) => return Ok(known),
-            Entry::Vacant(slot) => slot.insert((size, name)),
+            Entry::Vacant(slot) => slot.insert(large),
         };
-        self.sync_soon(file, path)?;
+        for (file, path) in files {
+            self.sync_soon(file, path)?;
+        }
         Ok(Added { new: true, ..known })
     }
 
@@ -347,7 +368,7 @@ impl<'a> Ingest<'a> {
         let existed = self.store.has_layer(&id) && self.store.layer(&id).is_ok();
         let packed = pack.iter().flat_map(|pack| &pack.objects);
         let sizes = packed.map(|(_, place)| place.len);
-        let sizes = sizes.chain(loose.values().map(|(size, _)| *size));
+        let sizes = sizes.chain(loose.values().map(|large| large.size));
         let published = Published {
             layer_id: id,
             tree_id: plan.tree_id,
@@ -409,8 +430,10 @@ impl<'a> Ingest<'a> {
         );
         waited.and(synced)?;
 
-        for (id, (_, name)) in loose {
-            name.publish(&self.store.objects().loose_path(id))?;
+        for (id, large) in loose {
+            let objects = self.store.objects();
+            large.outboard.publish(&objects.outboard_path(id))?;
+            large.object.publish(&objects.loose_path(id))?;
         }
         if let (Some(pack), Some((id, index))) = (pack, &index) {
             // A pack is there when its index is.

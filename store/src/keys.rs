@@ -37,12 +37,21 @@ struct KeyFile {
 }
 
 impl Store {
-    fn key_path(&self, key: &KeyId) -> PathBuf {
+    pub(crate) fn key_path(&self, key: &KeyId) -> PathBuf {
         self.dir().join("keys").join(key.to_string())
     }
 
-    /// The records of a key, newest first. Their layers may be gone: pin, then look.
+    /// The records of a key, newest first. Their layers may be gone: pin, then look. A file that is damaged holds none:
+    /// what it said can be built anew, and [`Store::verify`] tells of it.
     pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
+        match self.checked_records(key) {
+            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Ok(Vec::new()),
+            other => other,
+        }
+    }
+
+    /// As [`Store::records`], but a damaged file is an error.
+    pub(crate) fn checked_records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
         let file: Option<KeyFile> =
             read_json(self.disk().as_ref(), &self.key_path(key), MAX_KEY_FILE)?;
         Ok(file.unwrap_or_default().records)
@@ -55,11 +64,7 @@ impl Store {
         self.require_layer(&record.layer_id)?;
         let lock = self.dir().join("locks").join(format!("{key}.key"));
         let _lock = FileLock::acquire(self.disk(), &lock, &|| {})?;
-        // A damaged file would keep the key from ever being built again; what it said can be built anew.
-        let mut records = match self.records(key) {
-            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Vec::new(),
-            other => other?,
-        };
+        let mut records = self.records(key)?;
         records.retain(|old| old.facts != record.facts);
         records.insert(0, record);
         records.truncate(MAX_RECORDS);

@@ -5,9 +5,10 @@
 //! # On disk
 //!
 //! ```text
-//! format                   JSON: version; compat, ro_compat, incompat: names of features
+//! format                   JSON: version; compat, ro_compat, incompat: names of features (`sealed`: see `seal`)
 //! packs/<pack>.pack .idx   objects below 1 MiB that one ingest brought, and where each is: `pack`
 //! loose/<object>           an object of 1 MiB or more
+//! loose/<object>.cv        its outboard, by which a part of it can be checked: `outboard`
 //! layers/<layer>           a tree with its mtimes, read in place: `layer`
 //! keys/<key>               JSON: recipe -> at most 8 of (facts, layer, provenance): `keys`
 //! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
@@ -20,7 +21,7 @@
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! ```
 //!
-//! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
+//! JSON files are sealed: `seal`. Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
 //! filesystem indexes well; so publishing syncs one directory of each kind, and one mtime tells of new packs.
 //! Everything under `packs`, `loose` and `layers` is immutable: written once, durable before it has its name, and then
 //! only ever removed. The rest is replaced as a whole by a rename.
@@ -50,6 +51,7 @@
 //! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
 pub mod account;
+mod blob;
 mod census;
 pub mod diff;
 pub mod disk;
@@ -64,11 +66,13 @@ mod lease;
 mod lock;
 mod map;
 mod objects;
+mod outboard;
 pub mod pack;
 mod pack_writer;
 mod pieces;
 mod refs;
 mod roots;
+pub mod seal;
 pub mod snapshot;
 pub mod stat_cache;
 pub mod store;
@@ -77,6 +81,7 @@ mod trash;
 pub mod tree;
 
 pub use account::{Account, Area, LayerUse, RefUse};
+pub use blob::Blob;
 pub use diff::{Change, ChangeKind, diff};
 pub use error::StoreError;
 pub use facts::{Fact, Seen};
@@ -86,7 +91,7 @@ pub use ingest::{Added, Ingest, Published};
 pub use keys::{MAX_RECORDS, Record};
 pub use layer::{Kind, Layer, NodeRef};
 pub use lease::Lease;
-pub use objects::{Blob, LOOSE_MIN};
+pub use objects::LOOSE_MIN;
 pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
 pub use roots::{Root, Roots};
 pub use store::{Flight, Store};

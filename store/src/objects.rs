@@ -2,20 +2,22 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::hash::Hash;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use crate::blob::{Bits, Blob, LooseFile};
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
-use crate::pack::{Index, PackError, Place};
+use crate::pack::{Index, PackError};
 use crate::trash::Places;
 
-/// Files of the store that are held open for reading.
-const MAX_OPEN_FILES: usize = 128;
+/// Files of the store that are held open for reading, of packs and of loose objects each.
+const MAX_OPEN_FILES: usize = 64;
 /// How often a layer or an object is looked for in its place and then in the trash. While somebody looks, a collection may have
 /// it in the one, then in the other, then in another pack.
 pub(crate) const LOOKS: u32 = 3;
@@ -30,82 +32,31 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An object's bytes: a range of a file that stays readable as long as this lives.
-#[derive(Debug, Clone)]
-pub struct Blob {
-    file: Arc<File>,
-    offset: u64,
-    len: u64,
-}
-
-impl Blob {
-    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end. A pack or an
-    /// object that was cut short is an error, never a shorter object.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let left = self.len.saturating_sub(offset);
-        let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        if want == 0 {
-            return Ok(0);
-        }
-        match self.file.read_at(&mut buf[..want], self.offset + offset)? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            count => Ok(count),
-        }
-    }
-
-    /// All of it, if it is at most `limit` bytes long.
-    pub fn read_all(&self, limit: u64) -> io::Result<Vec<u8>> {
-        if self.len > limit {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        let mut bytes = vec![0; self.len as usize];
-        self.file.read_exact_at(&mut bytes, self.offset)?;
-        Ok(bytes)
-    }
-
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The file it stands in: a pack or its own. Opened for reading.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// Where it begins in [`Blob::file`].
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum FileKey {
-    Pack(PackId),
-    Loose(ObjectId),
-}
-
 /// The most recently used files, open.
-#[derive(Debug, Default)]
-struct OpenFiles {
-    files: HashMap<FileKey, (Arc<File>, u64)>,
+#[derive(Debug)]
+struct OpenFiles<K, F> {
+    files: HashMap<K, (Arc<F>, u64)>,
     clock: u64,
 }
 
-impl OpenFiles {
-    fn get(&mut self, key: FileKey) -> Option<Arc<File>> {
+impl<K, F> Default for OpenFiles<K, F> {
+    fn default() -> Self {
+        Self {
+            files: HashMap::new(),
+            clock: 0,
+        }
+    }
+}
+
+impl<K: Copy + Eq + Hash, F> OpenFiles<K, F> {
+    fn get(&mut self, key: &K) -> Option<Arc<F>> {
         self.clock += 1;
-        let (file, used) = self.files.get_mut(&key)?;
+        let (file, used) = self.files.get_mut(key)?;
         *used = self.clock;
         Some(Arc::clone(file))
     }
 
-    fn insert(&mut self, key: FileKey, file: Arc<File>) {
+    fn insert(&mut self, key: K, file: Arc<F>) {
         if self.files.len() >= MAX_OPEN_FILES {
             let oldest = self.files.iter().min_by_key(|(_, (_, used))| *used);
             if let Some(oldest) = oldest.map(|(key, _)| *key) {
@@ -122,6 +73,21 @@ impl OpenFiles {
 pub(crate) struct Pack {
     pub(crate) id: PackId,
     pub(crate) index: Index,
+    /// The pack's file.
+    pub(crate) path: PathBuf,
+    /// The objects that were read, by their position in the index, and are what their ids say.
+    pub(crate) checked: Bits,
+}
+
+impl Pack {
+    pub(crate) fn new(id: PackId, index: Index, path: PathBuf) -> Self {
+        Self {
+            checked: Bits::new(index.count() as usize),
+            id,
+            index,
+            path,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -136,7 +102,7 @@ struct Slot {
 /// costs one probe however many packs there are.
 #[derive(Debug, Default)]
 pub(crate) struct PackSet {
-    packs: Vec<Pack>,
+    packs: Vec<Arc<Pack>>,
     slots: Vec<Slot>,
     objects: usize,
     /// The packs whose indexes are open.
@@ -158,14 +124,14 @@ fn position(id: &ObjectId) -> (u64, u32) {
 
 impl PackSet {
     /// The packs of this index: see [`PackSet::position`].
-    pub(crate) fn packs(&self) -> &[Pack] {
+    pub(crate) fn packs(&self) -> &[Arc<Pack>] {
         &self.packs
     }
 
-    fn find(&self, id: &ObjectId) -> Option<(PackId, Place)> {
+    /// The pack that holds an object, and the object's position in its index.
+    pub(crate) fn find(&self, id: &ObjectId) -> Option<(&Arc<Pack>, u32)> {
         let (number, ix) = self.position(id)?;
-        let pack = self.packs.get(number)?;
-        Some((pack.id, pack.index.place(ix)))
+        Some((self.packs.get(number)?, ix))
     }
 
     /// The number of the pack that the object is read from, and the object's in it.
@@ -185,7 +151,7 @@ impl PackSet {
         None
     }
 
-    pub(crate) fn add(&mut self, packs: Vec<Pack>) {
+    pub(crate) fn add(&mut self, packs: Vec<Arc<Pack>>) {
         let before = self.packs.len();
         self.objects += packs
             .iter()
@@ -227,7 +193,8 @@ pub(crate) struct Objects {
     packs_dir: PathBuf,
     loose_dir: PathBuf,
     packs: RwLock<PackSet>,
-    files: Mutex<OpenFiles>,
+    pack_files: Mutex<OpenFiles<PackId, File>>,
+    loose_files: Mutex<OpenFiles<ObjectId, LooseFile>>,
 }
 
 impl Objects {
@@ -239,7 +206,8 @@ impl Objects {
             packs_dir: dir.join("packs"),
             loose_dir: dir.join("loose"),
             packs: RwLock::default(),
-            files: Mutex::default(),
+            pack_files: Mutex::default(),
+            loose_files: Mutex::default(),
         }
     }
 
@@ -253,6 +221,10 @@ impl Objects {
 
     pub(crate) fn loose_path(&self, id: &ObjectId) -> PathBuf {
         self.loose_dir.join(id.to_string())
+    }
+
+    pub(crate) fn outboard_path(&self, id: &ObjectId) -> PathBuf {
+        self.loose_dir.join(format!("{id}.cv"))
     }
 
     /// Looks at the packs that appeared or went since the last time. Cheap when none did. Returns how often any has gone.
@@ -278,16 +250,14 @@ impl Objects {
                 found.insert(id);
             }
         }
-        if set.known.iter().any(|id| !found.contains(id)) {
-            *set = PackSet {
-                losses: set.losses + 1,
-                ..PackSet::default()
-            };
-        }
-        let mut new = Vec::new();
+        let mut new: Vec<Arc<Pack>> = Vec::new();
+        if set.known.iter().any(|id| !found.contains(id)) {}
+        let open: HashSet<PackId> = new.iter().map(|pack| pack.id).collect();
         for id in found.difference(&set.known) {
-            if let Some(index) = self.open_index(id)? {
-                new.push(Pack { id: *id, index });
+            if !open.contains(id)
+                && let Some(index) = self.open_index(id)?
+            {
+                new.push(Arc::new(Pack::new(*id, index, self.pack_path(id))));
             }
         }
         if !new.is_empty() {
@@ -317,10 +287,10 @@ impl Objects {
         }
     }
 
-    /// The object's place in a pack, as of the last [`Objects::refresh`].
-    pub(crate) fn find_packed(&self, id: &ObjectId) -> Option<(PackId, Place)> {
+    /// The pack that holds an object, and the object's position in its index, as of the last [`Objects::refresh`].
+    pub(crate) fn find_packed(&self, id: &ObjectId) -> Option<(Arc<Pack>, u32)> {
         let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        set.find(id)
+        set.find(id).map(|(pack, ix)| (Arc::clone(pack), ix))
     }
 
     /// Whether a pack and its index have their names.
@@ -351,46 +321,41 @@ impl Objects {
             || (size.is_none_or(|size| size >= LOOSE_MIN) && self.has_loose(id, size))
     }
 
-    fn open_file(&self, key: FileKey, path: &Path) -> io::Result<Arc<File>> {
-        if let Some(file) = lock(&self.files).get(key) {
+    fn pack_file(&self, pack: &Pack) -> io::Result<Arc<File>> {
+        if let Some(file) = lock(&self.pack_files).get(&pack.id) {
             return Ok(file);
         }
-        let file = Arc::new(self.disk.open(path)?);
-        lock(&self.files).insert(key, Arc::clone(&file));
+        let file = Arc::new(self.disk.open(&pack.path)?);
+        lock(&self.pack_files).insert(pack.id, Arc::clone(&file));
         Ok(file)
+    }
+
+    fn loose_file(&self, id: &ObjectId) -> Result<Option<Arc<LooseFile>>, StoreError> {
+        if let Some(file) = lock(&self.loose_files).get(id) {
+            return Ok(Some(file));
+        }
+        let (path, outboard) = (self.loose_path(id), self.outboard_path(id));
+        let Some(file) = LooseFile::open(&self.disk, path, &outboard, id)? else {
+            return Ok(None);
+        };
+        let file = Arc::new(file);
+        lock(&self.loose_files).insert(*id, Arc::clone(&file));
+        Ok(Some(file))
     }
 
     /// The object's bytes, as of the last refresh.
     fn open_known(&self, id: &ObjectId) -> Result<Option<Blob>, StoreError> {
-        if let Some((pack, place)) = self.find_packed(id) {
-            let path = self.pack_path(&pack);
-            match self.open_file(FileKey::Pack(pack), &path) {
-                Ok(file) => {
-                    return Ok(Some(Blob {
-                        file,
-                        offset: place.offset,
-                        len: place.len,
-                    }));
-                }
+        if let Some((pack, ix)) = self.find_packed(id) {
+            match self.pack_file(&pack) {
+                Ok(file) => return Ok(Some(Blob::packed(&self.disk, file, pack, ix, *id))),
                 Err(err) if err.kind() == io::ErrorKind::NotFound => {}
                 err => {
-                    err.at("opening", &path)?;
+                    err.at("opening", &pack.path)?;
                 }
             }
         }
-        let path = self.loose_path(id);
-        match self.open_file(FileKey::Loose(*id), &path) {
-            Ok(file) => {
-                let len = file.metadata().at("looking at", &path)?.len();
-                Ok(Some(Blob {
-                    file,
-                    offset: 0,
-                    len,
-                }))
-            }
-            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(err) => Err(err).at("opening", &path),
-        }
+        let file = self.loose_file(id)?;
+        Ok(file.map(|file| Blob::loose(&self.disk, file)))
     }
 
     /// The object's bytes, wherever they are.
@@ -445,15 +410,10 @@ impl Objects {
         places.take_back_object(id).map(drop)
     }
 
-    /// All bytes of an object of a pack, unchecked.
-    pub(crate) fn read_packed(&self, pack: &PackId, place: Place) -> Result<Vec<u8>, StoreError> {
-        let path = self.pack_path(pack);
-        let file = self.open_file(FileKey::Pack(*pack), &path);
-        let blob = Blob {
-            file: file.at("opening", &path)?,
-            offset: place.offset,
-            len: place.len,
-        };
-        blob.read_all(LOOSE_MIN).at("reading", &path)
+    /// All bytes of an object of a pack, which are what its id says.
+    pub(crate) fn read_packed(&self, pack: &Arc<Pack>, ix: u32) -> Result<Vec<u8>, StoreError> {
+        let file = self.pack_file(pack).at("opening", &pack.path)?;
+        let blob = Blob::packed(&self.disk, file, Arc::clone(pack), ix, pack.index.id(ix));
+        blob.read_all(LOOSE_MIN).at("reading", &pack.path)
     }
 }

@@ -38,6 +38,8 @@ const PACK_MAGIC: &[u8; 8] = b"III-PACK";
 const INDEX_MAGIC: &[u8; 8] = b"III-PIDX";
 /// Length of either header.
 pub(crate) const HEADER: usize = 64;
+/// Where a header names its compat and ro-compat features.
+const COMPAT: std::ops::Range<usize> = 12..20;
 const SMALL_ALIGN: u64 = 8;
 const FANOUT: usize = 256 * 4;
 const ID: usize = 32;
@@ -99,6 +101,20 @@ fn header(magic: [u8; 8]) -> [u8; HEADER] {
 /// The first bytes of a pack.
 pub(crate) fn pack_header() -> [u8; HEADER] {
     header(*PACK_MAGIC)
+}
+
+/// Whether a pack begins with these bytes, whatever compat features they name.
+pub(crate) fn is_header(header: &[u8; HEADER]) -> bool {
+    let ours = pack_header();
+    header[..COMPAT.start] == ours[..COMPAT.start] && header[COMPAT.end..] == ours[COMPAT.end..]
+}
+
+/// The compat and ro-compat features that a header names.
+pub(crate) fn compat_features(header: &[u8]) -> [u32; 2] {
+    [
+        le_u32(header, COMPAT.start),
+        le_u32(header, COMPAT.start + 4),
+    ]
 }
 
 /// Encodes the index of a pack that is `pack_len` bytes long. `objects` must be sorted by id, without duplicates.
@@ -229,6 +245,11 @@ impl Index {
         self.bytes.release();
     }
 
+    /// The compat and ro-compat features that it names; whoever does not know them may read it.
+    pub(crate) fn compat_features(&self) -> [u32; 2] {
+        compat_features(&self.bytes)
+    }
+
     /// Number of objects.
     pub fn count(&self) -> u32 {
         self.count
@@ -262,7 +283,7 @@ impl Index {
         self.position(id).map(|ix| self.place(ix))
     }
 
-    /// The object's number among those of this pack, by ascending id.
+    /// How many objects of this pack have a lesser id, if the object is in it.
     pub(crate) fn position(&self, id: &ObjectId) -> Option<u32> {
         let first = id.as_bytes()[0];
         let mut low = first.checked_sub(1).map_or(0, |byte| self.fanout(byte));
@@ -280,11 +301,14 @@ impl Index {
 
     /// Every object, by ascending id.
     pub fn objects(&self) -> impl ExactSizeIterator<Item = (ObjectId, Place)> + '_ {
-        (0..self.count).map(|ix| {
-            let mut id = [0; ID];
-            id.copy_from_slice(self.id_bytes(ix));
-            (ObjectId::from_bytes(id), self.place(ix))
-        })
+        (0..self.count).map(|ix| (self.id(ix), self.place(ix)))
+    }
+
+    /// The object that is the `ix`th by id.
+    pub(crate) fn id(&self, ix: u32) -> ObjectId {
+        let mut id = [0; ID];
+        id.copy_from_slice(self.id_bytes(ix));
+        ObjectId::from_bytes(id)
     }
 }
 

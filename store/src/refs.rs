@@ -33,10 +33,11 @@ impl RefKind {
     /// All kinds.
     pub const ALL: [Self; 2] = [Self::Image, Self::Worker];
 
-    fn dir(self) -> &'static str {
+    /// Where its refs are, relative to the store.
+    pub(crate) fn path(self) -> &'static str {
         match self {
-            Self::Image => "image",
-            Self::Worker => "worker",
+            Self::Image => "refs/image",
+            Self::Worker => "refs/worker",
         }
     }
 }
@@ -88,7 +89,7 @@ impl Store {
                 limit: MAX_REF_NAME as u64,
             });
         }
-        Ok(self.dir().join("refs").join(kind.dir()).join(escape(name)))
+        Ok(self.dir().join(kind.path()).join(escape(name)))
     }
 
     /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned by the caller.
@@ -123,15 +124,31 @@ impl Store {
             .map(|file| file.content))
     }
 
+    /// The ref in a file of the directory of its kind. One that is not what its file name says is damaged.
+    pub(crate) fn read_ref(
+        &self,
+        kind: RefKind,
+        file_name: &str,
+    ) -> Result<Option<(String, Ref)>, StoreError> {
+        let path = self.dir().join(kind.path()).join(file_name);
+        let file: Option<RefFile> = read_json(self.disk().as_ref(), &path, MAX_REF_FILE)?;
+        let Some(RefFile { name, content }) = file else {
+            return Ok(None);
+        };
+        if escape(&name) != file_name || content.layers.len() > MAX_REF_LAYERS {
+            let what = "it is not the ref that its name says";
+            return Err(StoreError::Damaged { path, what });
+        }
+        Ok(Some((name, content)))
+    }
+
     /// All names of a kind, sorted, with what has them. One that is damaged is an error: it may be what keeps a layer.
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
-        let dir = self.dir().join("refs").join(kind.dir());
+        let dir = self.dir().join(kind.path());
         let mut refs = Vec::new();
         for name in names(self.disk().as_ref(), &dir)? {
             // One that went meanwhile is not there.
-            let file: Option<RefFile> =
-                read_json(self.disk().as_ref(), &dir.join(name), MAX_REF_FILE)?;
-            refs.extend(file.map(|file| (file.name, file.content)));
+            refs.extend(self.read_ref(kind, &name)?);
         }
         refs.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(refs)

@@ -243,10 +243,16 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 impl StatCache {
     /// The cache in a file; empty if it does not hold.
     pub fn open(file: &File) -> Self {
-        Bytes::map(file)
-            .ok()
-            .and_then(Self::check)
-            .unwrap_or_default()
+        Self::checked(file).unwrap_or_default()
+    }
+
+    fn checked(file: &File) -> Option<Self> {
+        Bytes::map(file).ok().and_then(Self::check)
+    }
+
+    /// Whether the cache in a file holds.
+    pub(crate) fn holds(file: &File) -> bool {
+        Self::checked(file).is_some()
     }
 
     /// A cache held in memory.

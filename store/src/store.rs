@@ -8,14 +8,16 @@ use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{Disk, RealDisk, read_file};
+use crate::blob::Blob;
+use crate::disk::{Disk, RealDisk, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId};
 use crate::ingest::Ingest;
 use crate::layer::Layer;
 use crate::lease::{self, Lease};
 use crate::lock::FileLock;
-use crate::objects::{Blob, LOOKS, Objects, lock};
+use crate::objects::{LOOKS, Objects, lock};
+use crate::seal;
 use crate::trash::Places;
 
 /// Version of the layout described in the crate's documentation.
@@ -37,20 +39,85 @@ const DIRS: [&str; 12] = [
     "stat",
     "trash",
 ];
+/// Directories that come to be later: what a repair sets aside, and what later versions may make.
+const OTHER_DIRS: [&str; 2] = ["damaged", "chains"];
+/// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
+pub(crate) const SEALED: &str = "sealed";
 
 /// The `format` file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Format {
+pub(crate) struct Format {
     version: u32,
     /// Features that whoever does not know them may ignore.
     #[serde(default)]
-    compat: Vec<String>,
+    pub(crate) compat: Vec<String>,
     /// Features that whoever does not know them may read past but not write beside.
     #[serde(default)]
-    ro_compat: Vec<String>,
+    pub(crate) ro_compat: Vec<String>,
     /// Features without which nothing may be read.
     #[serde(default)]
     incompat: Vec<String>,
+}
+
+impl Default for Format {
+    /// Of a new store.
+    fn default() -> Self {
+        Self {
+            version: FORMAT_VERSION,
+            compat: Vec::new(),
+            ro_compat: Vec::new(),
+            incompat: vec![SEALED.to_owned()],
+        }
+    }
+}
+
+/// What the `format` file of a directory says.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// There is none.
+    Nothing,
+    /// A store that this program reads.
+    Current(Format),
+    /// A store of the layout before seals.
+    Outdated,
+}
+
+impl Format {
+    /// Reads the format of the store in `dir`. One that this program does not know is an error.
+    pub(crate) fn read(disk: &dyn Disk, dir: &Path) -> Result<Found, StoreError> {
+        let path = dir.join("format");
+        let Some(text) = read_file(disk, &path, MAX_FORMAT)? else {
+            return Ok(Found::Nothing);
+        };
+        let sealed = seal::open(&text);
+        // A file without a seal may be older than seals, or newer than this program. It is told from a damaged one by
+        // being one whole JSON text, which a sealed file never is, whatever byte of it changes.
+        let parsed = serde_json::from_slice::<Self>(sealed.unwrap_or(&text));
+        let mut format = match parsed {
+            Ok(format) => format,
+            Err(source) if sealed.is_some() => return Err(StoreError::Json { path, source }),
+            Err(_) => return Err(seal_broken(path)),
+        };
+        let has_seals = format.incompat.iter().any(|name| name == SEALED);
+        format.incompat.retain(|name| name != SEALED);
+        if format.version != FORMAT_VERSION || !format.incompat.is_empty() {
+            return Err(StoreError::Unsupported {
+                path: dir.to_owned(),
+                version: format.version,
+                incompat: format.incompat,
+            });
+        }
+        match (has_seals, sealed.is_some()) {
+            (true, true) => Ok(Found::Current(format)),
+            (false, false) => Ok(Found::Outdated),
+            _ => Err(seal_broken(path)),
+        }
+    }
+}
+
+fn seal_broken(path: PathBuf) -> StoreError {
+    let what = "its seal does not hold";
+    StoreError::Damaged { path, what }
 }
 
 #[derive(Debug)]
@@ -78,18 +145,16 @@ impl Store {
 
     /// Opens the store on a disk of the caller's, for tests that make it fail.
     pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
-        let path = dir.join("format");
-        let format = match read_json::<Format>(disk.as_ref(), &path, MAX_FORMAT)? {
-            Some(format) => format,
-            None => create(dir, &disk)?,
-        };
-        if format.version != FORMAT_VERSION || !format.incompat.is_empty() {
-            return Err(StoreError::Unsupported {
-                path: dir.to_owned(),
-                version: format.version,
-                incompat: format.incompat,
-            });
+        let mut found = Format::read(disk.as_ref(), dir)?;
+        if matches!(found, Found::Nothing) {
+            create(dir, &disk)?;
+            found = Format::read(disk.as_ref(), dir)?;
         }
+        let format = match found {
+            Found::Current(format) => format,
+            Found::Outdated => return Err(StoreError::Outdated(dir.to_owned())),
+            Found::Nothing => return Err(no_format(dir)),
+        };
         let tmp = dir.join("tmp");
         let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
         let read_only = if format.ro_compat.is_empty() {
@@ -99,13 +164,18 @@ impl Store {
         } else {
             Some(format!("unknown ro-compat features {:?}", format.ro_compat))
         };
-        Ok(Self(Arc::new(Inner {
+        Ok(Self::assemble(dir, disk, read_only))
+    }
+
+    /// The store in `dir`, whatever its format says.
+    pub(crate) fn assemble(dir: &Path, disk: Arc<dyn Disk>, read_only: Option<String>) -> Self {
+        Self(Arc::new(Inner {
             objects: Objects::new(Arc::clone(&disk), dir),
             dir: dir.to_owned(),
             disk,
             read_only,
             layers: Mutex::default(),
-        })))
+        }))
     }
 
     /// The store's directory.
@@ -115,6 +185,10 @@ impl Store {
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.0.disk
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.0.read_only.is_some()
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -210,7 +284,7 @@ impl Store {
             path: path.to_owned(),
             source,
         })?;
-        if layer.layer_id() != *id || !layer.body_holds() {
+        if layer.layer_id() != *id || !layer.body_holds() || !layer.header_holds() {
             let what = "it is not the layer that its name says";
             return Err(StoreError::Damaged {
                 path: path.to_owned(),
@@ -261,14 +335,25 @@ pub struct Flight {
     _lock: FileLock,
 }
 
-fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
-    let known = |name: &str| name == "format" || DIRS.contains(&name);
+fn no_format(dir: &Path) -> StoreError {
+    StoreError::Damaged {
+        path: dir.join("format"),
+        what: "it is missing, though the store holds something",
+    }
+}
+
+/// Whether a store has something of this name at its top.
+pub(crate) fn is_known_name(name: &str) -> bool {
+    name == "format" || DIRS.contains(&name) || OTHER_DIRS.contains(&name)
+}
+
+fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
     // What must be synced for the store's own name to be durable; somebody else may have made it a moment ago.
     let mut above = Vec::from_iter(dir.parent());
     match disk.list(dir) {
         Ok(names) => {
             for name in names {
-                if !name.to_str().is_some_and(known) {
+                if !name.to_str().is_some_and(is_known_name) {
                     return Err(StoreError::NotAStore {
                         path: dir.to_owned(),
                         found: name.to_string_lossy().into_owned(),
@@ -293,48 +378,55 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<Format, StoreError> {
         let path = dir.join(name);
         disk.create_dir(&path).at("making", &path)?;
     }
-    let format = Format {
-        version: FORMAT_VERSION,
-        compat: Vec::new(),
-        ro_compat: Vec::new(),
-        incompat: Vec::new(),
-    };
-    let path = dir.join("format");
     // Two processes may make the store at once.
     let _lock = FileLock::acquire(disk, &dir.join("locks/format"), &|| {})?;
-    if let Some(format) = read_json(disk.as_ref(), &path, MAX_FORMAT)? {
-        return Ok(format);
+    if !matches!(Format::read(disk.as_ref(), dir)?, Found::Nothing) {
+        return Ok(());
     }
-    let tmp = dir.join("tmp/format");
-    match disk.remove(&tmp) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("removing", &tmp)?,
-        _ => {}
-    }
-    let file = disk.create(&tmp).at("creating", &tmp)?;
-    let text = serde_json::to_vec(&format).map_err(|source| StoreError::Json {
-        path: path.clone(),
-        source,
-    })?;
-    disk.write_at(&file, &text, 0).at("writing", &tmp)?;
-    disk.sync(&file).at("syncing", &tmp)?;
-    // Where the format is, all directories are.
-    let sync = |dir: &Path| disk.sync_dir(dir).at("syncing", dir);
-    sync(&dir.join("refs"))?;
-    sync(dir)?;
-    disk.rename(&tmp, &path).at("renaming", &tmp)?;
-    sync(dir)?;
-    for dir in above {
-        let here = dir.as_os_str().is_empty();
-        match sync(if here { Path::new(".") } else { dir }) {
-            // Whoever may not list a directory cannot sync it.
-            Err(err) if err.io_kind() == Some(io::ErrorKind::PermissionDenied) => {}
-            other => other?,
+    // A store that was cut short while it was made is empty. What is not may be of any format.
+    for name in ["packs", "loose", "layers", "keys"] {
+        if !names(disk.as_ref(), &dir.join(name))?.is_empty() {
+            return Err(no_format(dir));
         }
     }
-    Ok(format)
+    Format::default().write(disk.as_ref(), dir)?;
+    for dir in above {
+        let here = dir.as_os_str().is_empty();
+        let dir = if here { Path::new(".") } else { dir };
+        match disk.sync_dir(dir) {
+            // Whoever may not list a directory cannot sync it.
+            Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {}
+            other => other.at("syncing", dir)?,
+        }
+    }
+    Ok(())
 }
 
-/// Reads a small JSON file of the store, if there is one.
+impl Format {
+    /// Makes it the format of the store in `dir`, durably. The caller holds `locks/format`.
+    pub(crate) fn write(&self, disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+        let (path, tmp) = (dir.join("format"), dir.join("tmp/format"));
+        match disk.remove(&tmp) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("removing", &tmp)?,
+            _ => {}
+        }
+        let file = disk.create(&tmp).at("creating", &tmp)?;
+        let text = serde_json::to_vec(self).map_err(|source| StoreError::Json {
+            path: path.clone(),
+            source,
+        })?;
+        disk.write_at(&file, &seal::seal(text), 0)
+            .at("writing", &tmp)?;
+        disk.sync(&file).at("syncing", &tmp)?;
+        // Where the format is, all directories are.
+        disk.sync_dir(&dir.join("refs")).at("syncing", dir)?;
+        disk.sync_dir(dir).at("syncing", dir)?;
+        disk.rename(&tmp, &path).at("renaming", &tmp)?;
+        disk.sync_dir(dir).at("syncing", dir)
+    }
+}
+
+/// Reads a sealed JSON file of the store, if there is one.
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
     disk: &dyn Disk,
     path: &Path,
@@ -343,14 +435,15 @@ pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
     let Some(text) = read_file(disk, path, limit)? else {
         return Ok(None);
     };
-    let value = serde_json::from_slice(&text).map_err(|source| StoreError::Json {
+    let json = seal::open(&text).ok_or_else(|| seal_broken(path.to_owned()))?;
+    let value = serde_json::from_slice(json).map_err(|source| StoreError::Json {
         path: path.to_owned(),
         source,
     })?;
     Ok(Some(value))
 }
 
-/// Writes a JSON file, durably, replacing the one before.
+/// Writes a JSON file and its seal, durably, replacing the one before.
 pub(crate) fn write_json<T: Serialize>(
     store: &Store,
     lease: &Lease,
@@ -362,8 +455,7 @@ pub(crate) fn write_json<T: Serialize>(
         path: path.to_owned(),
         source,
     };
-    let mut text = serde_json::to_vec_pretty(value).map_err(json)?;
-    text.push(b'\n');
+    let text = seal::seal(serde_json::to_vec_pretty(value).map_err(json)?);
     if text.len() as u64 > limit {
         let what = "what is to be recorded";
         return Err(StoreError::TooLarge { what, limit });

@@ -6,7 +6,7 @@
 //!   waits                   JSON: the ingests that were open after objects had been taken out
 //!   <layer>.layer           as in layers/
 //!   <pack>.pack <pack>.idx  as in packs/
-//!   <object>.loose          as in loose/
+//!   <object>.loose .cv      as in loose/
 //! ```
 //!
 //! A name moves by one rename, so that taking back and removing cannot both succeed. Of a pack the index decides: it is the
@@ -29,6 +29,8 @@ use crate::store::{Store, read_json, write_json};
 pub(crate) const LAYER: &str = "layer";
 /// The extension of a loose object in the trash.
 pub(crate) const LOOSE: &str = "loose";
+/// The extension of an outboard, in the trash, too.
+pub(crate) const OUTBOARD: &str = "cv";
 
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
@@ -87,6 +89,10 @@ impl Places<'_> {
         self.dir.join("loose").join(id.to_string())
     }
 
+    pub(crate) fn outboard(&self, id: &ObjectId) -> PathBuf {
+        self.dir.join("loose").join(format!("{id}.{OUTBOARD}"))
+    }
+
     fn sync(&self, kind: &str) -> Result<(), StoreError> {
         let dir = self.dir.join(kind);
         self.disk.sync_dir(&dir).at("syncing", &dir)
@@ -126,6 +132,8 @@ impl Places<'_> {
         generation: &Path,
         id: &ObjectId,
     ) -> Result<bool, StoreError> {
+        let outboard = generation.join(format!("{id}.{OUTBOARD}"));
+        move_name(self.disk, &outboard, &self.outboard(id))?;
         let from = generation.join(format!("{id}.{LOOSE}"));
         let taken = move_name(self.disk, &from, &self.loose(id))?;
         if taken {

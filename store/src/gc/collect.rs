@@ -19,7 +19,7 @@ use crate::objects::lock;
 use crate::pack_writer::PackWriter;
 use crate::roots::Roots;
 use crate::store::{Store, read_json, write_json};
-use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, Places, is_over};
+use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places, is_over};
 
 /// The ingests for which the objects of a generation wait, by lease.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -236,7 +236,7 @@ impl<'a> Collection<'a> {
             .filter(|(_, _, slot)| !lives(*slot))
             .map(|(id, ..)| id)
             .collect();
-        let leftovers = orphans.len() + census.strays.len();
+        let leftovers = orphans.len() + census.strays.len() + census.lone_outboards.len();
         if packs.dead.len() + loose.len() + leftovers > 0 {
             let generation = self.generation()?;
             let disk = disk.as_ref();
@@ -260,6 +260,11 @@ impl<'a> Collection<'a> {
             for id in &loose {
                 let to = generation.join(format!("{id}.{LOOSE}"));
                 trash::move_name(disk, &self.places().loose(id), &to)?;
+            }
+            // An ingest that is just naming one of these makes do without it.
+            for id in loose.iter().chain(&census.lone_outboards) {
+                let to = generation.join(format!("{id}.{OUTBOARD}"));
+                trash::move_name(disk, &self.places().outboard(id), &to)?;
             }
             self.sync(&generation)?;
             self.sync_kind("packs")?;
@@ -343,13 +348,11 @@ impl<'a> Collection<'a> {
                 .objects()
                 .enumerate()
                 .filter(|(ix, _)| lives(first + ix))
-                .map(|(_, object)| object)
                 .collect();
-            living.sort_unstable_by_key(|(_, place)| place.offset);
-            for (id, place) in living {
-                let bytes = self.store.objects().read_packed(&pack.id, place);
+            living.sort_unstable_by_key(|(_, (_, place))| place.offset);
+            for (ix, (id, _)) in living {
                 // What does not hold is not spread; `verify` finds it where it is.
-                let Some(bytes) = bytes.ok().filter(|bytes| ObjectId::of(bytes) == id) else {
+                let Ok(bytes) = self.store.objects().read_packed(pack, ix as u32) else {
                     (self.events)(GcEvent::Unreadable(&pack.id));
                     continue 'packs;
                 };
@@ -377,7 +380,7 @@ impl<'a> Collection<'a> {
     /// were taken out.
     fn empty_trash(&mut self, seen: &HashSet<LayerId>) -> Result<(), StoreError> {
         let disk = Arc::clone(self.store.disk());
-        let is_object = |name: &str| ["pack", "idx", LOOSE].contains(&suffix(name));
+        let is_object = |name: &str| ["pack", "idx", LOOSE, OUTBOARD].contains(&suffix(name));
         let mut holding = Vec::new();
         for (_, generation) in trash::generations(disk.as_ref(), self.store.dir())? {
             let names = trash::list(disk.as_ref(), &generation)?;
@@ -430,7 +433,8 @@ impl<'a> Collection<'a> {
             // The index goes before its pack.
             names.sort_by_key(|name| suffix(name) != "idx");
             for name in names {
-                if self.remove(&generation.join(&name))? && suffix(&name) != "idx" {
+                let counts = !["idx", OUTBOARD].contains(&suffix(&name));
+                if self.remove(&generation.join(&name))? && counts {
                     self.report.files_removed += 1;
                 }
             }

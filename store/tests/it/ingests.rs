@@ -43,7 +43,7 @@ fn what_goes_in_comes_out() {
         files.values().map(|f| f.len() as u64).sum::<u64>()
     );
     assert!(!published.existed);
-    assert_eq!(names(&dir.path().join("loose")).len(), 3);
+    assert_eq!(names(&dir.path().join("loose")).len(), 2 * 3);
     assert_eq!(names(&dir.path().join("packs")).len(), 2);
     // Another process sees the same.
     let store = Store::open(dir.path()).unwrap();

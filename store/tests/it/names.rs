@@ -9,6 +9,10 @@ use iii_store::{
 
 use crate::helpers::{files, names, publish};
 
+fn sealed(json: &str) -> Vec<u8> {
+    iii_store::seal::seal(json.as_bytes().to_vec())
+}
+
 fn record(layer: &iii_store::Published, fact: &str) -> Record {
     Record {
         facts: vec![Fact {
@@ -27,10 +31,8 @@ fn opening() {
     // Missing parents are made.
     let path = dir.path().join("a/b/store");
     let store = Store::open(&path).unwrap();
-    assert_eq!(
-        fs::read_to_string(path.join("format")).unwrap(),
-        r#"{"version":1,"compat":[],"ro_compat":[],"incompat":[]}"#
-    );
+    let format = r#"{"version":1,"compat":[],"ro_compat":[],"incompat":["sealed"]}"#;
+    assert_eq!(fs::read(path.join("format")).unwrap(), sealed(format));
     for name in ["", "packs", "loose", "layers", "refs/image"] {
         let mode = fs::metadata(path.join(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700, "others may not look into {name:?}");
@@ -54,30 +56,63 @@ fn formats_of_others() {
     let dir = tempfile::tempdir().unwrap();
     let format = dir.path().join("format");
     Store::open(dir.path()).unwrap();
+    let current = r#"{"version":1,"incompat":["sealed"]}"#;
     for (text, outcome) in [
-        (r#"{"version":1}"#, "writes"),
-        (r#"{"version":1,"compat":["x"],"later":1}"#, "writes"),
-        (r#"{"version":1,"ro_compat":["x"]}"#, "reads"),
-        (r#"{"version":1,"incompat":["x"]}"#, "unsupported"),
-        (r#"{"version":2}"#, "unsupported"),
-        ("", "damaged"),
-        ("{", "damaged"),
-        (r#"{"version":-1}"#, "damaged"),
+        (sealed(current), "writes"),
+        (
+            sealed(r#"{"version":1,"compat":["x"],"later":1,"incompat":["sealed"]}"#),
+            "writes",
+        ),
+        (
+            sealed(r#"{"version":1,"ro_compat":["x"],"incompat":["sealed"]}"#),
+            "reads",
+        ),
+        (
+            sealed(r#"{"version":1,"incompat":["sealed","x"]}"#),
+            "unsupported",
+        ),
+        (
+            sealed(r#"{"version":2,"incompat":["sealed"]}"#),
+            "unsupported",
+        ),
+        // Before seals, and after them.
+        (br#"{"version":1}"#.to_vec(), "outdated"),
+        (br#"{"version":1,"ro_compat":["x"]}"#.to_vec(), "outdated"),
+        (br#"{"version":1,"incompat":["x"]}"#.to_vec(), "unsupported"),
+        (br#"{"version":2}"#.to_vec(), "unsupported"),
+        // A seal without the feature, and the feature without a seal.
+        (sealed(r#"{"version":1}"#), "damaged"),
+        (current.into(), "damaged"),
+        (sealed(&current.replace('1', "-1")), "damaged"),
+        (sealed(current)[1..].to_vec(), "damaged"),
+        (Vec::new(), "damaged"),
+        (b"{".to_vec(), "damaged"),
+        (br#"{"version":-1}"#.to_vec(), "damaged"),
     ] {
         fs::remove_file(&format).unwrap();
-        fs::write(&format, text).unwrap();
+        fs::write(&format, &text).unwrap();
+        let text = String::from_utf8_lossy(&text);
         let got = match Store::open(dir.path()) {
             Ok(store) => match store.lease("test") {
                 Ok(_) => "writes",
                 Err(StoreError::ReadOnly { .. }) => "reads",
                 Err(err) => panic!("{text}: {err}"),
             },
-            Err(StoreError::Unsupported { .. }) => "unsupported",
-            Err(StoreError::Json { .. }) => "damaged",
+            Err(StoreError::Unsupported { incompat, .. }) => {
+                assert!(!incompat.contains(&"sealed".to_owned()), "{text}");
+                "unsupported"
+            }
+            Err(StoreError::Outdated(_)) => "outdated",
+            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => "damaged",
             Err(err) => panic!("{text}: {err}"),
         };
         assert_eq!(got, outcome, "{text}");
     }
+    // Nobody knows what a store was whose format is gone.
+    fs::remove_file(&format).unwrap();
+    fs::write(dir.path().join("keys/x"), "").unwrap();
+    let err = Store::open(dir.path()).unwrap_err();
+    assert!(matches!(err, StoreError::Damaged { .. }), "{err}");
 }
 
 #[test]
@@ -146,7 +181,8 @@ fn golden_record() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let key = KeyId::from_bytes([7; 32]);
-    fs::write(dir.path().join("keys").join(key.to_string()), text).unwrap();
+    let path = dir.path().join("keys").join(key.to_string());
+    fs::write(path, sealed(text)).unwrap();
     let records = store.records(&key).unwrap();
     assert_eq!(records[0].facts[1].path, b"caf\xc3\xa9\xff%\n");
     assert_eq!(records[0].facts[3].seen, Seen::Contents(ObjectId::of(b"")));
@@ -174,15 +210,19 @@ fn golden_record() {
 }
 
 #[test]
-fn a_damaged_key_is_told_and_can_be_built_anew() {
+fn a_damaged_key_holds_nothing_and_can_be_built_anew() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let key = KeyId::from_bytes([7; 32]);
     let layer = publish(&store, &files(&[("a", "1")])).unwrap();
-    fs::write(dir.path().join("keys").join(key.to_string()), "{\"rec").unwrap();
-    assert!(matches!(store.records(&key), Err(StoreError::Json { .. })));
-    store.put_record(&key, record(&layer, "x")).unwrap();
-    assert_eq!(store.records(&key).unwrap().len(), 1);
+    let path = dir.path().join("keys").join(key.to_string());
+    for text in [b"{\"rec".to_vec(), sealed("{\"records\":7}")] {
+        let _ = fs::remove_file(&path);
+        fs::write(&path, text).unwrap();
+        assert_eq!(store.records(&key).unwrap(), []);
+        store.put_record(&key, record(&layer, "x")).unwrap();
+        assert_eq!(store.records(&key).unwrap().len(), 1);
+    }
 }
 
 #[test]

@@ -1,0 +1,359 @@
+//! Reading objects: every byte that is handed out was checked against the id of its object.
+//!
+//! The first read of a packed object by a process reads and hashes all of it; the first read of a group of a loose object
+//! reads and hashes the group, see [`crate::outboard`]. What held is remembered as long as the process has the pack's
+//! index or the loose file open, and later reads go straight to the file.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::disk::{Disk, read_file};
+use crate::error::{IoContext, StoreError};
+use crate::id::ObjectId;
+use crate::objects::{LOOSE_MIN, Pack};
+use crate::outboard::{GROUP, Outboard, OutboardHasher};
+
+/// Piece in which objects are copied and hashed.
+const PIECE: usize = 1 << 20;
+
+/// One bit for each of many things, set once, by any thread.
+#[derive(Debug)]
+pub(crate) struct Bits(Box<[AtomicU64]>);
+
+impl Bits {
+    pub(crate) fn new(count: usize) -> Self {
+        Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn get(&self, ix: usize) -> bool {
+        let word = self.0.get(ix / 64);
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (ix % 64) & 1 == 1)
+    }
+
+    fn set(&self, ix: usize) {
+        if let Some(word) = self.0.get(ix / 64) {
+            word.fetch_or(1 << (ix % 64), Ordering::Relaxed);
+        }
+    }
+}
+
+fn damaged(path: &Path, what: &'static str) -> StoreError {
+    let path = path.to_owned();
+    StoreError::Damaged { path, what }
+}
+
+/// The error of a read that found other bytes than were stored. Its source is a [`StoreError::Damaged`].
+fn invalid(path: &Path) -> io::Error {
+    let what = "the bytes of an object in it are not those that were stored";
+    io::Error::new(io::ErrorKind::InvalidData, damaged(path, what))
+}
+
+/// Reads until `buf` is full. The file must be that long.
+pub(crate) fn read_exact(
+    disk: &dyn Disk,
+    file: &File,
+    mut buf: &mut [u8],
+    mut offset: u64,
+) -> io::Result<()> {
+    while !buf.is_empty() {
+        match disk.read_at(file, buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                buf = &mut buf[count..];
+                offset += count as u64;
+            }
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(())
+}
+
+/// Hashes a whole file.
+pub(crate) fn hash_file(disk: &dyn Disk, file: &File) -> io::Result<(ObjectId, Outboard)> {
+    let mut hasher = OutboardHasher::default();
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    loop {
+        match disk.read_at(file, &mut piece, at) {
+            Ok(0) => return Ok(hasher.finish()),
+            Ok(count) => {
+                hasher.update(&piece[..count]);
+                at += count as u64;
+            }
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+    }
+}
+
+/// The file of a loose object, open.
+#[derive(Debug)]
+pub(crate) struct LooseFile {
+    path: PathBuf,
+    file: Arc<File>,
+    len: u64,
+    outboard: Outboard,
+    /// The groups that were read and hold.
+    checked: Bits,
+}
+
+impl LooseFile {
+    /// Opens the object, if there is one. Without an outboard that holds, all of it is read once.
+    pub(crate) fn open(
+        disk: &Arc<dyn Disk>,
+        path: PathBuf,
+        outboard: &Path,
+        id: &ObjectId,
+    ) -> Result<Option<Self>, StoreError> {
+        let file = match disk.open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.at("opening", &path)?,
+        };
+        let len = file.metadata().at("looking at", &path)?.len();
+        let stored = read_file(disk.as_ref(), outboard, Outboard::file_len(len));
+        let stored = stored.ok().flatten();
+        let outboard = match stored.and_then(|bytes| Outboard::decode(&bytes, id, len)) {
+            Some(outboard) => outboard,
+            None => {
+                let (found, outboard) = hash_file(disk.as_ref(), &file).at("reading", &path)?;
+                if found != *id {
+                    return Err(damaged(&path, "it is not the object that its name says"));
+                }
+                outboard
+            }
+        };
+        Ok(Some(Self {
+            checked: Bits::new(outboard.groups()),
+            file: Arc::new(file),
+            path,
+            len,
+            outboard,
+        }))
+    }
+
+    /// Reads a part of a group. If none of the group was read before, all of it is, and hashed.
+    fn read_in_group(
+        &self,
+        disk: &dyn Disk,
+        group: usize,
+        buf: &mut [u8],
+        skip: usize,
+    ) -> io::Result<()> {
+        let (start, len) = self.outboard.range(group);
+        let file = &*self.file;
+        if self.checked.get(group) {
+            return read_exact(disk, file, buf, start + skip as u64);
+        }
+        let check = |bytes: &[u8]| {
+            if !self.outboard.group_holds(group, bytes) {
+                return Err(invalid(&self.path));
+            }
+            self.checked.set(group);
+            Ok(())
+        };
+        if buf.len() == len {
+            read_exact(disk, file, buf, start)?;
+            return check(buf).inspect_err(|_| buf.fill(0));
+        }
+        let mut all = vec![0; len];
+        read_exact(disk, file, &mut all, start)?;
+        check(&all)?;
+        buf.copy_from_slice(&all[skip..skip + buf.len()]);
+        Ok(())
+    }
+
+    fn read_at(&self, disk: &dyn Disk, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let group_len = GROUP as u64;
+        let end = offset + buf.len() as u64;
+        let mut groups = offset / group_len..end.div_ceil(group_len);
+        if groups.all(|group| self.checked.get(group as usize)) {
+            return disk.read_at(&self.file, buf, offset);
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let skip = (at % group_len) as usize;
+            let want = (buf.len() - done).min(GROUP - skip);
+            let part = &mut buf[done..done + want];
+            match self.read_in_group(disk, (at / group_len) as usize, part, skip) {
+                Ok(()) => done += want,
+                // What was read before is right; whoever reads on is told.
+                Err(_) if done > 0 => break,
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Checks the groups of the first `len` bytes.
+    fn check(&self, disk: &dyn Disk, len: u64) -> io::Result<()> {
+        let mut buf = vec![0; GROUP];
+        for group in 0..len.div_ceil(GROUP as u64) as usize {
+            if !self.checked.get(group) {
+                let (_, len) = self.outboard.range(group);
+                self.read_in_group(disk, group, &mut buf[..len], 0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Packed {
+        pack: Arc<Pack>,
+        file: Arc<File>,
+        ix: u32,
+        id: ObjectId,
+    },
+    Loose(Arc<LooseFile>),
+}
+
+/// An object's bytes, which stay readable as long as this lives. No byte is handed out that was not checked against the
+/// object's id since the process opened the pack or the file; where it does not hold, reading is
+/// [`io::ErrorKind::InvalidData`] with a [`StoreError::Damaged`] as its source.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    disk: Arc<dyn Disk>,
+    source: Source,
+    len: u64,
+}
+
+impl Blob {
+    pub(crate) fn packed(
+        disk: &Arc<dyn Disk>,
+        file: Arc<File>,
+        pack: Arc<Pack>,
+        ix: u32,
+        id: ObjectId,
+    ) -> Self {
+        Self {
+            disk: Arc::clone(disk),
+            len: pack.index.place(ix).len,
+            source: Source::Packed { pack, file, ix, id },
+        }
+    }
+
+    pub(crate) fn loose(disk: &Arc<dyn Disk>, file: Arc<LooseFile>) -> Self {
+        Self {
+            disk: Arc::clone(disk),
+            len: file.len,
+            source: Source::Loose(file),
+        }
+    }
+
+    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end. A pack or an
+    /// object that was cut short is an error, never a shorter object.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let left = self.len.saturating_sub(offset);
+        let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        if want == 0 {
+            return Ok(0);
+        }
+        let buf = &mut buf[..want];
+        let count = match &self.source {
+            Source::Packed { pack, file, ix, id } => {
+                let place = pack.index.place(*ix);
+                if pack.checked.get(*ix as usize) {
+                    self.disk.read_at(file, buf, place.offset + offset)?
+                } else {
+                    self.read_first(pack, file, (*ix, id), buf, offset)?
+                }
+            }
+            Source::Loose(file) => file.read_at(self.disk.as_ref(), buf, offset)?,
+        };
+        match count {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => Ok(count),
+        }
+    }
+
+    /// The first read of a packed object: all of it is read and hashed.
+    fn read_first(
+        &self,
+        pack: &Pack,
+        file: &File,
+        (ix, id): (u32, &ObjectId),
+        buf: &mut [u8],
+        offset: u64,
+    ) -> io::Result<usize> {
+        if self.len >= LOOSE_MIN {
+            return Err(invalid(&pack.path));
+        }
+        let check = |bytes: &[u8]| {
+            if ObjectId::of(bytes) != *id {
+                return Err(invalid(&pack.path));
+            }
+            pack.checked.set(ix as usize);
+            Ok(())
+        };
+        let (disk, from) = (self.disk.as_ref(), pack.index.place(ix).offset);
+        if buf.len() as u64 == self.len {
+            read_exact(disk, file, buf, from)?;
+            check(buf).inspect_err(|_| buf.fill(0))?;
+        } else {
+            let mut all = vec![0; self.len as usize];
+            read_exact(disk, file, &mut all, from)?;
+            check(&all)?;
+            let start = offset as usize;
+            buf.copy_from_slice(&all[start..start + buf.len()]);
+        }
+        Ok(buf.len())
+    }
+
+    /// All of it, if it is at most `limit` bytes long.
+    pub fn read_all(&self, limit: u64) -> io::Result<Vec<u8>> {
+        if self.len > limit {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let mut bytes = vec![0; self.len as usize];
+        let mut done = 0;
+        while done < bytes.len() {
+            done += self.read_at(&mut bytes[done..], done as u64)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Copies the first `len` bytes to the start of `to`, without passing them through this process where the filesystem
+    /// can share or copy them by itself and they were checked before.
+    pub fn copy_to(&self, len: u64, to: &File) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        if len > self.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut at = 0;
+        if let Source::Loose(loose) = &self.source {
+            loose.check(self.disk.as_ref(), len)?;
+            while at < len {
+                match self.disk.copy_out(&loose.file, to, at, len - at) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(count) => at += count,
+                    Err(err) if err.kind() == io::ErrorKind::Unsupported => break,
+                    Err(err) => return Err(err),
+                }
+            }
+        }
+        let mut piece = vec![0; PIECE.min((len - at) as usize)];
+        while at < len {
+            let want = piece.len().min((len - at) as usize);
+            let count = self.read_at(&mut piece[..want], at)?;
+            to.write_all_at(&piece[..count], at)?;
+            at += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
