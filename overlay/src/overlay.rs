@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use iii_store::layer::{Kind, Layer};
 use iii_store::{ObjectId, Store};
 
-use crate::fs::{Attr, Errno, Result, Time};
+use crate::fs::{Attr, Result, Time};
 use crate::ino::Ino;
 use crate::lookups::Lookups;
 use crate::merge::{Lower, Merged};

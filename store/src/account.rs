@@ -34,8 +34,9 @@ use crate::store::Store;
 use crate::trash;
 
 /// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
-pub const AREAS: [&str; 10] = [
-    "packs", "loose", "layers", "keys", "refs", "stat", "trash", "tmp", "leases", "locks",
+pub const AREAS: [&str; 11] = [
+    "packs", "loose", "layers", "keys", "refs", "stat", "trash", "damaged", "tmp", "leases",
+    "locks",
 ];
 /// The [`Area::name`] of what is beside [`AREAS`], the store's directory itself included.
 pub const OTHER: &str = "other";
@@ -105,7 +106,7 @@ pub struct Account {
     pub unnamed: u64,
     /// The files of the layers: names, modes, owners, times.
     pub layer_files: u64,
-    /// The indexes of the packs.
+    /// The indexes of the packs, and the outboards of loose objects.
     pub indexes: u64,
     /// All other files.
     pub other: u64,
@@ -330,7 +331,7 @@ impl Files {
         match (area, extension) {
             // Counted object by object; the rest is padding.
             ("packs", "pack") | ("loose", "") => {}
-            ("packs", "idx") => self.indexes += len,
+            ("packs", "idx") | ("loose", "cv") => self.indexes += len,
             ("trash", extension) => {
                 self.in_trash += len;
                 if extension == trash::LAYER

@@ -116,15 +116,15 @@ impl LooseFile {
         let len = file.metadata().at("looking at", &path)?.len();
         let stored = read_file(disk.as_ref(), outboard, Outboard::file_len(len));
         let stored = stored.ok().flatten();
-        let outboard = match stored.and_then(|bytes| Outboard::decode(&bytes, id, len)) {
-            Some(outboard) => outboard,
-            None => {
-                let (found, outboard) = hash_file(disk.as_ref(), &file).at("reading", &path)?;
-                if found != *id {
-                    return Err(damaged(&path, "it is not the object that its name says"));
-                }
-                outboard
+        let stored = stored.and_then(|bytes| Outboard::decode(&bytes, id, len));
+        let outboard = if let Some(outboard) = stored {
+            outboard
+        } else {
+            let (found, outboard) = hash_file(disk.as_ref(), &file).at("reading", &path)?;
+            if found != *id {
+                return Err(damaged(&path, "it is not the object that its name says"));
             }
+            outboard
         };
         Ok(Some(Self {
             checked: Bits::new(outboard.groups()),

@@ -307,7 +307,9 @@ impl<'a> Ingest<'a> {
             size,
             new: false,
         };
-        if self.store.objects().has_loose(&object, Some(size)) {
+        let objects = self.store.objects();
+        // A power cut may have left one of the two; then both are given their names again.
+        if objects.has_loose(&object, Some(size)) && objects.has_outboard(&object) {
             return Ok(known);
         }
         let beside = self.lease.tmp()?;

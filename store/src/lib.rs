@@ -18,6 +18,7 @@
 //! locks/gc                 flocked by who takes things out of the store
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
+//! damaged/<n>/             what repair number n set aside: `repair`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! ```
 //!
@@ -79,6 +80,7 @@ pub mod store;
 mod syncer;
 mod trash;
 pub mod tree;
+pub mod verify;
 
 pub use account::{Account, Area, LayerUse, RefUse};
 pub use blob::Blob;
@@ -95,3 +97,4 @@ pub use objects::LOOSE_MIN;
 pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
 pub use roots::{Root, Roots};
 pub use store::{Flight, Store};
+pub use verify::{Finding, Problem, Report, Severity, VerifyEvent, VerifyOptions};

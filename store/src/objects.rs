@@ -250,8 +250,13 @@ impl Objects {
                 found.insert(id);
             }
         }
-        let mut new: Vec<Arc<Pack>> = Vec::new();
-        if set.known.iter().any(|id| !found.contains(id)) {}
+        let mut new = Vec::new();
+        if set.known.iter().any(|id| !found.contains(id)) {
+            let losses = set.losses + 1;
+            let PackSet { packs, .. } = std::mem::take(&mut *set);
+            set.losses = losses;
+            new.extend(packs.into_iter().filter(|pack| found.contains(&pack.id)));
+        }
         let open: HashSet<PackId> = new.iter().map(|pack| pack.id).collect();
         for id in found.difference(&set.known) {
             if !open.contains(id)
@@ -313,6 +318,10 @@ impl Objects {
         self.disk
             .metadata(&self.loose_path(id))
             .is_ok_and(|meta| meta.is_file() && len.is_none_or(|len| meta.size() == len))
+    }
+
+    pub(crate) fn has_outboard(&self, id: &ObjectId) -> bool {
+        self.disk.metadata(&self.outboard_path(id)).is_ok()
     }
 
     /// Whether the object is there, without looking for packs that other processes added since the last refresh.

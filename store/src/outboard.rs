@@ -46,13 +46,11 @@ fn split(count: usize) -> usize {
 }
 
 fn merge(groups: &[ChainingValue]) -> ChainingValue {
-    match groups {
-        [group] => *group,
-        _ => {
-            let (left, right) = groups.split_at(split(groups.len()));
-            merge_subtrees_non_root(&merge(left), &merge(right), Mode::Hash)
-        }
+    if let [group] = groups {
+        return *group;
     }
+    let (left, right) = groups.split_at(split(groups.len()));
+    merge_subtrees_non_root(&merge(left), &merge(right), Mode::Hash)
 }
 
 impl Outboard {

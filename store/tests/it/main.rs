@@ -6,6 +6,7 @@ mod corpus;
 mod decoders;
 mod diffs;
 mod faults;
+mod flips;
 mod gc;
 mod helpers;
 mod ingests;

@@ -1,0 +1,885 @@
+//! Verifying: whether everything in the store is what its name says.
+//!
+//! The structure is looked at in any case: the format, every index and the pack beside it, the outboards, every layer file
+//! byte by byte, every object that a layer names, keys, refs and stat caches. With [`VerifyOptions::data`], every byte of
+//! every object is hashed, too.
+//!
+//! It runs beside builds and gc. What appears meanwhile need not be looked at; what vanishes is no problem, since
+//! whatever names it is removed first. What looks wrong is looked at again while gc is kept from running, and only
+//! what still looks wrong is reported.
+
+mod data;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::blob::{hash_file, read_exact};
+use crate::disk::{Disk, read_file};
+use crate::error::StoreError;
+use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::layer::{Kind, Layer};
+use crate::lock::FileLock;
+use crate::objects::{LOOSE_MIN, Pack, PackSet, lock};
+use crate::outboard::Outboard;
+use crate::pack::{self, Index};
+use crate::refs::RefKind;
+use crate::stat_cache::StatCache;
+use crate::store::{Format, Found, Store, is_known_name};
+
+/// Most problems of one report.
+const MAX_PROBLEMS: usize = 10_000;
+
+/// What to look at.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct VerifyOptions {
+    /// Whether to hash every object.
+    pub data: bool,
+}
+
+/// How far verification is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VerifyEvent {
+    /// Objects are being hashed.
+    Data {
+        /// Bytes hashed so far.
+        done: u64,
+        /// Bytes to hash.
+        total: u64,
+    },
+}
+
+/// How bad a problem is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// Nothing is wrong; good to know.
+    Note,
+    /// Nothing is lost: it is made again, or it is not the store's.
+    Warning,
+    /// Something that was stored is lost.
+    Damage,
+}
+
+/// What is wrong, and with what.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Finding {
+    /// The `format` file is damaged or missing.
+    Format,
+    /// A directory of the store is missing.
+    Directory,
+    /// A file has compat features that this program does not know.
+    UnknownFeatures,
+    /// The index of a pack is damaged: nothing finds the objects in the pack.
+    Index {
+        /// The pack.
+        pack: PackId,
+    },
+    /// A pack is damaged apart from its objects: its length, its header, the zeroes between objects.
+    Pack {
+        /// The pack.
+        pack: PackId,
+    },
+    /// A pack has no index: an ingest is giving them their names, or was cut short while it did. Gc removes it.
+    PackWithoutIndex,
+    /// An index has no pack, of which a power cut may leave only the index. If a layer needs the pack, it is
+    /// [`Finding::Incomplete`].
+    IndexWithoutPack {
+        /// The pack.
+        pack: PackId,
+    },
+    /// The bytes of an object are not those that were stored.
+    Object {
+        /// The object.
+        object: ObjectId,
+        /// The pack it stands in; none for a loose one.
+        pack: Option<PackId>,
+    },
+    /// The outboard of a loose object is damaged: reading the object begins by reading all of it.
+    Outboard {
+        /// The object.
+        object: ObjectId,
+    },
+    /// A loose object has no outboard, which a power cut may leave: reading it begins by reading all of it.
+    NoOutboard {
+        /// The object.
+        object: ObjectId,
+    },
+    /// An outboard without its object. Gc removes it.
+    OutboardAlone {
+        /// The object.
+        object: ObjectId,
+    },
+    /// A layer file is damaged.
+    Layer {
+        /// The layer.
+        layer: LayerId,
+    },
+    /// A layer names objects that are not there, are damaged, or have other lengths.
+    Incomplete {
+        /// The layer.
+        layer: LayerId,
+        /// The first of the objects.
+        object: ObjectId,
+        /// How many files of the layer are concerned.
+        files: u64,
+    },
+    /// The file of a key is damaged: the key is built again.
+    Key {
+        /// The key.
+        key: KeyId,
+    },
+    /// A key has a record of a layer that is not there: the key is built again.
+    KeyLayer {
+        /// The key.
+        key: KeyId,
+        /// The layer.
+        layer: LayerId,
+    },
+    /// The file of a ref is damaged.
+    Ref {
+        /// What the name stands for.
+        ref_kind: RefKind,
+    },
+    /// A ref names a layer that is not there.
+    RefLayer {
+        /// What the name stands for.
+        ref_kind: RefKind,
+        /// The name.
+        name: String,
+        /// The layer.
+        layer: LayerId,
+    },
+    /// A stat cache does not hold: the project's files are read again.
+    StatCache,
+    /// Something that is not the store's.
+    Foreign,
+    /// Something cannot be read.
+    Unreadable,
+}
+
+impl Finding {
+    /// How bad it is.
+    pub fn severity(&self) -> Severity {
+        match self {
+            Self::UnknownFeatures
+            | Self::PackWithoutIndex
+            | Self::IndexWithoutPack { .. }
+            | Self::NoOutboard { .. }
+            | Self::OutboardAlone { .. } => Severity::Note,
+            Self::Directory
+            | Self::Outboard { .. }
+            | Self::Key { .. }
+            | Self::KeyLayer { .. }
+            | Self::StatCache
+            | Self::Foreign => Severity::Warning,
+            Self::Format
+            | Self::Index { .. }
+            | Self::Pack { .. }
+            | Self::Object { .. }
+            | Self::Layer { .. }
+            | Self::Incomplete { .. }
+            | Self::Ref { .. }
+            | Self::RefLayer { .. }
+            | Self::Unreadable => Severity::Damage,
+        }
+    }
+
+    /// What follows from it, in a few words.
+    pub fn meaning(&self) -> &'static str {
+        match self {
+            Self::Format => "the store cannot be opened",
+            Self::Directory => "what belongs there is gone",
+            Self::UnknownFeatures => "a newer iii wrote it; it can be read all the same",
+            Self::Index { .. } => "the objects in its pack cannot be found",
+            Self::Pack { .. } => "objects in it may be lost",
+            Self::PackWithoutIndex | Self::IndexWithoutPack { .. } | Self::OutboardAlone { .. } => {
+                "nothing uses it; gc removes it"
+            }
+            Self::Object { .. } => "files with these contents cannot be read",
+            Self::Outboard { .. } | Self::NoOutboard { .. } => {
+                "the first read of the object takes longer"
+            }
+            Self::Layer { .. } => "the layer cannot be used",
+            Self::Incomplete { .. } => "some files of the layer cannot be read",
+            Self::Key { .. } | Self::KeyLayer { .. } => "the step is run again when it is needed",
+            Self::Ref { .. } => "nobody knows what it kept; gc does not run",
+            Self::RefLayer {
+                ref_kind: RefKind::Image,
+                ..
+            } => "the image must be imported again",
+            Self::RefLayer { .. } => "the worker's layers are built again when it is started",
+            Self::StatCache => "the project's files are read again",
+            Self::Foreign => "it is left alone, and takes room",
+            Self::Unreadable => "nothing is known of it",
+        }
+    }
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Problem {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What is wrong.
+    #[serde(flatten)]
+    pub finding: Finding,
+    /// The file or directory, relative to the store.
+    pub path: PathBuf,
+    /// For people: what contradicts what.
+    pub what: String,
+}
+
+/// What a verification looked at, and what it found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Report {
+    /// Worst first.
+    pub problems: Vec<Problem>,
+    /// How many problems more there are than fit.
+    pub omitted: u64,
+    /// Packs.
+    pub packs: u64,
+    /// Objects in packs.
+    pub packed_objects: u64,
+    /// Loose objects.
+    pub loose_objects: u64,
+    /// Layers.
+    pub layers: u64,
+    /// Keys.
+    pub keys: u64,
+    /// Refs.
+    pub refs: u64,
+    /// Bytes of objects that were hashed.
+    pub hashed: u64,
+}
+
+impl Report {
+    /// Whether there is nothing but notes.
+    pub fn is_clean(&self) -> bool {
+        self.worst() <= Some(Severity::Note) && self.omitted == 0
+    }
+
+    /// How bad the worst problem is.
+    pub fn worst(&self) -> Option<Severity> {
+        self.problems.iter().map(|problem| problem.severity).max()
+    }
+}
+
+/// One thing to look at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Item {
+    Format,
+    /// The names in a directory.
+    Names(&'static str),
+    Pack(PackId),
+    Loose(ObjectId),
+    Layer(LayerId),
+    Key(KeyId),
+    Ref(RefKind, String),
+    Stat(String),
+}
+
+/// The events of a verification.
+pub type OnVerify<'a> = &'a (dyn Fn(VerifyEvent) + Sync);
+
+impl Store {
+    /// Looks at everything in the store: see [`crate::verify`]. Nothing is changed. An error means that it could not be
+    /// looked at; whatever is wrong with what was looked at is in the report. Holds some MiB for each thread, the indexes,
+    /// and at most a bounded number of problems in memory.
+    pub fn verify(
+        &self,
+        options: VerifyOptions,
+        on_event: OnVerify<'_>,
+    ) -> Result<Report, StoreError> {
+        let mut first = Pass::new(self, options, on_event);
+        first.run();
+        let (report, found) = first.into_report();
+        let doubtful: BTreeSet<Item> = found
+            .iter()
+            .filter(|(_, problem)| problem.severity > Severity::Note)
+            .map(|(item, _)| item.clone())
+            .collect();
+        let mut problems: Vec<Problem> = found
+            .into_iter()
+            .filter(|(item, _)| !doubtful.contains(item))
+            .map(|(_, problem)| problem)
+            .collect();
+        let mut omitted = 0;
+        if !doubtful.is_empty() {
+            // A store that cannot be written is one in which nothing can be collected either.
+            let gc = (!self.is_read_only())
+                .then(|| FileLock::acquire(self.disk(), &self.gc_lock(), &|| {}))
+                .transpose()?;
+            let again = Pass::new(self, options, &|_| {});
+            again.run_on(&doubtful);
+            drop(gc);
+            let (checked, found) = again.into_report();
+            omitted = checked.omitted;
+            // Loading looks at every index, so it may tell of what is not in doubt.
+            let found = found
+                .into_iter()
+                .filter(|(item, _)| doubtful.contains(item));
+            problems.extend(found.map(|(_, problem)| problem));
+        }
+        problems.sort_by(|a, b| b.severity.cmp(&a.severity).then_with(|| a.cmp(b)));
+        Ok(Report {
+            problems,
+            omitted,
+            ..report
+        })
+    }
+}
+
+/// One look at the store, or at some things in it.
+struct Pass<'a> {
+    store: &'a Store,
+    disk: &'a dyn Disk,
+    dir: &'a Path,
+    options: VerifyOptions,
+    on_event: OnVerify<'a>,
+    found: Mutex<Vec<(Item, Problem)>>,
+    omitted: AtomicU64,
+    /// The packs whose index holds.
+    packs: HashMap<PackId, Arc<Pack>>,
+    /// Those that are there.
+    set: PackSet,
+    /// The lengths of the loose objects.
+    loose: HashMap<ObjectId, u64>,
+    /// Objects that were read and are not what their ids say.
+    lost: RwLock<HashSet<ObjectId>>,
+    hashed: AtomicU64,
+    total: u64,
+    counts: Report,
+}
+
+impl<'a> Pass<'a> {
+    fn new(store: &'a Store, options: VerifyOptions, on_event: OnVerify<'a>) -> Self {
+        let mut pass = Self {
+            store,
+            disk: store.disk().as_ref(),
+            dir: store.dir(),
+            options,
+            on_event,
+            found: Mutex::default(),
+            omitted: AtomicU64::new(0),
+            packs: HashMap::new(),
+            set: PackSet::default(),
+            loose: HashMap::new(),
+            lost: RwLock::default(),
+            hashed: AtomicU64::new(0),
+            total: 0,
+            counts: Report::default(),
+        };
+        pass.load();
+        pass
+    }
+
+    fn into_report(self) -> (Report, Vec<(Item, Problem)>) {
+        let report = Report {
+            omitted: self.omitted.into_inner(),
+            hashed: self.hashed.into_inner(),
+            ..self.counts
+        };
+        let found = self.found.into_inner();
+        (report, found.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn report(&self, item: &Item, finding: Finding, path: &Path, what: impl Into<String>) {
+        let mut found = lock(&self.found);
+        if found.len() >= MAX_PROBLEMS {
+            self.omitted.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let path = path.strip_prefix(self.dir).unwrap_or(path);
+        let problem = Problem {
+            severity: finding.severity(),
+            finding,
+            path: path.to_owned(),
+            what: what.into(),
+        };
+        found.push((item.clone(), problem));
+    }
+
+    /// Reports what a read came to, unless it came to something or the file is gone.
+    fn read<T>(&self, item: &Item, path: &Path, read: io::Result<T>) -> Option<T> {
+        match read {
+            Ok(value) => Some(value),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => None,
+            Err(err) => {
+                self.report(item, Finding::Unreadable, path, err.to_string());
+                None
+            }
+        }
+    }
+
+    /// The names in a directory that `known` takes, and reports the others.
+    fn list(&self, name: &'static str, known: impl Fn(&str) -> bool) -> Vec<String> {
+        let (item, dir) = (Item::Names(name), self.dir.join(name));
+        let mut ours = Vec::new();
+        match self.disk.list(&dir) {
+            Ok(names) => {
+                for name in names {
+                    if let Some(name) = name.to_str().filter(|name| known(name)) {
+                        ours.push(name.to_owned());
+                    } else {
+                        let path = dir.join(&name);
+                        let what = "nothing of this name belongs here";
+                        self.report(&item, Finding::Foreign, &path, what);
+                    }
+                }
+            }
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                self.report(&item, Finding::Directory, &dir, "the directory is missing");
+            }
+            Err(err) => self.report(&item, Finding::Unreadable, &dir, err.to_string()),
+        }
+        ours
+    }
+
+    /// Reads what everything else is looked up in: indexes, and the names of loose objects.
+    fn load(&mut self) {
+        let pack_file = |name: &str| {
+            let id = name.strip_suffix(".idx").or(name.strip_suffix(".pack"));
+            id.is_some_and(is_id::<PackId>)
+        };
+        let names = self.list("packs", pack_file);
+        let mut indexed = HashSet::new();
+        for name in &names {
+            indexed.extend(name.strip_suffix(".idx"));
+        }
+        for name in &names {
+            if name
+                .strip_suffix(".pack")
+                .is_some_and(|id| !indexed.contains(id))
+            {
+                let path = self.dir.join("packs").join(name);
+                let item = Item::Names("packs");
+                self.report(&item, Finding::PackWithoutIndex, &path, "it has no index");
+            }
+        }
+        let ids: Vec<PackId> = indexed.iter().filter_map(|id| id.parse().ok()).collect();
+        let packs: Vec<Arc<Pack>> = ids
+            .par_iter()
+            .filter_map(|id| self.load_index(id))
+            .collect();
+        self.counts.packs = packs.len() as u64;
+        let mut there = Vec::new();
+        for pack in packs {
+            self.counts.packed_objects += u64::from(pack.index.count());
+            self.total += pack
+                .index
+                .objects()
+                .map(|(_, place)| place.len)
+                .sum::<u64>();
+            if self.disk.metadata(&pack.path).is_ok() {
+                there.push(Arc::clone(&pack));
+            }
+            self.packs.insert(pack.id, pack);
+        }
+        there.sort_by_key(|pack| pack.id);
+        self.set.add(there);
+
+        let loose_file = |name: &str| is_id::<ObjectId>(name.strip_suffix(".cv").unwrap_or(name));
+        let dir = self.dir.join("loose");
+        let mut outboards = Vec::new();
+        for name in self.list("loose", loose_file) {
+            if let Some(id) = name.strip_suffix(".cv") {
+                outboards.extend(id.parse::<ObjectId>());
+            } else if let Ok(id) = name.parse::<ObjectId>() {
+                let path = dir.join(&name);
+                let meta = self.read(&Item::Loose(id), &path, self.disk.metadata(&path));
+                let len = meta.map(|meta| if meta.is_file() { meta.size() } else { 0 });
+                self.loose.extend(len.map(|len| (id, len)));
+            }
+        }
+        for object in outboards {
+            if !self.loose.contains_key(&object) {
+                let path = self.store.objects().outboard_path(&object);
+                let finding = Finding::OutboardAlone { object };
+                self.report(
+                    &Item::Names("loose"),
+                    finding,
+                    &path,
+                    "its object is not there",
+                );
+            }
+        }
+        self.counts.loose_objects = self.loose.len() as u64;
+        self.total += self.loose.values().sum::<u64>();
+    }
+
+    fn load_index(&self, id: &PackId) -> Option<Arc<Pack>> {
+        let (item, path) = (Item::Pack(*id), self.store.objects().index_path(id));
+        let file = self.read(&item, &path, self.disk.open(&path))?;
+        match Index::open(&file, id) {
+            Ok(index) => {
+                if index.compat_features() != [0; 2] {
+                    self.features(&item, &path, &index.compat_features());
+                }
+                let pack = self.store.objects().pack_path(id);
+                Some(Arc::new(Pack::new(*id, index, pack)))
+            }
+            Err(err) => {
+                self.report(&item, Finding::Index { pack: *id }, &path, err.to_string());
+                None
+            }
+        }
+    }
+
+    fn features(&self, item: &Item, path: &Path, features: &dyn std::fmt::Debug) {
+        let what = format!("unknown compat features {features:x?}");
+        self.report(item, Finding::UnknownFeatures, path, what);
+    }
+
+    /// Looks at everything.
+    fn run(&mut self) {
+        let mut items = vec![Item::Format, Item::Names("")];
+        let loaded = self.packs.keys().map(|id| Item::Pack(*id));
+        items.extend(loaded.chain(self.loose.keys().map(|id| Item::Loose(*id))));
+        // Records and refs before layers: what they name is there as long as they are.
+        let keys = self.list("keys", is_id::<KeyId>);
+        items.extend(
+            keys.iter()
+                .filter_map(|name| name.parse().ok())
+                .map(Item::Key),
+        );
+        self.counts.keys = keys.len() as u64;
+        items.push(Item::Names("refs"));
+        for kind in RefKind::ALL {
+            let refs = self.list(kind.path(), |_| true);
+            self.counts.refs += refs.len() as u64;
+            items.extend(refs.into_iter().map(|name| Item::Ref(kind, name)));
+        }
+        let stat = self.list("stat", |_| true);
+        items.extend(stat.into_iter().map(Item::Stat));
+        let layers = self.list("layers", is_id::<LayerId>);
+        items.extend(
+            layers
+                .iter()
+                .filter_map(|name| name.parse().ok())
+                .map(Item::Layer),
+        );
+        self.counts.layers = layers.len() as u64;
+        for dir in ["leases", "locks", "tmp"] {
+            self.list(dir, |_| true);
+        }
+        self.check(&items);
+    }
+
+    /// Looks at these again.
+    fn run_on(&self, items: &BTreeSet<Item>) {
+        for item in items {
+            match item {
+                Item::Names("keys") => drop(self.list("keys", is_id::<KeyId>)),
+                Item::Names("layers") => drop(self.list("layers", is_id::<LayerId>)),
+                // Looked at when loading, or as an item.
+                Item::Names("packs" | "loose" | "" | "refs") => {}
+                Item::Names(name) => drop(self.list(name, |_| true)),
+                _ => {}
+            }
+        }
+        self.check(&items.iter().cloned().collect::<Vec<_>>());
+    }
+
+    fn check(&self, items: &[Item]) {
+        // Objects first: layers are told which of them are lost.
+        let (objects, rest): (Vec<_>, Vec<_>) = items
+            .iter()
+            .partition(|item| matches!(item, Item::Pack(_) | Item::Loose(_)));
+        objects.par_iter().for_each(|item| self.check_item(item));
+        rest.par_iter().for_each(|item| self.check_item(item));
+    }
+
+    fn check_item(&self, item: &Item) {
+        match item {
+            Item::Format => self.check_format(item),
+            Item::Names("") => drop(self.list("", is_known_name)),
+            Item::Names("refs") => drop(self.list("refs", |name| {
+                RefKind::ALL
+                    .iter()
+                    .any(|kind| kind.path() == format!("refs/{name}"))
+            })),
+            Item::Names(_) => {}
+            Item::Pack(id) => {
+                if let Some(pack) = self.packs.get(id) {
+                    self.check_pack(item, pack);
+                }
+            }
+            Item::Loose(id) => {
+                if let Some(len) = self.loose.get(id) {
+                    self.check_loose(item, id, *len);
+                }
+            }
+            Item::Layer(id) => self.check_layer(item, id),
+            Item::Key(id) => self.check_key(item, id),
+            Item::Ref(kind, file) => self.check_ref(item, *kind, file),
+            Item::Stat(name) => {
+                let path = self.dir.join("stat").join(name);
+                if let Some(file) = self.read(item, &path, self.disk.open(&path))
+                    && !StatCache::holds(&file)
+                {
+                    self.report(
+                        item,
+                        Finding::StatCache,
+                        &path,
+                        "its checksum does not hold",
+                    );
+                }
+            }
+        }
+    }
+
+    fn check_format(&self, item: &Item) {
+        let path = self.dir.join("format");
+        match Format::read(self.disk, self.dir) {
+            Ok(Found::Current(format)) => {
+                let unknown = [format.compat, format.ro_compat].concat();
+                if !unknown.is_empty() {
+                    self.features(item, &path, &unknown);
+                }
+            }
+            Ok(Found::Nothing) => self.report(item, Finding::Format, &path, "it is missing"),
+            Ok(Found::Outdated) => {
+                self.report(item, Finding::Format, &path, "it is of an earlier layout");
+            }
+            Err(err) => self.report(item, Finding::Format, &path, chain(&err)),
+        }
+    }
+
+    fn check_pack(&self, item: &Item, pack: &Pack) {
+        let finding = || Finding::Pack { pack: pack.id };
+        let path = &pack.path;
+        let file = match self.disk.open(path) {
+            Ok(file) => file,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                // Removed after its index, unless the index is there still.
+                let index = self.store.objects().index_path(&pack.id);
+                if self.disk.metadata(&index).is_ok() {
+                    let finding = Finding::IndexWithoutPack { pack: pack.id };
+                    self.report(item, finding, &index, "its pack is missing");
+                }
+                return;
+            }
+            Err(err) => return self.report(item, Finding::Unreadable, path, err.to_string()),
+        };
+        let mut header = [0; pack::HEADER];
+        match file.metadata() {
+            Ok(meta) if meta.len() != pack.index.pack_len() => {
+                let (is, was) = (meta.len(), pack.index.pack_len());
+                self.report(item, finding(), path, format!("it has {is} bytes of {was}"));
+            }
+            Ok(_) => {}
+            Err(err) => return self.report(item, Finding::Unreadable, path, err.to_string()),
+        }
+        match read_exact(self.disk, &file, &mut header, 0) {
+            Ok(()) if !pack::is_header(&header) => {
+                self.report(item, finding(), path, "its header is damaged");
+            }
+            Ok(()) => {
+                let features = pack::compat_features(&header);
+                if features != [0; 2] {
+                    self.features(item, path, &features);
+                }
+            }
+            // Its length told.
+            Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(err) => self.report(item, Finding::Unreadable, path, err.to_string()),
+        }
+        if self.options.data {
+            self.check_pack_data(item, pack, &file);
+        }
+    }
+
+    fn lose(&self, object: ObjectId) {
+        let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
+        lost.insert(object);
+    }
+
+    fn progress(&self, bytes: u64) {
+        let done = self.hashed.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let total = self.total.max(done);
+        (self.on_event)(VerifyEvent::Data { done, total });
+    }
+
+    fn check_loose(&self, item: &Item, id: &ObjectId, len: u64) {
+        let path = self.store.objects().loose_path(id);
+        let finding = || Finding::Object {
+            object: *id,
+            pack: None,
+        };
+        if len < LOOSE_MIN {
+            self.lose(*id);
+            return self.report(item, finding(), &path, "it was cut short, or is no file");
+        }
+        let beside = self.store.objects().outboard_path(id);
+        let stored = match read_file(self.disk, &beside, Outboard::file_len(len)) {
+            Ok(stored) => stored.map(|bytes| Outboard::decode(&bytes, id, len)),
+            Err(err) if err.io_kind().is_some() => {
+                return self.report(item, Finding::Unreadable, &beside, chain(&err));
+            }
+            Err(_) => Some(None),
+        };
+        match stored {
+            // The object is gone, too, or else this is told.
+            None if self.disk.metadata(&path).is_ok() => {
+                let finding = Finding::NoOutboard { object: *id };
+                self.report(item, finding, &beside, "it is missing");
+            }
+            Some(None) => {
+                let finding = Finding::Outboard { object: *id };
+                self.report(item, finding, &beside, "it is damaged");
+            }
+            _ => {}
+        }
+        if !self.options.data {
+            return;
+        }
+        let Some(file) = self.read(item, &path, self.disk.open(&path)) else {
+            return;
+        };
+        match hash_file(self.disk, &file) {
+            Ok((object, _)) if object == *id => {}
+            Ok(_) => {
+                self.lose(*id);
+                self.report(
+                    item,
+                    finding(),
+                    &path,
+                    "its bytes are not those that were stored",
+                );
+            }
+            Err(err) => {
+                self.lose(*id);
+                self.report(item, finding(), &path, format!("it cannot be read: {err}"));
+            }
+        }
+        self.progress(len);
+    }
+
+    fn check_layer(&self, item: &Item, id: &LayerId) {
+        let path = self.store.layer_path(id);
+        let finding = || Finding::Layer { layer: *id };
+        let Some(file) = self.read(item, &path, self.disk.open(&path)) else {
+            return;
+        };
+        let layer = match Layer::open(&file).and_then(|layer| layer.check_all().map(|()| layer)) {
+            Ok(layer) if layer.layer_id() == *id => layer,
+            Ok(_) => return self.report(item, finding(), &path, "it is another layer"),
+            Err(err) => return self.report(item, finding(), &path, err.to_string()),
+        };
+        if layer.compat_features() != [0; 2] {
+            self.features(item, &path, &layer.compat_features());
+        }
+        let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
+        let mut files = 0;
+        let mut first = None;
+        for node in layer.nodes().filter(|node| node.kind() == Kind::File) {
+            let object = node.object();
+            let packed = self
+                .set
+                .find(&object)
+                .map(|(pack, ix)| pack.index.place(ix).len);
+            let len = packed.or_else(|| self.loose.get(&object).copied());
+            if len != Some(node.size()) || lost.contains(&object) {
+                files += 1;
+                let damaged = lost.contains(&object);
+                first.get_or_insert((object, len, damaged, node));
+            }
+        }
+        let Some((object, len, damaged, node)) = first else {
+            return;
+        };
+        // Gone with its objects.
+        if self.disk.metadata(&path).is_err() {
+            return;
+        }
+        let why = match len {
+            _ if damaged => "is damaged".to_owned(),
+            None => "is not there".to_owned(),
+            Some(len) => format!("has {len} bytes, not {}", node.size()),
+        };
+        let name = String::from_utf8_lossy(&node.path()).into_owned();
+        let what = format!("object {object} of {name:?} {why}; files concerned: {files}");
+        let finding = Finding::Incomplete {
+            layer: *id,
+            object,
+            files,
+        };
+        self.report(item, finding, &path, what);
+    }
+
+    fn has_layer(&self, id: &LayerId) -> bool {
+        self.disk
+            .metadata(&self.store.layer_path(id))
+            .is_ok_and(|meta| meta.is_file())
+    }
+
+    fn check_key(&self, item: &Item, key: &KeyId) {
+        let path = self.store.key_path(key);
+        match self.store.checked_records(key) {
+            Ok(records) => {
+                for record in records {
+                    if !self.has_layer(&record.layer_id) {
+                        let layer = record.layer_id;
+                        let finding = Finding::KeyLayer { key: *key, layer };
+                        self.report(item, finding, &path, format!("layer {layer} is not there"));
+                    }
+                }
+            }
+            Err(err) if err.io_kind().is_some() => {
+                self.report(item, Finding::Unreadable, &path, chain(&err));
+            }
+            Err(err) => self.report(item, Finding::Key { key: *key }, &path, chain(&err)),
+        }
+    }
+
+    fn check_ref(&self, item: &Item, kind: RefKind, file: &str) {
+        let path = self.dir.join(kind.path()).join(file);
+        match self.store.read_ref(kind, file) {
+            Ok(Some((name, content))) => {
+                for layer in content.layers {
+                    if !self.has_layer(&layer) {
+                        let what = format!("layer {layer} of {name:?} is not there");
+                        let name = name.clone();
+                        let finding = Finding::RefLayer {
+                            ref_kind: kind,
+                            name,
+                            layer,
+                        };
+                        self.report(item, finding, &path, what);
+                    }
+                }
+            }
+            Ok(None) => {}
+            Err(err) if err.io_kind().is_some() => {
+                self.report(item, Finding::Unreadable, &path, chain(&err));
+            }
+            Err(err) => self.report(item, Finding::Ref { ref_kind: kind }, &path, chain(&err)),
+        }
+    }
+}
+
+/// Whether a file's name is an id as it is written.
+fn is_id<T: std::str::FromStr + ToString>(name: &str) -> bool {
+    name.parse::<T>().is_ok_and(|id| id.to_string() == name)
+}
+
+/// An error and its causes in one line.
+fn chain(err: &StoreError) -> String {
+    let mut text = err.to_string();
+    let mut cause = std::error::Error::source(err);
+    while let Some(err) = cause {
+        text.push_str(": ");
+        text.push_str(&err.to_string());
+        cause = err.source();
+    }
+    text
+}
