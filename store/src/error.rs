@@ -56,6 +56,14 @@ pub enum StoreError {
         .0.display()
     )]
     Outdated(PathBuf),
+    /// The store cannot be changed as a whole while somebody uses it.
+    #[error("the store at {} is in use ({purpose}); wait until it is not, or stop it", path.display())]
+    InUse {
+        /// The store.
+        path: PathBuf,
+        /// What somebody uses it for.
+        purpose: String,
+    },
     /// The store can be read but not written.
     #[error("the store at {} is read-only here: {why}", path.display())]
     ReadOnly {

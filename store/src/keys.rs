@@ -14,7 +14,7 @@ use crate::store::{Store, read_json, write_json};
 /// Most records of one key; the oldest go first.
 pub const MAX_RECORDS: usize = 8;
 /// Longest file of one key, in bytes.
-const MAX_KEY_FILE: u64 = 256 << 20;
+pub(crate) const MAX_KEY_FILE: u64 = 256 << 20;
 
 /// One result of a recipe: what it looked at, and the layer it made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

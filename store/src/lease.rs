@@ -199,6 +199,11 @@ impl Lease {
         Ok(())
     }
 
+    /// The name of its file.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The store it belongs to.
     pub fn store(&self) -> &Store {
         &self.store

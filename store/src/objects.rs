@@ -195,12 +195,15 @@ pub(crate) struct Objects {
     packs: RwLock<PackSet>,
     pack_files: Mutex<OpenFiles<PackId, File>>,
     loose_files: Mutex<OpenFiles<ObjectId, LooseFile>>,
+    /// Whether what lies in the trash can be taken back.
+    writable: bool,
 }
 
 impl Objects {
     /// Nothing is read before the first question.
-    pub(crate) fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
+    pub(crate) fn new(disk: Arc<dyn Disk>, dir: &Path, writable: bool) -> Self {
         Self {
+            writable,
             disk,
             dir: dir.to_owned(),
             packs_dir: dir.join("packs"),
@@ -412,6 +415,9 @@ impl Objects {
 
     /// Looks for an object in the trash, and takes it back from there.
     fn take_back(&self, id: &ObjectId) -> Result<(), StoreError> {
+        if !self.writable {
+            return Ok(());
+        }
         let places = Places {
             disk: self.disk.as_ref(),
             dir: &self.dir,

@@ -159,6 +159,20 @@ pub(crate) fn write_index<'p, E>(
     Ok(name.into())
 }
 
+/// The objects that a damaged index may still name. None of it can be believed: whoever reads one hashes it.
+pub(crate) fn salvage_index(bytes: &[u8]) -> Vec<(ObjectId, Place)> {
+    let table = bytes.get(HEADER + FANOUT..).unwrap_or_default();
+    let (ids, places) = table.split_at(table.len() / (ID + PLACE) * ID);
+    let (ids, places) = (ids.as_chunks::<ID>().0, places.as_chunks::<PLACE>().0);
+    ids.iter()
+        .zip(places)
+        .map(|(id, place)| {
+            let (offset, len) = (le_u64(place, 0), le_u64(place, 8));
+            (ObjectId::from_bytes(*id), Place { offset, len })
+        })
+        .collect()
+}
+
 /// The index of a pack, read in place. Opening checks all of it once, so that reading afterwards cannot fail.
 #[derive(Debug)]
 pub struct Index {

@@ -157,6 +157,7 @@ impl Store {
     /// Removes a name, durably. Says whether there was one.
     pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
         let path = self.ref_path(kind, name)?;
+        self.require_writable()?;
         match self.disk().remove(&path) {
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             other => other.at("removing", &path)?,

@@ -79,7 +79,7 @@ impl Roots {
             let Ok(key) = name.parse::<KeyId>() else {
                 continue;
             };
-            match store.records(&key) {
+            match store.checked_records(&key) {
                 Ok(records) => {
                     for record in &records {
                         let layer = roots.layers.entry(record.layer_id).or_default();

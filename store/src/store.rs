@@ -1,6 +1,6 @@
 //! Opening a store, and reading from it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-const DIRS: [&str; 12] = [
+pub(crate) const DIRS: [&str; 12] = [
     "packs",
     "loose",
     "layers",
@@ -79,7 +79,7 @@ pub(crate) enum Found {
     /// A store that this program reads.
     Current(Format),
     /// A store of the layout before seals.
-    Outdated,
+    Outdated(Format),
 }
 
 impl Format {
@@ -109,9 +109,23 @@ impl Format {
         }
         match (has_seals, sealed.is_some()) {
             (true, true) => Ok(Found::Current(format)),
-            (false, false) => Ok(Found::Outdated),
+            (false, false) => Ok(Found::Outdated(format)),
             _ => Err(seal_broken(path)),
         }
+    }
+}
+
+impl Format {
+    /// Why a store of this format can but be read, if so.
+    pub(crate) fn read_only(&self) -> Option<String> {
+        let unknown = &self.ro_compat;
+        (!unknown.is_empty()).then(|| format!("unknown ro-compat features {unknown:?}"))
+    }
+
+    /// This format, with seals.
+    pub(crate) fn sealed(mut self) -> Self {
+        self.incompat.push(SEALED.to_owned());
+        self
     }
 }
 
@@ -125,6 +139,8 @@ struct Inner {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     read_only: Option<String>,
+    /// Whether its format is damaged, so that it can but be verified and repaired.
+    broken: bool,
     objects: Objects,
     layers: Mutex<HashMap<LayerId, Weak<Layer>>>,
 }
@@ -152,28 +168,48 @@ impl Store {
         }
         let format = match found {
             Found::Current(format) => format,
-            Found::Outdated => return Err(StoreError::Outdated(dir.to_owned())),
+            Found::Outdated(_) => return Err(StoreError::Outdated(dir.to_owned())),
             Found::Nothing => return Err(no_format(dir)),
         };
         let tmp = dir.join("tmp");
         let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-        let read_only = if format.ro_compat.is_empty() {
-            rustix::fs::access(&tmp, access)
-                .err()
-                .map(|err| format!("{}: {}", tmp.display(), io::Error::from(err)))
-        } else {
-            Some(format!("unknown ro-compat features {:?}", format.ro_compat))
+        let refused = || {
+            let err = rustix::fs::access(&tmp, access).err()?;
+            Some(format!("{}: {}", tmp.display(), io::Error::from(err)))
         };
+        let read_only = format.read_only().or_else(refused);
         Ok(Self::assemble(dir, disk, read_only))
+    }
+
+    /// Opens the store in `dir` even if its `format` file is damaged or missing, to verify and to repair it. Nothing else can
+    /// write to it then: a repair that has written the format again is followed by another [`Store::open`].
+    pub fn open_to_repair(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
+        let looks_like_one = || {
+            DIRS[..4]
+                .iter()
+                .all(|name| disk.metadata(&dir.join(name)).is_ok())
+        };
+        match Self::open_on(dir, Arc::clone(&disk)) {
+            Err(StoreError::Damaged { .. } | StoreError::Json { .. }) if looks_like_one() => {
+                let why = "its format is damaged; `iii store verify --repair` mends it";
+                Ok(Self::new(dir, disk, Some(why.to_owned()), true))
+            }
+            other => other,
+        }
     }
 
     /// The store in `dir`, whatever its format says.
     pub(crate) fn assemble(dir: &Path, disk: Arc<dyn Disk>, read_only: Option<String>) -> Self {
+        Self::new(dir, disk, read_only, false)
+    }
+
+    fn new(dir: &Path, disk: Arc<dyn Disk>, read_only: Option<String>, broken: bool) -> Self {
         Self(Arc::new(Inner {
-            objects: Objects::new(Arc::clone(&disk), dir),
+            objects: Objects::new(Arc::clone(&disk), dir, read_only.is_none()),
             dir: dir.to_owned(),
             disk,
             read_only,
+            broken,
             layers: Mutex::default(),
         }))
     }
@@ -195,20 +231,39 @@ impl Store {
         &self.0.objects
     }
 
-    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.
-    pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
-        if let Some(why) = &self.0.read_only {
-            return Err(StoreError::ReadOnly {
+    /// An error if the store can but be read.
+    pub(crate) fn require_writable(&self) -> Result<(), StoreError> {
+        self.0.read_only.as_ref().map_or(Ok(()), |why| {
+            Err(StoreError::ReadOnly {
                 path: self.0.dir.clone(),
                 why: why.clone(),
-            });
-        }
+            })
+        })
+    }
+
+    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.
+    pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
+        self.require_writable()?;
         Lease::take(self, purpose)
+    }
+
+    /// A lease for who repairs it, which may be a store that nobody else can write to.
+    pub(crate) fn lease_to_repair(&self) -> Result<Lease, StoreError> {
+        if self.0.broken {
+            return Lease::take(self, "repair");
+        }
+        self.lease("repair")
+    }
+
+    /// Has these layers opened anew the next time.
+    pub(crate) fn forget_layers(&self, ids: &BTreeSet<LayerId>) {
+        lock(&self.0.layers).retain(|id, _| !ids.contains(id));
     }
 
     /// Removes what processes that died left behind: their leases and temporary files. Returns the number of leases.
     /// Safe beside everything else.
     pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
+        self.require_writable()?;
         lease::sweep(self)
     }
 
@@ -322,6 +377,7 @@ impl Store {
     /// Waits until no other process builds `key`, and keeps others from it until the guard is dropped. `on_wait` is called
     /// once if somebody else is at it; who waited looks for the record again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
+        self.require_writable()?;
         let path = self.0.dir.join("locks").join(format!("{key}.flight"));
         Ok(Flight {
             _lock: FileLock::acquire(self.disk(), &path, on_wait)?,

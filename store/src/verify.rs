@@ -158,7 +158,7 @@ pub enum Finding {
         /// The layer.
         layer: LayerId,
     },
-    /// A stat cache does not hold: the project's files are read again.
+    /// A stat cache does not hold, which a power cut may leave: the project's files are read again.
     StatCache,
     /// Something that is not the store's.
     Foreign,
@@ -174,12 +174,12 @@ impl Finding {
             | Self::PackWithoutIndex
             | Self::IndexWithoutPack { .. }
             | Self::NoOutboard { .. }
-            | Self::OutboardAlone { .. } => Severity::Note,
+            | Self::OutboardAlone { .. }
+            | Self::StatCache => Severity::Note,
             Self::Directory
             | Self::Outboard { .. }
             | Self::Key { .. }
             | Self::KeyLayer { .. }
-            | Self::StatCache
             | Self::Foreign => Severity::Warning,
             Self::Format
             | Self::Index { .. }
@@ -339,7 +339,7 @@ impl Store {
 }
 
 /// One look at the store, or at some things in it.
-struct Pass<'a> {
+pub(crate) struct Pass<'a> {
     store: &'a Store,
     disk: &'a dyn Disk,
     dir: &'a Path,
@@ -380,6 +380,46 @@ impl<'a> Pass<'a> {
         };
         pass.load();
         pass
+    }
+
+    /// A pass for which these packs and loose objects are not there.
+    pub(crate) fn without(
+        store: &'a Store,
+        packs: &BTreeSet<PackId>,
+        loose: &BTreeSet<ObjectId>,
+    ) -> Self {
+        let mut pass = Self::new(store, VerifyOptions::default(), &|_| {});
+        let there = pass.set.packs().iter();
+        let there = there.filter(|pack| !packs.contains(&pack.id)).cloned();
+        let there = there.collect();
+        pass.set = PackSet::default();
+        pass.set.add(there);
+        pass.loose
+            .retain(|id, len| *len >= LOOSE_MIN && !loose.contains(id));
+        pass
+    }
+
+    /// Whether the object is there, as far as this pass knows.
+    pub(crate) fn has(&self, object: &ObjectId) -> bool {
+        self.set.find(object).is_some() || self.loose.contains_key(object)
+    }
+
+    /// The layers that are damaged, or (true) whole themselves but without some of their objects.
+    pub(crate) fn broken_layers(&self) -> Vec<(LayerId, bool)> {
+        lock(&self.found).clear();
+        let layers = self.list("layers", is_id::<LayerId>);
+        let ids: Vec<LayerId> = layers.iter().filter_map(|name| name.parse().ok()).collect();
+        ids.par_iter()
+            .for_each(|id| self.check_layer(&Item::Layer(*id), id));
+        let found = lock(&self.found);
+        let broken = found
+            .iter()
+            .filter_map(|(_, problem)| match problem.finding {
+                Finding::Layer { layer } => Some((layer, false)),
+                Finding::Incomplete { layer, .. } => Some((layer, true)),
+                _ => None,
+            });
+        broken.collect()
     }
 
     fn into_report(self) -> (Report, Vec<(Item, Problem)>) {
@@ -647,7 +687,7 @@ impl<'a> Pass<'a> {
                 }
             }
             Ok(Found::Nothing) => self.report(item, Finding::Format, &path, "it is missing"),
-            Ok(Found::Outdated) => {
+            Ok(Found::Outdated(_)) => {
                 self.report(item, Finding::Format, &path, "it is of an earlier layout");
             }
             Err(err) => self.report(item, Finding::Format, &path, chain(&err)),

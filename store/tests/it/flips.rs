@@ -136,8 +136,8 @@ pub fn read_all(store: &Store, sample: &Sample) -> usize {
     }
     for (kind, name, content) in &sample.refs {
         match store.get_ref(*kind, name) {
-            Ok(found) => assert_eq!(found.as_ref(), Some(content)),
-            Err(_) => failed += 1,
+            Ok(Some(found)) => assert_eq!(found, *content),
+            _ => failed += 1,
         }
     }
     for (key, records) in &sample.records {
@@ -169,7 +169,7 @@ pub fn stored_files(dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-fn copy(from: &Path, to: &Path) {
+pub fn copy(from: &Path, to: &Path) {
     for name in stored_files(from) {
         fs::create_dir_all(to.join(&name).parent().unwrap()).unwrap();
         fs::write(to.join(&name), fs::read(from.join(&name)).unwrap()).unwrap();

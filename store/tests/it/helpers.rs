@@ -8,7 +8,7 @@ use std::path::Path;
 
 use iii_store::disk::{Disk, RealDisk};
 use iii_store::tree::{Content, Leaf, Meta, Mtime, Node, Tree};
-use iii_store::{Ingest, Kind, Layer, ObjectId, Published, Store, StoreError};
+use iii_store::{Ingest, Kind, Layer, ObjectId, Published, Store, StoreError, VerifyOptions};
 
 /// The filesystem without waiting for the disk: for tests in which the machine stays up.
 #[derive(Debug)]
@@ -158,6 +158,8 @@ pub fn check_whole(dir: &Path) -> usize {
         let bytes = std::fs::read(dir.join("loose").join(name)).unwrap();
         assert_eq!(ObjectId::of(&bytes), id);
     }
+    let report = store.verify(VerifyOptions { data: true }, &|_| ()).unwrap();
+    assert!(report.is_clean(), "{report:?}");
     layers.len()
 }
 

@@ -16,6 +16,7 @@ mod names;
 mod powercut;
 mod processes;
 mod reflinks;
+mod repairs;
 mod seam;
 mod snapshots;
 mod workload;

@@ -1,0 +1,424 @@
+//! Repairing: what verification found is set aside, and what depends on it is dropped, so that it is made again.
+//!
+//! Nothing is deleted: what is damaged is moved to `damaged/<n>/`, under the path that it had. It runs under the lock of gc,
+//! beside everything else, and in this order, so that whatever a crash cuts short is no worse than before and can be
+//! repaired again:
+//!
+//! 1. The objects of damaged packs that are what their ids say are written into a new pack.
+//! 2. Records and refs that name lost layers are dropped: layers that are damaged, or name objects that are lost.
+//! 3. These layers are set aside.
+//! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds that they are not there.
+//! 5. Outboards are made again, and the format last.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::blob::{hash_file, read_exact};
+use crate::disk::{Disk, names, read_file};
+use crate::error::{IoContext, StoreError};
+use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::lease::Lease;
+use crate::lock::FileLock;
+use crate::objects::LOOSE_MIN;
+use crate::pack::{self, Place};
+use crate::pack_writer::PackWriter;
+use crate::refs::RefKind;
+use crate::store::{Format, Store};
+use crate::verify::{Finding, Pass, Report};
+
+/// Longest index that is read to save what its pack holds, in bytes: of 20 million objects.
+const MAX_INDEX: u64 = 1 << 30;
+
+/// Something that a repair did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "did", rename_all = "snake_case")]
+pub enum Mended {
+    /// Moved something out of the way. Both paths are relative to the store.
+    SetAside {
+        /// Where it was.
+        path: PathBuf,
+        /// Where it is now.
+        to: PathBuf,
+    },
+    /// Wrote the objects of a damaged pack that hold into another one.
+    Salvaged {
+        /// The damaged pack.
+        pack: PackId,
+        /// Objects that were saved.
+        objects: u64,
+        /// Objects that are lost, until they are stored again.
+        lost: u64,
+    },
+    /// Dropped records of a key: it is built again when it is needed.
+    RecordsDropped {
+        /// The key.
+        key: KeyId,
+        /// How many.
+        records: u64,
+    },
+    /// Dropped a ref: an image must be imported again, a worker's layers are built again when it is started.
+    RefDropped {
+        /// What the name stands for.
+        ref_kind: RefKind,
+        /// The name; that of its file if the file is damaged.
+        name: String,
+    },
+    /// Made an outboard again.
+    Outboard {
+        /// The object.
+        object: ObjectId,
+    },
+    /// Made a directory again.
+    Directory {
+        /// The directory, relative to the store.
+        path: PathBuf,
+    },
+    /// Wrote the format again. The store must be opened anew.
+    Format,
+}
+
+/// Told of everything that a repair does.
+pub type OnRepair<'a> = &'a dyn Fn(&Mended);
+
+impl Store {
+    /// Mends what a report says: see [`crate::repair`]. Waits for a collection that runs. A report that left problems out is
+    /// mended as far as it goes; verify again. What could not be read is left as it is.
+    pub fn repair(
+        &self,
+        report: &Report,
+        on_event: OnRepair<'_>,
+    ) -> Result<Vec<Mended>, StoreError> {
+        let mut repair = Repair::begin(self, report, on_event)?;
+        repair.run()?;
+        Ok(repair.done)
+    }
+}
+
+/// What is to be set aside.
+#[derive(Default)]
+struct Condemned {
+    packs: BTreeSet<PackId>,
+    loose: BTreeSet<ObjectId>,
+    layers: BTreeSet<LayerId>,
+}
+
+struct Repair<'a> {
+    store: &'a Store,
+    disk: &'a dyn Disk,
+    report: &'a Report,
+    on_event: OnRepair<'a>,
+    lease: Lease,
+    _lock: FileLock,
+    /// `damaged/<n>`, relative to the store, once it is there.
+    aside: Option<PathBuf>,
+    done: Vec<Mended>,
+}
+
+impl<'a> Repair<'a> {
+    fn begin(
+        store: &'a Store,
+        report: &'a Report,
+        on_event: OnRepair<'a>,
+    ) -> Result<Self, StoreError> {
+        let disk = store.disk().as_ref();
+        let mut done = Vec::new();
+        // Leases and locks need theirs.
+        for problem in &report.problems {
+            if problem.finding == Finding::Directory {
+                let path = store.dir().join(&problem.path);
+                disk.create_dir(&path).at("making", &path)?;
+                let path = problem.path.clone();
+                done.push(Mended::Directory { path });
+            }
+        }
+        disk.sync_dir(store.dir()).at("syncing", store.dir())?;
+        let lease = store.lease_to_repair()?;
+        Ok(Self {
+            store,
+            disk,
+            report,
+            on_event,
+            lease,
+            _lock: FileLock::acquire(store.disk(), &store.gc_lock(), &|| {})?,
+            aside: None,
+            done,
+        })
+    }
+
+    fn did(&mut self, mended: Mended) {
+        (self.on_event)(&mended);
+        self.done.push(mended);
+    }
+
+    fn sync(&self, dir: &Path) -> Result<(), StoreError> {
+        self.disk.sync_dir(dir).at("syncing", dir)
+    }
+
+    /// Moves something out of the way, durably. `path` is relative to the store. False if it is not there.
+    fn set_aside(&mut self, path: &Path) -> Result<bool, StoreError> {
+        let dir = self.store.dir();
+        let from = dir.join(path);
+        match self.disk.metadata(&from) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other.at("looking at", &from).map(drop)?,
+        }
+        let aside = if let Some(aside) = &self.aside {
+            aside.clone()
+        } else {
+            let all = dir.join("damaged");
+            self.disk.create_dir(&all).at("making", &all)?;
+            let numbers = names(self.disk, &all)?;
+            let last = numbers
+                .iter()
+                .filter_map(|name| name.parse::<u64>().ok())
+                .max();
+            let aside = Path::new("damaged").join((last.unwrap_or(0) + 1).to_string());
+            let path = dir.join(&aside);
+            self.disk.create_dir(&path).at("making", &path)?;
+            self.sync(&all)?;
+            self.sync(dir)?;
+            self.aside.insert(aside).clone()
+        };
+        let mut parent = dir.join(&aside);
+        for part in path.parent().into_iter().flat_map(Path::components) {
+            parent.push(part);
+            self.disk.create_dir(&parent).at("making", &parent)?;
+            self.sync(parent.parent().unwrap_or(&parent))?;
+        }
+        let to = aside.join(path);
+        self.disk
+            .rename(&from, &dir.join(&to))
+            .at("renaming", &from)?;
+        self.sync(&parent)?;
+        self.sync(from.parent().unwrap_or(dir))?;
+        let path = path.to_owned();
+        self.did(Mended::SetAside { path, to });
+        Ok(true)
+    }
+
+    fn run(&mut self) -> Result<(), StoreError> {
+        let mut condemned = self.condemned()?;
+        self.salvage(&condemned)?;
+        condemned.layers = self.lost_layers(&condemned)?;
+        self.drop_records(&condemned.layers)?;
+        self.drop_refs(&condemned.layers)?;
+        for id in &condemned.layers {
+            self.set_aside(&Path::new("layers").join(id.to_string()))?;
+        }
+        self.store.forget_layers(&condemned.layers);
+        let packs = Path::new("packs");
+        for id in &condemned.packs {
+            self.set_aside(&packs.join(format!("{id}.idx")))?;
+            self.set_aside(&packs.join(format!("{id}.pack")))?;
+        }
+        let loose = Path::new("loose");
+        for id in &condemned.loose {
+            self.set_aside(&loose.join(id.to_string()))?;
+            self.set_aside(&loose.join(format!("{id}.cv")))?;
+        }
+        let report = self.report;
+        for problem in &report.problems {
+            match problem.finding {
+                Finding::StatCache | Finding::Foreign => {
+                    self.set_aside(&problem.path)?;
+                }
+                Finding::Outboard { object } | Finding::NoOutboard { object } => {
+                    self.make_outboard(&object)?;
+                }
+                _ => {}
+            }
+        }
+        if report
+            .problems
+            .iter()
+            .any(|problem| problem.finding == Finding::Format)
+        {
+            self.set_aside(Path::new("format"))?;
+            let lock = self.store.dir().join("locks/format");
+            let _lock = FileLock::acquire(self.store.disk(), &lock, &|| {})?;
+            Format::default().write(self.disk, self.store.dir())?;
+            self.did(Mended::Format);
+        }
+        self.store.objects().refresh()?;
+        Ok(())
+    }
+
+    /// The packs and loose objects of the report that are damaged still.
+    fn condemned(&self) -> Result<Condemned, StoreError> {
+        let mut condemned = Condemned::default();
+        for problem in &self.report.problems {
+            match problem.finding {
+                Finding::Index { pack }
+                | Finding::Pack { pack }
+                | Finding::Object {
+                    pack: Some(pack), ..
+                } => {
+                    condemned.packs.insert(pack);
+                }
+                Finding::Object { object, pack: None } => {
+                    let path = self.store.objects().loose_path(&object);
+                    let whole = match self.disk.open(&path) {
+                        Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+                        file => hash_file(self.disk, &file.at("opening", &path)?),
+                    };
+                    if whole.map_or(true, |(found, _)| found != object) {
+                        condemned.loose.insert(object);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(condemned)
+    }
+
+    /// Writes the good objects of the condemned packs into a new one.
+    fn salvage(&mut self, condemned: &Condemned) -> Result<(), StoreError> {
+        let writer = PackWriter::default();
+        let mut saved = Vec::new();
+        let mut any = false;
+        for id in &condemned.packs {
+            let objects = self.store.objects();
+            let (pack, index) = (objects.pack_path(id), objects.index_path(id));
+            let (mut good, mut lost) = (0, 0);
+            let file = self.disk.open(&pack);
+            let mut places = match read_file(self.disk, &index, MAX_INDEX) {
+                Ok(bytes) => pack::salvage_index(&bytes.unwrap_or_default()),
+                Err(_) => Vec::new(),
+            };
+            places.sort_unstable_by_key(|(_, place)| place.offset);
+            for (object, Place { offset, len }) in places {
+                let mut bytes = vec![0; len.min(LOOSE_MIN) as usize];
+                let read = match &file {
+                    Ok(file) => read_exact(self.disk, file, &mut bytes, offset).is_ok(),
+                    Err(_) => false,
+                };
+                if len >= LOOSE_MIN || !read || ObjectId::of(&bytes) != object {
+                    lost += 1;
+                    continue;
+                }
+                if !any {
+                    // An object of its own keeps the new pack from having the name of the damaged one.
+                    let mark = format!("salvaged {}", self.lease.name());
+                    let id = ObjectId::of(mark.as_bytes());
+                    writer.add(|| self.lease.tmp(), id, mark.as_bytes())?;
+                    any = true;
+                }
+                writer.add(|| self.lease.tmp(), object, &bytes)?;
+                good += 1;
+            }
+            saved.push((*id, good, lost));
+        }
+        if let Some(pack) = writer.finish()? {
+            pack.publish(self.store, &self.lease)?;
+        }
+        for (pack, objects, lost) in saved {
+            self.did(Mended::Salvaged {
+                pack,
+                objects,
+                lost,
+            });
+        }
+        Ok(())
+    }
+
+    /// The layers that are damaged, or name what is not there without what is condemned.
+    fn lost_layers(&self, condemned: &Condemned) -> Result<BTreeSet<LayerId>, StoreError> {
+        let mut pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
+        let mut broken = pass.broken_layers();
+        let mut taken = false;
+        for (id, incomplete) in &broken {
+            if *incomplete && let Ok(layer) = self.store.layer(id) {
+                for object in layer.objects().filter(|object| !pass.has(object)) {
+                    taken |= self.store.places().take_back_object(&object)?;
+                }
+            }
+        }
+        if taken {
+            pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
+            broken = pass.broken_layers();
+        }
+        Ok(broken.into_iter().map(|(id, _)| id).collect())
+    }
+
+    fn is_lost(&self, layer: &LayerId, lost: &BTreeSet<LayerId>) -> bool {
+        lost.contains(layer) || !self.store.has_layer(layer)
+    }
+
+    fn drop_records(&mut self, lost: &BTreeSet<LayerId>) -> Result<(), StoreError> {
+        for name in names(self.disk, &self.store.dir().join("keys"))? {
+            let Ok(key) = name.parse::<KeyId>() else {
+                continue;
+            };
+            match self.store.checked_records(&key) {
+                Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                    self.set_aside(&Path::new("keys").join(key.to_string()))?;
+                }
+                other => drop(other?),
+            }
+            let go = |layer: &LayerId| self.is_lost(layer, lost);
+            let records = self.store.drop_records(&self.lease, &key, &go)?;
+            if records > 0 {
+                self.did(Mended::RecordsDropped { key, records });
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_refs(&mut self, lost: &BTreeSet<LayerId>) -> Result<(), StoreError> {
+        for kind in RefKind::ALL {
+            let dir = Path::new(kind.path());
+            for file in names(self.disk, &self.store.dir().join(dir))? {
+                let name = match self.store.read_ref(kind, &file) {
+                    Ok(Some((name, content)))
+                        if content.layers.iter().any(|id| self.is_lost(id, lost)) =>
+                    {
+                        name
+                    }
+                    Ok(_) => continue,
+                    Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => file.clone(),
+                    Err(err) => return Err(err),
+                };
+                if self.set_aside(&dir.join(&file))? {
+                    let ref_kind = kind;
+                    self.did(Mended::RefDropped { ref_kind, name });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make_outboard(&mut self, object: &ObjectId) -> Result<(), StoreError> {
+        self.set_aside(&Path::new("loose").join(format!("{object}.cv")))?;
+        if write_outboard(self.store, &self.lease, object)? {
+            self.did(Mended::Outboard { object: *object });
+        }
+        Ok(())
+    }
+}
+
+/// Makes the outboard of a loose object, durably. False if the object is not there, or damaged.
+pub(crate) fn write_outboard(
+    store: &Store,
+    lease: &Lease,
+    object: &ObjectId,
+) -> Result<bool, StoreError> {
+    let (disk, path) = (store.disk().as_ref(), store.objects().loose_path(object));
+    let file = match disk.open(&path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other.at("opening", &path)?,
+    };
+    let (found, outboard) = hash_file(disk, &file).at("reading", &path)?;
+    if found != *object {
+        return Ok(false);
+    }
+    let tmp = lease.tmp()?;
+    tmp.write(&outboard.encode(), 0)?;
+    tmp.sync()?;
+    tmp.publish(&store.objects().outboard_path(object))?;
+    let dir = store.dir().join("loose");
+    disk.sync_dir(&dir).at("syncing", &dir)?;
+    Ok(true)
+}
