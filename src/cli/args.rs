@@ -190,6 +190,42 @@ pub enum Store {
   iii store gc --max-size 5GB --keep 2d
   iii store gc --keep 0s --grace 0s          # everything that is in no use at the moment, at once")]
     Gc(Gc),
+    /// Say whether everything in the store is what its name says
+    ///
+    /// Without --data: the structure, every index, layer, key and ref. With it, every byte of every file is hashed, too. It
+    /// runs beside builds and workers. Exit code 1: there are problems, or some that --repair did not mend.
+    #[command(after_help = "Examples:
+  iii store verify
+  iii store verify --data                    # hash everything
+  iii store verify --data --repair           # set aside what is damaged, so that it is built again
+  iii store verify --json | jq '.report.problems[]'")]
+    Verify(Verify),
+    /// Bring a store of an earlier version up to date
+    ///
+    /// Nothing is lost, and it can be cut short and run again. No worker and no build may run meanwhile.
+    #[command(after_help = "Examples:
+  iii store migrate")]
+    Migrate(Migrate),
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Hash the contents of every file
+    #[arg(long)]
+    pub data: bool,
+    /// Set aside what is damaged, and drop what depends on it
+    #[arg(long)]
+    pub repair: bool,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,7 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | done; or a worker ended because it was asked to |
-//! | 1 | failed |
+//! | 1 | failed; of `store verify`: something is damaged |
 //! | 2 | the command line makes no sense |
 //! | 125, 126, 127 | the start command could not be run: the sandbox failed, not executable, not found |
 //! | 128 + n | interrupted by signal n before the worker ran |
@@ -19,6 +19,8 @@ use crate::home::HomeError;
 use crate::oci::ImageError;
 use crate::sandbox::SandboxError;
 use crate::ui::Ui;
+use iii_overlay::OpenError;
+use iii_overlay::upper::UpperError;
 use iii_store::{LayerId, StoreError};
 
 use super::store::MIN_PREFIX;
@@ -63,6 +65,17 @@ fn listed(prefix: &str, ids: &[LayerId]) -> String {
     listed.join(", ")
 }
 
+fn is_damage(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::Damaged { .. }
+            | StoreError::Json { .. }
+            | StoreError::Layer { .. }
+            | StoreError::Index { .. }
+            | StoreError::MissingObject(_)
+    )
+}
+
 impl CliError {
     /// Says what failed, why, and what to do.
     pub fn report(&self, ui: &Ui) {
@@ -97,12 +110,33 @@ impl CliError {
             Self::Dev(DevError::Taken { .. }) => {
                 "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
             }
+            Self::Dev(DevError::Compose {
+                source: OpenError::Upper(UpperError::Chain { .. } | UpperError::NotAnUpper(_)),
+                ..
+            }) => "--fresh drops what the sandbox wrote, and keeps the layers".into(),
             Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
+            _ if self.store().is_some_and(is_damage) => {
+                "`iii store verify` says what is damaged; with --repair it is set aside and built again".into()
+            }
             Self::Dev(DevError::Sandbox(error) | DevError::Build(BuildError::Sandbox { source: error, .. })) => error.hint()?,
             _ => return None,
         })
+    }
+
+    /// The failure of the store behind this one, if there is one.
+    fn store(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error)
+            | Self::Image(ImageError::Store(error))
+            | Self::Dev(
+                DevError::Store(error)
+                | DevError::Image(ImageError::Store(error))
+                | DevError::Build(BuildError::Store(error)),
+            ) => Some(error),
+            _ => None,
+        }
     }
 
     /// What the shell gets.

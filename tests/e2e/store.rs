@@ -559,3 +559,157 @@ fn a_build_clears_a_store_that_fills_the_disk() {
     // The last one is still there.
     assert_eq!(home.build(&project, &[]).built(), "");
 }
+
+/// The pack that holds `bytes`, with one of them flipped.
+fn flip_in_pack(store: &Path, bytes: &[u8]) {
+    for path in files(&store.join("packs")) {
+        let mut pack = std::fs::read(&path).unwrap();
+        let found = pack.windows(bytes.len()).position(|window| window == bytes);
+        if let Some(at) = found.filter(|_| path.extension() == Some("pack".as_ref())) {
+            pack[at] ^= 1;
+            rewrite(&path, &pack);
+            return;
+        }
+    }
+    panic!("no pack has {bytes:?}");
+}
+
+/// The store's files are immutable; this one is another.
+fn rewrite(path: &Path, bytes: &[u8]) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn verify_finds_damage_and_repair_has_it_built_again() {
+    let (home, built, projects) = filled_from();
+    let store = home.state().join("store/v1");
+    for args in [
+        &["verify"][..],
+        &["verify", "--data"],
+        &["verify", "--repair"],
+    ] {
+        let report = json(&home, args);
+        assert_eq!(array(&report, "mended"), [] as [Value; 0]);
+        assert_eq!(number(&report["report"], "layers"), 7, "{report:#}");
+    }
+    home.run(&["store", "verify"])
+        .ok()
+        .says(&["verified: 7 layers", "structure only"]);
+
+    // What is in a file shows when all is hashed.
+    flip_in_pack(&store, b"other dep\n");
+    let ended = home.run(&["store", "verify", "--data"]).exits(1);
+    assert!(
+        ended.stdout.contains("damage") && ended.stdout.contains(".pack"),
+        "{}",
+        ended.stdout
+    );
+    ended.says(&["error: the store has", "--repair"]);
+    let ended = home.run(&["store", "verify", "--data", "--json"]).exits(1);
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let kinds = array(&report["report"], "problems").iter();
+    let kinds: Vec<_> = kinds
+        .map(|problem| problem["kind"].as_str().unwrap())
+        .collect();
+    assert!(kinds.contains(&"object"), "{kinds:?}");
+    home.run(&["store", "verify", "--data", "--repair"])
+        .ok()
+        .says(&["set aside", "saved", "verified: "]);
+    home.run(&["store", "verify", "--data"]).ok();
+    let again = home.build(&projects[2], &["--name", "three"]);
+    assert_eq!(again.built(), "install project");
+    assert_eq!(again.get("project").layer_id, built.get("project").layer_id);
+    run_once(&home, &projects[2], "three");
+
+    // A layer that is cut short shows at once.
+    let layer = store.join("layers").join(&built.get("setup").layer_id);
+    let bytes = std::fs::read(&layer).unwrap();
+    rewrite(&layer, &bytes[..bytes.len() - 1]);
+    home.run(&["worker", "build", projects[0].arg(), "--name", "one"])
+        .fails()
+        .says(&["iii store verify", "--repair"]);
+    home.run(&["store", "verify"])
+        .exits(1)
+        .says(&[&built.get("setup").layer_id]);
+    home.run(&["store", "verify", "--repair"])
+        .ok()
+        .says(&["worker one dropped"]);
+    // What it wrote stood on what is lost.
+    home.dev(&projects[0], &["--name", "one"])
+        .finish(LIMIT)
+        .fails()
+        .says(&["cannot be carried over", "--fresh"]);
+    let mut dev = home.dev(&projects[0], &["--name", "one", "--fresh"]);
+    dev.wait_for("started");
+    dev.stop();
+    home.run(&["store", "verify", "--data"]).ok();
+}
+
+#[test]
+fn a_damaged_format_is_mended() {
+    let (home, _) = filled();
+    let format = home.state().join("store/v1/format");
+    let whole = std::fs::read(&format).unwrap();
+    rewrite(&format, &whole[1..]);
+    home.run(&["store", "list"])
+        .fails()
+        .says(&["format", "iii store verify", "--repair"]);
+    home.run(&["store", "verify"]).exits(1).says(&["format"]);
+    home.run(&["store", "verify", "--repair"])
+        .ok()
+        .says(&["format written again"]);
+    assert_eq!(std::fs::read(&format).unwrap(), whole);
+    assert_eq!(array(&json(&home, &["list"]), "layers").len(), 7);
+}
+
+#[test]
+fn migrate_brings_an_earlier_store_up_to_date() {
+    let (home, built, projects) = filled_from();
+    let store = home.state().join("store/v1");
+    home.run(&["store", "migrate"]).ok().says(&["up to date"]);
+    // Earlier stores had no seals, and no outboards beside large files.
+    for path in files(&store.join("loose")) {
+        if path.extension().is_some() {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    let sealed = [files(&store.join("keys")), files(&store.join("refs"))].concat();
+    for path in sealed {
+        let bytes = std::fs::read(&path).unwrap();
+        rewrite(&path, iii_store::seal::open(&bytes).unwrap());
+    }
+    rewrite(
+        &store.join("format"),
+        br#"{"version":1,"compat":[],"ro_compat":[],"incompat":[]}"#,
+    );
+
+    home.run(&["store", "list"])
+        .fails()
+        .says(&["earlier", "iii store migrate"]);
+    home.run(&["worker", "build", projects[2].arg()])
+        .fails()
+        .says(&["iii store migrate"]);
+    let migrated = json(&home, &["migrate"]);
+    assert!(number(&migrated["migrated"], "sealed") > 4, "{migrated:#}");
+    assert_eq!(array(&migrated["migrated"], "damaged"), [] as [Value; 0]);
+    home.run(&["store", "migrate"]).ok().says(&["up to date"]);
+    home.run(&["store", "verify", "--data"]).ok();
+    let again = home.build(&projects[2], &["--name", "three"]);
+    assert_eq!((again.built().as_str(), again.ids()), ("", built.ids()));
+
+    // One that a later program made is refused, and says so.
+    rewrite(
+        &store.join("format"),
+        &iii_store::seal::seal(
+            br#"{"version":9,"compat":[],"ro_compat":[],"incompat":[]}"#.to_vec(),
+        ),
+    );
+    for args in [
+        &["store", "list"][..],
+        &["store", "verify"],
+        &["store", "migrate"],
+    ] {
+        home.run(args).fails().says(&["format version 9"]);
+    }
+}

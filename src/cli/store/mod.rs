@@ -4,6 +4,7 @@ mod catalog;
 mod df;
 mod gc;
 mod layers;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -18,14 +19,18 @@ use crate::ui::Ui;
 pub const MIN_PREFIX: usize = 4;
 
 pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
-    let store = Store::open(Home::of_user()?.store())?;
+    let dir = Home::of_user()?.store();
+    let open = || Store::open(&dir);
     match command {
-        args::Store::Df(args) => df::df(&store, &args, ui),
-        args::Store::List(args) => layers::list(&store, &args, ui),
-        args::Store::Inspect(args) => layers::inspect(&store, &args, ui),
-        args::Store::Diff(args) => layers::diff(&store, &args, ui),
-        args::Store::Why(args) => layers::why(&store, &args, ui),
-        args::Store::Gc(args) => gc::gc(&store, &args, ui),
+        args::Store::Df(args) => df::df(&open()?, &args, ui),
+        args::Store::List(args) => layers::list(&open()?, &args, ui),
+        args::Store::Inspect(args) => layers::inspect(&open()?, &args, ui),
+        args::Store::Diff(args) => layers::diff(&open()?, &args, ui),
+        args::Store::Why(args) => layers::why(&open()?, &args, ui),
+        args::Store::Gc(args) => gc::gc(&open()?, &args, ui),
+        // For stores that cannot be opened.
+        args::Store::Verify(args) => verify::verify(&dir, &args, ui),
+        args::Store::Migrate(args) => verify::migrate(&dir, &args, ui),
     }
 }
 

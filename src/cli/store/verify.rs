@@ -1,0 +1,186 @@
+//! `iii store verify` and `iii store migrate`.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use iii_store::disk::RealDisk;
+use iii_store::{
+    Mended, MigrateEvent, Report, Severity, Store, StoreError, VerifyEvent, VerifyOptions,
+};
+use serde_json::json;
+
+use super::catalog::ref_kind_text;
+use crate::cli::args::{Migrate, Verify};
+use crate::cli::table::{Align, Table};
+use crate::cli::{CliError, print, print_json};
+use crate::ui::{Ui, Unit, human_bytes, human_count, human_counted, human_duration};
+
+pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> {
+    let store = open(dir)?;
+    let report = look(&store, args, ui)?;
+    if !args.json {
+        print(&problems_text(&report))?;
+    }
+    let (mut mended, mut after) = (Vec::new(), None);
+    if args.repair && !report.is_clean() {
+        mended = store.repair(&report, &|done| ui.ok(mended_text(done)))?;
+        // Opened anew: the format may have been written.
+        let report = look(&open(dir)?, args, ui)?;
+        if !args.json && !report.is_clean() {
+            ui.warn("what could not be mended:");
+            print(&problems_text(&report))?;
+        }
+        after = Some(report);
+    }
+    if args.json {
+        print_json(&json!({ "report": report, "mended": mended, "after": after }))?;
+    }
+    let last = after.as_ref().unwrap_or(&report);
+    if last.is_clean() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let damaged = |problem: &&iii_store::Problem| problem.severity == Severity::Damage;
+    let damaged = last.problems.iter().filter(damaged).count() as u64;
+    let worse = last.problems.iter();
+    let worse = worse.filter(|problem| problem.severity > Severity::Note);
+    let problems = worse.count() as u64 + last.omitted;
+    ui.error(format_args!(
+        "the store has {}, {} of them damage",
+        human_counted(problems, "problem"),
+        human_count(damaged)
+    ));
+    if !args.repair {
+        ui.note("`iii store verify --repair` sets aside what is damaged, and drops what depends on it, so that it is built again");
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn open(dir: &Path) -> Result<Store, StoreError> {
+    Store::open_to_repair(dir, Arc::new(RealDisk))
+}
+
+fn look(store: &Store, args: &Verify, ui: &Ui) -> Result<Report, CliError> {
+    let start = Instant::now();
+    let progress = ui.progress("verifying", Unit::Bytes);
+    let options = VerifyOptions { data: args.data };
+    let report = store.verify(options, &|event| match event {
+        VerifyEvent::Data { done, total } => {
+            progress.set_length(total);
+            progress.set(done);
+        }
+    })?;
+    progress.finish();
+    let hashed = if args.data {
+        format!("{} hashed", human_bytes(report.hashed))
+    } else {
+        "structure only; --data hashes everything".to_owned()
+    };
+    let looked_at = format!(
+        "{}, {} in {}, {}, {}, {} ({hashed}, {})",
+        human_counted(report.layers, "layer"),
+        human_counted(report.packed_objects, "object"),
+        human_counted(report.packs, "pack"),
+        human_counted(report.loose_objects, "loose object"),
+        human_counted(report.keys, "key"),
+        human_counted(report.refs, "ref"),
+        human_duration(start.elapsed()),
+    );
+    if report.is_clean() {
+        ui.ok(format_args!("verified: {looked_at}"));
+    } else {
+        ui.note(format_args!("looked at {looked_at}"));
+    }
+    Ok(report)
+}
+
+fn problems_text(report: &Report) -> String {
+    if report.problems.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new([
+        ("SEVERITY", Align::Left),
+        ("PATH", Align::Left),
+        ("PROBLEM", Align::Left),
+    ]);
+    for problem in &report.problems {
+        let severity = match problem.severity {
+            Severity::Note => "note",
+            Severity::Warning => "warning",
+            Severity::Damage => "damage",
+        };
+        table.row([
+            severity.to_owned(),
+            problem.path.display().to_string(),
+            format!("{}: {}", problem.what, problem.finding.meaning()),
+        ]);
+    }
+    let mut text = table.text();
+    if report.omitted > 0 {
+        text.push_str("and ");
+        text.push_str(&human_counted(report.omitted, "more problem"));
+        text.push('\n');
+    }
+    text
+}
+
+fn mended_text(done: &Mended) -> String {
+    match done {
+        Mended::SetAside { path, to } => {
+            format!("{} set aside as {}", path.display(), to.display())
+        }
+        Mended::Salvaged {
+            pack,
+            objects,
+            lost,
+        } => format!(
+            "pack {}: {} saved, {} lost",
+            pack.short(),
+            human_counted(*objects, "object"),
+            human_count(*lost)
+        ),
+        Mended::RecordsDropped { key, records } => format!(
+            "key {}: {} dropped; the step runs again when it is needed",
+            key.short(),
+            human_counted(*records, "record")
+        ),
+        Mended::RefDropped { ref_kind, name } => {
+            let what = ref_kind_text(*ref_kind);
+            format!("{what} {name} dropped: its layers are not whole")
+        }
+        Mended::Outboard { object } => format!("outboard of {} made again", object.short()),
+        Mended::Directory { path } => format!("directory {} made again", path.display()),
+        Mended::Format => "format written again".to_owned(),
+    }
+}
+
+pub fn migrate(dir: &Path, args: &Migrate, ui: &Ui) -> Result<ExitCode, CliError> {
+    let progress = ui.progress("migrating", Unit::Count);
+    let migration = Store::migrate(dir, Arc::new(RealDisk), &|event| match event {
+        MigrateEvent::Waiting => ui.note("a gc is running; waiting"),
+        MigrateEvent::Done(files) => progress.set(files),
+    })?;
+    progress.finish();
+    for path in &migration.damaged {
+        ui.warn(format_args!(
+            "{} is damaged and was left as it is",
+            path.display()
+        ));
+    }
+    if !migration.damaged.is_empty() {
+        ui.note("`iii store verify --repair` says what that means, and mends it");
+    }
+    if args.json {
+        print_json(&json!({ "migrated": migration }))?;
+    } else if migration.sealed == 0 && migration.outboards == 0 {
+        ui.ok("the store is up to date");
+    } else {
+        ui.ok(format_args!(
+            "the store is brought up to date: {} sealed, {} made",
+            human_counted(migration.sealed, "file"),
+            human_counted(migration.outboards, "outboard")
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
