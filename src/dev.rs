@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{OpenError, Overlay, OverlayOptions};
-use iii_store::{Lease, Ref, RefKind, Store, StoreError};
+use iii_store::{LayerId, Lease, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack, Status};
@@ -213,6 +213,26 @@ impl Opened {
         realised
     }
 
+    /// The layers that the worker's name keeps, as far as they are there.
+    fn kept_layers(&self) -> Result<Vec<LayerId>, StoreError> {
+        let kept = match self.store.get_ref(RefKind::Worker, self.name.as_str()) {
+            // It is about to be written anew.
+            Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
+            other => other?,
+        };
+        let mut layers = kept.map(|kept| kept.layers).unwrap_or_default();
+        layers.retain(|id| self.store.has_layer(id));
+        Ok(layers)
+    }
+
+    /// Has the worker's name keep these layers, bottom first, and no others.
+    fn keep_layers(&self, layers: Vec<LayerId>) -> Result<(), StoreError> {
+        let info = serde_json::Value::Null;
+        let content = Ref { layers, info };
+        self.store
+            .set_ref(RefKind::Worker, self.name.as_str(), &content)
+    }
+
     /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
     fn collect(&self, events: &dyn Fn(Event<'_>)) {
         match collect::after_build(&self.store) {
@@ -267,6 +287,13 @@ pub fn dev(
     if drop_upper {
         place.drop_upper()?;
     }
+    // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
+    // in between loses neither.
+    let layers = stack.ids();
+    let last = opened.kept_layers()?;
+    if last != layers {
+        opened.keep_layers([&last[..], &layers].concat())?;
+    }
     let options_of_overlay = OverlayOptions {
         project: Some(build::project_at(&stack.layers)),
         ..OverlayOptions::default()
@@ -281,15 +308,7 @@ pub fn dev(
         name: opened.name.to_string(),
         source,
     })?;
-    // Until here the ref kept the layers of the last start, which the upper may still have needed.
-    opened.store.set_ref(
-        RefKind::Worker,
-        opened.name.as_str(),
-        &Ref {
-            layers: stack.ids(),
-            info: serde_json::Value::Null,
-        },
-    )?;
+    opened.keep_layers(layers)?;
 
     let engine = options.engine.url();
     let env = environment::for_worker(

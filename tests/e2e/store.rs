@@ -512,6 +512,20 @@ fn gc_leaves_what_runs_and_gives_back_what_is_wanted_after_all() {
     assert!(gc.stdout.contains("dev three"), "{}", gc.stdout);
     dev.stop();
     assert_eq!(home.build(&projects[2], &["--name", "three"]).built(), "");
+
+    // Its name keeps what it was started with last, and no more.
+    projects[2].write("main.txt", "edited\n");
+    run_once(&home, &projects[2], "three");
+    let refs = json(&home, &["inspect", "three"]);
+    let kept = ids(&array(&refs, "refs")[0], "layers");
+    let mut built = home
+        .build(&projects[2], &["--name", "three"])
+        .ids()
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>();
+    built.sort_unstable();
+    assert_eq!(kept, built);
 }
 
 #[test]
