@@ -4,6 +4,7 @@
 //! as long as it holds it; in the end, nothing in use is lost and nothing is left behind.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -232,6 +233,11 @@ fn one_of_them() {
     let Some(dir) = std::env::var_os(DIR) else {
         return;
     };
+    // It ends with the test, however that ends.
+    std::thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        process::exit(0);
+    });
     let dir = PathBuf::from(dir);
     let seed = std::env::var(SEED).unwrap().parse().unwrap();
     let mut busy = Busy {
@@ -257,7 +263,7 @@ fn start(dir: &Path, seed: u64) -> Process {
         .args(["--exact", "kills::one_of_them", "--ignored", "--nocapture"])
         .env(DIR, dir)
         .env(SEED, seed.to_string())
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(fs::File::create(&log).unwrap())
         .spawn()
