@@ -80,8 +80,14 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
         account.layer_files,
         "layers: names, modes, owners, times",
     ));
-    table.row(row(account.indexes, "indexes of packs"));
-    table.row(row(account.other, "refs, keys, stat caches, leases"));
+    table.row(row(
+        account.indexes,
+        "indexes of packs, outboards of large files",
+    ));
+    table.row(row(
+        account.other,
+        "refs, keys, stat caches, leases, what repair set aside",
+    ));
     let padding = format!("{sign}{}", human_bytes(padding.unsigned_abs()));
     table.row([
         padding,
