@@ -23,7 +23,7 @@ use rustix::process::Signal;
 use crate::compose;
 use crate::environment::Env;
 use crate::home::Home;
-use crate::oci::Image;
+use crate::oci::{self, Image, ImageError};
 use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
 use crate::project::{CacheMount, CacheScope, Project};
 use crate::sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
@@ -155,6 +155,12 @@ pub struct Report {
 /// What happens while layers are realised.
 #[derive(Debug)]
 pub enum Event<'a> {
+    /// The base image is being pulled.
+    Pulling(oci::Event<'a>),
+    /// The base image was pulled.
+    Pulled(&'a oci::Imported),
+    /// The base image's tag could not be resolved again; the image in the store serves.
+    Unresolved(&'a Image, &'a ImageError),
     /// The base image is there, with all its layers.
     Base(&'a Image),
     /// Another process builds the same thing.

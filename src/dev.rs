@@ -18,7 +18,7 @@ use crate::collect;
 use crate::compose;
 use crate::environment;
 use crate::home::{Home, HomeError};
-use crate::oci::{self, Image, ImageError};
+use crate::oci::{self, Image, ImageError, Origin, Platform, Settings};
 use crate::project::{DocumentError, NameError, Project, ProjectError, WorkerConfig, WorkerName};
 use crate::sandbox::{Sandbox, SandboxError, SandboxSpec};
 use crate::supervise::Signals;
@@ -40,8 +40,11 @@ pub enum DevError {
     Config(#[from] DocumentError),
     #[error(transparent)]
     Image(#[from] ImageError),
-    #[error("the base image {name} is not in the store")]
-    NoBase { name: String },
+    #[error("the base image {name} is not in the store, and it cannot be had")]
+    NoBase {
+        name: String,
+        source: Box<ImageError>,
+    },
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -149,7 +152,11 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(home: &Home, target: &Target) -> Result<Self, DevError> {
+    fn new(
+        home: &Home,
+        target: &Target,
+        events: &(dyn Fn(Event<'_>) + Sync),
+    ) -> Result<Self, DevError> {
         let project = Project::open(&target.path)?;
         let name = match &target.name {
             Some(name) => name.parse()?,
@@ -157,9 +164,7 @@ impl Opened {
         };
         let store = Store::open(home.store())?;
         let wanted = target.base.as_deref().unwrap_or(&project.base_image);
-        let image = oci::resolve(&store, wanted)?.ok_or_else(|| DevError::NoBase {
-            name: wanted.to_owned(),
-        })?;
+        let image = base(&store, wanted, target.rebuild, events)?;
         let env = environment::for_steps(&image.config.env, project.tool_env());
         Ok(Self {
             project,
@@ -248,6 +253,45 @@ fn has_built(stack: &Stack) -> bool {
     reports.any(|report| report.status == Status::Built)
 }
 
+/// The base image `name`: the one in the store, without asking anybody, or else the registry's. With `resolve`, the tag of one
+/// that came from a registry is resolved again; where that fails, the one in the store serves.
+fn base(
+    store: &Store,
+    name: &str,
+    resolve: bool,
+    events: &(dyn Fn(Event<'_>) + Sync),
+) -> Result<Image, DevError> {
+    let fits = |image: &Image| image.platform.is_none_or(|built| built == Platform::host());
+    let stored = oci::resolve(store, name)?.filter(fits);
+    let stored = match stored {
+        Some(image) if !(resolve && image.origin == Origin::Registry) => return Ok(image),
+        stored => stored,
+    };
+    // What a pull that was killed has left.
+    store.sweep_dead_leases()?;
+    let pulled = Settings::from_environment()
+        .map_err(ImageError::from)
+        .and_then(|settings| {
+            oci::pull(store, name, Platform::host(), &settings, &|event| {
+                events(Event::Pulling(event));
+            })
+        });
+    match (pulled, stored) {
+        (Ok(pulled), _) => {
+            events(Event::Pulled(&pulled));
+            Ok(pulled.image)
+        }
+        (Err(error), Some(stored)) => {
+            events(Event::Unresolved(&stored, &error));
+            Ok(stored)
+        }
+        (Err(source), None) => Err(DevError::NoBase {
+            name: name.to_owned(),
+            source: Box::new(source),
+        }),
+    }
+}
+
 /// Realises the layers of a project and starts nothing. Returns what became of each, bottom first.
 pub fn build(
     home: &Home,
@@ -255,7 +299,7 @@ pub fn build(
     signals: &Signals,
     events: &(dyn Fn(Event<'_>) + Sync),
 ) -> Result<Vec<Report>, DevError> {
-    let opened = Opened::new(home, target)?;
+    let opened = Opened::new(home, target, events)?;
     let (stack, _lease) = opened.realise(home, "build", target, signals, events)?;
     if target.collect && has_built(&stack) {
         opened.collect(events);
@@ -272,7 +316,7 @@ pub fn dev(
     events: &(dyn Fn(Event<'_>) + Sync),
     started: &dyn Fn(),
 ) -> Result<Ended, DevError> {
-    let opened = Opened::new(home, &options.target)?;
+    let opened = Opened::new(home, &options.target, events)?;
     let project = &opened.project;
     let drop_upper = options.fresh || options.target.rebuild;
     let place = Place::claim(

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::quantity::{self, Limit, Room};
+use crate::oci::Platform;
 
 /// Runs iii workers in sandboxes made of shared layers.
 #[derive(Debug, Parser)]
@@ -38,7 +39,7 @@ pub enum Command {
     /// Run and build workers
     #[command(subcommand, arg_required_else_help = true)]
     Worker(Worker),
-    /// Bring base images into the store and list them
+    /// Bring base images into the store, list and remove them
     #[command(subcommand, arg_required_else_help = true)]
     Image(Image),
     /// Say what is in the store, why, and what it takes
@@ -119,6 +120,20 @@ pub enum Runtime {
 
 #[derive(Debug, Subcommand)]
 pub enum Image {
+    /// Pull an image from its registry
+    ///
+    /// The tag is resolved anew, and stands for that image until it is pulled again. Layers that are in the store are not
+    /// downloaded; after an interruption, run it again to go on. Logins are those of docker and podman.
+    #[command(after_help = "Examples:
+  iii image pull node:24-slim
+  iii image pull localhost:5000/base@sha256:4f2a...   # exactly this one
+  iii image pull node:24-slim --platform linux/arm64
+
+Environment:
+  III_INSECURE_REGISTRIES=HOST[:PORT],...     registries without TLS, besides localhost
+  III_REGISTRY_MIRRORS=docker.io=HOST[:PORT][/PREFIX],...
+  SSL_CERT_FILE, HTTPS_PROXY, NO_PROXY        a private CA, a proxy and what it is not for")]
+    Pull(Pull),
     /// Import a root filesystem (directory or tar) or an OCI layout
     #[command(after_help = "Examples:
   iii image import ./node.tar --as docker.io/iiidev/node:latest
@@ -127,8 +142,46 @@ pub enum Image {
     /// List the images in the store
     #[command(after_help = "Examples:
   iii image list
-  iii image list --json")]
+  iii image list --json | jq -r '.images[] | select(.origin == \"registry\") | .name'")]
     List(List),
+    /// Say what an image is: its digest, its layers, how it is run
+    #[command(after_help = "Examples:
+  iii image inspect node:24-slim
+  iii image inspect node:24-slim --json | jq -r .config.env[]")]
+    Inspect(InspectImage),
+    /// Remove the name of an image
+    ///
+    /// Layers that nothing else keeps are removed by the next collection of garbage.
+    #[command(after_help = "Examples:
+  iii image remove node:24-slim")]
+    Remove(RemoveImage),
+}
+
+#[derive(Debug, Args)]
+pub struct Pull {
+    /// The image's name, as docker takes it
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
+    /// What it is to be built for [default: linux on this machine's architecture]
+    #[arg(long, value_name = "PLATFORM")]
+    pub platform: Option<Platform>,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectImage {
+    /// The image's name, as docker takes it
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RemoveImage {
+    /// The image's name, as docker takes it
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
 }
 
 #[derive(Debug, Args)]

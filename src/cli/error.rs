@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use crate::build::BuildError;
 use crate::dev::DevError;
 use crate::home::HomeError;
-use crate::oci::ImageError;
+use crate::oci::{ImageError, LayoutError, RegistryError};
 use crate::sandbox::SandboxError;
 use crate::ui::Ui;
 use iii_overlay::OpenError;
@@ -46,10 +46,24 @@ pub enum CliError {
     NoLayer { text: String },
     #[error("the ids of {} layers begin with {text}: {}", found.len(), listed(text, found))]
     Ambiguous { text: String, found: Vec<LayerId> },
+    #[error("there is no image called {name} in the store")]
+    NoImage { name: String },
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
+}
+
+/// An error and what caused it, on one line.
+pub fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// Most candidates that a message names.
@@ -76,17 +90,40 @@ fn is_damage(error: &StoreError) -> bool {
     )
 }
 
+/// What may help where an image cannot be pulled.
+fn pull_hint(error: &ImageError) -> Option<String> {
+    let ImageError::Pull { source, .. } = error else {
+        return None;
+    };
+    Some(match &**source {
+        ImageError::Registry(error) | ImageError::Layout(LayoutError::Registry(error)) => {
+            match error {
+                RegistryError::Unauthorized { host, .. } => format!(
+                    "log in with `docker login {host}` or `podman login {host}`, and see whether the name is right: many registries refuse what they do not have"
+                ),
+                RegistryError::NotFound { .. } => {
+                    "see whether the name and the tag are right".into()
+                }
+                RegistryError::Http { .. } => {
+                    "see whether the registry can be reached from here; a proxy: HTTPS_PROXY; a private CA: SSL_CERT_FILE; a registry without TLS: III_INSECURE_REGISTRIES".into()
+                }
+                _ => return None,
+            }
+        }
+        ImageError::Layout(LayoutError::Platform { .. }) => {
+            "another platform: --platform, of `iii image pull`".into()
+        }
+        ImageError::Layer { .. } => {
+            "layers that were whole are kept; run it again to go on".into()
+        }
+        _ => return None,
+    })
+}
+
 impl CliError {
     /// Says what failed, why, and what to do.
     pub fn report(&self, ui: &Ui) {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        ui.error(&text);
+        ui.error(with_causes(self));
         if let Self::Dev(DevError::Build(BuildError::Step { kind, tail, .. })) = self {
             ui.note(format_args!("the last lines of {kind}:"));
             for line in tail {
@@ -100,9 +137,17 @@ impl CliError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Dev(DevError::NoBase { name }) => format!(
-                "make one with `scripts/make-base`, or export it from a container engine, then: iii image import PATH --as {name}"
-            ),
+            Self::Dev(DevError::NoBase { name, source }) => {
+                let import = format!(
+                    "without a registry: export the image from a container engine, or make one with `scripts/make-base`, then: iii image import PATH --as {name}"
+                );
+                match pull_hint(source) {
+                    Some(hint) => format!("{hint}\n{import}"),
+                    None => import,
+                }
+            }
+            Self::Image(error @ ImageError::Pull { .. }) => pull_hint(error)?,
+            Self::NoImage { name } => format!("`iii image list` shows what is there; to bring it in: iii image pull {name}"),
             Self::Dev(DevError::Build(BuildError::Step { .. })) => {
                 "nothing of this step was kept; mend the script or the project and run again".into()
             }

@@ -1,61 +1,203 @@
 //! `iii image`.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
 use iii_store::Store;
 
-use super::args::{Image, Import, List};
-use super::{CliError, print_json};
+use super::args::{Image, Import, InspectImage, List, Pull, RemoveImage};
+use super::table::{Align, Table};
+use super::{CliError, print, print_json};
 use crate::home::Home;
-use crate::oci::{self, Event};
-use crate::ui::{Ui, Unit, human_bytes, human_counted, human_duration};
+use crate::oci::{self, Event, Imported, Platform, Settings};
+use crate::tail::inert;
+use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration, human_time};
+
+/// Hex digits of a digest that tell images of one machine apart.
+const SHORT_DIGEST: usize = 12;
 
 pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
     let store = Store::open(Home::of_user()?.store())?;
     match command {
+        Image::Pull(args) => pull(&store, &args, ui),
         Image::Import(args) => import(&store, &args, ui),
         Image::List(args) => list(&store, &args),
+        Image::Inspect(args) => inspect(&store, &args),
+        Image::Remove(args) => remove(&store, &args, ui),
     }
 }
 
-fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
-    let progress = ui.progress("importing", Unit::Bytes);
-    let imported = oci::import(store, &args.path, &args.name, &|event| match event {
-        Event::Layer { bytes, .. } => {
-            progress.set(0);
-            progress.set_length(bytes);
-        }
-        Event::Read { bytes } => progress.set(bytes),
-        Event::Waiting => ui.note("another process is importing the same layer; waiting"),
-        Event::LeftOut { path, why } => {
-            ui.warn(format_args!("{}: left out: {why}", path.display()));
-        }
+fn pull(store: &Store, args: &Pull, ui: &Ui) -> Result<ExitCode, CliError> {
+    let settings = Settings::from_environment().map_err(oci::ImageError::from)?;
+    let platform = args.platform.unwrap_or(Platform::host());
+    let bars = Bars::new(ui, "pulling");
+    store.sweep_dead_leases()?;
+    let pulled = oci::pull(store, &args.name, platform, &settings, &|event| {
+        bars.show(&event);
     })?;
-    progress.finish();
+    drop(bars);
+    done(&pulled, "pulled", ui);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
+    let bars = Bars::new(ui, "importing");
+    let imported = oci::import(store, &args.path, &args.name, &|event| bars.show(&event))?;
+    drop(bars);
+    done(&imported, "imported", ui);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what came into the store, and how.
+pub fn done(imported: &Imported, how: &str, ui: &Ui) {
     ui.ok(format_args!(
-        "{} imported in {}: {}, {} new",
+        "{} {how} in {}: {}, {} new",
         imported.image.name,
         human_duration(imported.elapsed),
         human_counted(imported.image.layers.len() as u64, "layer"),
         human_bytes(imported.new_bytes),
     ));
-    Ok(ExitCode::SUCCESS)
+}
+
+/// Draws what happens during an import or a pull, a bar for each layer that is being read.
+pub struct Bars<'a> {
+    ui: &'a Ui,
+    what: &'static str,
+    layers: Mutex<BTreeMap<usize, ProgressHandle>>,
+}
+
+impl<'a> Bars<'a> {
+    pub fn new(ui: &'a Ui, what: &'static str) -> Self {
+        Self {
+            ui,
+            what,
+            layers: Mutex::default(),
+        }
+    }
+
+    pub fn show(&self, event: &Event<'_>) {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::Found { .. } => {}
+            Event::Layer {
+                index,
+                count,
+                bytes,
+            } => {
+                let title = format!("{} layer {}/{count}", self.what, index + 1);
+                let bar = self.ui.progress(title, Unit::Bytes);
+                bar.set_length(*bytes);
+                layers.insert(*index, bar);
+            }
+            Event::Read { index, bytes } => {
+                if let Some(bar) = layers.get(index) {
+                    bar.set(*bytes);
+                }
+            }
+            Event::Stored { index } => drop(layers.remove(index)),
+            Event::Waiting => self
+                .ui
+                .note("another process is reading the same layer; waiting"),
+            Event::LeftOut { path, why } => {
+                self.ui
+                    .warn(format_args!("{}: left out: {why}", path.display()));
+            }
+        }
+    }
 }
 
 fn list(store: &Store, args: &List) -> Result<ExitCode, CliError> {
     let images = oci::list(store)?;
     if args.json {
         print_json(&serde_json::json!({ "images": images }))?;
-    } else {
-        println!("{:<48} {:>6} {:>10}", "NAME", "LAYERS", "SIZE");
-        for image in &images {
-            println!(
-                "{:<48} {:>6} {:>10}",
-                image.name,
-                image.layers.len(),
-                human_bytes(image.size)
-            );
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = Table::new([
+        ("NAME", Align::Left),
+        ("DIGEST", Align::Left),
+        ("LAYERS", Align::Right),
+        ("SIZE", Align::Right),
+    ]);
+    for image in images {
+        let digest = image.digest.map_or_else(String::new, |digest| digest.hex());
+        table.row([
+            image.name,
+            digest.chars().take(SHORT_DIGEST).collect(),
+            image.layers.len().to_string(),
+            human_bytes(image.size),
+        ]);
+    }
+    print(&table.text())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The image `name` of the store.
+fn find(store: &Store, name: &str) -> Result<oci::Image, CliError> {
+    oci::resolve(store, name)?.ok_or_else(|| CliError::NoImage {
+        name: name.to_owned(),
+    })
+}
+
+fn inspect(store: &Store, args: &InspectImage) -> Result<ExitCode, CliError> {
+    let image = find(store, &args.name)?;
+    if args.json {
+        print_json(&image)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let config = &image.config;
+    let mut lines = vec![
+        ("name", image.name.clone()),
+        (
+            "digest",
+            image
+                .digest
+                .map_or_else(|| "none".into(), |d| d.to_string()),
+        ),
+        (
+            "platform",
+            image
+                .platform
+                .map_or_else(|| "unknown".into(), |p| p.to_string()),
+        ),
+        (
+            "made from",
+            match image.origin {
+                oci::Origin::RootfsDir => "a directory",
+                oci::Origin::RootfsTar => "an archive of a root filesystem",
+                oci::Origin::OciLayout => "an OCI layout or the archive of an image",
+                oci::Origin::Registry => "a registry",
+            }
+            .into(),
+        ),
+        ("since", human_time(image.imported_at as i64)),
+        ("size", human_bytes(image.size)),
+    ];
+    lines.extend(config.env.iter().map(|one| ("env", one.clone())));
+    for (name, value) in [
+        ("user", &config.user),
+        ("working dir", &config.working_dir),
+        ("entrypoint", &config.entrypoint.join(" ")),
+        ("command", &config.cmd.join(" ")),
+    ] {
+        if !value.is_empty() {
+            lines.push((name, value.clone()));
         }
     }
+    lines.extend(image.layers.iter().map(|id| ("layer", id.to_string())));
+    let mut text = String::new();
+    for (name, value) in lines {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<12} {}", inert(&value));
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn remove(store: &Store, args: &RemoveImage, ui: &Ui) -> Result<ExitCode, CliError> {
+    let image = find(store, &args.name)?;
+    oci::remove(store, &image.name)?;
+    ui.ok(format_args!("{} removed", image.name));
     Ok(ExitCode::SUCCESS)
 }

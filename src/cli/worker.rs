@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::args::{self, Runtime, Worker};
+use super::error::with_causes;
+use super::image::{self, Bars};
 use super::{CliError, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::dev::{self, DevError, Engine, Options, Target};
@@ -99,6 +101,8 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, DevError> {
 /// Draws what happens.
 struct Printer<'a> {
     ui: &'a Ui,
+    /// Layers of the base that are being pulled.
+    bars: Bars<'a>,
     /// What steps are printing, a splitter of lines for each of their streams.
     output: Mutex<BTreeMap<(Kind, Stream), StepOutput>>,
 }
@@ -107,6 +111,7 @@ impl<'a> Printer<'a> {
     fn new(ui: &'a Ui) -> Self {
         Self {
             ui,
+            bars: Bars::new(ui, "pulling"),
             output: Mutex::default(),
         }
     }
@@ -115,6 +120,13 @@ impl<'a> Printer<'a> {
         let ui = self.ui;
         let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
+            Event::Pulling(event) => self.bars.show(event),
+            Event::Pulled(pulled) => image::done(pulled, "pulled", ui),
+            Event::Unresolved(image, error) => ui.warn(format_args!(
+                "{} stays what it was: {}",
+                image.name,
+                with_causes(error)
+            )),
             Event::Base(image) => ui.step_line(Kind::Base, format_args!("cached: {}", image.name)),
             Event::Waiting(kind) => ui.note(format_args!(
                 "{kind}: another process is building it; waiting"

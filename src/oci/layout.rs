@@ -1,4 +1,5 @@
-//! Images as files: OCI layouts, as a directory or a tar archive of one, and what `docker save` writes.
+//! Images as documents and blobs: OCI layouts, as a directory or a tar archive of one, what `docker save` writes, and what a
+//! registry gives.
 //!
 //! Nothing is taken on trust: every document and every blob is checked against the digest that names it, and names that
 //! stand in documents are looked up in an index of the archive, never as paths of this machine.
@@ -10,17 +11,17 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use oci_spec::image::{
-    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os, Platform,
-};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
 use serde::de::DeserializeOwned;
 
 use super::digest::Digest;
-use super::layers::Blob;
+use super::layers::{Blob, Open};
+use super::platform::Platform;
 use super::reference::Reference;
+use super::registry::{RegistryError, Repository};
 use super::stream::{self, Promise, StreamError};
 use super::tar::{Archive, Member, MemberKind, Seekable, TarError};
-use super::{ImageConfig, ImageError, Limits};
+use super::{ImageConfig, Limits};
 
 /// Longest index, manifest or configuration, in bytes.
 pub const MAX_DOCUMENT: u64 = 4 << 20;
@@ -28,6 +29,8 @@ pub const MAX_DOCUMENT: u64 = 4 << 20;
 pub const MAX_LAYERS: usize = 512;
 /// Most manifests looked at, and deepest nesting of indexes, on the way to one.
 const MAX_MANIFESTS: usize = 1024;
+/// Most indexes read on the way to a manifest.
+const MAX_INDEXES: usize = 64;
 const MAX_INDEX_DEPTH: usize = 4;
 /// Most members of an archive of an image.
 const MAX_MEMBERS: usize = 16 << 10;
@@ -87,11 +90,14 @@ pub enum LayoutError {
         /// What it should be.
         what: &'static str,
     },
-    /// Nothing for this machine.
+    /// The registry does not give it.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Nothing for the platform that is asked for.
     #[error("there is no image for {wanted}, only for {}", available(.found))]
     Platform {
-        /// This machine's platform.
-        wanted: String,
+        /// The platform that is asked for.
+        wanted: Platform,
         /// The platforms that are there.
         found: Vec<String>,
     },
@@ -135,6 +141,8 @@ pub enum Files {
     Dir(PathBuf),
     /// A tar archive of an OCI layout or of `docker save`.
     Archive(ArchiveFiles),
+    /// A repository of a registry.
+    Remote(Arc<Repository>),
 }
 
 /// The members of an archive, where they lie in it.
@@ -152,6 +160,8 @@ enum Place {
 pub struct FoundImage<'f> {
     /// Digest of its manifest; of its configuration where there is no manifest.
     pub digest: Digest,
+    /// What it is built for.
+    pub platform: Platform,
     /// What it says about running it.
     pub config: ImageConfig,
     /// Its layers, bottom first.
@@ -213,12 +223,18 @@ impl Files {
         }))
     }
 
-    /// Finds the image that `name` stands for, built for this machine.
-    pub fn find_image(&self, name: &Reference) -> Result<FoundImage<'_>, LayoutError> {
-        if self.has("manifest.json") && !self.has("index.json") {
-            self.find_docker(name)
+    /// Finds the image that `name` stands for, built for `platform`.
+    pub fn find_image(
+        &self,
+        name: &Reference,
+        platform: Platform,
+    ) -> Result<FoundImage<'_>, LayoutError> {
+        if let Self::Remote(repository) = self {
+            self.find_remote(repository, name, platform)
+        } else if self.has("manifest.json") && !self.has("index.json") {
+            self.find_docker(name, platform)
         } else {
-            self.find_in_index(name)
+            self.find_in_index(name, platform)
         }
     }
 
@@ -226,6 +242,23 @@ impl Files {
         match self {
             Self::Dir(dir) => dir.join(name).is_file(),
             Self::Archive(archive) => archive.members.contains_key(name.as_bytes()),
+            Self::Remote(_) => false,
+        }
+    }
+
+    /// Opens what is named by its digest. `media_type` says where a registry has it.
+    fn open_blob(
+        &self,
+        digest: Digest,
+        size: u64,
+        media_type: &str,
+    ) -> Result<Box<dyn Read + Send>, LayoutError> {
+        match self {
+            Self::Remote(repository) if is_manifest(media_type) || is_index(media_type) => {
+                Ok(repository.manifest(&digest.to_string())?.0)
+            }
+            Self::Remote(repository) => Ok(repository.blob(digest, size)?),
+            Self::Dir(_) | Self::Archive(_) => Ok(self.open(&blob_path(&digest))?.0),
         }
     }
 
@@ -247,6 +280,7 @@ impl Files {
             Self::Archive(archive) => archive
                 .open(name)
                 .ok_or_else(|| LayoutError::Missing(name.to_owned())),
+            Self::Remote(_) => Err(LayoutError::Missing(name.to_owned())),
         }
     }
 
@@ -257,18 +291,8 @@ impl Files {
         what: &'static str,
     ) -> Result<(T, Digest), LayoutError> {
         let (reader, _) = self.open(name)?;
-        let bytes = stream::read_small(reader, promise, MAX_DOCUMENT).map_err(|source| {
-            LayoutError::Blob {
-                name: name.to_owned(),
-                source,
-            }
-        })?;
-        let parsed = serde_json::from_slice(&bytes).map_err(|source| LayoutError::Json {
-            name: name.to_owned(),
-            what,
-            source,
-        })?;
-        Ok((parsed, Digest::of(&bytes)))
+        let bytes = read_document(reader, promise, name)?;
+        Ok((parse(&bytes, name, what)?, Digest::of(&bytes)))
     }
 
     fn blob<T: DeserializeOwned>(
@@ -282,17 +306,87 @@ impl Files {
             size: Some(descriptor.size()),
             diff_id: None,
         };
-        self.document(&blob_path(&digest), promise, what)
+        let media_type = descriptor.media_type().to_string();
+        let name = blob_path(&digest);
+        if promise.size > Some(MAX_DOCUMENT) {
+            // Not even asked for.
+            read_document(io::empty(), promise, &name)?;
+        }
+        let reader = self.open_blob(digest, descriptor.size(), &media_type)?;
+        let bytes = read_document(reader, promise, &name)?;
+        Ok((parse(&bytes, &name, what)?, digest))
     }
 
-    fn find_in_index(&self, name: &Reference) -> Result<FoundImage<'_>, LayoutError> {
+    fn find_in_index(
+        &self,
+        name: &Reference,
+        platform: Platform,
+    ) -> Result<FoundImage<'_>, LayoutError> {
         let (index, _): (ImageIndex, _) =
             self.document("index.json", Promise::default(), "image index")?;
-        let mut candidates = Vec::new();
-        self.collect(&index, None, 0, &mut candidates)?;
-        let chosen = choose(candidates, name)?;
+        let mut found = Collected::default();
+        self.collect(&index, None, 0, &mut found)?;
+        let chosen = choose(found.candidates, Some(name), platform)?;
         let (manifest, digest): (ImageManifest, _) =
             self.blob(&chosen.descriptor, "image manifest")?;
+        self.of_manifest(&manifest, digest, platform)
+    }
+
+    /// The digest of the name, else its tag, is asked for once. All else is named by digests.
+    fn find_remote(
+        &self,
+        repository: &Repository,
+        name: &Reference,
+        platform: Platform,
+    ) -> Result<FoundImage<'_>, LayoutError> {
+        let asked = match (name.digest(), name.tag()) {
+            (Some(digest), _) => digest.to_string(),
+            (None, tag) => tag.unwrap_or(super::reference::DEFAULT_TAG).to_owned(),
+        };
+        let document = format!("the manifest of {name}");
+        let promise = Promise {
+            digest: name.digest().copied(),
+            ..Promise::default()
+        };
+        let (reader, header) = repository.manifest(&asked)?;
+        let bytes = read_document(reader, promise, &document)?;
+        let digest = Digest::of(&bytes);
+        let top: Top = parse(&bytes, &document, "image manifest")?;
+        let media_type = match (top.media_type.or(header), top.manifests) {
+            (Some(media_type), _) if is_index(&media_type) || is_manifest(&media_type) => {
+                media_type
+            }
+            // Registries that serve files as they lie there know no better; the document shows what it is.
+            (Some(media_type), _) if media_type.starts_with("application/vnd.") => media_type,
+            (_, Some(_)) => MediaType::ImageIndex.to_string(),
+            (_, None) => MediaType::ImageManifest.to_string(),
+        };
+        if is_manifest(&media_type) {
+            let manifest = parse(&bytes, &document, "image manifest")?;
+            return self.of_manifest(&manifest, digest, platform);
+        }
+        if !is_index(&media_type) {
+            return Err(LayoutError::MediaType {
+                name: document,
+                media_type,
+                what: "an image or an index of images",
+            });
+        }
+        let index = parse(&bytes, &document, "image index")?;
+        let mut found = Collected::default();
+        self.collect(&index, None, 0, &mut found)?;
+        let chosen = choose(found.candidates, None, platform)?;
+        let (manifest, digest): (ImageManifest, _) =
+            self.blob(&chosen.descriptor, "image manifest")?;
+        self.of_manifest(&manifest, digest, platform)
+    }
+
+    fn of_manifest(
+        &self,
+        manifest: &ImageManifest,
+        digest: Digest,
+        platform: Platform,
+    ) -> Result<FoundImage<'_>, LayoutError> {
         let manifest_name = || blob_path(&digest);
         let config = manifest.config();
         if !is_config(config.media_type()) {
@@ -304,7 +398,7 @@ impl Files {
         }
         let (config, config_digest): (ImageConfiguration, _) =
             self.blob(config, "image configuration")?;
-        check_platform(&config)?;
+        check_platform(&config, platform)?;
         let diff_ids = diff_ids(&config, &blob_path(&config_digest), manifest.layers().len())?;
         let mut layers = Vec::new();
         for (descriptor, diff_id) in manifest.layers().iter().zip(diff_ids) {
@@ -316,26 +410,22 @@ impl Files {
                 });
             }
             let digest = digest_of(descriptor)?;
+            let size = descriptor.size();
+            let open: Open<'_> = Box::new(move || Ok(self.open_blob(digest, size, LAYER)?));
             layers.push(Blob {
                 name: digest.to_string(),
                 diff_id,
                 digest: Some(digest),
-                size: descriptor.size(),
-                open: self.opener(blob_path(&digest)),
+                size,
+                open,
             });
         }
         Ok(FoundImage {
             digest,
+            platform,
             config: image_config(&config),
             layers,
         })
-    }
-
-    fn opener(
-        &self,
-        name: String,
-    ) -> Box<dyn Fn() -> Result<Box<dyn Read + Send>, ImageError> + '_> {
-        Box::new(move || Ok(self.open(&name)?.0))
     }
 
     fn collect(
@@ -343,8 +433,15 @@ impl Files {
         index: &ImageIndex,
         name: Option<&str>,
         depth: usize,
-        candidates: &mut Vec<Candidate>,
+        found: &mut Collected,
     ) -> Result<(), LayoutError> {
+        found.indexes += 1;
+        if found.indexes > MAX_INDEXES {
+            return Err(LayoutError::Limit {
+                what: "the number of image indexes",
+                limit: MAX_INDEXES,
+            });
+        }
         if depth >= MAX_INDEX_DEPTH {
             return Err(LayoutError::Limit {
                 what: "the nesting of image indexes",
@@ -365,33 +462,32 @@ impl Files {
             let name = annotation("io.containerd.image.name")
                 .or_else(|| annotation("org.opencontainers.image.ref.name"))
                 .or(name);
-            match descriptor.media_type().as_ref() {
-                "application/vnd.oci.image.index.v1+json"
-                | "application/vnd.docker.distribution.manifest.list.v2+json" => {
-                    let (nested, _): (ImageIndex, _) = self.blob(descriptor, "image index")?;
-                    self.collect(&nested, name, depth + 1, candidates)?;
-                }
-                "application/vnd.oci.image.manifest.v1+json"
-                | "application/vnd.docker.distribution.manifest.v2+json" => {
-                    if candidates.len() >= MAX_MANIFESTS {
-                        return Err(LayoutError::Limit {
-                            what: "the number of manifests",
-                            limit: MAX_MANIFESTS,
-                        });
-                    }
-                    candidates.push(Candidate {
-                        descriptor: descriptor.clone(),
-                        name: name.map(str::to_owned),
+            let media_type = descriptor.media_type().as_ref();
+            if is_index(media_type) {
+                let (nested, _): (ImageIndex, _) = self.blob(descriptor, "image index")?;
+                self.collect(&nested, name, depth + 1, found)?;
+            } else if is_manifest(media_type) {
+                if found.candidates.len() >= MAX_MANIFESTS {
+                    return Err(LayoutError::Limit {
+                        what: "the number of manifests",
+                        limit: MAX_MANIFESTS,
                     });
                 }
-                _ => {}
+                found.candidates.push(Candidate {
+                    descriptor: descriptor.clone(),
+                    name: name.map(str::to_owned),
+                });
             }
         }
         Ok(())
     }
 
     /// What `docker save` wrote before it wrote OCI layouts, and podman's `docker-archive`.
-    fn find_docker(&self, name: &Reference) -> Result<FoundImage<'_>, LayoutError> {
+    fn find_docker(
+        &self,
+        name: &Reference,
+        platform: Platform,
+    ) -> Result<FoundImage<'_>, LayoutError> {
         let (images, _): (Vec<DockerImage>, _) =
             self.document("manifest.json", Promise::default(), "list of saved images")?;
         let named = |image: &&DockerImage| {
@@ -423,21 +519,23 @@ impl Files {
         };
         let (config, digest): (ImageConfiguration, _) =
             self.document(&image.config, promise, "image configuration")?;
-        check_platform(&config)?;
+        check_platform(&config, platform)?;
         let diff_ids = diff_ids(&config, &image.config, image.layers.len())?;
         let mut layers = Vec::new();
         for (member, diff_id) in image.layers.iter().zip(diff_ids) {
             let (_, size) = self.open(member)?;
+            let (blob, name) = (member.clone(), member.clone());
             layers.push(Blob {
-                name: member.clone(),
+                name,
                 diff_id,
                 digest: None,
                 size,
-                open: self.opener(member.clone()),
+                open: Box::new(move || Ok(self.open(&blob)?.0)),
             });
         }
         Ok(FoundImage {
             digest,
+            platform,
             config: image_config(&config),
             layers,
         })
@@ -508,81 +606,117 @@ struct DockerImage {
     layers: Vec<String>,
 }
 
+/// What an index leads to.
+#[derive(Default)]
+struct Collected {
+    candidates: Vec<Candidate>,
+    indexes: usize,
+}
+
 struct Candidate {
     descriptor: Descriptor,
     name: Option<String>,
 }
 
-/// The platform of this machine, as OCI calls it.
-fn host() -> (Os, Arch) {
-    // What runs in a sandbox is Linux on any host.
-    (
-        Os::Linux,
-        Arch::from(match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        }),
-    )
+/// What a manifest and an index have in common, enough to tell them apart.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Top {
+    media_type: Option<String>,
+    manifests: Option<serde::de::IgnoredAny>,
 }
 
-fn platform_name(os: &Os, arch: &Arch) -> String {
-    format!("{os}/{arch}")
-}
-
-fn fits(platform: &Platform) -> bool {
-    let (os, arch) = host();
-    *platform.os() == os && *platform.architecture() == arch
-}
-
-fn check_platform(config: &ImageConfiguration) -> Result<(), LayoutError> {
-    let (os, arch) = host();
-    if *config.os() == os && *config.architecture() == arch {
-        return Ok(());
-    }
-    Err(LayoutError::Platform {
-        wanted: platform_name(&os, &arch),
-        found: vec![platform_name(config.os(), config.architecture())],
+fn read_document(reader: impl Read, promise: Promise, name: &str) -> Result<Vec<u8>, LayoutError> {
+    stream::read_small(reader, promise, MAX_DOCUMENT).map_err(|source| LayoutError::Blob {
+        name: name.to_owned(),
+        source,
     })
 }
 
-/// The manifest for this machine; among several, the one that has the name that is asked for.
-fn choose(candidates: Vec<Candidate>, name: &Reference) -> Result<Candidate, LayoutError> {
-    let platform_of = |candidate: &Candidate| candidate.descriptor.platform().clone();
+fn parse<T: DeserializeOwned>(
+    bytes: &[u8],
+    name: &str,
+    what: &'static str,
+) -> Result<T, LayoutError> {
+    serde_json::from_slice(bytes).map_err(|source| LayoutError::Json {
+        name: name.to_owned(),
+        what,
+        source,
+    })
+}
+
+fn check_platform(config: &ImageConfiguration, wanted: Platform) -> Result<(), LayoutError> {
+    if wanted.is(config.os(), config.architecture()) {
+        return Ok(());
+    }
+    Err(LayoutError::Platform {
+        wanted,
+        found: vec![format!("{}/{}", config.os(), config.architecture())],
+    })
+}
+
+/// The manifest for `platform`; among several, the one that has the name that is asked for, or the first if none is.
+fn choose(
+    candidates: Vec<Candidate>,
+    name: Option<&Reference>,
+    platform: Platform,
+) -> Result<Candidate, LayoutError> {
+    let stated = |candidate: &Candidate| candidate.descriptor.platform().clone();
     let found: Vec<String> = candidates
         .iter()
-        .filter_map(platform_of)
-        .map(|platform| platform_name(platform.os(), platform.architecture()))
+        .filter_map(stated)
+        .map(|stated| format!("{}/{}", stated.os(), stated.architecture()))
         .collect();
     // One that does not say what it is for is asked again when its configuration is read.
-    let (stated, unstated): (Vec<_>, Vec<_>) = candidates
+    let fits = |candidate: &Candidate| {
+        stated(candidate).is_none_or(|stated| platform.is(stated.os(), stated.architecture()))
+    };
+    let (sure, unsure): (Vec<_>, Vec<_>) = candidates
         .into_iter()
-        .filter(|candidate| platform_of(candidate).is_none_or(|platform| fits(&platform)))
-        .partition(|candidate| platform_of(candidate).is_some());
-    let mut fitting = if stated.is_empty() { unstated } else { stated };
+        .filter(fits)
+        .partition(|candidate| stated(candidate).is_some());
+    let mut fitting = if sure.is_empty() { unsure } else { sure };
     fitting.dedup_by(|a, b| a.descriptor.digest() == b.descriptor.digest());
-    if fitting.len() > 1 {
-        let names: Vec<String> = fitting.iter().filter_map(|one| one.name.clone()).collect();
-        fitting.retain(|one| one.name.as_deref().is_some_and(|text| is_named(text, name)));
-        if fitting.len() != 1 {
-            return Err(LayoutError::Several {
-                wanted: name.to_string(),
-                found: names,
-            });
+    match name {
+        Some(name) if fitting.len() > 1 => {
+            let names: Vec<String> = fitting.iter().filter_map(|one| one.name.clone()).collect();
+            fitting.retain(|one| one.name.as_deref().is_some_and(|text| is_named(text, name)));
+            if fitting.len() != 1 {
+                return Err(LayoutError::Several {
+                    wanted: name.to_string(),
+                    found: names,
+                });
+            }
         }
+        _ => fitting.truncate(1),
     }
-    fitting.pop().ok_or_else(|| {
-        let (os, arch) = host();
-        LayoutError::Platform {
-            wanted: platform_name(&os, &arch),
-            found,
-        }
+    fitting.pop().ok_or(LayoutError::Platform {
+        wanted: platform,
+        found,
     })
 }
 
 /// An annotation has the whole name, or the tag alone.
 fn is_named(text: &str, name: &Reference) -> bool {
     name.tag() == Some(text) || text.parse().is_ok_and(|parsed: Reference| parsed == *name)
+}
+
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+
+fn is_index(media_type: &str) -> bool {
+    matches!(
+        media_type,
+        "application/vnd.oci.image.index.v1+json"
+            | "application/vnd.docker.distribution.manifest.list.v2+json"
+    )
+}
+
+fn is_manifest(media_type: &str) -> bool {
+    matches!(
+        media_type,
+        "application/vnd.oci.image.manifest.v1+json"
+            | "application/vnd.docker.distribution.manifest.v2+json"
+    )
 }
 
 fn is_config(media_type: &MediaType) -> bool {

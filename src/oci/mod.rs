@@ -1,15 +1,18 @@
-//! Base images: from a directory, an archive or an OCI layout into the store, under the name of an image.
+//! Base images: from a registry, a directory, an archive or an OCI layout into the store, under the name of an image.
 //!
-//! An image is a ref of the store: its layers, bottom first, and what it says about running it. Importing under a name
-//! that is taken replaces the image of that name in one step; nothing is seen of an import that fails.
+//! An image is a ref of the store: its layers, bottom first, and what it says about running it. Importing or pulling under a
+//! name that is taken replaces the image of that name in one step; nothing is seen of what fails, but that its whole layers
+//! need not be read again. A tag is asked for when it is pulled, and stands for what it was then until it is pulled again.
 //!
 //! [`stream`] reads blobs and verifies them, [`unpack`] makes trees of archives, [`layers`] keeps what the store has
-//! already from being unpacked again; [`layout`] finds images in files.
+//! already from being unpacked again; [`layout`] finds images in documents, and [`registry`] brings these from afar.
 
 pub mod digest;
 pub mod layers;
 pub mod layout;
+pub mod platform;
 pub mod reference;
+pub mod registry;
 pub mod rootfs;
 pub mod stream;
 pub mod tar;
@@ -26,7 +29,9 @@ use serde::{Deserialize, Serialize};
 pub use digest::Digest;
 pub use layers::LayerError;
 pub use layout::LayoutError;
+pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
+pub use registry::{RegistryError, Settings};
 pub use rootfs::RootfsError;
 
 use layers::Realised;
@@ -118,6 +123,8 @@ pub enum Origin {
     RootfsTar,
     /// An OCI layout, or the archive of an image.
     OciLayout,
+    /// A registry.
+    Registry,
 }
 
 /// An image in the store.
@@ -135,13 +142,16 @@ pub struct Image {
     pub config: ImageConfig,
     /// What it was made from.
     pub origin: Origin,
+    /// What it is built for, where that is known.
+    #[serde(default)]
+    pub platform: Option<Platform>,
     /// When, in seconds since 1970.
     pub imported_at: u64,
     /// Sum of the sizes of the files in its layers.
     pub size: u64,
 }
 
-/// An image that was imported.
+/// An image that was imported or pulled.
 #[derive(Debug, Clone)]
 pub struct Imported {
     /// The image.
@@ -154,22 +164,39 @@ pub struct Imported {
     pub elapsed: Duration,
 }
 
-/// What happens during an import.
+/// Told what happens, from any thread.
+pub type Progress<'a> = dyn Fn(Event<'_>) + Sync + 'a;
+
+/// What happens during an import or a pull. Layers are read at the same time, in any order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// A layer begins.
+    /// The store has a layer: nothing is read.
+    Found {
+        /// From 0.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// A layer begins, or begins again.
     Layer {
         /// From 0.
         index: usize,
         /// How many there are.
         count: usize,
-        /// Bytes to be read for it, if it has to be read.
+        /// Bytes to be read for it.
         bytes: u64,
     },
-    /// How much of the layer has been read.
+    /// How much of a layer has been read.
     Read {
+        /// Which layer.
+        index: usize,
         /// Since its beginning.
         bytes: u64,
+    },
+    /// A layer is in the store.
+    Stored {
+        /// Which layer.
+        index: usize,
     },
     /// Another process is importing the same layer; this one waits for it.
     Waiting,
@@ -188,6 +215,17 @@ pub enum ImageError {
     /// Not the name of an image.
     #[error(transparent)]
     Name(#[from] ReferenceError),
+    /// It cannot be had from its registry.
+    #[error("pulling {name} failed")]
+    Pull {
+        /// Its complete name.
+        name: String,
+        /// The cause.
+        source: Box<ImageError>,
+    },
+    /// The registry cannot be asked.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// A file or directory could not be read.
     #[error("{op} {} failed", path.display())]
     Io {
@@ -265,7 +303,7 @@ pub fn import(
     store: &Store,
     path: &Path,
     name: &str,
-    progress: &dyn Fn(Event<'_>),
+    progress: &Progress<'_>,
 ) -> Result<Imported, ImageError> {
     let start = Instant::now();
     let name: Reference = name.parse()?;
@@ -286,6 +324,49 @@ pub fn import(
             actual: content.digest,
         });
     }
+    finish(store, &name, content, start)
+}
+
+/// Brings the image `name`, built for `platform`, from its registry into the store, in place of what had that name.
+///
+/// A tag is resolved anew; a digest in the name is what is asked for and verified. Layers that the store has are not
+/// downloaded, and those that were whole when an earlier pull ended are in the store. When this returns, the image is durable;
+/// when it fails, the name stands for what it stood for.
+pub fn pull(
+    store: &Store,
+    name: &str,
+    platform: Platform,
+    settings: &Settings,
+    progress: &Progress<'_>,
+) -> Result<Imported, ImageError> {
+    let start = Instant::now();
+    let name: Reference = name.parse()?;
+    let limits = Limits::default();
+    let lease = store.lease(&format!("pull of {name}"))?;
+    let importer = Importer {
+        store,
+        lease: &lease,
+        limits: &limits,
+        progress,
+    };
+    let pulled = || -> Result<Contents, ImageError> {
+        let remote = Files::Remote(registry::Repository::new(&name, settings)?);
+        importer.image(&remote, &name, platform, Origin::Registry)
+    };
+    let content = pulled().map_err(|source| ImageError::Pull {
+        name: name.to_string(),
+        source: Box::new(source),
+    })?;
+    finish(store, &name, content, start)
+}
+
+/// Gives the name to what is in the store. The lease on it must still be held.
+fn finish(
+    store: &Store,
+    name: &Reference,
+    content: Contents,
+    start: Instant,
+) -> Result<Imported, ImageError> {
     let mut size = 0;
     for id in &content.realised.layers {
         size += store.layer(id)?.logical_bytes();
@@ -297,6 +378,7 @@ pub fn import(
         digest: content.digest,
         config: content.config,
         origin: content.origin,
+        platform: content.platform,
         imported_at: imported_at.map_or(0, |since| since.as_secs()),
         size,
     };
@@ -365,13 +447,14 @@ struct Contents {
     digest: Option<Digest>,
     config: ImageConfig,
     origin: Origin,
+    platform: Option<Platform>,
 }
 
 struct Importer<'a> {
     store: &'a Store,
     lease: &'a Lease,
     limits: &'a Limits,
-    progress: &'a dyn Fn(Event<'_>),
+    progress: &'a Progress<'a>,
 }
 
 impl Importer<'_> {
@@ -393,7 +476,8 @@ impl Importer<'_> {
 
     fn directory(&self, path: &Path, name: &Reference) -> Result<Contents, ImageError> {
         if path.join("oci-layout").is_file() || path.join("index.json").is_file() {
-            return self.image(&Files::Dir(path.to_owned()), name);
+            let files = Files::Dir(path.to_owned());
+            return self.image(&files, name, Platform::host(), Origin::OciLayout);
         }
         if path.join("manifest.json").is_file() {
             return Err(ImageError::NotAnImage {
@@ -415,6 +499,7 @@ impl Importer<'_> {
             digest: None,
             config: ImageConfig::default(),
             origin: Origin::RootfsDir,
+            platform: None,
         })
     }
 
@@ -426,7 +511,7 @@ impl Importer<'_> {
             None => None,
         };
         match files {
-            Some(files) => self.image(&files, name),
+            Some(files) => self.image(&files, name, Platform::host(), Origin::OciLayout),
             None => self.rootfs_archive(file, size, path),
         }
     }
@@ -457,8 +542,14 @@ impl Importer<'_> {
         Ok(Some(copy))
     }
 
-    fn image(&self, files: &Files, name: &Reference) -> Result<Contents, ImageError> {
-        let found = files.find_image(name)?;
+    fn image(
+        &self,
+        files: &Files,
+        name: &Reference,
+        platform: Platform,
+        origin: Origin,
+    ) -> Result<Contents, ImageError> {
+        let found = files.find_image(name, platform)?;
         Ok(Contents {
             realised: layers::realise(
                 self.store,
@@ -469,7 +560,8 @@ impl Importer<'_> {
             )?,
             digest: Some(found.digest),
             config: found.config,
-            origin: Origin::OciLayout,
+            origin,
+            platform: Some(found.platform),
         })
     }
 
@@ -493,7 +585,7 @@ impl Importer<'_> {
             &ingest,
             Dialect::Rootfs,
             self.limits,
-            self.progress,
+            &|bytes| (self.progress)(Event::Read { index: 0, bytes }),
         )
         .map_err(ImageError::Archive)?;
         let entries = &unpacked.tree.entries;
@@ -503,6 +595,7 @@ impl Importer<'_> {
             digest: Some(seen.diff_id),
             config: ImageConfig::default(),
             origin: Origin::RootfsTar,
+            platform: None,
         })
     }
 }

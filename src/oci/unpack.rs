@@ -95,6 +95,9 @@ pub enum UnpackError {
     /// A whiteout of nothing, of `.` or of `..`, or an entry below a whiteout.
     #[error("{0}: is not a valid whiteout")]
     Whiteout(EntryName),
+    /// It depends on layers that are not known.
+    #[error("it depends on the layers below it")]
+    NeedsBelow,
     /// Larger than this program accepts.
     #[error("{entry}: {what} is over the limit of {limit}")]
     Limit {
@@ -117,6 +120,8 @@ pub enum Dialect<'a> {
     Rootfs,
     /// A layer of an image on these layers, bottom first: whiteouts are whiteouts.
     Layer(&'a [Arc<Layer>]),
+    /// A layer of an image on layers that are not known yet. One that depends on them is [`UnpackError::NeedsBelow`].
+    LayerAlone,
 }
 
 /// An archive as a tree.
@@ -339,7 +344,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
             depth: 0,
             meta: match dialect {
                 Dialect::Rootfs => Some(implicit_meta()),
-                Dialect::Layer(_) => None,
+                Dialect::Layer(_) | Dialect::LayerAlone => None,
             },
             opaque: false,
             entries: BTreeMap::new(),
@@ -367,7 +372,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         let Some((&last, parents)) = names.split_last() else {
             return self.root(member);
         };
-        if let Dialect::Layer(_) = self.dialect {
+        if let Dialect::Layer(_) | Dialect::LayerAlone = self.dialect {
             let aufs = names[0].starts_with(AUFS) && names[0] != OPAQUE;
             if aufs {
                 return Ok(());
@@ -568,7 +573,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
                 path.extend(absent.as_deref());
                 path.extend(walk.todo.iter().rev().map(|name| &**name));
                 path.push(last);
-                let inode = self.find_below(&path).ok_or_else(missing)?;
+                let inode = self.find_below(&path)?.ok_or_else(missing)?;
                 let dir = self.make_dir(parents, member)?;
                 let ix = self.inodes.len();
                 self.inodes.push(inode);
@@ -584,9 +589,11 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
     }
 
     /// The entry at `path` in the layers below, if this layer lets it show through so far.
-    fn find_below(&self, path: &[&[u8]]) -> Option<Inode> {
-        let Dialect::Layer(below) = self.dialect else {
-            return None;
+    fn find_below(&self, path: &[&[u8]]) -> Result<Option<Inode>, UnpackError> {
+        let below = match self.dialect {
+            Dialect::Rootfs => return Ok(None),
+            Dialect::Layer(below) => below,
+            Dialect::LayerAlone => return Err(UnpackError::NeedsBelow),
         };
         let mut dir = Some(ROOT);
         for &name in path {
@@ -594,32 +601,19 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
                 break;
             };
             if here.opaque || here.whiteouts.contains(name) {
-                return None;
+                return Ok(None);
             }
             dir = match here.entries.get(name) {
                 Some(Entry::Dir(ix)) => Some(*ix),
                 _ => None,
             };
         }
-        let found = find(below, path)?;
-        let body = match found.content()? {
-            Content::File { object, size } => Body::Lower { object, size },
-            Content::Symlink { target } => Body::Symlink(target),
-            Content::Fifo => Body::Fifo,
-            Content::Socket => Body::Socket,
-            Content::Char(rdev) => Body::Char(rdev),
-            Content::Block(rdev) => Body::Block(rdev),
-            Content::Whiteout => return None,
-        };
-        Some(Inode {
-            meta: found.meta(),
-            body,
-        })
+        Ok(find(below, path).and_then(lower_inode))
     }
 
     fn finish(mut self) -> Result<Unpacked, UnpackError> {
         self.apply_whiteouts();
-        self.fill_opaque_metadata();
+        self.fill_opaque_metadata()?;
         let mut names = vec![0_u32; self.inodes.len()];
         for dir in &self.dirs {
             for entry in dir.entries.values() {
@@ -687,18 +681,39 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
     }
 
     /// An opaque directory hides the one below and needs metadata of its own; without an entry it keeps the other's.
-    fn fill_opaque_metadata(&mut self) {
-        let Dialect::Layer(below) = self.dialect else {
-            return;
-        };
+    fn fill_opaque_metadata(&mut self) -> Result<(), UnpackError> {
         for ix in 0..self.dirs.len() {
-            if self.dirs[ix].opaque && self.dirs[ix].meta.is_none() {
-                let lower = find(below, &self.path_of(ix)).filter(|node| node.kind() == Kind::Dir);
-                self.took_from_below |= lower.is_some();
-                self.dirs[ix].meta = Some(lower.map_or_else(implicit_meta, NodeRef::meta));
+            if !self.dirs[ix].opaque || self.dirs[ix].meta.is_some() {
+                continue;
             }
+            let below = match self.dialect {
+                Dialect::Rootfs => return Ok(()),
+                Dialect::Layer(below) => below,
+                Dialect::LayerAlone => return Err(UnpackError::NeedsBelow),
+            };
+            let lower = find(below, &self.path_of(ix)).filter(|node| node.kind() == Kind::Dir);
+            self.took_from_below |= lower.is_some();
+            self.dirs[ix].meta = Some(lower.map_or_else(implicit_meta, NodeRef::meta));
         }
+        Ok(())
     }
+}
+
+/// The inode of an entry of a layer below; none for a directory.
+fn lower_inode(found: NodeRef<'_>) -> Option<Inode> {
+    let body = match found.content()? {
+        Content::File { object, size } => Body::Lower { object, size },
+        Content::Symlink { target } => Body::Symlink(target),
+        Content::Fifo => Body::Fifo,
+        Content::Socket => Body::Socket,
+        Content::Char(rdev) => Body::Char(rdev),
+        Content::Block(rdev) => Body::Block(rdev),
+        Content::Whiteout => return None,
+    };
+    Some(Inode {
+        meta: found.meta(),
+        body,
+    })
 }
 
 fn leaf(

@@ -280,16 +280,18 @@ fn a_directory_becomes_an_image() {
     let root = test.dir.path().join("root");
     fs::create_dir_all(root.join("usr")).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
-    let told = std::cell::RefCell::new(Vec::new());
+    let told = std::sync::Mutex::new(Vec::new());
     let imported = oci::import(&test.store, &root, "dir", &|event| {
         if let Event::LeftOut { path, why } = event {
-            told.borrow_mut().push(format!("{}: {why}", path.display()));
+            told.lock()
+                .unwrap()
+                .push(format!("{}: {why}", path.display()));
         }
     });
     let image = imported.unwrap().image;
     assert_eq!((image.origin, image.digest), (Origin::RootfsDir, None));
     assert_eq!(
-        told.take(),
+        told.into_inner().unwrap(),
         [format!("{}: it is a socket", root.join("socket").display())]
     );
     fs::remove_dir(root.join("usr")).unwrap();

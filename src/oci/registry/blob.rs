@@ -1,0 +1,187 @@
+//! A blob as one stream, however many connections it takes.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ureq::BodyReader;
+use ureq::http::{StatusCode, header};
+
+use super::{Answer, Item, RegistryError, Repository, header_text};
+use crate::oci::digest::Digest;
+
+/// Most times that one blob is resumed.
+const MAX_RESUMES: u32 = 64;
+/// Time spent waiting for bytes after which at least [`MIN_WINDOW`] of them must have come.
+const WINDOW: Duration = Duration::from_secs(60);
+/// See [`WINDOW`].
+pub const MIN_WINDOW: u64 = 64 << 10;
+
+/// Reads a blob. Whatever breaks is asked for again from the byte where it broke. It ends where the registry ends it, one byte
+/// after the promised size at the latest: whoever reads it compares.
+pub struct Resumed {
+    repository: Arc<Repository>,
+    digest: Digest,
+    size: u64,
+    at: u64,
+    body: BodyReader<'static>,
+    url: String,
+    resumes: u32,
+    /// Tries since the last byte came.
+    fruitless: u32,
+    waited: Duration,
+    came: u64,
+    /// What ended it for good.
+    failed: Option<Arc<RegistryError>>,
+}
+
+impl Resumed {
+    pub fn open(
+        repository: Arc<Repository>,
+        digest: Digest,
+        size: u64,
+    ) -> Result<Self, RegistryError> {
+        let answer = repository.get(Item::Blob(&digest), 0)?;
+        let url = answer.url.clone();
+        let body = body_from(answer, 0, size)?;
+        Ok(Self {
+            repository,
+            digest,
+            size,
+            at: 0,
+            body,
+            url,
+            resumes: 0,
+            fruitless: 0,
+            waited: Duration::ZERO,
+            came: 0,
+            failed: None,
+        })
+    }
+
+    /// Opens the rest of the blob, after `cause` ended it.
+    fn resume(&mut self, cause: io::Error) -> Result<(), RegistryError> {
+        let patience = &self.repository.patience;
+        self.resumes += 1;
+        self.fruitless += 1;
+        if self.resumes > MAX_RESUMES || self.fruitless >= patience.tries {
+            return Err(RegistryError::Broken {
+                url: self.url.clone(),
+                at: self.at,
+                size: self.size,
+                source: cause,
+            });
+        }
+        patience.pause(self.fruitless);
+        let answer = self.repository.get(Item::Blob(&self.digest), self.at)?;
+        self.url.clone_from(&answer.url);
+        self.body = body_from(answer, self.at, self.size)?;
+        Ok(())
+    }
+
+    /// Refuses a blob that only trickles. Only time spent waiting for the registry counts.
+    fn watch(&mut self, waited: Duration, came: u64) -> Result<(), RegistryError> {
+        self.waited += waited;
+        self.came += came;
+        if self.waited < WINDOW {
+            return Ok(());
+        }
+        if self.came < MIN_WINDOW && self.at < self.size {
+            return Err(RegistryError::Slow {
+                url: self.url.clone(),
+                seconds: self.waited.as_secs(),
+            });
+        }
+        (self.waited, self.came) = (Duration::ZERO, 0);
+        Ok(())
+    }
+}
+
+impl Read for Resumed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.failed.is_none() {
+            match self.read_on(buf) {
+                Ok(count) => return Ok(count),
+                Err(error) => self.failed = Some(Arc::new(error)),
+            }
+        }
+        Err(self
+            .failed
+            .clone()
+            .map_or_else(|| io::ErrorKind::BrokenPipe.into(), io::Error::other))
+    }
+}
+
+impl Resumed {
+    fn read_on(&mut self, buf: &mut [u8]) -> Result<usize, RegistryError> {
+        loop {
+            let start = Instant::now();
+            let got = self.body.read(buf);
+            let count = *got.as_ref().unwrap_or(&0) as u64;
+            self.at += count;
+            self.watch(start.elapsed(), count)?;
+            let cause = match got {
+                Ok(0) if self.at >= self.size || buf.is_empty() => return Ok(0),
+                // All is here; how the connection ended does not matter.
+                Err(_) if self.at >= self.size => return Ok(0),
+                Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+                Ok(count) => {
+                    self.fruitless = 0;
+                    return Ok(count);
+                }
+                Err(error) => error,
+            };
+            self.resume(cause)?;
+        }
+    }
+}
+
+/// The body of `answer`, from byte `at` of the blob on.
+fn body_from(answer: Answer, at: u64, size: u64) -> Result<BodyReader<'static>, RegistryError> {
+    let Answer { url, response } = answer;
+    let length = header_text(&response, &header::CONTENT_LENGTH)
+        .and_then(|text| text.trim().parse::<u64>().ok());
+    let is_part = response.status() == StatusCode::PARTIAL_CONTENT;
+    let starts_at = if is_part {
+        let range = header_text(&response, &header::CONTENT_RANGE).unwrap_or_default();
+        let start = range
+            .strip_prefix("bytes ")
+            .and_then(|range| range.split('-').next()?.trim().parse().ok());
+        // A part that does not say which one it is is the one that was asked for, or its digest will be wrong.
+        start.unwrap_or(at)
+    } else {
+        0
+    };
+    if is_part && starts_at != at {
+        return Err(RegistryError::Range { url });
+    }
+    if let Some(length) = length
+        && starts_at.saturating_add(length) != size
+    {
+        return Err(RegistryError::Length {
+            url,
+            expected: size,
+            actual: starts_at.saturating_add(length),
+        });
+    }
+    let mut body = response.into_body().into_reader();
+    // Who cannot resume sends all of it again. What was read before is read again and left.
+    let again = at - starts_at.min(at);
+    if again > 0 {
+        let skipped = io::copy(&mut body.by_ref().take(again), &mut io::sink());
+        match skipped {
+            Ok(skipped) if skipped == again => {}
+            other => {
+                return Err(RegistryError::Broken {
+                    url,
+                    at,
+                    size,
+                    source: other
+                        .err()
+                        .unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()),
+                });
+            }
+        }
+    }
+    Ok(body)
+}

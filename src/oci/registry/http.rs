@@ -1,0 +1,238 @@
+//! One HTTP request, with the redirects that it leads through.
+
+use std::sync::OnceLock;
+
+use ureq::http::{HeaderName, Response, StatusCode, Uri, header};
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::{Agent, Body, Proxy};
+
+use super::{MAX_REDIRECTS, Patience, Refusal, RegistryError, Settings, without_port};
+
+/// Most bytes of the headers of one answer.
+const MAX_HEADERS: usize = 64 << 10;
+/// What a connection reads at once: large enough that blobs do not wait for system calls.
+const INPUT_BUFFER: usize = 256 << 10;
+
+/// Sends requests, each through the proxy that is meant for it.
+#[derive(Debug)]
+pub struct Http {
+    direct: Agent,
+    plain: Option<Agent>,
+    secure: Option<Agent>,
+    except: Vec<String>,
+}
+
+impl Http {
+    pub fn new(settings: &Settings) -> Result<Self, RegistryError> {
+        let tls = TlsConfig::builder()
+            .root_certs(roots().clone())
+            .unversioned_rustls_crypto_provider(rustls::crypto::ring::default_provider().into())
+            .build();
+        let agent = |proxy| agent(&settings.patience, tls.clone(), proxy);
+        let through = |url: &Option<String>| {
+            let parse = |url: &String| {
+                Proxy::new(url).map_err(|_| RegistryError::Setting {
+                    variable: "the variable for proxies",
+                    // It may have a password in it.
+                    text: url.rsplit('@').next().unwrap_or_default().to_owned(),
+                    expected: "the address of a proxy",
+                })
+            };
+            let proxy = url.as_ref().map(parse).transpose()?;
+            Ok::<_, RegistryError>(proxy.map(|proxy| agent(Some(proxy))))
+        };
+        Ok(Self {
+            plain: through(&settings.proxies.http)?,
+            secure: through(&settings.proxies.https)?,
+            direct: agent(None),
+            except: settings.proxies.except.clone(),
+        })
+    }
+
+    fn agent(&self, url: &Uri) -> &Agent {
+        let host = without_port(url.host().unwrap_or_default());
+        let below = |domain: &String| {
+            host == domain
+                || host
+                    .strip_suffix(domain.as_str())
+                    .is_some_and(|rest| rest.ends_with('.') || domain.is_empty())
+        };
+        let is_here = host == "localhost" || host.starts_with("127.") || host == "[::1]";
+        if is_here || self.except.iter().any(below) {
+            return &self.direct;
+        }
+        let proxied = if is_https(url) {
+            &self.secure
+        } else {
+            &self.plain
+        };
+        proxied.as_ref().unwrap_or(&self.direct)
+    }
+
+    /// Sends a GET and follows its redirects: never from https to http, and with `authorization` only as long as they stay on
+    /// the host that was asked.
+    pub fn get(
+        &self,
+        url: &str,
+        headers: &[(HeaderName, String)],
+        authorization: Option<&str>,
+    ) -> Result<Response<Body>, Refusal> {
+        let asked = parse(url).ok_or_else(|| {
+            let to = url.to_owned();
+            (
+                RegistryError::Address {
+                    url: to.clone(),
+                    to,
+                },
+                None,
+            )
+        })?;
+        let mut at = asked.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self.agent(&at).get(&at);
+            for (name, value) in headers {
+                request = request.header(name, value);
+            }
+            let is_same = at.authority() == asked.authority() && at.scheme() == asked.scheme();
+            if let Some(authorization) = authorization
+                && is_same
+            {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            let response = request.call().map_err(|source| failed(&at, source))?;
+            if !is_redirect(response.status()) {
+                return Ok(response);
+            }
+            let location = super::header_text(&response, &header::LOCATION).unwrap_or_default();
+            at = next(&at, &location).map_err(|error| (error, None))?;
+        }
+        let url = url.to_owned();
+        Err((RegistryError::Redirects { url }, None))
+    }
+
+    /// Sends a form, and follows no redirect: it has a secret in it.
+    pub fn post_form(&self, url: &Uri, form: &str) -> Result<Response<Body>, Refusal> {
+        let request = self.agent(url).post(url);
+        request
+            .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .send(form)
+            .map_err(|source| failed(url, source))
+    }
+}
+
+/// The certificates that this machine trusts, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. One that cannot be read is missing,
+/// which shows when it is needed.
+fn roots() -> &'static RootCerts {
+    static ROOTS: OnceLock<RootCerts> = OnceLock::new();
+    ROOTS.get_or_init(|| {
+        let found = rustls_native_certs::load_native_certs().certs;
+        let owned = |der: &rustls::pki_types::CertificateDer<'_>| {
+            Certificate::from_der(der.as_ref()).to_owned()
+        };
+        RootCerts::from(found.iter().map(owned))
+    })
+}
+
+fn agent(patience: &Patience, tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .user_agent(concat!("iii/", env!("CARGO_PKG_VERSION")))
+        .max_response_header_size(MAX_HEADERS)
+        .input_buffer_size(INPUT_BUFFER)
+        .timeout_resolve(Some(patience.connect))
+        .timeout_connect(Some(patience.connect))
+        .timeout_per_read(Some(patience.idle))
+        .timeout_per_write(Some(patience.idle))
+        .timeout_recv_response(Some(patience.idle * 2))
+        .tls_config(tls)
+        .proxy(proxy)
+        .build()
+        .new_agent()
+}
+
+fn failed(url: &Uri, source: ureq::Error) -> Refusal {
+    let error = RegistryError::Http {
+        url: without_query(url),
+        source: Box::new(source),
+    };
+    (error, None)
+}
+
+/// An address as it is shown: what comes after the question mark may be a secret.
+fn without_query(url: &Uri) -> String {
+    let text = url.to_string();
+    text.split('?').next().unwrap_or_default().to_owned()
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+fn is_https(url: &Uri) -> bool {
+    url.scheme_str() == Some("https")
+}
+
+/// An http or https address without a user in it.
+fn parse(text: &str) -> Option<Uri> {
+    let url: Uri = text.parse().ok()?;
+    let fits = matches!(url.scheme_str(), Some("http" | "https"))
+        && url.authority()?.as_str().find('@').is_none()
+        && !url.host()?.is_empty();
+    fits.then_some(url)
+}
+
+/// The address `to` that `from` sends us to, unless it is less protected.
+pub fn checked(from: &str, to: &str) -> Result<Uri, RegistryError> {
+    let shown = |text: &str| text.split('?').next().unwrap_or_default().to_owned();
+    let Some(url) = parse(to) else {
+        return Err(RegistryError::Address {
+            url: shown(from),
+            to: shown(to).chars().take(200).collect(),
+        });
+    };
+    if from.starts_with("https:") && !is_https(&url) {
+        return Err(RegistryError::Downgrade {
+            url: shown(from),
+            to: shown(to),
+        });
+    }
+    Ok(url)
+}
+
+/// Where a redirect leads.
+fn next(at: &Uri, location: &str) -> Result<Uri, RegistryError> {
+    let from = at.to_string();
+    let scheme = at.scheme_str().unwrap_or_default();
+    let authority = at.authority().map_or("", |authority| authority.as_str());
+    let to = if location.starts_with("//") {
+        format!("{scheme}:{location}")
+    } else if location.starts_with('/') {
+        format!("{scheme}://{authority}{location}")
+    } else {
+        location.to_owned()
+    };
+    checked(&from, &to)
+}
+
+/// Fields as in the query of an address.
+pub fn form(fields: &[(&str, &str)]) -> String {
+    let mut text = String::new();
+    for (name, value) in fields {
+        if !text.is_empty() {
+            text.push('&');
+        }
+        text.push_str(name);
+        text.push('=');
+        for byte in value.bytes() {
+            if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+                text.push(byte.into());
+            } else {
+                use std::fmt::Write as _;
+                let _ = write!(text, "%{byte:02X}");
+            }
+        }
+    }
+    text
+}

@@ -1,0 +1,723 @@
+//! Images in registries: the part of the OCI distribution protocol that pulling needs, over blocking HTTP.
+//!
+//! A registry may lie. Whatever it answers is bounded before it is read: redirects, challenges, retries, the size of documents
+//! and tokens, the rate at which a blob trickles. Blobs are checked against their digests by whoever reads them (see
+//! [`stream`](super::stream)); nothing here decides that bytes are right.
+//!
+//! [`http`] sends one request, [`auth`] knows who we are, [`blob`] reads a blob across broken connections.
+
+mod auth;
+mod blob;
+mod http;
+
+use std::env;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ureq::Body;
+use ureq::http::{Response, StatusCode, header};
+
+use super::digest::Digest;
+use super::reference::{self, Reference};
+use auth::{Challenge, Credentials};
+use http::Http;
+
+pub use auth::AuthFiles;
+
+/// Most redirects followed for one request.
+pub const MAX_REDIRECTS: usize = 8;
+/// Most times that one request is answered with a challenge that we meet.
+const MAX_CHALLENGES: usize = 2;
+/// Longest token that is sent along, in bytes, and longest answer that has one.
+const MAX_TOKEN: usize = 16 << 10;
+const MAX_TOKEN_ANSWER: u64 = 128 << 10;
+/// Bytes of an error's body that are looked at, and of its message that are shown.
+const MAX_ERROR_BODY: u64 = 16 << 10;
+const MAX_ERROR_SHOWN: usize = 300;
+/// Longest wait that a registry may ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// Longest wait between two tries.
+const MAX_BACKOFF: Duration = Duration::from_secs(8);
+/// Most mirrors of one registry.
+const MAX_MIRRORS: usize = 8;
+
+/// Where blobs and manifests of `docker.io` really are.
+const DOCKER_HOST: &str = "registry-1.docker.io";
+
+const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, \
+     application/vnd.docker.distribution.manifest.list.v2+json, \
+     application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.docker.distribution.manifest.v2+json";
+
+/// Why a registry did not give what was asked for. Every message names the address, and with it registry, repository and digest.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// A variable of the environment makes no sense.
+    #[error("{variable} has {text:?}, which is not {expected}")]
+    Setting {
+        /// The variable.
+        variable: &'static str,
+        /// The part of its value.
+        text: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// No answer.
+    #[error("requesting {url} failed")]
+    Http {
+        /// What was asked for.
+        url: String,
+        /// The cause.
+        source: Box<ureq::Error>,
+    },
+    /// No such thing there.
+    #[error("{url} does not exist{detail}")]
+    NotFound {
+        /// What was asked for.
+        url: String,
+        /// What the registry says about it.
+        detail: String,
+    },
+    /// Not for us.
+    #[error("{host} refuses access to {url} {who}{detail}")]
+    Unauthorized {
+        /// The registry.
+        host: String,
+        /// What was asked for.
+        url: String,
+        /// As whom it was asked for.
+        who: &'static str,
+        /// What the registry says about it.
+        detail: String,
+    },
+    /// An answer that is none.
+    #[error("{url} answers {status}{detail}")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+        /// What the registry says about it.
+        detail: String,
+    },
+    /// From https to http.
+    #[error("{url} leads to {to}, which is not encrypted")]
+    Downgrade {
+        /// What was asked for.
+        url: String,
+        /// Where it leads.
+        to: String,
+    },
+    /// To nowhere.
+    #[error("{url} leads to {to:?}, which is not an http or https address")]
+    Address {
+        /// What was asked for.
+        url: String,
+        /// Where it leads.
+        to: String,
+    },
+    /// Too many redirects, most likely in a circle.
+    #[error("{url} leads through more than {MAX_REDIRECTS} redirects")]
+    Redirects {
+        /// What was asked for.
+        url: String,
+    },
+    /// An unknown way to log in.
+    #[error("{url} asks for a login in a way that is not supported")]
+    Challenge {
+        /// What was asked for.
+        url: String,
+    },
+    /// No token.
+    #[error("{url} gives no token that can be used")]
+    Token {
+        /// Where it was asked for.
+        url: String,
+    },
+    /// Announced with another length than was promised.
+    #[error("{url} has {actual} bytes, but {expected} were promised")]
+    Length {
+        /// The blob.
+        url: String,
+        /// The size in its descriptor.
+        expected: u64,
+        /// The size that the registry announces.
+        actual: u64,
+    },
+    /// Another part of a blob than the one that was asked for.
+    #[error("{url} does not go on from where it broke off")]
+    Range {
+        /// The blob.
+        url: String,
+    },
+    /// So slow that it would never end.
+    #[error("{url} sends less than {min} bytes in {seconds} s", min = blob::MIN_WINDOW)]
+    Slow {
+        /// The blob.
+        url: String,
+        /// For how long.
+        seconds: u64,
+    },
+    /// Broken off again and again.
+    #[error("{url} broke off at byte {at} of {size} and could not be resumed")]
+    Broken {
+        /// The blob.
+        url: String,
+        /// How far it came.
+        at: u64,
+        /// Its size.
+        size: u64,
+        /// The cause, the last time.
+        source: io::Error,
+    },
+    /// A file with credentials could not be read.
+    #[error("reading the credentials in {} failed", path.display())]
+    AuthFile {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file with credentials does not parse. The cause is not shown: it might quote a secret.
+    #[error("{} is not a valid file of credentials", path.display())]
+    AuthSyntax {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A credential helper did not run.
+    #[error("the credential helper {program} failed")]
+    Helper {
+        /// The program.
+        program: String,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+impl RegistryError {
+    /// Whether the same request may succeed a moment later.
+    fn is_passing(&self) -> bool {
+        use io::ErrorKind::{
+            BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof,
+        };
+        match self {
+            Self::Http { source, .. } => match source.as_ref() {
+                ureq::Error::Timeout(_) => true,
+                ureq::Error::Io(error) => matches!(
+                    error.kind(),
+                    BrokenPipe | ConnectionAborted | ConnectionReset | TimedOut | UnexpectedEof
+                ),
+                _ => false,
+            },
+            Self::Status { status, .. } => matches!(status, 408 | 429 | 500 | 502 | 503 | 504),
+            _ => false,
+        }
+    }
+}
+
+/// How long to wait, and how often to try again.
+#[derive(Debug, Clone)]
+pub struct Patience {
+    /// For a name to resolve, and for a connection.
+    pub connect: Duration,
+    /// For the next bytes.
+    pub idle: Duration,
+    /// Before the second try; doubled before each further one.
+    pub backoff: Duration,
+    /// Tries of one request, and tries to resume a blob that bring nothing.
+    pub tries: u32,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(15),
+            idle: Duration::from_secs(30),
+            backoff: Duration::from_millis(250),
+            tries: 5,
+        }
+    }
+}
+
+impl Patience {
+    /// Waits before try number `tried` (from 1).
+    fn pause(&self, tried: u32) {
+        let factor = 1 << tried.saturating_sub(1).min(16);
+        std::thread::sleep(self.backoff.saturating_mul(factor).min(MAX_BACKOFF));
+    }
+}
+
+/// A host to ask instead of a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mirror {
+    /// The registry, as names of images have it.
+    pub of: String,
+    /// The host, with its port if it has one.
+    pub host: String,
+    /// What comes before the repository there; empty, or ending in a slash.
+    pub prefix: String,
+}
+
+/// Proxies, by the scheme of what is asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Proxies {
+    /// For http.
+    pub http: Option<String>,
+    /// For https.
+    pub https: Option<String>,
+    /// Hosts that are asked directly, with the domains below them.
+    pub except: Vec<String>,
+}
+
+/// What the user says about registries.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Hosts, with or without a port, that are spoken to without TLS.
+    pub insecure: Vec<String>,
+    /// Asked before the registries that they stand for, in this order.
+    pub mirrors: Vec<Mirror>,
+    /// How to get out of here.
+    pub proxies: Proxies,
+    /// Who we are.
+    pub auth: AuthFiles,
+    /// How long to wait.
+    pub patience: Patience,
+}
+
+impl Settings {
+    /// What the environment says: `III_INSECURE_REGISTRIES`, `III_REGISTRY_MIRRORS`, the usual variables for proxies, and where docker
+    /// and podman keep their credentials.
+    pub fn from_environment() -> Result<Self, RegistryError> {
+        let list = |variable| {
+            let text = env::var(variable).unwrap_or_default();
+            let parts = text.split(',').map(str::trim);
+            parts
+                .filter(|part| !part.is_empty())
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let first = |variables: &[&str]| {
+            let values = variables.iter().filter_map(|name| env::var(name).ok());
+            values.into_iter().find(|value| !value.is_empty())
+        };
+        Ok(Self {
+            insecure: list("III_INSECURE_REGISTRIES"),
+            mirrors: parse_mirrors(&list("III_REGISTRY_MIRRORS"))?,
+            proxies: Proxies {
+                http: first(&["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]),
+                https: first(&["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]),
+                except: first(&["no_proxy", "NO_PROXY"])
+                    .unwrap_or_default()
+                    .split(',')
+                    .map(|part| part.trim().trim_start_matches('*').trim_start_matches('.'))
+                    .map(str::to_owned)
+                    .collect(),
+            },
+            auth: AuthFiles::from_environment(),
+            patience: Patience::default(),
+        })
+    }
+
+    fn is_insecure(&self, host: &str) -> bool {
+        let bare = without_port(host);
+        matches!(bare, "localhost" | "127.0.0.1" | "[::1]")
+            || self.insecure.iter().any(|one| one == host || one == bare)
+    }
+}
+
+fn parse_mirrors(entries: &[String]) -> Result<Vec<Mirror>, RegistryError> {
+    let parse = |entry: &String| {
+        let (of, place) = entry.split_once('=')?;
+        let (host, prefix) = place.split_once('/').unwrap_or((place, ""));
+        // What can stand in the name of an image can be a mirror.
+        let name: Reference = format!("{host}/{prefix}/x")
+            .replace("//", "/")
+            .parse()
+            .ok()?;
+        let prefix = name.repository().strip_suffix('x')?.to_owned();
+        (name.registry() == host && !of.is_empty()).then(|| Mirror {
+            of: of.to_owned(),
+            host: host.to_owned(),
+            prefix,
+        })
+    };
+    let wrong = |entry: &String| RegistryError::Setting {
+        variable: "III_REGISTRY_MIRRORS",
+        text: entry.clone(),
+        expected: "REGISTRY=HOST[:PORT][/PREFIX]",
+    };
+    entries
+        .iter()
+        .map(|entry| parse(entry).ok_or_else(|| wrong(entry)))
+        .collect()
+}
+
+/// The host alone.
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((bare, port)) if !port.ends_with(']') => bare,
+        _ => host,
+    }
+}
+
+/// One repository, wherever it can be had. All that is read of it, documents and blobs, comes through here; any number of
+/// threads may ask at once.
+#[derive(Debug)]
+pub struct Repository {
+    http: Http,
+    /// Mirrors first.
+    places: Vec<Place>,
+    patience: Patience,
+}
+
+/// A repository on one host.
+#[derive(Debug)]
+struct Place {
+    host: String,
+    /// Address of the repository, without a slash at its end.
+    base: String,
+    repository: String,
+    auth: AuthFiles,
+    /// Names that credentials for this host may have.
+    known_as: Vec<String>,
+    login: Mutex<Login>,
+}
+
+/// What is sent along with requests.
+#[derive(Default)]
+struct Login {
+    authorization: Option<String>,
+    /// Counts what was sent along, so that a thread sees whether another has logged in again meanwhile.
+    number: u64,
+    has_credentials: bool,
+}
+
+impl std::fmt::Debug for Login {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Login")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy)]
+enum Item<'a> {
+    /// A manifest or an index, by tag or digest.
+    Manifest(&'a str),
+    Blob(&'a Digest),
+}
+
+/// An answer whose body has not been read.
+struct Answer {
+    url: String,
+    response: Response<Body>,
+}
+
+impl Repository {
+    /// The repository that `name` is in. Nothing is asked yet.
+    pub fn new(name: &Reference, settings: &Settings) -> Result<Arc<Self>, RegistryError> {
+        let registry = name.registry();
+        let mut places: Vec<Place> = settings
+            .mirrors
+            .iter()
+            .filter(|mirror| mirror.of == registry)
+            .take(MAX_MIRRORS)
+            .map(|mirror| {
+                let repository = format!("{}{}", mirror.prefix, name.repository());
+                Place::new(
+                    &mirror.host,
+                    vec![mirror.host.clone()],
+                    repository,
+                    settings,
+                )
+            })
+            .collect();
+        let (host, known_as) = if registry == reference::DEFAULT_REGISTRY {
+            let aliases = [registry, "index.docker.io", DOCKER_HOST];
+            (DOCKER_HOST, aliases.map(str::to_owned).to_vec())
+        } else {
+            (registry, vec![registry.to_owned()])
+        };
+        let repository = name.repository().to_owned();
+        places.push(Place::new(host, known_as, repository, settings));
+        Ok(Arc::new(Self {
+            http: Http::new(settings)?,
+            places,
+            patience: settings.patience.clone(),
+        }))
+    }
+
+    /// Opens a manifest or an index, by its tag or digest. Also returns its media type as the registry gives it.
+    pub fn manifest(
+        &self,
+        tag_or_digest: &str,
+    ) -> Result<(Box<dyn Read + Send>, Option<String>), RegistryError> {
+        let answer = self.get(Item::Manifest(tag_or_digest), 0)?;
+        let media_type = header_text(&answer.response, &header::CONTENT_TYPE)
+            .map(|text| text.split(';').next().unwrap_or_default().trim().to_owned());
+        Ok((
+            Box::new(answer.response.into_body().into_reader()),
+            media_type,
+        ))
+    }
+
+    /// Opens a blob of `size` bytes. Reading it goes on where it broke off.
+    pub fn blob(
+        self: &Arc<Self>,
+        digest: Digest,
+        size: u64,
+    ) -> Result<Box<dyn Read + Send>, RegistryError> {
+        Ok(Box::new(blob::Resumed::open(
+            Arc::clone(self),
+            digest,
+            size,
+        )?))
+    }
+
+    /// Asks one place after the other. What the last one says is the error: it is the registry itself.
+    fn get(&self, item: Item<'_>, from: u64) -> Result<Answer, RegistryError> {
+        let mut result = None;
+        for place in &self.places {
+            let answer = self.get_at(place, item, from);
+            if answer.is_ok() {
+                return answer;
+            }
+            result = Some(answer);
+        }
+        result.unwrap_or_else(|| Err(RegistryError::Redirects { url: String::new() }))
+    }
+
+    fn get_at(&self, place: &Place, item: Item<'_>, from: u64) -> Result<Answer, RegistryError> {
+        let url = match item {
+            Item::Manifest(name) => format!("{}/manifests/{name}", place.base),
+            Item::Blob(digest) => format!("{}/blobs/{digest}", place.base),
+        };
+        let mut headers = Vec::new();
+        if let Item::Manifest(_) = item {
+            headers.push((header::ACCEPT, MANIFESTS.to_owned()));
+        }
+        if from > 0 {
+            headers.push((header::RANGE, format!("bytes={from}-")));
+        }
+        let mut tried = 1;
+        let mut challenges = 0;
+        loop {
+            let (authorization, number) = place.authorization();
+            let sent = self.http.get(&url, &headers, authorization.as_deref());
+            let error = match sent {
+                Ok(response) => match response.status() {
+                    StatusCode::OK | StatusCode::PARTIAL_CONTENT => {
+                        return Ok(Answer { url, response });
+                    }
+                    StatusCode::UNAUTHORIZED if challenges < MAX_CHALLENGES => {
+                        challenges += 1;
+                        place.log_in(&self.http, &url, &response, number)?;
+                        continue;
+                    }
+                    _ => place.refusal(url.clone(), response, place.has_login()),
+                },
+                Err(error) => error,
+            };
+            if !error.0.is_passing() || tried >= self.patience.tries {
+                return Err(error.0);
+            }
+            match error.1 {
+                Some(wait) => std::thread::sleep(wait),
+                None => self.patience.pause(tried),
+            }
+            tried += 1;
+        }
+    }
+}
+
+/// An error, and how long the registry asks to wait.
+type Refusal = (RegistryError, Option<Duration>);
+
+impl Place {
+    fn new(host: &str, known_as: Vec<String>, repository: String, settings: &Settings) -> Self {
+        let scheme = if settings.is_insecure(host) {
+            "http"
+        } else {
+            "https"
+        };
+        Self {
+            host: host.to_owned(),
+            base: format!("{scheme}://{host}/v2/{repository}"),
+            repository,
+            auth: settings.auth.clone(),
+            known_as,
+            login: Mutex::default(),
+        }
+    }
+
+    fn authorization(&self) -> (Option<String>, u64) {
+        let login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
+        (login.authorization.clone(), login.number)
+    }
+
+    /// Does what the challenge in `response` asks for, unless another thread has done so since `number`.
+    fn log_in(
+        &self,
+        http: &Http,
+        url: &str,
+        response: &Response<Body>,
+        number: u64,
+    ) -> Result<(), RegistryError> {
+        let mut login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
+        if login.number != number {
+            return Ok(());
+        }
+        let header = header_text(response, &header::WWW_AUTHENTICATE).unwrap_or_default();
+        let challenge = Challenge::parse(&header).ok_or_else(|| RegistryError::Challenge {
+            url: url.to_owned(),
+        })?;
+        let credentials = self.auth.find(&self.known_as, &self.repository)?;
+        login.has_credentials = credentials.is_some();
+        let authorization = match (challenge, credentials) {
+            (Challenge::Basic, Some(credentials)) => credentials.basic(),
+            (Challenge::Basic, None) => None,
+            (Challenge::Bearer(bearer), credentials) => {
+                Some(self.token(http, url, &bearer, credentials.as_ref())?)
+            }
+        };
+        login.authorization = Some(authorization.ok_or_else(|| RegistryError::Unauthorized {
+            host: self.host.clone(),
+            url: url.to_owned(),
+            who: "without a login",
+            detail: String::new(),
+        })?);
+        login.number += 1;
+        Ok(())
+    }
+
+    /// Asks whom the challenge names for a token.
+    fn token(
+        &self,
+        http: &Http,
+        url: &str,
+        bearer: &auth::Bearer,
+        credentials: Option<&Credentials>,
+    ) -> Result<String, RegistryError> {
+        let realm = http::checked(url, &bearer.realm)?;
+        let scope = format!("repository:{}:pull", self.repository);
+        let mut fields = vec![("scope", scope.as_str())];
+        if let Some(service) = &bearer.service {
+            fields.push(("service", service));
+        }
+        let asked = realm.to_string();
+        let response = if let Some(Credentials::Identity(token)) = credentials {
+            fields.extend([
+                ("grant_type", "refresh_token"),
+                ("client_id", "iii"),
+                ("refresh_token", token),
+            ]);
+            http.post_form(&realm, &http::form(&fields))
+        } else {
+            let mark = if realm.query().is_some() { '&' } else { '?' };
+            let with_query = format!("{asked}{mark}{}", http::form(&fields));
+            let basic = credentials.and_then(Credentials::basic);
+            http.get(&with_query, &[], basic.as_deref())
+        };
+        let mut response = response.map_err(|refusal| refusal.0)?;
+        if response.status() != StatusCode::OK {
+            return Err(self.refusal(asked, response, credentials.is_some()).0);
+        }
+        let mut body = Vec::new();
+        let unusable = || RegistryError::Token { url: asked.clone() };
+        let reader = response.body_mut().as_reader();
+        reader
+            .take(MAX_TOKEN_ANSWER)
+            .read_to_end(&mut body)
+            .map_err(|_| unusable())?;
+        let answer: TokenAnswer = serde_json::from_slice(&body).map_err(|_| unusable())?;
+        let token = answer.token.or(answer.access_token).unwrap_or_default();
+        let fits = !token.is_empty()
+            && token.len() <= MAX_TOKEN
+            && token.bytes().all(|byte| byte.is_ascii_graphic());
+        fits.then(|| format!("Bearer {token}")).ok_or_else(unusable)
+    }
+
+    /// The error that an answer means.
+    fn refusal(&self, url: String, mut response: Response<Body>, has_login: bool) -> Refusal {
+        let status = response.status();
+        let wait = header_text(&response, &header::RETRY_AFTER)
+            .and_then(|text| text.trim().parse().ok())
+            .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+        let mut body = Vec::new();
+        let reader = response.body_mut().as_reader();
+        let _ = reader.take(MAX_ERROR_BODY).read_to_end(&mut body);
+        let detail = error_message(&body);
+        let error = match status {
+            StatusCode::NOT_FOUND => RegistryError::NotFound { url, detail },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::Unauthorized {
+                host: self.host.clone(),
+                url,
+                who: if has_login {
+                    "with the login that is stored for it"
+                } else {
+                    "without a login"
+                },
+                detail,
+            },
+            status => RegistryError::Status {
+                url,
+                status: status.as_u16(),
+                detail,
+            },
+        };
+        (error, wait)
+    }
+
+    fn has_login(&self) -> bool {
+        let login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
+        login.has_credentials
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct TokenAnswer {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+fn header_text(response: &Response<Body>, name: &header::HeaderName) -> Option<String> {
+    let value = response.headers().get(name)?;
+    value.to_str().ok().map(str::to_owned)
+}
+
+/// What the registry says about an error, made fit to be shown.
+fn error_message(body: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Errors {
+        errors: Vec<Error>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Error {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        message: String,
+    }
+    let Ok(Errors { errors }) = serde_json::from_slice(body) else {
+        return String::new();
+    };
+    let Some(Error { code, message }) = errors.into_iter().next() else {
+        return String::new();
+    };
+    let text = if message.is_empty() { code } else { message };
+    let text: String = crate::tail::inert(&text)
+        .chars()
+        .take(MAX_ERROR_SHOWN)
+        .collect();
+    if text.is_empty() {
+        text
+    } else {
+        format!(" (it says: {text})")
+    }
+}
+
+#[cfg(test)]
+mod tests;
