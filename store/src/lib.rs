@@ -15,17 +15,29 @@
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
 //! locks/format             flocked by who makes the store
-//! locks/gc                 flocked by who takes things out of the store
+//! locks/gc                 flocked by who takes things out of the store, repairs or migrates it
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
 //! damaged/<n>/             what repair number n set aside: `repair`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! ```
 //!
-//! JSON files are sealed: `seal`. Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
+//! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
 //! filesystem indexes well; so publishing syncs one directory of each kind, and one mtime tells of new packs.
 //! Everything under `packs`, `loose` and `layers` is immutable: written once, durable before it has its name, and then
 //! only ever removed. The rest is replaced as a whole by a rename.
+//!
+//! # Integrity
+//!
+//! What is read was checked. The bytes of an object are hashed when the process reads them for the first time, those of a
+//! large one group by group: `blob`. An index is hashed when it is opened; a layer's body, and what its header says, too.
+//! JSON files are sealed: `seal`. What does not hold is an error that names the file and never other bytes than were
+//! stored, with two exceptions: a damaged file of a key holds no records, and a damaged stat cache no files, since both are
+//! made again.
+//!
+//! Existing means durable and whole, so an object that is there is not read when the same contents are stored again; if it
+//! was damaged meanwhile, [`verify`] tells, and [`repair`] moves it out of the way. A store from before seals and outboards
+//! does not have the incompat feature `sealed`, is refused, and brought up to date by [`migrate`].
 //!
 //! # Publishing
 //!

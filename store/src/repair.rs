@@ -6,7 +6,7 @@
 //!
 //! 1. The objects of damaged packs that are what their ids say are written into a new pack.
 //! 2. Records and refs that name lost layers are dropped: layers that are damaged, or name objects that are lost.
-//! 3. These layers are set aside.
+//! 3. These layers are set aside, in the trash, too.
 //! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds that they are not there.
 //! 5. Outboards are made again, and the format last.
 
@@ -102,7 +102,6 @@ impl Store {
 struct Condemned {
     packs: BTreeSet<PackId>,
     loose: BTreeSet<ObjectId>,
-    layers: BTreeSet<LayerId>,
 }
 
 struct Repair<'a> {
@@ -200,15 +199,19 @@ impl<'a> Repair<'a> {
     }
 
     fn run(&mut self) -> Result<(), StoreError> {
-        let mut condemned = self.condemned()?;
+        let condemned = self.condemned()?;
         self.salvage(&condemned)?;
-        condemned.layers = self.lost_layers(&condemned)?;
-        self.drop_records(&condemned.layers)?;
-        self.drop_refs(&condemned.layers)?;
-        for id in &condemned.layers {
-            self.set_aside(&Path::new("layers").join(id.to_string()))?;
+        // What they need and is not there without what is condemned is lost.
+        let pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
+        let broken = pass.broken_layers();
+        let there = broken.iter().filter(|(_, path)| path.starts_with("layers"));
+        let lost = there.map(|(id, _)| *id).collect();
+        self.drop_records(&lost)?;
+        self.drop_refs(&lost)?;
+        for (_, path) in broken {
+            self.set_aside(&path)?;
         }
-        self.store.forget_layers(&condemned.layers);
+        self.store.forget_layers(&lost);
         let packs = Path::new("packs");
         for id in &condemned.packs {
             self.set_aside(&packs.join(format!("{id}.idx")))?;
@@ -322,25 +325,6 @@ impl<'a> Repair<'a> {
             });
         }
         Ok(())
-    }
-
-    /// The layers that are damaged, or name what is not there without what is condemned.
-    fn lost_layers(&self, condemned: &Condemned) -> Result<BTreeSet<LayerId>, StoreError> {
-        let mut pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
-        let mut broken = pass.broken_layers();
-        let mut taken = false;
-        for (id, incomplete) in &broken {
-            if *incomplete && let Ok(layer) = self.store.layer(id) {
-                for object in layer.objects().filter(|object| !pass.has(object)) {
-                    taken |= self.store.places().take_back_object(&object)?;
-                }
-            }
-        }
-        if taken {
-            pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
-            broken = pass.broken_layers();
-        }
-        Ok(broken.into_iter().map(|(id, _)| id).collect())
     }
 
     fn is_lost(&self, layer: &LayerId, lost: &BTreeSet<LayerId>) -> bool {

@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -32,6 +32,7 @@ use crate::pack::{self, Index};
 use crate::refs::RefKind;
 use crate::stat_cache::StatCache;
 use crate::store::{Format, Found, Store, is_known_name};
+use crate::trash::{self, TrashedLayer};
 
 /// Most problems of one report.
 const MAX_PROBLEMS: usize = 10_000;
@@ -282,6 +283,8 @@ enum Item {
     Pack(PackId),
     Loose(ObjectId),
     Layer(LayerId),
+    /// A layer in the trash, which may be taken back, by its file.
+    Trashed(LayerId, PathBuf),
     Key(KeyId),
     Ref(RefKind, String),
     Stat(String),
@@ -355,6 +358,8 @@ pub(crate) struct Pass<'a> {
     loose: HashMap<ObjectId, u64>,
     /// Objects that were read and are not what their ids say.
     lost: RwLock<HashSet<ObjectId>>,
+    /// The objects in the trash, as of when one was first looked for there.
+    trash: OnceLock<(PackSet, HashMap<ObjectId, u64>)>,
     hashed: AtomicU64,
     total: u64,
     counts: Report,
@@ -374,6 +379,7 @@ impl<'a> Pass<'a> {
             set: PackSet::default(),
             loose: HashMap::new(),
             lost: RwLock::default(),
+            trash: OnceLock::new(),
             hashed: AtomicU64::new(0),
             total: 0,
             counts: Report::default(),
@@ -399,24 +405,21 @@ impl<'a> Pass<'a> {
         pass
     }
 
-    /// Whether the object is there, as far as this pass knows.
-    pub(crate) fn has(&self, object: &ObjectId) -> bool {
-        self.set.find(object).is_some() || self.loose.contains_key(object)
-    }
-
-    /// The layers that are damaged, or (true) whole themselves but without some of their objects.
-    pub(crate) fn broken_layers(&self) -> Vec<(LayerId, bool)> {
+    /// The files of layers, in the trash, too, that are damaged or name objects that are not there.
+    pub(crate) fn broken_layers(&self) -> Vec<(LayerId, PathBuf)> {
         lock(&self.found).clear();
         let layers = self.list("layers", is_id::<LayerId>);
-        let ids: Vec<LayerId> = layers.iter().filter_map(|name| name.parse().ok()).collect();
-        ids.par_iter()
-            .for_each(|id| self.check_layer(&Item::Layer(*id), id));
+        let ids = layers.iter().filter_map(|name| name.parse().ok());
+        let mut items: Vec<Item> = ids.map(Item::Layer).collect();
+        items.extend(self.trashed_layers());
+        items.par_iter().for_each(|item| self.check_item(item));
         let found = lock(&self.found);
         let broken = found
             .iter()
             .filter_map(|(_, problem)| match problem.finding {
-                Finding::Layer { layer } => Some((layer, false)),
-                Finding::Incomplete { layer, .. } => Some((layer, true)),
+                Finding::Layer { layer } | Finding::Incomplete { layer, .. } => {
+                    Some((layer, problem.path.clone()))
+                }
                 _ => None,
             });
         broken.collect()
@@ -608,6 +611,7 @@ impl<'a> Pass<'a> {
                 .map(Item::Layer),
         );
         self.counts.layers = layers.len() as u64;
+        items.extend(self.trashed_layers());
         for dir in ["leases", "locks", "tmp"] {
             self.list(dir, |_| true);
         }
@@ -658,7 +662,8 @@ impl<'a> Pass<'a> {
                     self.check_loose(item, id, *len);
                 }
             }
-            Item::Layer(id) => self.check_layer(item, id),
+            Item::Layer(id) => self.check_layer(item, id, &self.store.layer_path(id)),
+            Item::Trashed(id, path) => self.check_layer(item, id, path),
             Item::Key(id) => self.check_key(item, id),
             Item::Ref(kind, file) => self.check_ref(item, *kind, file),
             Item::Stat(name) => {
@@ -804,19 +809,69 @@ impl<'a> Pass<'a> {
         self.progress(len);
     }
 
-    fn check_layer(&self, item: &Item, id: &LayerId) {
-        let path = self.store.layer_path(id);
+    /// The layers in the trash.
+    fn trashed_layers(&self) -> Vec<Item> {
+        match trash::layers(self.store) {
+            Ok(layers) => {
+                let item = |layer: TrashedLayer| Item::Trashed(layer.id, layer.path);
+                layers.into_iter().map(item).collect()
+            }
+            Err(err) => {
+                let (item, path) = (Item::Names("trash"), self.dir.join("trash"));
+                self.report(&item, Finding::Unreadable, &path, chain(&err));
+                Vec::new()
+            }
+        }
+    }
+
+    /// The length of an object in the trash: whoever looks for it takes it back.
+    fn in_trash(&self, object: &ObjectId) -> Option<u64> {
+        let (set, loose) = self.trash.get_or_init(|| self.load_trash());
+        let packed = set.find(object).map(|(pack, ix)| pack.index.place(ix).len);
+        packed.or_else(|| loose.get(object).copied())
+    }
+
+    fn load_trash(&self) -> (PackSet, HashMap<ObjectId, u64>) {
+        let (mut packs, mut loose) = (Vec::new(), HashMap::new());
+        // What cannot be read is as good as gone.
+        for (_, dir) in trash::generations(self.disk, self.dir).unwrap_or_default() {
+            for name in trash::list(self.disk, &dir).unwrap_or_default() {
+                let path = dir.join(&name);
+                match name.split_once('.') {
+                    Some((id, "idx")) => {
+                        let id = id.parse::<PackId>().ok();
+                        let file = self.disk.open(&path).ok();
+                        let index = id.zip(file).and_then(|(id, file)| {
+                            let index = Index::open(&file, &id).ok()?;
+                            Some(Arc::new(Pack::new(id, index, path.with_extension("pack"))))
+                        });
+                        packs.extend(index);
+                    }
+                    Some((id, trash::LOOSE)) => {
+                        let len = self.disk.metadata(&path).map(|meta| meta.size()).ok();
+                        loose.extend(id.parse::<ObjectId>().ok().zip(len));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let mut set = PackSet::default();
+        set.add(packs);
+        (set, loose)
+    }
+
+    fn check_layer(&self, item: &Item, id: &LayerId, path: &Path) {
         let finding = || Finding::Layer { layer: *id };
-        let Some(file) = self.read(item, &path, self.disk.open(&path)) else {
+        let Some(file) = self.read(item, path, self.disk.open(path)) else {
             return;
         };
         let layer = match Layer::open(&file).and_then(|layer| layer.check_all().map(|()| layer)) {
             Ok(layer) if layer.layer_id() == *id => layer,
-            Ok(_) => return self.report(item, finding(), &path, "it is another layer"),
-            Err(err) => return self.report(item, finding(), &path, err.to_string()),
+            Ok(_) => return self.report(item, finding(), path, "it is another layer"),
+            Err(err) => return self.report(item, finding(), path, err.to_string()),
         };
         if layer.compat_features() != [0; 2] {
-            self.features(item, &path, &layer.compat_features());
+            self.features(item, path, &layer.compat_features());
         }
         let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
         let mut files = 0;
@@ -828,6 +883,7 @@ impl<'a> Pass<'a> {
                 .find(&object)
                 .map(|(pack, ix)| pack.index.place(ix).len);
             let len = packed.or_else(|| self.loose.get(&object).copied());
+            let len = len.or_else(|| self.in_trash(&object));
             if len != Some(node.size()) || lost.contains(&object) {
                 files += 1;
                 let damaged = lost.contains(&object);
@@ -838,7 +894,7 @@ impl<'a> Pass<'a> {
             return;
         };
         // Gone with its objects.
-        if self.disk.metadata(&path).is_err() {
+        if self.disk.metadata(path).is_err() {
             return;
         }
         let why = match len {
@@ -853,7 +909,7 @@ impl<'a> Pass<'a> {
             object,
             files,
         };
-        self.report(item, finding, &path, what);
+        self.report(item, finding, path, what);
     }
 
     fn has_layer(&self, id: &LayerId) -> bool {

@@ -6,9 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use iii_store::verify::Severity;
-use iii_store::{Finding, Mended, RefKind, Store, StoreError, seal};
+use iii_store::{Finding, Mended, Policy, RefKind, Store, StoreError, seal};
 use tempfile::TempDir;
 
 use crate::flips::{copy, fill, open, read_all, stored_files, verify};
@@ -141,6 +142,34 @@ fn a_damaged_object_takes_only_what_needs_it() {
     assert_eq!((dropped(RefKind::Image), dropped(RefKind::Worker)), (0, 1));
     // Of five: an object, a layer, its ref and its records are gone.
     assert_eq!(read_all(&open(dir.path()).unwrap(), &sample), 4);
+}
+
+#[test]
+fn what_a_collection_took_out_is_looked_at_too() {
+    let dir = tempfile::tempdir().unwrap();
+    fill(dir.path()).unwrap();
+    let store = open(dir.path()).unwrap();
+    store.remove_ref(RefKind::Image, "Name").unwrap();
+    let policy = Policy {
+        keep: Duration::ZERO,
+        grace: Duration::from_secs(1000),
+        ..Policy::default()
+    };
+    let plan = store.plan_gc(&policy).unwrap();
+    store.gc(&plan, &|_| ()).unwrap();
+    assert!(verify(&store, true).is_clean());
+    let trash = dir.path().join("trash");
+    let layer = stored_files(&trash);
+    let layer = layer
+        .iter()
+        .find(|path| path.extension().is_some_and(|it| it == "layer"));
+    harm(&trash.join(layer.unwrap()), Harm::Flip);
+    let report = verify(&store, false);
+    assert!(matches!(report.problems[0].finding, Finding::Layer { .. }));
+    store.repair(&report, &|_| ()).unwrap();
+    assert!(verify(&store, true).is_clean());
+    let plan = store.plan_gc(&policy).unwrap();
+    store.gc(&plan, &|event| panic!("{event:?}")).unwrap();
 }
 
 #[test]
