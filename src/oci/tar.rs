@@ -10,6 +10,7 @@
 //! - Links, directories, devices and FIFOs have no data, whatever their size field says.
 //! - A `size` of a PAX header overrides the member's own; it never applies to another extension header in between.
 //! - Global PAX headers are skipped, as docker does. One that would change names, sizes or sparseness is refused.
+//! - A stream may end at the end of a member, and in the padding after one: `umoci insert` writes such archives.
 //! - Two extension headers of one kind for one member, or a GNU and a PAX name that differ, are refused.
 
 use std::fmt;
@@ -305,10 +306,17 @@ impl<'l, R: Input> Archive<'l, R> {
     /// The next member; what is left of the one before is passed over. `None` at the archive's end mark or when the stream
     /// ends where a header would begin.
     pub fn next_member(&mut self) -> Result<Option<Member>, TarError> {
-        let rest = self.contents.stored.saturating_add(self.contents.padding);
-        self.contents.stored = 0;
-        self.contents.padding = 0;
-        self.skip(rest)?;
+        let stored = std::mem::take(&mut self.contents.stored);
+        let padding = std::mem::take(&mut self.contents.padding);
+        self.skip(stored)?;
+        match self.skip(padding) {
+            // What matters of the last member is there.
+            Err(TarError::Truncated { .. }) => {
+                self.ended = true;
+                return Ok(None);
+            }
+            other => other?,
+        }
         let mut extensions = Extensions::default();
         let mut extended = false;
         loop {
