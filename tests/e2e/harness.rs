@@ -65,7 +65,7 @@ pub fn debian_base(kind: &str) -> Result<PathBuf, String> {
 }
 
 /// A root filesystem with busybox in it.
-fn busybox_base() -> &'static Path {
+pub fn busybox_base() -> &'static Path {
     static DIR: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, root) = DIR.get_or_init(|| {
         let dir = TempDir::new().unwrap();

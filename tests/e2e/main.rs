@@ -9,5 +9,6 @@ mod harness;
 mod layers;
 mod lifecycle;
 mod ordinary_user;
+mod registry;
 mod store;
 mod workers;
