@@ -6,6 +6,7 @@
 mod bad_input;
 mod engine;
 mod harness;
+mod kills;
 mod layers;
 mod lifecycle;
 mod ordinary_user;
