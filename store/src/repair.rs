@@ -202,8 +202,8 @@ impl<'a> Repair<'a> {
         let condemned = self.condemned()?;
         self.salvage(&condemned)?;
         // What they need and is not there without what is condemned is lost.
-        let pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
-        let broken = pass.broken_layers();
+        let pass = Pass::without(self.store, &condemned.packs, &condemned.loose)?;
+        let broken = pass.broken_layers()?;
         let there = broken.iter().filter(|(_, path)| path.starts_with("layers"));
         let lost = there.map(|(id, _)| *id).collect();
         self.drop_records(&lost)?;
@@ -327,8 +327,14 @@ impl<'a> Repair<'a> {
         Ok(())
     }
 
-    fn is_lost(&self, layer: &LayerId, lost: &BTreeSet<LayerId>) -> bool {
-        lost.contains(layer) || !self.store.has_layer(layer)
+    fn is_lost(&self, layer: &LayerId, lost: &BTreeSet<LayerId>) -> Result<bool, StoreError> {
+        if lost.contains(layer) {
+            return Ok(true);
+        }
+        match self.store.require_layer(layer) {
+            Err(StoreError::MissingLayer(_)) => Ok(true),
+            other => other.map(|()| false),
+        }
     }
 
     fn drop_records(&mut self, lost: &BTreeSet<LayerId>) -> Result<(), StoreError> {
@@ -336,13 +342,20 @@ impl<'a> Repair<'a> {
             let Ok(key) = name.parse::<KeyId>() else {
                 continue;
             };
+            let mut gone = BTreeSet::new();
             match self.store.checked_records(&key) {
                 Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
                     self.set_aside(&Path::new("keys").join(key.to_string()))?;
                 }
-                other => drop(other?),
+                other => {
+                    for record in other? {
+                        if self.is_lost(&record.layer_id, lost)? {
+                            gone.insert(record.layer_id);
+                        }
+                    }
+                }
             }
-            let go = |layer: &LayerId| self.is_lost(layer, lost);
+            let go = |layer: &LayerId| gone.contains(layer);
             let records = self.store.drop_records(&self.lease, &key, &go)?;
             if records > 0 {
                 self.did(Mended::RecordsDropped { key, records });
@@ -356,12 +369,17 @@ impl<'a> Repair<'a> {
             let dir = Path::new(kind.path());
             for file in names(self.disk, &self.store.dir().join(dir))? {
                 let name = match self.store.read_ref(kind, &file) {
-                    Ok(Some((name, content)))
-                        if content.layers.iter().any(|id| self.is_lost(id, lost)) =>
-                    {
+                    Ok(Some((name, content))) => {
+                        let mut gone = false;
+                        for id in &content.layers {
+                            gone |= self.is_lost(id, lost)?;
+                        }
+                        if !gone {
+                            continue;
+                        }
                         name
                     }
-                    Ok(_) => continue,
+                    Ok(None) => continue,
                     Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => file.clone(),
                     Err(err) => return Err(err),
                 };

@@ -393,8 +393,9 @@ impl<'a> Pass<'a> {
         store: &'a Store,
         packs: &BTreeSet<PackId>,
         loose: &BTreeSet<ObjectId>,
-    ) -> Self {
+    ) -> Result<Self, StoreError> {
         let mut pass = Self::new(store, VerifyOptions::default(), &|_| {});
+        pass.must_have_seen_all()?;
         let there = pass.set.packs().iter();
         let there = there.filter(|pack| !packs.contains(&pack.id)).cloned();
         let there = there.collect();
@@ -402,17 +403,34 @@ impl<'a> Pass<'a> {
         pass.set.add(there);
         pass.loose
             .retain(|id, len| *len >= LOOSE_MIN && !loose.contains(id));
-        pass
+        Ok(pass)
+    }
+
+    /// An error if there is something that could not be looked at: then it is not known what is lost.
+    fn must_have_seen_all(&self) -> Result<(), StoreError> {
+        let found = lock(&self.found);
+        let mut found = found.iter().map(|(_, problem)| problem);
+        let unseen = |problem: &&Problem| {
+            matches!(problem.finding, Finding::Unreadable | Finding::Directory)
+        };
+        match found.find(unseen) {
+            None => Ok(()),
+            Some(problem) => Err(StoreError::Damaged {
+                path: self.dir.join(&problem.path),
+                what: "it cannot be read, so nobody knows what is lost",
+            }),
+        }
     }
 
     /// The files of layers, in the trash, too, that are damaged or name objects that are not there.
-    pub(crate) fn broken_layers(&self) -> Vec<(LayerId, PathBuf)> {
+    pub(crate) fn broken_layers(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
         lock(&self.found).clear();
         let layers = self.list("layers", is_id::<LayerId>);
         let ids = layers.iter().filter_map(|name| name.parse().ok());
         let mut items: Vec<Item> = ids.map(Item::Layer).collect();
         items.extend(self.trashed_layers());
         items.par_iter().for_each(|item| self.check_item(item));
+        self.must_have_seen_all()?;
         let found = lock(&self.found);
         let broken = found
             .iter()
@@ -422,7 +440,7 @@ impl<'a> Pass<'a> {
                 }
                 _ => None,
             });
-        broken.collect()
+        Ok(broken.collect())
     }
 
     fn into_report(self) -> (Report, Vec<(Item, Problem)>) {
@@ -522,7 +540,8 @@ impl<'a> Pass<'a> {
                 .objects()
                 .map(|(_, place)| place.len)
                 .sum::<u64>();
-            if self.disk.metadata(&pack.path).is_ok() {
+            let meta = self.disk.metadata(&pack.path);
+            if self.read(&Item::Pack(pack.id), &pack.path, meta).is_some() {
                 there.push(Arc::clone(&pack));
             }
             self.packs.insert(pack.id, pack);
