@@ -2,7 +2,6 @@
 //! done again succeeds.
 
 use std::error::Error;
-use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -113,21 +112,19 @@ fn is_known(err: &(dyn Error + 'static)) -> bool {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    cause.is::<io::Error>() || cause.to_string().contains("void")
+    let text = cause.to_string();
+    cause.is::<io::Error>() || text.contains("void") || text.contains("cannot be read")
 }
 
 /// One after the other, every call of the work meets with this.
 fn befall(fault: Fault, work: Work) {
     let project = project();
     let template = scratch();
-    let before = template.path().join("store");
-    fs::create_dir(&before).unwrap();
-    let plain: Arc<dyn Disk> = Arc::new(NoSync);
-    let before = work.prepare(&before, &plain).unwrap();
+    let before = work.prepare(&template.path().join("store")).unwrap();
     for at in 0.. {
         let dir = scratch();
         let dir = dir.path().join("home/store");
-        if let Work::Collect = work {
+        if template.path().join("store").exists() {
             copy(&template.path().join("store"), &dir);
         }
         let failing = Arc::new(Hooked(Failing::new(fault, at)));
@@ -140,9 +137,8 @@ fn befall(fault: Fault, work: Work) {
         let Some(failed) = failed else {
             result.unwrap();
             let least = match fault {
-                Fault::ShortRead => 2,
-                Fault::ShortWrite => 20,
-                _ => 100,
+                Fault::ShortRead | Fault::ShortWrite => 2,
+                _ => 40,
             };
             assert!(at > least, "{at} calls are fewer than there must be");
             return;
@@ -214,6 +210,21 @@ fn every_call_is_the_last() {
 #[test]
 fn every_call_is_the_last_of_a_collection() {
     befall(Fault::Death, Work::Collect);
+}
+
+#[test]
+fn every_call_fails_once_of_a_repair() {
+    befall(Fault::Io, Work::Repair);
+}
+
+#[test]
+fn every_read_gives_less_than_was_asked_for_of_a_repair() {
+    befall(Fault::ShortRead, Work::Repair);
+}
+
+#[test]
+fn every_call_fails_once_of_a_migration() {
+    befall(Fault::Io, Work::Migrate);
 }
 
 /// Of these calls, one fails in the middle: everything after it is refused.

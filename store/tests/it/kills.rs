@@ -14,7 +14,7 @@ use std::{fs, process};
 use iii_store::snapshot::{Options, snapshot};
 use iii_store::{
     Fact, KeyId, LOOSE_MIN, Layer, LayerId, Lease, ObjectId, Policy, Published, Record, Ref,
-    RefKind, Seen, Store, StoreError,
+    RefKind, Seen, Store, StoreError, VerifyOptions,
 };
 
 use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise, read_back};
@@ -326,6 +326,8 @@ fn kill_for(time: Duration) {
         keys.len()
     );
     check_whole(store.dir());
+    let report = store.verify(VerifyOptions { data: true }, &|_| ()).unwrap();
+    assert!(report.is_clean(), "{:?}", report.problems);
     for (name, content) in &refs {
         for layer in &content.layers {
             assert!(store.layer(layer).is_ok(), "{name} has lost its layer");
@@ -393,6 +395,8 @@ pub fn assert_nothing_leaked(store: &Store) {
     );
     // A pack is rewritten when less than half of it lives; small objects are padded.
     let size = |name: &String| fs::metadata(dir.join("packs").join(name)).unwrap().len();
+    let report = store.verify(VerifyOptions::default(), &|_| ()).unwrap();
+    assert!(report.is_clean(), "{:?}", report.problems);
     let packed: u64 = packs
         .iter()
         .filter(|name| name.rsplit('.').next() == Some("pack"))

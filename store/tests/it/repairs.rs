@@ -259,7 +259,7 @@ fn a_repair_may_be_cut_short_anywhere() {
 }
 
 /// The store as it was before seals.
-fn unseal(dir: &Path) {
+pub fn unseal(dir: &Path) {
     for file in stored_files(dir) {
         let path = dir.join(&file);
         let text = fs::read(&path).unwrap();

@@ -10,12 +10,14 @@ use std::time::Duration;
 use iii_store::disk::Disk;
 use iii_store::snapshot::{Options, snapshot};
 use iii_store::{
-    Fact, KeyId, LOOSE_MIN, LayerId, Policy, Published, Record, Ref, RefKind, Seen, Store,
+    Fact, KeyId, LOOSE_MIN, LayerId, ObjectId, Policy, Published, Record, Ref, RefKind, Seen,
+    Store, VerifyOptions,
 };
 use tempfile::TempDir;
 
 use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise};
 use crate::kills::{assert_nothing_leaked, greedy};
+use crate::repairs::unseal;
 
 /// What a store must hold, whatever happens from now on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -214,6 +216,10 @@ pub enum Work {
     Store,
     /// Garbage is collected from one that has some.
     Collect,
+    /// One that is damaged is mended.
+    Repair,
+    /// One of an earlier layout is brought up to date.
+    Migrate,
 }
 
 /// Nothing goes but layers that nobody names, and those into the trash.
@@ -225,26 +231,63 @@ const GENTLE: Policy = Policy {
 };
 
 impl Work {
+    pub const ALL: [Self; 4] = [Self::Store, Self::Collect, Self::Repair, Self::Migrate];
+
     /// Has somebody do what must have been done before. Returns what is promised then.
-    pub fn prepare(self, dir: &Path, disk: &Arc<dyn Disk>) -> Outcome<Promised> {
-        let Self::Collect = self else {
+    pub fn prepare(self, dir: &Path) -> Outcome<Promised> {
+        if let Self::Store = self {
             return Ok(Promised::default());
-        };
-        let mut worker = Worker::open(dir, Arc::clone(disk), &|_| ())?;
+        }
+        let mut worker = Worker::open(dir, Arc::new(NoSync), &|_| ())?;
+        let kept = Files::from([
+            (b"kept".to_vec(), noise(2000, 10)),
+            (b"large".to_vec(), noise(LOOSE_MIN as usize, 11)),
+        ]);
+        let kept = worker.publish(&kept)?;
+        worker.set_ref(RefKind::Worker, "kept", kept.layer_id)?;
+        worker.put_record(&kept)?;
         // A pack of which little is needed, and an object that is a file of its own.
         let mut mostly = contents().clone();
         for number in 10..20 {
             mostly.insert(vec![b'a' + number], noise(2000, number.into()));
         }
         worker.publish(&mostly)?;
-        let kept = Files::from([(b"kept".to_vec(), noise(2000, 10))]);
-        let kept = worker.publish(&kept)?;
-        worker.set_ref(RefKind::Worker, "kept", kept.layer_id)?;
-        worker.put_record(&kept)?;
-        let recorded = Files::from([(b"recorded".to_vec(), noise(500, 30))]);
+        let recorded = Files::from([
+            (b"recorded".to_vec(), noise(500, 30)),
+            (b"mostly".to_vec(), noise(2000, 11)),
+        ]);
         let recorded = worker.publish(&recorded)?;
         worker.put_record(&recorded)?;
+        let (layers, records) = (&mut worker.promised.layers, &mut worker.promised.records);
+        match self {
+            Self::Repair => {
+                // Of what is harmed, nothing is promised.
+                *layers = [kept.layer_id].into();
+                let all = records.get(&KEY).unwrap().first().unwrap().clone();
+                records.insert(KEY, vec![all, vec![kept.layer_id]]);
+                harm(dir, &mostly)?;
+            }
+            Self::Migrate => unseal(dir),
+            Self::Store | Self::Collect => {}
+        }
         Ok(worker.promised)
+    }
+
+    /// Has somebody who comes later make the store one that can be used.
+    fn make_usable(self, dir: &Path, disk: &Arc<dyn Disk>) -> Outcome<()> {
+        match self {
+            Self::Store | Self::Collect => {}
+            Self::Repair => {
+                let store = Store::open_on(dir, Arc::clone(disk))?;
+                // What one repair uncovers the next one mends.
+                for _ in 0..2 {
+                    let report = store.verify(VerifyOptions { data: true }, &|_| ())?;
+                    store.repair(&report, &|_| ())?;
+                }
+            }
+            Self::Migrate => drop(Store::migrate(dir, Arc::clone(disk), &|_| ())?),
+        }
+        Ok(())
     }
 
     /// Does something of everything.
@@ -256,14 +299,38 @@ impl Work {
         promised: &Promised,
         tell: &dyn Fn(&Promised),
     ) -> Outcome<()> {
+        self.make_usable(dir, disk)?;
         let mut worker = Worker::open(dir, Arc::clone(disk), tell)?;
         worker.promised = promised.clone();
         worker.tell();
         match self {
             Self::Store => worker.store(project),
             Self::Collect => worker.collect_all(),
+            Self::Repair | Self::Migrate => worker.store_all(),
         }
     }
+}
+
+/// Harms an object of a pack, an object that is a file of its own, and the layer of these files.
+fn harm(dir: &Path, files: &Files) -> Outcome<()> {
+    let flip = |path: &Path, at: usize| -> std::io::Result<()> {
+        let mut bytes = std::fs::read(path)?;
+        bytes[at] ^= 1;
+        std::fs::remove_file(path)?;
+        std::fs::write(path, bytes)
+    };
+    let large = ObjectId::of(&files[&b"large"[..]]);
+    flip(&dir.join("loose").join(large.to_string()), 5)?;
+    let part = &files[&b"middle"[..]][..100];
+    for name in names(&dir.join("packs")) {
+        let path = dir.join("packs").join(name);
+        let bytes = std::fs::read(&path)?;
+        let found = bytes.windows(part.len()).position(|bytes| bytes == part);
+        if let Some(at) = found {
+            flip(&path, at)?;
+        }
+    }
+    Ok(())
 }
 
 impl Worker<'_> {
@@ -306,8 +373,11 @@ impl Worker<'_> {
 /// That the store in `dir` opens, holds what was promised, is whole, and that the same work succeeds there; and that what nobody
 /// needs can be freed, before and after.
 pub fn check(work: Work, dir: &Path, project: &Path, promised: &Promised) {
-    check_promised(dir, promised);
     let disk: Arc<dyn Disk> = Arc::new(NoSync);
+    if let Err(err) = work.make_usable(dir, &disk) {
+        panic!("{}", causes(&*err));
+    }
+    check_promised(dir, promised);
     let store = Store::open_on(dir, Arc::clone(&disk)).unwrap();
     store.sweep_dead_leases().unwrap();
     for name in ["tmp", "leases", "locks"] {
@@ -322,7 +392,7 @@ pub fn check(work: Work, dir: &Path, project: &Path, promised: &Promised) {
                 .any(|layer| layer.is_none_or(|layer| store.layer(&layer).is_ok()))
         );
     }
-    let before = work.prepare(dir, &disk).unwrap_or_default();
+    let before = Promised::default();
     if let Err(err) = work.run(dir, project, &disk, &before, &|_| ()) {
         panic!("the same work fails then: {}", causes(&*err));
     }
@@ -355,6 +425,8 @@ fn check_promised(dir: &Path, promised: &Promised) {
         assert!(whole, "a record has no layer");
     }
     check_whole(dir);
+    let report = store.verify(VerifyOptions { data: true }, &|_| ()).unwrap();
+    assert!(report.is_clean(), "{:?}", report.problems);
 }
 
 /// An error and what is behind it.
