@@ -178,6 +178,7 @@ fn every_call_that_writes_finds_no_room() {
 }
 
 #[test]
+#[ignore = "takes a minute, and finds what the others do"]
 fn every_call_that_writes_finds_no_room_of_a_collection() {
     befall(Fault::NoSpace, Work::Collect);
 }
@@ -188,6 +189,7 @@ fn every_write_is_cut_short() {
 }
 
 #[test]
+#[ignore = "takes a minute, and finds what the others do"]
 fn every_write_is_cut_short_of_a_collection() {
     befall(Fault::ShortWrite, Work::Collect);
 }
