@@ -24,6 +24,8 @@ pub struct Resumed {
     digest: Digest,
     size: u64,
     at: u64,
+    /// Bytes still to come that were read before.
+    behind: u64,
     body: BodyReader<'static>,
     url: String,
     resumes: u32,
@@ -43,12 +45,13 @@ impl Resumed {
     ) -> Result<Self, RegistryError> {
         let answer = repository.get(Item::Blob(&digest), 0)?;
         let url = answer.url.clone();
-        let body = body_from(answer, 0, size)?;
+        let (body, behind) = body_from(answer, 0, size)?;
         Ok(Self {
             repository,
             digest,
             size,
             at: 0,
+            behind,
             body,
             url,
             resumes: 0,
@@ -75,7 +78,7 @@ impl Resumed {
         patience.pause(self.fruitless);
         let answer = self.repository.get(Item::Blob(&self.digest), self.at)?;
         self.url.clone_from(&answer.url);
-        self.body = body_from(answer, self.at, self.size)?;
+        (self.body, self.behind) = body_from(answer, self.at, self.size)?;
         Ok(())
     }
 
@@ -116,15 +119,25 @@ impl Resumed {
     fn read_on(&mut self, buf: &mut [u8]) -> Result<usize, RegistryError> {
         loop {
             let start = Instant::now();
-            let got = self.body.read(buf);
+            let want = match self.behind {
+                0 => buf.len(),
+                behind => buf.len().min(usize::try_from(behind).unwrap_or(buf.len())),
+            };
+            let got = self.body.read(&mut buf[..want]);
             let count = *got.as_ref().unwrap_or(&0) as u64;
-            self.at += count;
+            let is_behind = self.behind > 0;
+            if is_behind {
+                self.behind -= count;
+            } else {
+                self.at += count;
+            }
             self.watch(start.elapsed(), count)?;
             let cause = match got {
                 Ok(0) if self.at >= self.size || buf.is_empty() => return Ok(0),
                 // All is here; how the connection ended does not matter.
                 Err(_) if self.at >= self.size => return Ok(0),
                 Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+                Ok(1..) if is_behind => continue,
                 Ok(count) => {
                     self.fruitless = 0;
                     return Ok(count);
@@ -136,8 +149,12 @@ impl Resumed {
     }
 }
 
-/// The body of `answer`, from byte `at` of the blob on.
-fn body_from(answer: Answer, at: u64, size: u64) -> Result<BodyReader<'static>, RegistryError> {
+/// The body of `answer`, and how many of its bytes come before byte `at` of the blob.
+fn body_from(
+    answer: Answer,
+    at: u64,
+    size: u64,
+) -> Result<(BodyReader<'static>, u64), RegistryError> {
     let Answer { url, response } = answer;
     let length = header_text(&response, &header::CONTENT_LENGTH)
         .and_then(|text| text.trim().parse::<u64>().ok());
@@ -164,24 +181,6 @@ fn body_from(answer: Answer, at: u64, size: u64) -> Result<BodyReader<'static>, 
             actual: starts_at.saturating_add(length),
         });
     }
-    let mut body = response.into_body().into_reader();
-    // Who cannot resume sends all of it again. What was read before is read again and left.
-    let again = at - starts_at.min(at);
-    if again > 0 {
-        let skipped = io::copy(&mut body.by_ref().take(again), &mut io::sink());
-        match skipped {
-            Ok(skipped) if skipped == again => {}
-            other => {
-                return Err(RegistryError::Broken {
-                    url,
-                    at,
-                    size,
-                    source: other
-                        .err()
-                        .unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()),
-                });
-            }
-        }
-    }
-    Ok(body)
+    // Who cannot resume sends all of it again.
+    Ok((response.into_body().into_reader(), at - starts_at))
 }

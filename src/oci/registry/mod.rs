@@ -14,7 +14,7 @@ use std::env;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
@@ -40,6 +40,8 @@ const MAX_ERROR_SHOWN: usize = 300;
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 /// Longest wait between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(8);
+/// How long a document may take, however steadily it trickles.
+const DOCUMENT_TIME: Duration = Duration::from_secs(120);
 /// Most mirrors of one registry.
 const MAX_MIRRORS: usize = 8;
 
@@ -204,6 +206,8 @@ impl RegistryError {
         };
         match self {
             Self::Http { source, .. } => match source.as_ref() {
+                // Nobody there now is nobody there in a moment.
+                ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => false,
                 ureq::Error::Timeout(_) => true,
                 ureq::Error::Io(error) => matches!(
                     error.kind(),
@@ -458,10 +462,8 @@ impl Repository {
         let answer = self.get(Item::Manifest(tag_or_digest), 0)?;
         let media_type = header_text(&answer.response, &header::CONTENT_TYPE)
             .map(|text| text.split(';').next().unwrap_or_default().trim().to_owned());
-        Ok((
-            Box::new(answer.response.into_body().into_reader()),
-            media_type,
-        ))
+        let reader = Hasty::new(answer.response.into_body().into_reader());
+        Ok((Box::new(reader), media_type))
     }
 
     /// Opens a blob of `size` bytes. Reading it goes on where it broke off.
@@ -627,7 +629,7 @@ impl Place {
         }
         let mut body = Vec::new();
         let unusable = || RegistryError::Token { url: asked.clone() };
-        let reader = response.body_mut().as_reader();
+        let reader = Hasty::new(response.body_mut().as_reader());
         reader
             .take(MAX_TOKEN_ANSWER)
             .read_to_end(&mut body)
@@ -647,7 +649,7 @@ impl Place {
             .and_then(|text| text.trim().parse().ok())
             .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
         let mut body = Vec::new();
-        let reader = response.body_mut().as_reader();
+        let reader = Hasty::new(response.body_mut().as_reader());
         let _ = reader.take(MAX_ERROR_BODY).read_to_end(&mut body);
         let detail = error_message(&body);
         let error = match status {
@@ -674,6 +676,28 @@ impl Place {
     fn has_login(&self) -> bool {
         let login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
         login.has_credentials
+    }
+}
+
+/// Reads what is small, and has to come within [`DOCUMENT_TIME`].
+struct Hasty<R> {
+    reader: R,
+    begun: Instant,
+}
+
+impl<R> Hasty<R> {
+    fn new(reader: R) -> Self {
+        let begun = Instant::now();
+        Self { reader, begun }
+    }
+}
+
+impl<R: Read> Read for Hasty<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.begun.elapsed() > DOCUMENT_TIME {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.reader.read(buf)
     }
 }
 
