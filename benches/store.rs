@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use iii_store::snapshot::{Options, snapshot};
-use iii_store::{ObjectId, Store};
+use iii_store::snapshot::{Options, SnapshotError, snapshot};
+use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store};
 use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
 
@@ -34,8 +34,10 @@ const UNCHANGED_OF_GIT: f64 = 1.5;
 const EDIT_MS: f64 = 150.0;
 /// Resident memory that an ingest may have at its highest, whatever the tree.
 const MAX_RESIDENT_MIB: f64 = 256.0;
-/// Bytes on disk, as a multiple of the bytes that differ among the workers.
-const MAX_BYTES_ON_DISK: f64 = 1.05;
+/// What a store takes on the disk, as a multiple of what one of each file that differs among the workers takes there.
+const MAX_ON_DISK: f64 = 1.05;
+/// What a collection may take.
+const GC_MS: f64 = 500.0;
 /// Workers that share a store, and how many kinds of them there are.
 const WORKERS: usize = 20;
 const KINDS: usize = 5;
@@ -236,24 +238,47 @@ fn alone<S: AsRef<OsStr>>(work: &str, args: impl IntoIterator<Item = S>) -> Resu
     Ok(command)
 }
 
-/// What this program does when it is told to do one piece of work. Prints the highest resident memory in KiB.
+/// Takes a directory into a store.
+fn take(store: &Store, name: &str, tree: &Path) -> std::result::Result<LayerId, SnapshotError> {
+    let stored = |source| SnapshotError::Store {
+        path: tree.to_owned(),
+        source,
+    };
+    let lease = store.lease("bench").map_err(stored)?;
+    let options = Options {
+        name,
+        at: b"",
+        excludes: &[],
+        uid: 0,
+        gid: 0,
+    };
+    let taken = snapshot(store, &lease, tree, &options)?;
+    Ok(taken.published.layer_id)
+}
+
+/// What this program does when it is told to do one piece of work. Prints the highest resident memory of who did it, in KiB.
 fn work(mut args: std::env::ArgsOs) -> Result<bool> {
     let mut next = || args.next().unwrap_or_default();
     let (work, dir, name) = (next(), PathBuf::from(next()), next());
     let what = format!("{} into {}", work.display(), dir.display());
+    if work == "iii" {
+        return import(&dir, Path::new(&name));
+    }
     let store = Store::open(&dir).map_err(|error| said(&what, &error))?;
-    let lease = store.lease("bench").map_err(|error| said(&what, &error))?;
+    let failed = |error: &dyn std::error::Error| said(&what, error);
     match work.to_str() {
         Some("ingest") => {
-            let options = Options {
-                name: &name.to_string_lossy(),
-                at: b"",
-                excludes: &[],
-                uid: 0,
-                gid: 0,
+            let tree = PathBuf::from(next());
+            take(&store, &name.to_string_lossy(), &tree).map_err(|error| failed(&error))?;
+        }
+        Some("gc") => {
+            let policy = Policy {
+                keep: Duration::ZERO,
+                grace: Duration::ZERO,
+                ..Policy::default()
             };
-            snapshot(&store, &lease, &PathBuf::from(next()), &options)
-                .map_err(|error| said(&what, &error))?;
+            let plan = store.plan_gc(&policy).map_err(|error| failed(&error))?;
+            store.gc(&plan, &|_| {}).map_err(|error| failed(&error))?;
         }
         _ => {
             return Err(Error::Command {
@@ -262,12 +287,26 @@ fn work(mut args: std::env::ArgsOs) -> Result<bool> {
             });
         }
     }
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    println!(
-        "{}",
-        line.unwrap_or_default().trim().trim_end_matches(" kB")
-    );
+    println!("{}", rusage(libc::RUSAGE_SELF).ru_maxrss);
+    Ok(true)
+}
+
+fn rusage(who: libc::c_int) -> libc::rusage {
+    // SAFETY: it is plain integers, for which zeroes are well.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to memory of ours that is as large as the call expects.
+    unsafe { libc::getrusage(who, &raw mut usage) };
+    usage
+}
+
+/// Has the finished program import a root filesystem, which goes through its tables of entries, into the home directory `home`.
+fn import(home: &Path, from: &Path) -> Result<bool> {
+    let mut iii = Command::new(env!("CARGO_BIN_EXE_iii"));
+    iii.args(["image", "import"]).arg(from);
+    iii.args(["--as", "docker.io/iiidev/large:latest"])
+        .env("HOME", home);
+    run(&mut iii)?;
+    println!("{}", rusage(libc::RUSAGE_CHILDREN).ru_maxrss);
     Ok(true)
 }
 
@@ -423,8 +462,8 @@ fn many(dir: &Path, entries: usize) -> Result<()> {
     Ok(())
 }
 
-/// The highest resident memory of an ingest: of `node_modules`, and of a tree with very many entries, the first time, again, and
-/// after an edit.
+/// The highest resident memory of an ingest: of `node_modules` and of a tree with very many entries, the first time, again and
+/// after an edit; and of the import of the latter as an image, from a directory and from an archive.
 fn memory(
     node_modules: &Path,
     scratch: &Path,
@@ -433,54 +472,65 @@ fn memory(
 ) -> Result<()> {
     let entries = support::option("--entries", 100_000);
     let large = scratch.join("large");
-    many(&large, entries)?;
+    // What is imported has to look like a root filesystem.
+    many(&large.join("usr"), entries)?;
     let mut rows = Vec::new();
+    let mut measure = |what: String, mut command: Command| -> Result<()> {
+        interrupt.check()?;
+        let begin = Instant::now();
+        let mib = resident(&mut command)?;
+        let took = begin.elapsed().as_secs_f64();
+        bounds.at_most(
+            &format!("resident memory, {what}"),
+            mib,
+            MAX_RESIDENT_MIB,
+            " MiB",
+        );
+        rows.push(vec![what, format!("{mib:.0}"), format!("{took:.1}")]);
+        Ok(())
+    };
+    let edit = "usr/0/package-0/some-module-0.js";
     for (what, tree, edit) in [
         ("node_modules".to_owned(), node_modules, "package.json"),
-        (
-            format!("{entries} entries"),
-            &large,
-            "0/package-0/some-module-0.js",
-        ),
+        (format!("{entries} entries"), &large, edit),
     ] {
-        let store = scratch.join(format!("memory-{}", rows.len()));
-        let mut row = vec![what.clone()];
-        for turn in ["first", "again", "edited"] {
-            interrupt.check()?;
-            if turn == "edited" {
+        let store = scratch.join(format!("memory of {what}"));
+        for turn in ["first", "again, unchanged", "after one edit"] {
+            if turn == "after one edit" {
                 let path = tree.join(edit);
                 fs::write(&path, turn).map_err(failed("writing", &path))?;
             }
-            let mut ingest = alone(
-                "ingest",
-                [store.as_os_str(), OsStr::new("tree"), tree.as_os_str()],
-            )?;
-            let begin = Instant::now();
-            let mib = resident(&mut ingest)?;
-            row.push(format!("{mib:.0} ({:.1} s)", begin.elapsed().as_secs_f64()));
-            bounds.at_most(
-                &format!("resident memory, {what}, {turn}"),
-                mib,
-                MAX_RESIDENT_MIB,
-                " MiB",
-            );
+            let args = [store.as_os_str(), OsStr::new("tree"), tree.as_os_str()];
+            measure(format!("{what}, {turn}"), alone("ingest", args)?)?;
         }
-        rows.push(row);
     }
-    support::table(
-        &[
-            "highest resident memory, MiB",
-            "first",
-            "again, unchanged",
-            "after one edit",
-        ],
-        &rows,
-    );
+    let archive = scratch.join("large.tar");
+    run(Command::new("tar")
+        .arg("-cf")
+        .arg(&archive)
+        .arg("-C")
+        .arg(&large)
+        .arg("usr"))?;
+    for (from, home) in [(&large, "home-1"), (&archive, "home-2")] {
+        let home = scratch.join(home);
+        fs::create_dir(&home).map_err(failed("making", &home))?;
+        let kind = if from.is_dir() {
+            "a directory"
+        } else {
+            "an archive"
+        };
+        let what = format!("{entries} entries as an image from {kind}");
+        measure(what, alone("iii", [&home, from])?)?;
+    }
+    support::table(&["highest resident memory of an ingest", "MiB", "s"], &rows);
     Ok(())
 }
 
-/// Every regular file below `dir`, by its contents: how many bytes differ.
-fn unique(dir: &Path, seen: &mut HashMap<ObjectId, u64>) -> Result<()> {
+/// How long some contents are, and what a file of them takes on the disk.
+type Sizes = (u64, u64);
+
+/// Every regular file below `dir`, by its contents.
+fn unique(dir: &Path, seen: &mut HashMap<ObjectId, Sizes>) -> Result<()> {
     let entries = fs::read_dir(dir).map_err(failed("listing", dir))?;
     for entry in entries {
         let path = entry.map_err(failed("listing", dir))?.path();
@@ -489,7 +539,7 @@ fn unique(dir: &Path, seen: &mut HashMap<ObjectId, u64>) -> Result<()> {
             unique(&path, seen)?;
         } else if meta.is_file() {
             let bytes = fs::read(&path).map_err(failed("reading", &path))?;
-            seen.insert(ObjectId::of(&bytes), bytes.len() as u64);
+            seen.insert(ObjectId::of(&bytes), (meta.len(), meta.blocks() * 512));
         }
     }
     Ok(())
@@ -528,80 +578,146 @@ fn link_tree(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Twenty workers of five kinds: what a kind installed and each worker's own sources, every one a layer of its own.
-fn workers(
-    node_modules: &Path,
-    scratch: &Path,
-    interrupt: &Interrupt,
-    bounds: &mut Bounds,
-) -> Result<()> {
-    let store = scratch.join("workers-store");
-    let trees = scratch.join("workers");
-    let packages = node_modules.join("node_modules");
-    let mut names: Vec<_> = fs::read_dir(&packages)
-        .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
-        .map_err(failed("listing", &packages))?
-        .into_iter()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.file_name())
-        .collect();
-    names.sort();
-    let mut seen = HashMap::new();
-    let ingest = |name: &str, tree: &Path| -> Result<()> {
-        interrupt.check()?;
-        run(&mut alone(
-            "ingest",
-            [store.as_os_str(), OsStr::new(name), tree.as_os_str()],
-        )?)
-        .map(drop)
-    };
-    for kind in 0..KINDS {
-        // Half of the packages are of all kinds, the others of one.
-        let installed = trees.join(format!("kind-{kind}/node_modules"));
-        for (number, name) in names.iter().enumerate() {
-            if number % 2 == 0 || number / 2 % KINDS == kind {
-                link_tree(&packages.join(name), &installed.join(name))?;
+struct Workers {
+    dir: PathBuf,
+    store: Store,
+    seen: HashMap<ObjectId, Sizes>,
+}
+
+impl Workers {
+    fn make(node_modules: &Path, scratch: &Path, interrupt: &Interrupt) -> Result<Self> {
+        let dir = scratch.join("workers-store");
+        let trees = scratch.join("workers");
+        let packages = node_modules.join("node_modules");
+        let mut names: Vec<_> = fs::read_dir(&packages)
+            .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
+            .map_err(failed("listing", &packages))?
+            .into_iter()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| entry.file_name())
+            .collect();
+        names.sort();
+        let mut seen = HashMap::new();
+        let store = Store::open(&dir).map_err(|error| said("opening a store", &error))?;
+        let mut take = |name: &str, tree: &Path| -> Result<LayerId> {
+            interrupt.check()?;
+            let layer = take(&store, name, tree).map_err(|error| said(name, &error))?;
+            unique(tree, &mut seen)?;
+            Ok(layer)
+        };
+        let mut installs = Vec::new();
+        for kind in 0..KINDS {
+            // Half of the packages are of all kinds, the others of one.
+            let installed = trees.join(format!("kind-{kind}"));
+            for (number, name) in names.iter().enumerate() {
+                if number % 2 == 0 || number / 2 % KINDS == kind {
+                    link_tree(&packages.join(name), &installed.join(name))?;
+                }
             }
+            installs.push(take(&format!("kind-{kind}"), &installed)?);
         }
-        ingest(&format!("kind-{kind}"), &installed)?;
-        unique(&installed, &mut seen)?;
-    }
-    for worker in 0..WORKERS {
-        let sources = trees.join(format!("worker-{worker}"));
-        fs::create_dir_all(&sources).map_err(failed("making", &sources))?;
-        for number in 0..SOURCES {
-            let path = sources.join(format!("{number}.js"));
-            let whose = if number == 0 { worker } else { worker % KINDS };
-            let text = format!("exports.of{whose} = {number};\n").repeat(1 + number);
-            fs::write(&path, text).map_err(failed("writing", &path))?;
+        let mut refs = Vec::new();
+        for worker in 0..WORKERS {
+            let name = format!("worker-{worker}");
+            let sources = trees.join(&name);
+            fs::create_dir_all(&sources).map_err(failed("making", &sources))?;
+            for number in 0..SOURCES {
+                let path = sources.join(format!("{number}.js"));
+                let whose = if number == 0 { worker } else { worker % KINDS };
+                let text = format!("exports.of{whose} = {number};\n").repeat(1 + number);
+                fs::write(&path, text).map_err(failed("writing", &path))?;
+            }
+            let layers = vec![installs[worker % KINDS], take(&name, &sources)?];
+            refs.push((name, layers));
         }
-        ingest(&format!("worker-{worker}"), &sources)?;
-        unique(&sources, &mut seen)?;
+        for (name, layers) in refs {
+            let content = Ref {
+                layers,
+                info: serde_json::Value::Null,
+            };
+            store
+                .set_ref(RefKind::Worker, &name, &content)
+                .map_err(|error| said(&name, &error))?;
+        }
+        settle(scratch)?;
+        Ok(Self { dir, store, seen })
     }
-    settle(scratch)?;
-    let differ: u64 = seen.values().sum();
-    let rows = ["packs", "loose", "layers", "stat", ""].map(|name| -> Result<Vec<String>> {
-        let bytes = on_disk(&store.join(name))?;
-        let name = if name.is_empty() { "all" } else { name };
-        Ok(vec![
-            name.to_owned(),
-            bytes.to_string(),
-            format!("{:.3}", part(bytes, differ)),
-        ])
-    });
-    println!(
-        "\n{WORKERS} workers of {KINDS} kinds: {} contents, {differ} bytes differ",
-        seen.len()
-    );
-    let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
-    support::table(&["the store's", "bytes on disk", "of what differs"], &rows);
-    let bytes = on_disk(&store)?;
-    bounds.at_most(
-        "bytes on disk, of what differs",
-        part(bytes, differ),
-        MAX_BYTES_ON_DISK,
-        "",
-    );
-    Ok(())
+
+    fn disk(&self, bounds: &mut Bounds) -> Result<()> {
+        let (len, blocks) = self
+            .seen
+            .values()
+            .fold((0, 0), |sum, sizes| (sum.0 + sizes.0, sum.1 + sizes.1));
+        let rows = ["packs", "loose", "layers", "stat", ""].map(|name| -> Result<Vec<String>> {
+            let bytes = on_disk(&self.dir.join(name))?;
+            let what = if name.is_empty() { "all" } else { name };
+            Ok(vec![
+                what.to_owned(),
+                bytes.to_string(),
+                format!("{:.3}", part(bytes, blocks)),
+                format!("{:.3}", part(bytes, len)),
+            ])
+        });
+        println!(
+            "\n{WORKERS} workers of {KINDS} kinds: {} files differ; one of each takes {blocks} bytes on disk, and is {len} bytes long",
+            self.seen.len()
+        );
+        let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
+        let head = [
+            "the store's",
+            "bytes on disk",
+            "of what differs on disk",
+            "of its length",
+        ];
+        support::table(&head, &rows);
+        let ratio = part(on_disk(&self.dir)?, blocks);
+        bounds.at_most("bytes on disk, of what differs", ratio, MAX_ON_DISK, "");
+        Ok(())
+    }
+
+    /// Collections with nothing to take, and after all workers of a kind were removed; and how long others are held up
+    /// meanwhile.
+    fn collect(&self, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+        let gc = || timed(&mut alone("gc", [&self.dir, Path::new("")])?);
+        let (mut nothing, mut kind, mut trash) = <(Samples, Samples, Samples)>::default();
+        for removed in 1..KINDS {
+            interrupt.check()?;
+            nothing.0.push(gc()?);
+            for worker in (0..WORKERS).filter(|worker| worker % KINDS == removed) {
+                let name = format!("worker-{worker}");
+                self.store
+                    .remove_ref(RefKind::Worker, &name)
+                    .map_err(|error| said(&name, &error))?;
+            }
+            kind.0.push(gc()?);
+            trash.0.push(gc()?);
+        }
+        let row = |what: &str, samples: &Samples| vec![what.to_owned(), samples.show()];
+        let rows = [
+            row("nothing to take", &nothing),
+            row("a kind and its four workers", &kind),
+            row("what that left in the trash", &trash),
+        ];
+        let head = [
+            &format!("gc of {WORKERS} workers' layers"),
+            "ms, median (min–max)",
+        ];
+        support::table(&head, &rows);
+        for (what, samples) in [
+            ("nothing", &nothing),
+            ("a kind", &kind),
+            ("the trash", &trash),
+        ] {
+            bounds.at_most(&format!("gc of {what}"), samples.median(), GC_MS, " ms");
+        }
+        Ok(())
+    }
+}
+
+/// Whether a part was asked for with `--only`, or all were.
+fn wanted(part: &str) -> bool {
+    let mut args = std::env::args().skip_while(|arg| arg != "--only").skip(1);
+    args.next().is_none_or(|only| only == part)
 }
 
 fn bench() -> Result<bool> {
@@ -615,9 +731,17 @@ fn bench() -> Result<bool> {
     run(Command::new("cp").arg("-a").arg(&corpus).arg(&tree))?;
     let mut bounds = Bounds::default();
     support::print_machine();
-    ingests(&tree, scratch.path(), &interrupt, &mut bounds)?;
-    workers(&tree, scratch.path(), &interrupt, &mut bounds)?;
-    memory(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    if wanted("ingests") {
+        ingests(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    }
+    if wanted("workers") {
+        let workers = Workers::make(&tree, scratch.path(), &interrupt)?;
+        workers.disk(&mut bounds)?;
+        workers.collect(&interrupt, &mut bounds)?;
+    }
+    if wanted("memory") {
+        memory(&tree, scratch.path(), &interrupt, &mut bounds)?;
+    }
     Ok(bounds.print())
 }
 

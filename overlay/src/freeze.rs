@@ -196,11 +196,13 @@ impl Walk<'_> {
                 true
             })
             .map_err(FreezeError::Upper)?;
+        let mut entries: Vec<(Box<[u8]>, Node)> = Vec::new();
         for (name, child) in children {
             if let Some(node) = self.entry(child, None, depth)? {
-                dir.entries.insert(name.into(), node);
+                entries.push((name.into(), node));
             }
         }
+        dir.entries = entries.into_iter().collect();
         Ok(())
     }
 
@@ -210,6 +212,7 @@ impl Walk<'_> {
             Found::Upper(_, node) => node.dir.as_deref(),
             Found::Lower(_) => None,
         };
+        let mut entries: Vec<(Box<[u8]>, Node)> = Vec::new();
         for (name, to) in upper.into_iter().flat_map(state::Dir::entries) {
             let below = lower.lookup(ino, name);
             let node = match to {
@@ -217,19 +220,16 @@ impl Walk<'_> {
                 None => None,
             };
             match node {
-                Some(node) => {
-                    dir.entries.insert(name.into(), node);
-                }
+                Some(node) => entries.push((name.into(), node)),
                 None if to.is_none() && below.is_some() => {
-                    dir.entries.insert(name.into(), whiteout());
+                    entries.push((name.into(), whiteout()));
                 }
                 None => {}
             }
         }
-        if !self.touched.contains(&ino) {
-            return Ok(());
-        }
-        for (_, name, child) in lower.children(ino, 0) {
+        let touched = self.touched.contains(&ino);
+        let lower_children = touched.then(|| lower.children(ino, 0));
+        for (_, name, child) in lower_children.into_iter().flatten() {
             let told = upper.is_some_and(|upper| upper.get(name).is_some());
             let changed = self.touched.contains(&child.ino)
                 || self.linked.contains(&child.ino)
@@ -238,9 +238,10 @@ impl Walk<'_> {
                 && changed
                 && let Some(node) = self.entry(child.ino, Some(child), depth)?
             {
-                dir.entries.insert(name.into(), node);
+                entries.push((name.into(), node));
             }
         }
+        dir.entries = entries.into_iter().collect();
         Ok(())
     }
 

@@ -62,8 +62,8 @@ pub struct Limits {
     pub segments: usize,
 }
 
-/// Most entries of one archive, replaced ones included.
-pub const MAX_ENTRIES: u64 = 2 << 20;
+/// Most entries of one archive, replaced ones included: as many as a layer can have.
+pub const MAX_ENTRIES: u64 = iii_store::tree::MAX_NODES as u64;
 /// Longest name, and longest link target, in bytes (Linux's `PATH_MAX`).
 pub const MAX_PATH: usize = 4096;
 /// Most bytes of names, link targets and xattrs of one archive together; they are held in memory.
@@ -588,8 +588,7 @@ impl Importer<'_> {
             &|bytes| (self.progress)(Event::Read { index: 0, bytes }),
         )
         .map_err(ImageError::Archive)?;
-        let entries = &unpacked.tree.entries;
-        check_rootfs(path, |name| entries.contains_key(name.as_bytes()))?;
+        check_rootfs(path, |name| unpacked.tree.has(name.as_bytes()))?;
         Ok(Contents {
             realised: one_layer(&ingest.finish(&unpacked.tree)?),
             digest: Some(seen.diff_id),

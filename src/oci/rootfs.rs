@@ -94,6 +94,7 @@ pub fn take(
         name: Box::default(),
         path: PathBuf::new(),
         dir: Dir::default(),
+        entries: Vec::new(),
     }];
     let mut left_out = Vec::new();
     let mut level = 0..1;
@@ -106,10 +107,11 @@ pub fn take(
             .collect::<Result<_, _>>()?;
         let next = dirs.len();
         for (ix, listing) in level.clone().zip(read) {
-            entries += listing.dir.entries.len() as u64;
+            entries += listing.entries.len() as u64;
             left_out.extend(listing.left_out);
             let path = dirs[ix].path.clone();
             dirs[ix].dir = listing.dir;
+            dirs[ix].entries = listing.entries;
             for name in listing.subdirs {
                 let path = path.join(os_str(&name));
                 dirs.push(Found {
@@ -117,6 +119,7 @@ pub fn take(
                     name,
                     path,
                     dir: Dir::default(),
+                    entries: Vec::new(),
                 });
             }
         }
@@ -135,12 +138,13 @@ pub fn take(
         level = next..dirs.len();
         on_level(entries);
     }
-    while let Some(last) = dirs.pop() {
+    while let Some(mut last) = dirs.pop() {
+        last.dir.entries = last.entries.into_iter().collect();
         match dirs.get_mut(last.parent) {
             Some(parent) => {
                 let opened = !last.dir.entries.is_empty() || last.dir.kind == DirKind::Merged;
                 if opened {
-                    parent.dir.entries.insert(last.name, Node::Dir(last.dir));
+                    parent.entries.push((last.name, Node::Dir(last.dir)));
                 }
             }
             None => {
@@ -162,11 +166,14 @@ struct Found {
     name: Box<[u8]>,
     path: PathBuf,
     dir: Dir,
+    /// In any order.
+    entries: Vec<(Box<[u8]>, Node)>,
 }
 
 #[derive(Default)]
 struct Listing {
     dir: Dir,
+    entries: Vec<(Box<[u8]>, Node)>,
     subdirs: Vec<Box<[u8]>>,
     left_out: Vec<LeftOut>,
 }
@@ -246,6 +253,7 @@ impl<'a> Walk<'a> {
             }
             self.entry(fd.as_fd(), name, path, &mut listing)?;
         }
+        listing.entries.shrink_to_fit();
         Ok(listing)
     }
 
@@ -299,10 +307,8 @@ impl<'a> Walk<'a> {
             content,
             link: self.link(&stat),
         };
-        listing
-            .dir
-            .entries
-            .insert(name.to_bytes().into(), Node::Leaf(leaf));
+        let entry = (name.to_bytes().into(), Node::Leaf(leaf));
+        listing.entries.push(entry);
         Ok(())
     }
 
@@ -342,10 +348,8 @@ impl<'a> Walk<'a> {
             },
             link: self.link(&stat),
         };
-        listing
-            .dir
-            .entries
-            .insert(name.to_bytes().into(), Node::Leaf(leaf));
+        let entry = (name.to_bytes().into(), Node::Leaf(leaf));
+        listing.entries.push(entry);
         Ok(())
     }
 

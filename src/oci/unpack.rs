@@ -19,16 +19,17 @@
 //! `.wh..wh.*` at the root are AUFS's bookkeeping and skipped. In a [root filesystem](Dialect::Rootfs), which is not a
 //! difference to anything, such names are names like any other.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::num::NonZero;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
 use iii_store::tree::{
-    self, Content, Dir, DirKind, Leaf, MAX_DEPTH, MAX_NAME, MAX_TARGET, Meta, Mtime, Node, Rdev,
-    Tree,
+    self, Content, DirKind, Leaf, MAX_DEPTH, MAX_NAME, MAX_TARGET, Meta, Mtime, Rdev, Source,
+    Xattrs,
 };
 use iii_store::{Ingest, Kind, Layer, NodeRef, ObjectId, StoreError};
 
@@ -128,7 +129,7 @@ pub enum Dialect<'a> {
 #[derive(Debug)]
 pub struct Unpacked {
     /// The tree. Every object it names is in the ingest.
-    pub tree: Tree,
+    pub tree: ArchiveTree,
     /// Whether it depends on the layers below, so that it stands for this archive on these layers only.
     pub took_from_below: bool,
 }
@@ -160,14 +161,21 @@ pub fn unpack(
 /// Files on their way into the store, in the order of their slots.
 struct Objects<'scope, 'i> {
     ingest: &'i Ingest<'i>,
-    ids: Vec<Option<ObjectId>>,
+    ids: Arc<Mutex<Vec<ObjectId>>>,
     batch: Batch,
     queue: SyncSender<Batch>,
-    workers: Vec<ScopedJoinHandle<'scope, Result<Vec<Stored>, StoreError>>>,
+    workers: Vec<ScopedJoinHandle<'scope, Result<(), StoreError>>>,
 }
 
-type Slot = usize;
-type Stored = (Slot, ObjectId);
+/// The number of a file whose object is, or will be, known.
+type Slot = u32;
+
+/// In a slot whose object is not known yet. No contents have this id.
+const PENDING: ObjectId = ObjectId::from_bytes([0; 32]);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 #[derive(Default)]
 struct Batch {
@@ -183,19 +191,28 @@ impl<'scope, 'i: 'scope> Objects<'scope, 'i> {
             .min(8);
         let (queue, batches) = sync_channel::<Batch>(threads);
         let batches = Arc::new(Mutex::new(batches));
+        let ids = Arc::default();
         let workers = (0..threads)
             .map(|_| {
-                let batches = Arc::clone(&batches);
-                scope.spawn(move || store_batches(ingest, &batches))
+                let (batches, ids) = (Arc::clone(&batches), Arc::clone(&ids));
+                scope.spawn(move || store_batches(ingest, &batches, &ids))
             })
             .collect();
         Self {
             ingest,
-            ids: Vec::new(),
+            ids,
             batch: Batch::default(),
             queue,
             workers,
         }
+    }
+
+    /// A slot for an object, [`PENDING`] or known.
+    fn slot(&self, object: ObjectId) -> Slot {
+        let mut ids = lock(&self.ids);
+        ids.push(object);
+        // There are no more of them than entries.
+        ids.len() as Slot - 1
     }
 
     fn add<R: Input>(
@@ -203,13 +220,11 @@ impl<'scope, 'i: 'scope> Objects<'scope, 'i> {
         size: u64,
         archive: &mut Archive<'_, R>,
     ) -> Result<Slot, UnpackError> {
-        let slot = self.ids.len();
-        self.ids.push(None);
         if size > BATCHED_FILE {
             let added = self.ingest.add_reader(&mut archive.contents());
-            self.ids[slot] = Some(added.map_err(unwrap_input)?.object);
-            return Ok(slot);
+            return Ok(self.slot(added.map_err(unwrap_input)?.object));
         }
+        let slot = self.slot(PENDING);
         let start = self.batch.bytes.len();
         let mut filled = start;
         self.batch.bytes.resize(start + size as usize, 0);
@@ -229,39 +244,38 @@ impl<'scope, 'i: 'scope> Objects<'scope, 'i> {
         let _ = self.queue.send(std::mem::take(&mut self.batch));
     }
 
-    fn finish(mut self) -> Result<Vec<Option<ObjectId>>, StoreError> {
+    fn finish(mut self) -> Result<Vec<ObjectId>, StoreError> {
         self.hand_over();
         drop(self.queue);
         for worker in self.workers {
-            let stored = worker
+            worker
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            for (slot, object) in stored {
-                self.ids[slot] = Some(object);
-            }
         }
-        Ok(self.ids)
+        Ok(std::mem::take(&mut *lock(&self.ids)))
     }
 }
 
 fn store_batches(
     ingest: &Ingest<'_>,
     batches: &Mutex<Receiver<Batch>>,
-) -> Result<Vec<Stored>, StoreError> {
-    let mut stored = Vec::new();
+    ids: &Mutex<Vec<ObjectId>>,
+) -> Result<(), StoreError> {
     loop {
-        let next = batches
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .recv();
+        let next = lock(batches).recv();
         let Ok(batch) = next else {
-            return Ok(stored);
+            return Ok(());
         };
         let mut rest = batch.bytes.as_slice();
+        let mut stored = Vec::with_capacity(batch.files.len());
         for (slot, len) in batch.files {
             let (bytes, after) = rest.split_at(len);
             rest = after;
             stored.push((slot, ingest.add_bytes(bytes)?.object));
+        }
+        let mut ids = lock(ids);
+        for (slot, object) in stored {
+            ids[slot as usize] = object;
         }
     }
 }
@@ -280,12 +294,16 @@ fn unwrap_input(error: StoreError) -> UnpackError {
 type DirIx = usize;
 type InodeIx = usize;
 
-#[derive(Clone, Copy)]
+/// Made small: there can be a million of them. There are no more of either kind than entries and components of their names.
+#[derive(Debug, Clone, Copy)]
 enum Entry {
-    Dir(DirIx),
-    Inode(InodeIx),
+    Dir(u32),
+    Inode(u32),
+    /// Only once all entries are there.
+    Whiteout,
 }
 
+#[derive(Debug)]
 struct DirNode {
     /// The root is its own parent.
     parent: DirIx,
@@ -298,14 +316,43 @@ struct DirNode {
     whiteouts: BTreeSet<Box<[u8]>>,
 }
 
+/// [`Meta`] with few bytes for no xattrs, and what it is.
+#[derive(Debug)]
 struct Inode {
-    meta: Meta,
+    mode: u16,
+    uid: u32,
+    gid: u32,
+    mtime: Mtime,
+    xattrs: Option<Box<Xattrs>>,
     body: Body,
 }
 
+impl Inode {
+    fn new(meta: Meta, body: Body) -> Self {
+        Self {
+            mode: meta.mode,
+            uid: meta.uid,
+            gid: meta.gid,
+            mtime: meta.mtime,
+            xattrs: (!meta.xattrs.is_empty()).then(|| Box::new(meta.xattrs)),
+            body,
+        }
+    }
+
+    fn meta(&self) -> Meta {
+        Meta {
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            mtime: self.mtime,
+            xattrs: self.xattrs.as_deref().cloned().unwrap_or_default(),
+        }
+    }
+}
+
+#[derive(Debug)]
 enum Body {
     File { slot: Slot, size: u64 },
-    Lower { object: ObjectId, size: u64 },
     Symlink(Box<[u8]>),
     Fifo,
     Socket,
@@ -461,6 +508,8 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         let mut walk = Walk::new(names);
         while let Some(name) = walk.step(self, member)? {
             walk.dir = self.new_dir(walk.dir, name, None, member)?;
+            // A name can have very many components.
+            self.entries += 1;
         }
         self.metadata = self.metadata.saturating_add(walk.followed);
         Ok(walk.dir)
@@ -480,7 +529,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         let ix = self.dirs.len();
         self.dirs[parent]
             .entries
-            .insert(name.clone(), Entry::Dir(ix));
+            .insert(name.clone(), Entry::Dir(ix as u32));
         self.dirs.push(DirNode {
             parent,
             name,
@@ -508,7 +557,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
     fn directory(&mut self, place: Place, member: Member) -> Result<(), UnpackError> {
         let there = self.dirs[place.dir].entries.get(&place.name).copied();
         let ix = match there {
-            Some(Entry::Dir(ix)) => ix,
+            Some(Entry::Dir(ix)) => ix as DirIx,
             _ => self.new_dir(place.dir, place.name, None, &member)?,
         };
         self.dirs[ix].meta = Some(meta(member));
@@ -521,11 +570,13 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
             // Linux knows no other mode for symlinks, whatever the archive says.
             meta.mode = 0o777;
         }
-        let ix = self.inodes.len();
-        self.inodes.push(Inode { meta, body });
-        self.dirs[place.dir]
-            .entries
-            .insert(place.name, Entry::Inode(ix));
+        let entry = self.new_inode(Inode::new(meta, body));
+        self.dirs[place.dir].entries.insert(place.name, entry);
+    }
+
+    fn new_inode(&mut self, inode: Inode) -> Entry {
+        self.inodes.push(inode);
+        Entry::Inode(self.inodes.len() as u32 - 1)
     }
 
     fn whiteout(
@@ -560,31 +611,28 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
             None => self.dirs[walk.dir].entries.get(last).copied(),
             Some(_) => None,
         };
-        let inode = match target {
-            Some(Entry::Inode(ix)) => ix,
+        let entry = match target {
+            Some(entry @ Entry::Inode(_)) => entry,
             Some(Entry::Dir(_)) => {
                 return Err(UnpackError::LinkToDirectory {
                     entry: member.name(),
                     target: EntryName(member.link.clone()),
                 });
             }
-            None => {
+            Some(Entry::Whiteout) | None => {
                 let mut path = self.path_of(walk.dir);
                 path.extend(absent.as_deref());
                 path.extend(walk.todo.iter().rev().map(|name| &**name));
                 path.push(last);
                 let inode = self.find_below(&path)?.ok_or_else(missing)?;
                 let dir = self.make_dir(parents, member)?;
-                let ix = self.inodes.len();
-                self.inodes.push(inode);
-                self.dirs[dir].entries.insert(last.into(), Entry::Inode(ix));
+                let entry = self.new_inode(inode);
+                self.dirs[dir].entries.insert(last.into(), entry);
                 self.took_from_below = true;
-                ix
+                entry
             }
         };
-        self.dirs[place.dir]
-            .entries
-            .insert(place.name, Entry::Inode(inode));
+        self.dirs[place.dir].entries.insert(place.name, entry);
         Ok(())
     }
 
@@ -604,62 +652,34 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
                 return Ok(None);
             }
             dir = match here.entries.get(name) {
-                Some(Entry::Dir(ix)) => Some(*ix),
+                Some(Entry::Dir(ix)) => Some(*ix as DirIx),
                 _ => None,
             };
         }
-        Ok(find(below, path).and_then(lower_inode))
+        Ok(find(below, path).and_then(|found| lower_inode(found, &self.objects)))
     }
 
     fn finish(mut self) -> Result<Unpacked, UnpackError> {
         self.apply_whiteouts();
         self.fill_opaque_metadata()?;
         let mut names = vec![0_u32; self.inodes.len()];
-        for dir in &self.dirs {
+        for dir in &mut self.dirs {
             for entry in dir.entries.values() {
                 if let Entry::Inode(ix) = entry {
-                    names[*ix] += 1;
+                    names[*ix as usize] += 1;
                 }
             }
-        }
-        let ids = self.objects.finish()?;
-        // Children stand after their parents: going backwards, every directory's children are there before it is.
-        let mut done: HashMap<DirIx, Dir> = HashMap::new();
-        for (ix, dir) in self.dirs.into_iter().enumerate().rev() {
-            let kind = match (dir.opaque, &dir.meta) {
-                (true, _) => DirKind::Opaque,
-                (false, None) => DirKind::Implicit,
-                (false, Some(_)) => DirKind::Merged,
-            };
-            let mut entries = BTreeMap::new();
-            for (name, entry) in dir.entries {
-                let node = match entry {
-                    Entry::Dir(child) => Node::Dir(done.remove(&child).unwrap_or_default()),
-                    Entry::Inode(inode) => {
-                        Node::Leaf(leaf(&self.inodes[inode], inode, names[inode], &ids)?)
-                    }
-                };
-                entries.insert(name, node);
+            for name in std::mem::take(&mut dir.whiteouts) {
+                dir.entries.entry(name).or_insert(Entry::Whiteout);
             }
-            for name in dir.whiteouts {
-                entries.entry(name).or_insert(Node::Leaf(Leaf {
-                    meta: Meta::default(),
-                    content: Content::Whiteout,
-                    link: None,
-                }));
-            }
-            let meta = dir.meta.unwrap_or_default();
-            done.insert(
-                ix,
-                Dir {
-                    meta,
-                    kind,
-                    entries,
-                },
-            );
         }
         Ok(Unpacked {
-            tree: done.remove(&ROOT).unwrap_or_default(),
+            tree: ArchiveTree {
+                ids: self.objects.finish()?,
+                dirs: self.dirs,
+                inodes: self.inodes,
+                names,
+            },
             took_from_below: self.took_from_below,
         })
     }
@@ -670,9 +690,9 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         for ix in 0..self.dirs.len() {
             for name in std::mem::take(&mut self.dirs[ix].whiteouts) {
                 match self.dirs[ix].entries.get(&name).copied() {
-                    Some(Entry::Dir(child)) => self.dirs[child].opaque = true,
+                    Some(Entry::Dir(child)) => self.dirs[child as DirIx].opaque = true,
                     Some(Entry::Inode(_)) => {}
-                    None => {
+                    Some(Entry::Whiteout) | None => {
                         self.dirs[ix].whiteouts.insert(name);
                     }
                 }
@@ -700,9 +720,12 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
 }
 
 /// The inode of an entry of a layer below; none for a directory.
-fn lower_inode(found: NodeRef<'_>) -> Option<Inode> {
+fn lower_inode(found: NodeRef<'_>, objects: &Objects<'_, '_>) -> Option<Inode> {
     let body = match found.content()? {
-        Content::File { object, size } => Body::Lower { object, size },
+        Content::File { object, size } => Body::File {
+            slot: objects.slot(object),
+            size,
+        },
         Content::Symlink { target } => Body::Symlink(target),
         Content::Fifo => Body::Fifo,
         Content::Socket => Body::Socket,
@@ -710,45 +733,81 @@ fn lower_inode(found: NodeRef<'_>) -> Option<Inode> {
         Content::Block(rdev) => Body::Block(rdev),
         Content::Whiteout => return None,
     };
-    Some(Inode {
-        meta: found.meta(),
-        body,
-    })
+    Some(Inode::new(found.meta(), body))
 }
 
-fn leaf(
-    inode: &Inode,
-    ix: InodeIx,
-    names: u32,
-    ids: &[Option<ObjectId>],
-) -> Result<Leaf, StoreError> {
-    let content = match &inode.body {
-        Body::File { slot, size } => Content::File {
-            // A slot stays empty only where a worker failed, and then its error was returned.
-            object: ids
-                .get(*slot)
-                .copied()
-                .flatten()
-                .ok_or(StoreError::Poisoned)?,
-            size: *size,
-        },
-        Body::Lower { object, size } => Content::File {
-            object: *object,
-            size: *size,
-        },
-        Body::Symlink(target) => Content::Symlink {
-            target: target.clone(),
-        },
-        Body::Fifo => Content::Fifo,
-        Body::Socket => Content::Socket,
-        Body::Char(rdev) => Content::Char(*rdev),
-        Body::Block(rdev) => Content::Block(*rdev),
-    };
-    Ok(Leaf {
-        meta: inode.meta.clone(),
-        content,
-        link: (names > 1).then_some(ix as u64),
-    })
+/// The tree of an archive, in the tables in which it grew: a million entries take 180 MB, and as much again as a
+/// [`tree::Tree`].
+#[derive(Debug)]
+pub struct ArchiveTree {
+    /// By slot.
+    ids: Vec<ObjectId>,
+    dirs: Vec<DirNode>,
+    inodes: Vec<Inode>,
+    /// How many names each inode has.
+    names: Vec<u32>,
+}
+
+impl ArchiveTree {
+    /// Whether there is an entry of this name in the root.
+    pub fn has(&self, name: &[u8]) -> bool {
+        self.dirs[ROOT].entries.contains_key(name)
+    }
+
+    fn leaf(&self, ix: u32) -> Leaf {
+        let inode = &self.inodes[ix as InodeIx];
+        let content = match &inode.body {
+            Body::File { slot, size } => Content::File {
+                object: self.ids[*slot as usize],
+                size: *size,
+            },
+            Body::Symlink(target) => Content::Symlink {
+                target: target.clone(),
+            },
+            Body::Fifo => Content::Fifo,
+            Body::Socket => Content::Socket,
+            Body::Char(rdev) => Content::Char(*rdev),
+            Body::Block(rdev) => Content::Block(*rdev),
+        };
+        Leaf {
+            meta: inode.meta(),
+            content,
+            link: (self.names[ix as InodeIx] > 1).then_some(ix.into()),
+        }
+    }
+}
+
+impl Source for ArchiveTree {
+    type Dir<'a> = DirIx;
+
+    fn root(&self) -> DirIx {
+        ROOT
+    }
+
+    fn dir(&self, dir: DirIx) -> (Cow<'_, Meta>, DirKind) {
+        let dir = &self.dirs[dir];
+        match (dir.opaque, &dir.meta) {
+            (true, Some(meta)) => (Cow::Borrowed(meta), DirKind::Opaque),
+            (true, None) => (Cow::Owned(Meta::default()), DirKind::Opaque),
+            (false, Some(meta)) => (Cow::Borrowed(meta), DirKind::Merged),
+            (false, None) => (Cow::Owned(Meta::default()), DirKind::Implicit),
+        }
+    }
+
+    fn entries(&self, dir: DirIx) -> impl Iterator<Item = (&[u8], tree::Entry<'_, DirIx>)> {
+        self.dirs[dir].entries.iter().map(|(name, entry)| {
+            let entry = match *entry {
+                Entry::Dir(ix) => tree::Entry::Dir(ix as DirIx),
+                Entry::Inode(ix) => tree::Entry::Leaf(Cow::Owned(self.leaf(ix))),
+                Entry::Whiteout => tree::Entry::Leaf(Cow::Owned(Leaf {
+                    meta: Meta::default(),
+                    content: Content::Whiteout,
+                    link: None,
+                })),
+            };
+            (&**name, entry)
+        })
+    }
 }
 
 /// A walk from the root along a name, following symlinks within the root.
@@ -790,10 +849,10 @@ impl Walk {
                 return Err(UnpackError::NameTooLong(member.name()));
             }
             match builder.dirs[self.dir].entries.get(&name) {
-                None => return Ok(Some(name)),
-                Some(Entry::Dir(ix)) => self.dir = *ix,
+                None | Some(Entry::Whiteout) => return Ok(Some(name)),
+                Some(Entry::Dir(ix)) => self.dir = *ix as DirIx,
                 Some(Entry::Inode(ix)) => {
-                    let Body::Symlink(target) = &builder.inodes[*ix].body else {
+                    let Body::Symlink(target) = &builder.inodes[*ix as InodeIx].body else {
                         return Err(UnpackError::NotADirectory(member.name()));
                     };
                     self.symlinks += 1;

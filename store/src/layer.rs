@@ -65,8 +65,8 @@ const LINK: usize = 8;
 const NO_XATTRS: u32 = u32::MAX;
 const FLAG_OPAQUE: u8 = 1;
 const FLAG_IMPLICIT: u8 = 2;
-/// While a large layer is checked, what was read of it leaves memory every so many nodes.
-const RELEASE: u32 = 1 << 16;
+/// While a large layer is checked, what was read of it leaves memory whenever so many nodes were looked at.
+const RELEASE: usize = 1 << 16;
 /// What is hashed is gathered up to about this many bytes: one long update is several times faster than many short ones.
 const HASHED: usize = 64 << 10;
 
@@ -752,6 +752,13 @@ impl Layer {
         let mut linked = 0;
         // Breadth first, one level ends where the children of the one before it do.
         let (mut depth, mut level_end) = (0, 1_u64);
+        let mut steps = 0;
+        let mut step = || {
+            steps += 1;
+            if steps % RELEASE == 0 {
+                self.bytes.release();
+            }
+        };
         for ix in 0..self.nodes as u32 {
             if u64::from(ix) == level_end {
                 depth += 1;
@@ -760,9 +767,7 @@ impl Layer {
             if depth > MAX_DEPTH {
                 return Err(Damaged("depth"));
             }
-            if ix % RELEASE == RELEASE - 1 {
-                self.bytes.release();
-            }
+            step();
             let node = NodeRef { layer: self, ix };
             let kind = node.raw_kind().ok_or(Damaged("kind"))?;
             linked += usize::from(node.is_hardlinked());
@@ -788,6 +793,7 @@ impl Layer {
                     next_child = end;
                     let mut last: Option<&[u8]> = None;
                     for child in node.children() {
+                        step();
                         if child.parent_ix() != ix {
                             return Err(Damaged("parent"));
                         }

@@ -306,7 +306,7 @@ fn dir(entries: impl Strategy<Value = Node>) -> impl Strategy<Value = Dir> {
             meta
         },
         kind,
-        entries,
+        entries: entries.into_iter().collect(),
     })
 }
 

@@ -193,8 +193,8 @@ fn what_cannot_be_taken_is_told() {
     let names: Vec<_> = taken
         .tree
         .entries
-        .keys()
-        .map(|name| name.escape_ascii().to_string())
+        .iter()
+        .map(|(name, _)| name.escape_ascii().to_string())
         .collect();
     assert_eq!(names, ["loop", "out", "run"]);
     let few = Limits {

@@ -170,7 +170,7 @@ impl TestStore {
     }
 
     fn show_dir(&self, dir: &Dir, path: &str, links: &mut Vec<u64>, lines: &mut Vec<String>) {
-        for (name, node) in &dir.entries {
+        for (name, node) in dir.entries.iter() {
             let path = format!("{path}{}", name.escape_ascii());
             match node {
                 Node::Dir(dir) => {

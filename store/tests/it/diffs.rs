@@ -57,7 +57,7 @@ fn node() -> impl Strategy<Value = Node> {
             Node::Dir(Dir {
                 meta,
                 kind,
-                entries,
+                entries: entries.into_iter().collect(),
             })
         })
     })
@@ -67,7 +67,7 @@ pub fn tree() -> impl Strategy<Value = Tree> {
     (meta(), prop::collection::btree_map(name(), node(), 0..6)).prop_map(|(meta, entries)| Dir {
         meta,
         kind: DirKind::Merged,
-        entries,
+        entries: entries.into_iter().collect(),
     })
 }
 
@@ -103,7 +103,7 @@ fn apply(tree: &mut Tree, change: &Change, new: &Tree) {
         }
         (Node::Dir(new), _) => {
             let bare = Dir {
-                entries: std::collections::BTreeMap::new(),
+                entries: iii_store::tree::Entries::default(),
                 ..new.clone()
             };
             dir.entries.insert(name.into(), Node::Dir(bare));
