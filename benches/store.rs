@@ -16,7 +16,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use iii_store::snapshot::{Options, SnapshotError, snapshot};
-use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store};
+use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store, VerifyOptions};
 use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
 
@@ -36,6 +36,9 @@ const EDIT_MS: f64 = 150.0;
 const MAX_RESIDENT_MIB: f64 = 256.0;
 /// What a store takes on the disk, as a multiple of what one of each file that differs among the workers takes there.
 const MAX_ON_DISK: f64 = 1.05;
+/// What hashing everything may take, as a part of what others take, and what looking at the structure may.
+const DATA_OF_OTHERS: f64 = 0.25;
+const STRUCTURE_MS: f64 = 100.0;
 /// What a collection may take.
 const GC_MS: f64 = 500.0;
 /// Workers that share a store, and how many kinds of them there are.
@@ -172,6 +175,29 @@ impl Peer {
         run(&mut command).map(drop)
     }
 
+    /// Reads and checks all contents in the store in `dir`. Nothing for who has no such check.
+    fn verify(self, dir: &Path) -> Result<Option<Command>> {
+        let repository = dir.join("store");
+        let args: &[&str] = match self {
+            Peer::Ours => {
+                let command = alone("verify --data", [&repository, Path::new("")])?;
+                return Ok(Some(command));
+            }
+            Peer::Erofs | Peer::Git => return Ok(None),
+            Peer::Composefs => {
+                let mut command = self.command(dir, ["--repo"]);
+                command.arg(&repository).arg("fsck");
+                return Ok(Some(command));
+            }
+            Peer::Ostree => &["fsck", "--quiet", "--repo"],
+            Peer::Restic => &["check", "--quiet", "--read-data", "--repo"],
+            Peer::Borg => &["check", "--verify-data"],
+        };
+        let mut command = self.command(dir, args);
+        command.arg(&repository);
+        Ok(Some(command))
+    }
+
     /// Takes `tree` into the store in `dir`; `name` is another one each time.
     fn store(self, dir: &Path, tree: &Path, name: &str) -> Result<Command> {
         let repository = dir.join("store");
@@ -270,6 +296,18 @@ fn work(mut args: std::env::ArgsOs) -> Result<bool> {
         Some("ingest") => {
             let tree = PathBuf::from(next());
             take(&store, &name.to_string_lossy(), &tree).map_err(|error| failed(&error))?;
+        }
+        Some(check @ ("verify" | "verify --data")) => {
+            let options = VerifyOptions {
+                data: check != "verify",
+            };
+            let report = store
+                .verify(options, &|_| {})
+                .map_err(|error| failed(&error))?;
+            if !report.is_clean() {
+                let why = format!("{:?}", report.problems);
+                return Err(Error::Command { what, why });
+            }
         }
         Some("gc") => {
             let policy = Policy {
@@ -376,7 +414,8 @@ fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Boun
         }
         missing.is_none()
     });
-    let (mut first, mut again, mut edited) = (Row::default(), Row::default(), Row::default());
+    let (mut first, mut again, mut edited) = <(Row, Row, Row)>::default();
+    let (mut data, mut structure) = <(Row, Samples)>::default();
     let mut synced = Samples::default();
     for round in 0..support::option("--rounds", 5) {
         for &peer in &peers {
@@ -403,6 +442,13 @@ fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Boun
                 settle(scratch)?;
                 edited.push(peer, timed(&mut peer.store(&dir, tree, "edited")?)?);
             }
+            if let Some(mut command) = peer.verify(&dir)? {
+                data.push(peer, timed(&mut command)?);
+            }
+            if peer == Peer::Ours {
+                let verify = [dir.join("store"), PathBuf::new()];
+                structure.0.push(timed(&mut alone("verify", verify)?)?);
+            }
         }
     }
     let mut head = vec!["ms, median (min–max)"];
@@ -411,6 +457,7 @@ fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Boun
         first.show("first"),
         again.show("again, unchanged"),
         edited.show("after one edit"),
+        data.show("all contents verified"),
     ];
     support::table(&head, &rows);
     println!(
@@ -431,6 +478,11 @@ fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Boun
         };
         first.bound("first ingest", peer, bound, bounds);
     }
+    for peer in [Peer::Composefs, Peer::Ostree, Peer::Restic, Peer::Borg] {
+        data.bound("verify --data", peer, DATA_OF_OTHERS, bounds);
+    }
+    println!("verify of the structure: {} ms", structure.show());
+    bounds.at_most("verify", structure.median(), STRUCTURE_MS, " ms");
     again.bound(
         "ingest again, unchanged",
         Peer::Git,
