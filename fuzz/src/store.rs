@@ -2,9 +2,10 @@
 //!
 //! Part of two crates: the fuzz targets, and the store's own tests, which run it over the corpus.
 
+use iii_store::outboard::Outboard;
 use iii_store::pack::{Index, encode_index};
 use iii_store::stat_cache::{self, FileStat, StatCache};
-use iii_store::{Fact, Layer, NodeRef, Record, Ref, diff, facts, layer};
+use iii_store::{Fact, Layer, LiveLease, NodeRef, Record, Ref, diff, facts, layer, seal};
 
 /// A layer file.
 pub fn check_layer(bytes: &[u8]) {
@@ -77,4 +78,45 @@ pub fn check_record(bytes: &[u8]) {
         let text = serde_json::to_vec(&content).expect("a ref can be written");
         serde_json::from_slice::<Ref>(&text).expect("a written ref can be read");
     }
+}
+
+/// A sealed JSON file: a key, a ref, the format, what a generation of the trash says of itself.
+pub fn check_seal(bytes: &[u8]) {
+    if let Some(json) = seal::open(bytes) {
+        assert_eq!(seal::seal(json.to_vec()), bytes);
+    }
+    let sealed = seal::seal(bytes.to_vec());
+    assert_eq!(seal::open(&sealed), Some(bytes));
+}
+
+/// The file of a lease, which another process is writing.
+pub fn check_lease(bytes: &[u8]) {
+    let lease = LiveLease::parse("name".to_owned(), bytes);
+    assert!(lease.layers.len() <= bytes.len() / 71);
+    assert!(!lease.purpose.contains('\n'));
+    // What is not yet a line changes nothing.
+    let unfinished = [bytes, b"\nlayer 12"].concat();
+    let whole = [bytes, b"\n"].concat();
+    let parse = |bytes: &[u8]| LiveLease::parse("name".to_owned(), bytes);
+    assert_eq!(parse(&unfinished), parse(&whole));
+}
+
+/// The outboard of a large object.
+pub fn check_outboard(bytes: &[u8]) {
+    let len = bytes.get(16..).and_then(|bytes| bytes.first_chunk());
+    let len = u64::from_le_bytes(len.copied().unwrap_or_default());
+    let Some(outboard) = Outboard::parse(bytes, len) else {
+        return;
+    };
+    assert_eq!(outboard.encode(), bytes);
+    outboard.root();
+    let mut end = 0;
+    for group in 0..outboard.groups() {
+        let (start, len) = outboard.range(group);
+        assert_eq!(start, end);
+        end = start + len as u64;
+        outboard.group_holds(group, b"");
+    }
+    assert_eq!(end, len);
+    assert!(!outboard.group_holds(outboard.groups(), b""));
 }

@@ -44,19 +44,20 @@ struct Written {
 
 /// A lease that somebody holds, as others see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LiveLease {
+pub struct LiveLease {
     /// The name of its file.
     pub(crate) name: String,
     /// What it is for, in the holder's words.
-    pub(crate) purpose: String,
+    pub purpose: String,
     /// The layers that it pins, which need not exist.
-    pub(crate) layers: Vec<LayerId>,
+    pub layers: Vec<LayerId>,
     /// The ingests that have begun and not ended.
     pub(crate) ingests: BTreeSet<u64>,
 }
 
 impl LiveLease {
-    fn parse(name: String, bytes: &[u8]) -> Self {
+    /// Reads the file of the lease called `name`. Whatever it holds, it is a lease.
+    pub fn parse(name: String, bytes: &[u8]) -> Self {
         let text = String::from_utf8_lossy(bytes);
         // What stands after the last newline is still being written.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);

@@ -26,7 +26,7 @@ const HEADER: usize = 32;
 
 /// The chaining values of an object's groups.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Outboard {
+pub struct Outboard {
     len: u64,
     groups: Vec<ChainingValue>,
 }
@@ -56,11 +56,14 @@ fn merge(groups: &[ChainingValue]) -> ChainingValue {
 impl Outboard {
     /// The length of the file for an object of `len` bytes.
     pub(crate) fn file_len(len: u64) -> u64 {
-        HEADER as u64 + len.div_ceil(GROUP as u64) * 32
+        // More than any file has is no length of one.
+        (len.div_ceil(GROUP as u64))
+            .saturating_mul(32)
+            .saturating_add(HEADER as u64)
     }
 
     /// The id that the groups make. Nothing for an object of one group: it has no tree above it.
-    fn root(&self) -> Option<ObjectId> {
+    pub fn root(&self) -> Option<ObjectId> {
         if self.groups.len() < 2 {
             return None;
         }
@@ -68,7 +71,8 @@ impl Outboard {
         Some(merge_subtrees_root(&merge(left), &merge(right), Mode::Hash).into())
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// The file.
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.groups.len() * 32);
         out.extend(header(self.len));
         out.extend(self.groups.as_flattened());
@@ -77,31 +81,36 @@ impl Outboard {
 
     /// Reads the outboard of the object `id`, which is `len` bytes long. Nothing unless every byte is as it was written.
     pub(crate) fn decode(bytes: &[u8], id: &ObjectId, len: u64) -> Option<Self> {
+        Self::parse(bytes, len).filter(|outboard| outboard.root() == Some(*id))
+    }
+
+    /// Reads the outboard of some object of `len` bytes, whatever its id.
+    pub fn parse(bytes: &[u8], len: u64) -> Option<Self> {
         let groups = bytes.strip_prefix(&header(len))?;
         if bytes.len() as u64 != Self::file_len(len) {
             return None;
         }
         let (groups, _) = groups.as_chunks();
-        let outboard = Self {
+        Some(Self {
             len,
             groups: groups.to_vec(),
-        };
-        (outboard.root()? == *id).then_some(outboard)
+        })
     }
 
-    pub(crate) fn groups(&self) -> usize {
+    /// Number of groups.
+    pub fn groups(&self) -> usize {
         self.groups.len()
     }
 
     /// Where the group begins, and its length.
-    pub(crate) fn range(&self, group: usize) -> (u64, usize) {
+    pub fn range(&self, group: usize) -> (u64, usize) {
         let start = group as u64 * GROUP as u64;
         let len = self.len.saturating_sub(start).min(GROUP as u64);
         (start, len as usize)
     }
 
     /// Whether these are the bytes of the group.
-    pub(crate) fn group_holds(&self, group: usize, bytes: &[u8]) -> bool {
+    pub fn group_holds(&self, group: usize, bytes: &[u8]) -> bool {
         let (start, len) = self.range(group);
         len != 0
             && bytes.len() == len
@@ -117,7 +126,7 @@ fn chaining_value(start: u64, bytes: &[u8]) -> ChainingValue {
 
 /// Makes an object's id and its outboard in one pass over its bytes.
 #[derive(Debug, Default)]
-pub(crate) struct OutboardHasher {
+pub struct OutboardHasher {
     groups: Vec<ChainingValue>,
     /// The group under way, which is never full and empty only at the start.
     group: blake3::Hasher,
@@ -125,7 +134,8 @@ pub(crate) struct OutboardHasher {
 }
 
 impl OutboardHasher {
-    pub(crate) fn update(&mut self, mut bytes: &[u8]) {
+    /// Takes in the next bytes.
+    pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let filled = self.group.count() as usize;
             if filled == GROUP {
@@ -142,7 +152,7 @@ impl OutboardHasher {
     }
 
     /// The id of all bytes, and their outboard.
-    pub(crate) fn finish(mut self) -> (ObjectId, Outboard) {
+    pub fn finish(mut self) -> (ObjectId, Outboard) {
         let alone = self.groups.is_empty().then(|| self.group.finalize().into());
         if self.len > 0 {
             self.groups.push(self.group.finalize_non_root());

@@ -3,20 +3,27 @@
 use std::fs;
 use std::path::PathBuf;
 
+use iii_store::outboard::OutboardHasher;
 use iii_store::pack::{Place, encode_index};
 use iii_store::stat_cache::{self, DirEntries, FileStat, Outcome, Time};
 use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
-use iii_store::{Fact, LayerId, ObjectId, Record, Ref, Seen, SeenHash, TreeId, layer};
+use iii_store::{Fact, LayerId, ObjectId, Record, Ref, Seen, SeenHash, TreeId, layer, seal};
 
-use crate::decoders::{check_index, check_layer, check_record, check_stat_cache};
+use crate::decoders::{
+    check_index, check_layer, check_lease, check_outboard, check_record, check_seal,
+    check_stat_cache,
+};
 use crate::helpers::{names, noise, put};
 
 type Check = fn(&[u8]);
-const TARGETS: [(&str, Check); 4] = [
+const TARGETS: [(&str, Check); 7] = [
     ("store_layer", check_layer),
     ("store_index", check_index),
     ("store_stat_cache", check_stat_cache),
     ("store_record", check_record),
+    ("store_seal", check_seal),
+    ("store_lease", check_lease),
+    ("store_outboard", check_outboard),
 ];
 /// Variants of each seed.
 const VARIANTS: u64 = 3000;
@@ -225,6 +232,31 @@ fn records() -> Vec<Vec<u8>> {
     ]
 }
 
+fn seals() -> Vec<Vec<u8>> {
+    let sealed = |json: &[u8]| seal::seal(json.to_vec());
+    vec![
+        sealed(b"{}"),
+        sealed(br#"{"unix_seconds": 7}"#),
+        b"{}\n".to_vec(),
+    ]
+}
+
+fn leases() -> Vec<Vec<u8>> {
+    let layer = LayerId::from_bytes([2; 32]);
+    let whole = format!("iii-lease 1 dev x\ningest 1\nlayer {layer}\ndone 1\ningest 2\n");
+    let unfinished = &whole[..whole.len() - 3];
+    vec![whole.clone().into(), unfinished.into()]
+}
+
+fn outboards() -> Vec<Vec<u8>> {
+    let outboard = |len| {
+        let mut hasher = OutboardHasher::default();
+        hasher.update(&noise(len, 1));
+        hasher.finish().1.encode()
+    };
+    [1 << 20, (1 << 20) + 1, (1 << 21) - 1].map(outboard).into()
+}
+
 /// The seeds are what the encoders write today: a format that changes shows here, too.
 #[test]
 fn seeds_are_current() {
@@ -233,6 +265,9 @@ fn seeds_are_current() {
         ("store_index", indexes()),
         ("store_stat_cache", stat_caches()),
         ("store_record", records()),
+        ("store_seal", seals()),
+        ("store_lease", leases()),
+        ("store_outboard", outboards()),
     ] {
         for (number, seed) in seeds.iter().enumerate() {
             let path = corpus(target).join(format!("seed-{number}"));
