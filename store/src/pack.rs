@@ -8,7 +8,7 @@
 //! ```
 //!
 //! An object of 4 KiB or more begins at a multiple of 4 KiB. A smaller one begins at a multiple of 8 and does not cross
-//! a 4 KiB boundary: reading it touches one page, and it fills the tail that the one before it left. The index is
+//! a 4 KiB boundary: reading it touches one page, and it fills a tail that a larger one left. The index is
 //!
 //! ```text
 //! header   64 bytes: magic `III-PIDX`; version, compat, ro_compat, incompat: u32; count: u32; 0: u32;
@@ -40,7 +40,7 @@ const INDEX_MAGIC: &[u8; 8] = b"III-PIDX";
 pub(crate) const HEADER: usize = 64;
 /// Where a header names its compat and ro-compat features.
 const COMPAT: std::ops::Range<usize> = 12..20;
-const SMALL_ALIGN: u64 = 8;
+pub(crate) const SMALL_ALIGN: u64 = 8;
 const FANOUT: usize = 256 * 4;
 const ID: usize = 32;
 const PLACE: usize = 16;

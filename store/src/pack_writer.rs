@@ -16,6 +16,8 @@ use crate::store::Store;
 const CHUNK: usize = 1 << 20;
 /// Objects of at least this many bytes are written by themselves.
 const DIRECT: usize = 128 << 10;
+/// Gaps of fewer bytes are not remembered: hardly any file fits.
+const MIN_GAP: usize = 32;
 /// The pack is synced whenever this many bytes were written.
 const SYNC_EVERY: u64 = 32 << 20;
 
@@ -31,6 +33,8 @@ struct State {
     /// Bytes that are placed but not yet written, and where they belong.
     chunk: Vec<u8>,
     chunk_at: u64,
+    /// Where the chunk has room between its objects: offsets in it, and lengths. Each is within one block.
+    gaps: Vec<(usize, usize)>,
     /// Buffers to be used again.
     spare: Vec<Vec<u8>>,
     /// Bytes that are placed up to here are being synced.
@@ -86,7 +90,32 @@ impl Table {
 }
 
 impl State {
+    /// Puts a small object into the smallest gap of the chunk that holds it.
+    fn fill_gap(&mut self, id: ObjectId, bytes: &[u8]) -> bool {
+        let fitting = self.gaps.iter().enumerate();
+        let fitting = fitting.filter(|(_, (_, room))| *room >= bytes.len());
+        let Some((ix, &(at, room))) = fitting.min_by_key(|(_, (_, room))| *room) else {
+            return false;
+        };
+        let Some(place) = self.chunk.get_mut(at..at + bytes.len()) else {
+            return false;
+        };
+        place.copy_from_slice(bytes);
+        let offset = self.chunk_at + at as u64;
+        let len = bytes.len() as u64;
+        self.objects.push(id, Place { offset, len });
+        let next = (offset + len).next_multiple_of(pack::SMALL_ALIGN) - self.chunk_at;
+        let left = (at + room).saturating_sub(next as usize);
+        if left < MIN_GAP {
+            self.gaps.swap_remove(ix);
+        } else {
+            self.gaps[ix] = (next as usize, left);
+        }
+        true
+    }
+
     fn take_chunk(&mut self) -> (Vec<u8>, u64) {
+        self.gaps.clear();
         let next = self.spare.pop().unwrap_or_default();
         let at = self.chunk_at;
         self.chunk_at += self.chunk.len() as u64;
@@ -158,8 +187,11 @@ impl PackWriter {
                 limit: pack::MAX_OBJECTS.into(),
             });
         }
-        let end = state.chunk_at + state.chunk.len() as u64;
         let len = bytes.len() as u64;
+        if len < pack::BLOCK && state.fill_gap(id, bytes) {
+            return Ok(true);
+        }
+        let end = state.chunk_at + state.chunk.len() as u64;
         let offset = pack::place(end, len);
         state.objects.push(id, Place { offset, len });
         if bytes.len() >= DIRECT {
@@ -170,6 +202,11 @@ impl PackWriter {
             self.write_chunk(&tmp, chunk, at)?;
         } else {
             let padded = (offset - state.chunk_at) as usize;
+            let aligned = end.next_multiple_of(pack::SMALL_ALIGN) - state.chunk_at;
+            let room = padded.saturating_sub(aligned as usize);
+            if room >= MIN_GAP {
+                state.gaps.push((aligned as usize, room));
+            }
             state.chunk.resize(padded, 0);
             state.chunk.extend_from_slice(bytes);
             if state.chunk.len() >= CHUNK {
@@ -212,5 +249,55 @@ impl PackWriter {
         let mut objects = state.objects.list;
         objects.sort_unstable_by_key(|(id, _)| *id);
         Ok(Some(FinishedPack { tmp, objects, len }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_objects_fill_what_larger_ones_leave() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let lease = store.lease("test").unwrap();
+        let writer = PackWriter::default();
+        let mut all = Vec::new();
+        // Of five, one is larger than a block, as in a node_modules.
+        for n in 0..2000_usize {
+            let len = if n % 5 == 0 {
+                5000 + n * 7
+            } else {
+                n * 3 % 1500
+            };
+            let bytes: Vec<u8> = (0..len).map(|at| (at * 31 + n * 7) as u8).collect();
+            let id = ObjectId::of(&bytes);
+            if writer.add(|| lease.tmp(), id, &bytes).unwrap() {
+                all.push((id, bytes));
+            }
+        }
+        let pack = writer.finish().unwrap().unwrap();
+        let sum: usize = all.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert!(pack.len < sum as u64 * 108 / 100, "{} for {sum}", pack.len);
+        let mut places: Vec<Place> = pack.objects.iter().map(|(_, place)| *place).collect();
+        places.sort_by_key(|place| (place.offset, place.len));
+        for pair in places.windows(2) {
+            assert!(pair[0].offset + pair[0].len <= pair[1].offset);
+        }
+        for place in places {
+            if place.len < pack::BLOCK {
+                assert_eq!(place.offset % pack::SMALL_ALIGN, 0);
+                assert!(place.offset % pack::BLOCK + place.len <= pack::BLOCK);
+            } else {
+                assert_eq!(place.offset % pack::BLOCK, 0);
+            }
+        }
+        let id = pack.publish(&store, &lease).unwrap();
+        store.objects().refresh().unwrap();
+        assert!(store.objects().has_pack(&id));
+        for (id, bytes) in all {
+            let blob = store.object(&id).unwrap();
+            assert_eq!(blob.read_all(1 << 20).unwrap(), bytes);
+        }
     }
 }
