@@ -167,7 +167,7 @@ fn a_full_disk() {
     let project = Project::scripts(
         "true",
         "echo installed >installed.txt",
-        "dd if=/dev/zero of=/big bs=1M count=100 || true; cat installed.txt; rm -f /big; echo again >/small && cat /small; exec sleep 1000",
+        "dd if=/dev/zero of=/big bs=1M count=100 2>&1 || true; cat installed.txt; rm -f /big; echo again >/small && cat /small; exec sleep 1000",
     );
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("No space left on device");
