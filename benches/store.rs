@@ -13,10 +13,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use iii_store::snapshot::{Options, SnapshotError, snapshot};
-use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store, VerifyOptions};
+use iii_store::tree::{Content, Leaf, Meta, Node, Tree};
+use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store, StoreError, VerifyOptions};
 use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
 
@@ -41,6 +43,13 @@ const DATA_OF_OTHERS: f64 = 0.25;
 const STRUCTURE_MS: f64 = 100.0;
 /// What a collection may take.
 const GC_MS: f64 = 500.0;
+/// How much longer a reader's or a writer's work may take beside collections: of a hundred times, the longest but one.
+const HELD_UP_MS: f64 = 10.0;
+/// How long they work beside collections, and as long beside none; and how long they rest between two times.
+const BESIDE: Duration = Duration::from_secs(3);
+const REST: Duration = Duration::from_millis(5);
+/// Objects that a reader reads each time.
+const READS: usize = 50;
 /// Workers that share a store, and how many kinds of them there are.
 const WORKERS: usize = 20;
 const KINDS: usize = 5;
@@ -727,8 +736,91 @@ impl Workers {
         Ok(())
     }
 
-    /// Collections with nothing to take, and after all workers of a kind were removed; and how long others are held up
-    /// meanwhile.
+    /// How long a reader and a writer take beside collections, which take what the writer wrote, and beside none. On a tmpfs,
+    /// where no sync waits for a disk.
+    fn held_up(&self, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+        interrupt.check()?;
+        let dir = TempDir::with_prefix_in("iii-store-", "/dev/shm")
+            .map_err(failed("making a directory in", Path::new("/dev/shm")))?;
+        run(Command::new("cp")
+            .arg("-a")
+            .arg(self.dir.join("."))
+            .arg(dir.path()))?;
+        let open = || Store::open(dir.path()).map_err(|error| said("opening a store", &error));
+        let refs = self.store.list_refs(RefKind::Worker);
+        let refs = refs.map_err(|error| said("listing refs", &error))?;
+        let layer = refs.first().and_then(|(_, content)| content.layers.first());
+        let layer = *layer.ok_or_else(|| said("listing refs", &Error::Interrupted))?;
+        let mut measured = Vec::new();
+        for collects in [false, true] {
+            let (reader, writer) = (open()?, open()?);
+            let stop = AtomicBool::new(false);
+            let number = AtomicUsize::new(0);
+            let next = || number.fetch_add(1, Ordering::Relaxed);
+            let repeat = |what: &dyn Fn() -> std::result::Result<(), StoreError>| {
+                let mut times = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
+                    what().map_err(|error| said("working beside a collection", &error))?;
+                    times.push(start.elapsed());
+                    std::thread::sleep(REST);
+                }
+                times.sort_unstable();
+                Ok::<_, Error>(times)
+            };
+            let (read, written) = std::thread::scope(|scope| -> Result<_> {
+                let read = scope.spawn(|| repeat(&|| read_some(&reader, &layer, next())));
+                let written = scope.spawn(|| repeat(&|| write_one(&writer, collects, next())));
+                let start = Instant::now();
+                let mut result = Ok(());
+                while start.elapsed() < BESIDE && result.is_ok() {
+                    if collects {
+                        let gc = alone("gc", [dir.path(), Path::new("")]);
+                        result = gc.and_then(|mut gc| timed(&mut gc)).map(drop);
+                    } else {
+                        std::thread::sleep(REST);
+                    }
+                }
+                stop.store(true, Ordering::Relaxed);
+                let panicked = |_| said("working beside a collection", &Error::Interrupted);
+                let (read, written) = (read.join(), written.join());
+                result?;
+                Ok((read.map_err(panicked)??, written.map_err(panicked)??))
+            })?;
+            measured.push([read, written]);
+        }
+        let at = |times: &[Duration], percent: usize| {
+            let time = times.get(times.len().saturating_sub(1) * percent / 100);
+            time.copied().unwrap_or_default().as_secs_f64() * 1e3
+        };
+        let rows = ["read", "write"]
+            .iter()
+            .enumerate()
+            .flat_map(|(who, name)| {
+                ["beside nothing", "beside gc"].iter().zip(&measured).map(
+                    move |(beside, measured)| {
+                        let times = &measured[who];
+                        let mut row = vec![format!("{name}, {beside}"), times.len().to_string()];
+                        row.extend(
+                            [50, 99, 100].map(|percent| format!("{:.2}", at(times, percent))),
+                        );
+                        row
+                    },
+                )
+            });
+        let head = ["ms", "times", "median", "99 of 100", "longest"];
+        support::table(&head, &rows.collect::<Vec<_>>());
+        if let [alone, beside] = &measured[..] {
+            for (who, name) in ["reader", "writer"].iter().enumerate() {
+                let more = at(&beside[who], 99) - at(&alone[who], 99);
+                let what = format!("a {name} held up by collections");
+                bounds.at_most(&what, more, HELD_UP_MS, " ms");
+            }
+        }
+        Ok(())
+    }
+
+    /// Collections with nothing to take, and after all workers of a kind were removed.
     fn collect(&self, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
         let gc = || timed(&mut alone("gc", [&self.dir, Path::new("")])?);
         let (mut nothing, mut kind, mut trash) = <(Samples, Samples, Samples)>::default();
@@ -766,6 +858,42 @@ impl Workers {
     }
 }
 
+/// Pins a layer, opens it and reads some of its files.
+fn read_some(store: &Store, layer: &LayerId, number: usize) -> std::result::Result<(), StoreError> {
+    let lease = store.lease("reader")?;
+    lease.pin(&[*layer])?;
+    let layer = store.layer(layer)?;
+    let objects: Vec<ObjectId> = layer
+        .objects()
+        .skip(number * READS % 5000)
+        .take(READS)
+        .collect();
+    for object in objects {
+        let blob = store.object(&object)?;
+        blob.read_all(u64::MAX).map_err(StoreError::Input)?;
+    }
+    Ok(())
+}
+
+/// Stores a layer of one new file, for which nobody has any use.
+fn write_one(store: &Store, collects: bool, number: usize) -> std::result::Result<(), StoreError> {
+    let lease = store.lease("writer")?;
+    let ingest = store.ingest(&lease)?;
+    let added = ingest.add_bytes(format!("{collects} {number}").as_bytes())?;
+    let mut tree = Tree::default();
+    let file = Leaf {
+        meta: Meta::default(),
+        content: Content::File {
+            object: added.object,
+            size: added.size,
+        },
+        link: None,
+    };
+    tree.entries.insert((*b"file").into(), Node::Leaf(file));
+    ingest.finish(&tree)?;
+    Ok(())
+}
+
 /// Whether a part was asked for with `--only`, or all were.
 fn wanted(part: &str) -> bool {
     let mut args = std::env::args().skip_while(|arg| arg != "--only").skip(1);
@@ -789,6 +917,7 @@ fn bench() -> Result<bool> {
     if wanted("workers") {
         let workers = Workers::make(&tree, scratch.path(), &interrupt)?;
         workers.disk(&mut bounds)?;
+        workers.held_up(&interrupt, &mut bounds)?;
         workers.collect(&interrupt, &mut bounds)?;
     }
     if wanted("memory") {
