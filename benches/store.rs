@@ -43,11 +43,14 @@ const DATA_OF_OTHERS: f64 = 0.25;
 const STRUCTURE_MS: f64 = 100.0;
 /// What a collection may take.
 const GC_MS: f64 = 500.0;
-/// How much longer a reader's or a writer's work may take beside collections: of a hundred times, the longest but one.
+/// How much longer a reader's or a writer's work may take beside collections than beside a process that is as busy: of a hundred
+/// times, the longest but one.
 const HELD_UP_MS: f64 = 10.0;
-/// How long they work beside collections, and as long beside none; and how long they rest between two times.
+/// How long they work beside each; and how long they rest between two times.
 const BESIDE: Duration = Duration::from_secs(3);
 const REST: Duration = Duration::from_millis(5);
+/// How long a process is busy.
+const BUSY: Duration = Duration::from_millis(40);
 /// Objects that a reader reads each time.
 const READS: usize = 50;
 /// Workers that share a store, and how many kinds of them there are.
@@ -317,6 +320,19 @@ fn work(mut args: std::env::ArgsOs) -> Result<bool> {
                 let why = format!("{:?}", report.problems);
                 return Err(Error::Command { what, why });
             }
+        }
+        Some("busy") => {
+            let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+            std::thread::scope(|scope| {
+                for _ in 0..cpus {
+                    scope.spawn(|| {
+                        let (start, bytes) = (Instant::now(), [0; 8 << 10]);
+                        while start.elapsed() < BUSY {
+                            std::hint::black_box(ObjectId::of(&bytes));
+                        }
+                    });
+                }
+            });
         }
         Some("gc") => {
             let policy = Policy {
@@ -736,8 +752,8 @@ impl Workers {
         Ok(())
     }
 
-    /// How long a reader and a writer take beside collections, which take what the writer wrote, and beside none. On a tmpfs,
-    /// where no sync waits for a disk.
+    /// How long a reader and a writer take beside collections, which take what the writer wrote; and, since whoever shares the
+    /// processors holds others up, beside a process that does nothing but use them. On a tmpfs, where no sync waits for a disk.
     fn held_up(&self, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
         interrupt.check()?;
         let dir = TempDir::with_prefix_in("iii-store-", "/dev/shm")
@@ -752,7 +768,7 @@ impl Workers {
         let layer = refs.first().and_then(|(_, content)| content.layers.first());
         let layer = *layer.ok_or_else(|| said("listing refs", &Error::Interrupted))?;
         let mut measured = Vec::new();
-        for collects in [false, true] {
+        for beside in ["nothing", "busy", "gc"] {
             let (reader, writer) = (open()?, open()?);
             let stop = AtomicBool::new(false);
             let number = AtomicUsize::new(0);
@@ -770,15 +786,15 @@ impl Workers {
             };
             let (read, written) = std::thread::scope(|scope| -> Result<_> {
                 let read = scope.spawn(|| repeat(&|| read_some(&reader, &layer, next())));
-                let written = scope.spawn(|| repeat(&|| write_one(&writer, collects, next())));
+                let written = scope.spawn(|| repeat(&|| write_one(&writer, beside, next())));
                 let start = Instant::now();
                 let mut result = Ok(());
                 while start.elapsed() < BESIDE && result.is_ok() {
-                    if collects {
-                        let gc = alone("gc", [dir.path(), Path::new("")]);
-                        result = gc.and_then(|mut gc| timed(&mut gc)).map(drop);
-                    } else {
+                    if beside == "nothing" {
                         std::thread::sleep(REST);
+                    } else {
+                        let other = alone(beside, [dir.path(), Path::new("")]);
+                        result = other.and_then(|mut other| timed(&mut other)).map(drop);
                     }
                 }
                 stop.store(true, Ordering::Relaxed);
@@ -797,22 +813,24 @@ impl Workers {
             .iter()
             .enumerate()
             .flat_map(|(who, name)| {
-                ["beside nothing", "beside gc"].iter().zip(&measured).map(
-                    move |(beside, measured)| {
+                ["nothing", "a busy process", "gc"]
+                    .iter()
+                    .zip(&measured)
+                    .map(move |(beside, measured)| {
                         let times = &measured[who];
-                        let mut row = vec![format!("{name}, {beside}"), times.len().to_string()];
+                        let mut row =
+                            vec![format!("{name}, beside {beside}"), times.len().to_string()];
                         row.extend(
                             [50, 99, 100].map(|percent| format!("{:.2}", at(times, percent))),
                         );
                         row
-                    },
-                )
+                    })
             });
         let head = ["ms", "times", "median", "99 of 100", "longest"];
         support::table(&head, &rows.collect::<Vec<_>>());
-        if let [alone, beside] = &measured[..] {
+        if let [_, busy, gc] = &measured[..] {
             for (who, name) in ["reader", "writer"].iter().enumerate() {
-                let more = at(&beside[who], 99) - at(&alone[who], 99);
+                let more = at(&gc[who], 99) - at(&busy[who], 99);
                 let what = format!("a {name} held up by collections");
                 bounds.at_most(&what, more, HELD_UP_MS, " ms");
             }
@@ -876,10 +894,10 @@ fn read_some(store: &Store, layer: &LayerId, number: usize) -> std::result::Resu
 }
 
 /// Stores a layer of one new file, for which nobody has any use.
-fn write_one(store: &Store, collects: bool, number: usize) -> std::result::Result<(), StoreError> {
+fn write_one(store: &Store, beside: &str, number: usize) -> std::result::Result<(), StoreError> {
     let lease = store.lease("writer")?;
     let ingest = store.ingest(&lease)?;
-    let added = ingest.add_bytes(format!("{collects} {number}").as_bytes())?;
+    let added = ingest.add_bytes(format!("{beside} {number}").as_bytes())?;
     let mut tree = Tree::default();
     let file = Leaf {
         meta: Meta::default(),
