@@ -225,7 +225,8 @@ impl Peer {
             }
             Peer::Composefs => {
                 let mut command = self.command(dir, ["--repo"]);
-                command.arg(&repository).arg("create-image").arg(tree);
+                command.arg(&repository).arg("create-image");
+                command.arg("--no-propagate-usr-to-root").arg(tree);
                 command
             }
             Peer::Ostree => {
