@@ -150,6 +150,20 @@ impl StoreError {
     }
 }
 
+impl StoreError {
+    /// It and its causes.
+    pub(crate) fn in_one_line(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(err) = cause {
+            text.push_str(": ");
+            text.push_str(&err.to_string());
+            cause = err.source();
+        }
+        text
+    }
+}
+
 /// Adds operation and path to an [`io::Error`].
 pub(crate) trait IoContext<T> {
     fn at(self, op: &'static str, path: &Path) -> Result<T, StoreError>;

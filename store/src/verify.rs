@@ -714,7 +714,7 @@ impl<'a> Pass<'a> {
             Ok(Found::Outdated(_)) => {
                 self.report(item, Finding::Format, &path, "it is of an earlier layout");
             }
-            Err(err) => self.report(item, Finding::Format, &path, chain(&err)),
+            Err(err) => self.report(item, Finding::Format, &path, err.in_one_line()),
         }
     }
 
@@ -787,7 +787,7 @@ impl<'a> Pass<'a> {
         let stored = match read_file(self.disk, &beside, Outboard::file_len(len)) {
             Ok(stored) => stored.map(|bytes| Outboard::decode(&bytes, id, len)),
             Err(err) if err.io_kind().is_some() => {
-                return self.report(item, Finding::Unreadable, &beside, chain(&err));
+                return self.report(item, Finding::Unreadable, &beside, err.in_one_line());
             }
             Err(_) => Some(None),
         };
@@ -837,7 +837,7 @@ impl<'a> Pass<'a> {
             }
             Err(err) => {
                 let (item, path) = (Item::Names("trash"), self.dir.join("trash"));
-                self.report(&item, Finding::Unreadable, &path, chain(&err));
+                self.report(&item, Finding::Unreadable, &path, err.in_one_line());
                 Vec::new()
             }
         }
@@ -950,9 +950,9 @@ impl<'a> Pass<'a> {
                 }
             }
             Err(err) if err.io_kind().is_some() => {
-                self.report(item, Finding::Unreadable, &path, chain(&err));
+                self.report(item, Finding::Unreadable, &path, err.in_one_line());
             }
-            Err(err) => self.report(item, Finding::Key { key: *key }, &path, chain(&err)),
+            Err(err) => self.report(item, Finding::Key { key: *key }, &path, err.in_one_line()),
         }
     }
 
@@ -975,9 +975,14 @@ impl<'a> Pass<'a> {
             }
             Ok(None) => {}
             Err(err) if err.io_kind().is_some() => {
-                self.report(item, Finding::Unreadable, &path, chain(&err));
+                self.report(item, Finding::Unreadable, &path, err.in_one_line());
             }
-            Err(err) => self.report(item, Finding::Ref { ref_kind: kind }, &path, chain(&err)),
+            Err(err) => self.report(
+                item,
+                Finding::Ref { ref_kind: kind },
+                &path,
+                err.in_one_line(),
+            ),
         }
     }
 }
@@ -985,16 +990,4 @@ impl<'a> Pass<'a> {
 /// Whether a file's name is an id as it is written.
 fn is_id<T: std::str::FromStr + ToString>(name: &str) -> bool {
     name.parse::<T>().is_ok_and(|id| id.to_string() == name)
-}
-
-/// An error and its causes in one line.
-fn chain(err: &StoreError) -> String {
-    let mut text = err.to_string();
-    let mut cause = std::error::Error::source(err);
-    while let Some(err) = cause {
-        text.push_str(": ");
-        text.push_str(&err.to_string());
-        cause = err.source();
-    }
-    text
 }

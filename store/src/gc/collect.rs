@@ -9,7 +9,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{GcEvent, GcPlan, GcReport, Packs, decide, on_disk, reason};
+use super::{GcEvent, GcPlan, GcReport, Packs, decide, on_disk};
 use crate::census::Census;
 use crate::disk::names;
 use crate::error::{IoContext, StoreError};
@@ -95,7 +95,7 @@ impl<'a> Collection<'a> {
                 err @ (StoreError::Index { .. }
                 | StoreError::Layer { .. }
                 | StoreError::Damaged { .. }),
-            ) => (self.events)(GcEvent::Blocked(&reason(&err))),
+            ) => (self.events)(GcEvent::Blocked(&err.in_one_line())),
             Err(err) => return Err(err),
         }
         for name in &plan.stat_caches {

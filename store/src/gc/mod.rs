@@ -346,14 +346,3 @@ fn decide(census: &Census, lives: &(dyn Fn(usize) -> bool + Sync)) -> Packs {
     }
     packs
 }
-
-fn reason(err: &StoreError) -> String {
-    let mut text = err.to_string();
-    let mut cause = std::error::Error::source(err);
-    while let Some(err) = cause {
-        text.push_str(": ");
-        text.push_str(&err.to_string());
-        cause = err.source();
-    }
-    text
-}

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 
-use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide, on_disk, reason};
+use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide, on_disk};
 use crate::census::{Census, Named};
 use crate::disk::names;
 use crate::error::{IoContext, StoreError};
@@ -38,13 +38,13 @@ impl<'a> Planner<'a> {
         let layers = store.present_layers()?;
         let trashed = trash::layers(store)?;
         let census = store.census()?;
-        let mut blocked = census.damaged.first().map(reason);
+        let mut blocked = census.damaged.first().map(StoreError::in_one_line);
         let mut opened = HashMap::new();
         for (id, path) in layers.iter().map(|layer| (layer.id, &layer.path)) {
             match store.open_layer_file(&id, path) {
                 Ok(layer) => opened.extend(layer.map(|layer| (id, layer))),
                 Err(err @ (StoreError::Layer { .. } | StoreError::Damaged { .. })) => {
-                    blocked = Some(reason(&err));
+                    blocked = Some(err.in_one_line());
                 }
                 Err(err) => return Err(err),
             }
