@@ -218,16 +218,14 @@ impl Opened {
         realised
     }
 
-    /// The layers that the worker's name keeps, as far as they are there.
+    /// The layers that the worker's name keeps.
     fn kept_layers(&self) -> Result<Vec<LayerId>, StoreError> {
         let kept = match self.store.get_ref(RefKind::Worker, self.name.as_str()) {
             // It is about to be written anew.
             Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
             other => other?,
         };
-        let mut layers = kept.map(|kept| kept.layers).unwrap_or_default();
-        layers.retain(|id| self.store.has_layer(id));
-        Ok(layers)
+        Ok(kept.map(|kept| kept.layers).unwrap_or_default())
     }
 
     /// Has the worker's name keep these layers, bottom first, and no others.
@@ -334,8 +332,10 @@ pub fn dev(
     // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
     // in between loses neither.
     let layers = stack.ids();
-    let last = opened.kept_layers()?;
-    if last != layers {
+    let mut last = opened.kept_layers()?;
+    let others = last != layers;
+    if others {
+        last.retain(|id| opened.store.has_layer(id));
         opened.keep_layers([&last[..], &layers].concat())?;
     }
     let options_of_overlay = OverlayOptions {
@@ -352,7 +352,9 @@ pub fn dev(
         name: opened.name.to_string(),
         source,
     })?;
-    opened.keep_layers(layers)?;
+    if others {
+        opened.keep_layers(layers)?;
+    }
 
     let engine = options.engine.url();
     let env = environment::for_worker(
