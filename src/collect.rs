@@ -1,8 +1,6 @@
 //! Keeping the store from filling up the disk: the limits that hold without a word, and the collection after a build.
 
-use std::io;
-
-use iii_store::{GcReport, Policy, Store, StoreError};
+use iii_store::{GcReport, Policy, Space, Store, StoreError};
 
 /// The part of the disk that is to stay free: one in so many bytes.
 pub const MIN_FREE_PART: u64 = 10;
@@ -10,39 +8,10 @@ pub const MIN_FREE_PART: u64 = 10;
 /// that is well filled with other things, every layer that no worker is using at the moment.
 pub const MAX_MIN_FREE: u64 = 5_000_000_000;
 
-/// Free bytes and all bytes of the filesystem that holds the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Disk {
-    /// What an ordinary user can still write.
-    pub free: u64,
-    /// What there is.
-    pub total: u64,
-}
-
-impl Disk {
-    /// Of the filesystem that holds the store.
-    pub fn of(store: &Store) -> Result<Self, StoreError> {
-        let stat = rustix::fs::statvfs(store.dir()).map_err(|source| StoreError::Io {
-            op: "asking for the free space of",
-            path: store.dir().to_owned(),
-            source: io::Error::from(source),
-        })?;
-        Ok(Self {
-            free: stat.f_bavail.saturating_mul(stat.f_frsize),
-            total: stat.f_blocks.saturating_mul(stat.f_frsize),
-        })
-    }
-
-    /// What is to stay free without a word.
-    pub fn min_free(self) -> u64 {
-        (self.total / MIN_FREE_PART).min(MAX_MIN_FREE)
-    }
-}
-
 /// The limits that hold without a word.
-pub fn policy(disk: Disk) -> Policy {
+pub fn policy(disk: Space) -> Policy {
     Policy {
-        min_free: Some(disk.min_free()),
+        min_free: Some((disk.total / MIN_FREE_PART).min(MAX_MIN_FREE)),
         ..Policy::default()
     }
 }
@@ -50,7 +19,7 @@ pub fn policy(disk: Disk) -> Policy {
 /// Collects if the store or the disk is fuller than it should be. Waits for nobody: a collection that runs already does as
 /// well. Nothing where there was nothing to do.
 pub fn after_build(store: &Store) -> Result<Option<GcReport>, StoreError> {
-    let disk = Disk::of(store)?;
+    let disk = store.space()?;
     let policy = policy(disk);
     let is_large = || -> Result<bool, StoreError> {
         match policy.max_bytes {
@@ -77,8 +46,7 @@ mod tests {
             (50_000_000_000, 5_000_000_000),
             (2_000_000_000_000, 5_000_000_000),
         ] {
-            let disk = Disk { free: 0, total };
-            assert_eq!(disk.min_free(), expected);
+            let disk = Space { free: 0, total };
             assert_eq!(policy(disk).min_free, Some(expected));
         }
     }
@@ -89,7 +57,7 @@ mod tests {
             panic!("a temporary directory");
         };
         let store = Store::open(dir.path()).unwrap_or_else(|error| panic!("{error}"));
-        let disk = Disk::of(&store).unwrap_or_else(|error| panic!("{error}"));
+        let disk = store.space().unwrap_or_else(|error| panic!("{error}"));
         assert!(disk.free <= disk.total && disk.total > 0);
     }
 }

@@ -180,7 +180,7 @@ impl Store {
             .enumerate()
             .map(|(number, file)| {
                 // Not through `layer`, which would take back what gc moves away meanwhile.
-                let path = self.layer_path(&file.id);
+                let path = self.places().layer(&file.id);
                 let layer = self.open_layer_file(&file.id, &path)?;
                 Ok(layer.map(|layer| KnownLayer::new(&slots, file, number, &layer)))
             })

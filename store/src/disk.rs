@@ -55,8 +55,17 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
     /// The names in a directory, in any order.
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>>;
-    /// The bytes that this user can still write to the filesystem of `path`.
-    fn free(&self, path: &Path) -> io::Result<u64>;
+    /// How large the filesystem of `path` is.
+    fn space(&self, path: &Path) -> io::Result<Space>;
+}
+
+/// How large a filesystem is, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// What this user can still write.
+    pub free: u64,
+    /// What there is.
+    pub total: u64,
 }
 
 /// The filesystem itself.
@@ -165,9 +174,12 @@ impl Disk for RealDisk {
             .collect()
     }
 
-    fn free(&self, path: &Path) -> io::Result<u64> {
+    fn space(&self, path: &Path) -> io::Result<Space> {
         let fs = rustix::fs::statvfs(path)?;
-        Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
+        Ok(Space {
+            free: fs.f_bavail.saturating_mul(fs.f_frsize),
+            total: fs.f_blocks.saturating_mul(fs.f_frsize),
+        })
     }
 }
 

@@ -432,15 +432,15 @@ impl<'a> Ingest<'a> {
         );
         waited.and(synced)?;
 
+        let places = self.store.places();
         for (id, large) in loose {
-            let objects = self.store.objects();
-            large.outboard.publish(&objects.outboard_path(id))?;
-            large.object.publish(&objects.loose_path(id))?;
+            large.outboard.publish(&places.outboard(id))?;
+            large.object.publish(&places.loose(id))?;
         }
         if let (Some(pack), Some((id, index))) = (pack, &index) {
             // A pack is there when its index is.
-            pack.tmp.publish(&self.store.objects().pack_path(id))?;
-            index.publish(&self.store.objects().index_path(id))?;
+            pack.tmp.publish(&places.pack(id))?;
+            index.publish(&places.index(id))?;
         }
         // Even if nothing was added: what is reused may be of somebody who has named it but not synced that yet, and syncing
         // names that are durable costs next to nothing.
@@ -450,7 +450,7 @@ impl<'a> Ingest<'a> {
         }
         self.store.objects().refresh()?;
         if let Some((id, tmp)) = layer {
-            tmp.publish(&self.store.layer_path(&id))?;
+            tmp.publish(&places.layer(&id))?;
         }
         self.store.sync_layers()?;
         Ok(index.map(|(id, _)| id))

@@ -173,7 +173,7 @@ impl Lease {
         drop(written);
         for id in layers {
             // When it was last used decides how long it is kept; one that is not there is used by nobody.
-            let _ = self.store.disk().touch(&self.store.layer_path(id));
+            let _ = self.store.disk().touch(&self.store.places().layer(id));
         }
         Ok(())
     }

@@ -99,6 +99,7 @@ pub mod verify;
 pub use account::{Account, Area, LayerUse, RefUse};
 pub use blob::Blob;
 pub use diff::{Change, ChangeKind, diff};
+pub use disk::Space;
 pub use error::StoreError;
 pub use facts::{Fact, Seen};
 pub use gc::{DroppedRecord, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};

@@ -168,14 +168,17 @@ impl Work<'_> {
 
     fn outboards(&mut self) -> Result<(), StoreError> {
         let disk = self.store.disk().as_ref();
-        let objects = self.store.objects();
         for name in names(disk, &self.store.dir().join("loose"))? {
             let Ok(id) = name.parse::<ObjectId>() else {
                 continue;
             };
-            let path = objects.loose_path(&id);
+            let path = self.store.places().loose(&id);
             let len = disk.metadata(&path).at("looking at", &path)?.len();
-            let stored = read_file(disk, &objects.outboard_path(&id), Outboard::file_len(len));
+            let stored = read_file(
+                disk,
+                &self.store.places().outboard(&id),
+                Outboard::file_len(len),
+            );
             let stored = stored.ok().flatten();
             if stored.is_some_and(|bytes| Outboard::decode(&bytes, &id, len).is_some()) {
                 continue;

@@ -191,7 +191,6 @@ pub(crate) struct Objects {
     /// The store.
     dir: PathBuf,
     packs_dir: PathBuf,
-    loose_dir: PathBuf,
     packs: RwLock<PackSet>,
     pack_files: Mutex<OpenFiles<PackId, File>>,
     loose_files: Mutex<OpenFiles<ObjectId, LooseFile>>,
@@ -207,27 +206,17 @@ impl Objects {
             disk,
             dir: dir.to_owned(),
             packs_dir: dir.join("packs"),
-            loose_dir: dir.join("loose"),
             packs: RwLock::default(),
             pack_files: Mutex::default(),
             loose_files: Mutex::default(),
         }
     }
 
-    pub(crate) fn pack_path(&self, id: &PackId) -> PathBuf {
-        self.packs_dir.join(format!("{id}.pack"))
-    }
-
-    pub(crate) fn index_path(&self, id: &PackId) -> PathBuf {
-        self.packs_dir.join(format!("{id}.idx"))
-    }
-
-    pub(crate) fn loose_path(&self, id: &ObjectId) -> PathBuf {
-        self.loose_dir.join(id.to_string())
-    }
-
-    pub(crate) fn outboard_path(&self, id: &ObjectId) -> PathBuf {
-        self.loose_dir.join(format!("{id}.cv"))
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places {
+            disk: self.disk.as_ref(),
+            dir: &self.dir,
+        }
     }
 
     /// Looks at the packs that appeared or went since the last time. Cheap when none did. Returns how often any has gone.
@@ -265,7 +254,7 @@ impl Objects {
             if !open.contains(id)
                 && let Some(index) = self.open_index(id)?
             {
-                new.push(Arc::new(Pack::new(*id, index, self.pack_path(id))));
+                new.push(Arc::new(Pack::new(*id, index, self.places().pack(id))));
             }
         }
         if !new.is_empty() {
@@ -280,7 +269,7 @@ impl Objects {
     /// Opens an index. One that does not hold is passed over, what it named is missing, and `verify` says why; so is one
     /// whose pack is not there, of which a power cut left only the index.
     fn open_index(&self, id: &PackId) -> Result<Option<Index>, StoreError> {
-        let (pack, path) = (self.pack_path(id), self.index_path(id));
+        let (pack, path) = (self.places().pack(id), self.places().index(id));
         let len = match self.disk.metadata(&pack) {
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.at("looking at", &pack)?.len(),
@@ -303,7 +292,7 @@ impl Objects {
 
     /// Whether a pack and its index have their names.
     pub(crate) fn has_pack(&self, id: &PackId) -> bool {
-        [self.pack_path(id), self.index_path(id)]
+        [self.places().pack(id), self.places().index(id)]
             .iter()
             .all(|path| self.disk.metadata(path).is_ok())
     }
@@ -319,12 +308,12 @@ impl Objects {
     /// Whether there is a file of this object of `len` bytes.
     pub(crate) fn has_loose(&self, id: &ObjectId, len: Option<u64>) -> bool {
         self.disk
-            .metadata(&self.loose_path(id))
+            .metadata(&self.places().loose(id))
             .is_ok_and(|meta| meta.is_file() && len.is_none_or(|len| meta.size() == len))
     }
 
     pub(crate) fn has_outboard(&self, id: &ObjectId) -> bool {
-        self.disk.metadata(&self.outboard_path(id)).is_ok()
+        self.disk.metadata(&self.places().outboard(id)).is_ok()
     }
 
     /// Whether the object is there, without looking for packs that other processes added since the last refresh.
@@ -346,7 +335,7 @@ impl Objects {
         if let Some(file) = lock(&self.loose_files).get(id) {
             return Ok(Some(file));
         }
-        let (path, outboard) = (self.loose_path(id), self.outboard_path(id));
+        let (path, outboard) = (self.places().loose(id), self.places().outboard(id));
         let Some(file) = LooseFile::open(&self.disk, path, &outboard, id)? else {
             return Ok(None);
         };
@@ -384,7 +373,7 @@ impl Objects {
         if self.contains_known(id, None) {
             return Ok(());
         }
-        let path = self.loose_path(id);
+        let path = self.places().loose(id);
         self.look(id, || {
             if self.find_packed(id).is_some() {
                 return Ok(Some(()));
@@ -418,11 +407,7 @@ impl Objects {
         if !self.writable {
             return Ok(());
         }
-        let places = Places {
-            disk: self.disk.as_ref(),
-            dir: &self.dir,
-        };
-        places.take_back_object(id).map(drop)
+        self.places().take_back_object(id).map(drop)
     }
 
     /// All bytes of an object of a pack, which are what its id says.

@@ -146,10 +146,9 @@ impl FinishedPack {
         let id = self.write_index(&index)?;
         self.tmp.sync()?;
         index.sync()?;
-        let [to, to_index] = store.places().pack(&id);
         // A pack is there when its index is.
-        self.tmp.publish(&to)?;
-        index.publish(&to_index)?;
+        self.tmp.publish(&store.places().pack(&id))?;
+        index.publish(&store.places().index(&id))?;
         let dir = store.dir().join("packs");
         store.disk().sync_dir(&dir).at("syncing", &dir)?;
         Ok(id)

@@ -262,7 +262,7 @@ impl<'a> Repair<'a> {
                     condemned.packs.insert(pack);
                 }
                 Finding::Object { object, pack: None } => {
-                    let path = self.store.objects().loose_path(&object);
+                    let path = self.store.places().loose(&object);
                     let whole = match self.disk.open(&path) {
                         Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
                         file => hash_file(self.disk, &file.at("opening", &path)?),
@@ -283,8 +283,7 @@ impl<'a> Repair<'a> {
         let mut saved = Vec::new();
         let mut any = false;
         for id in &condemned.packs {
-            let objects = self.store.objects();
-            let (pack, index) = (objects.pack_path(id), objects.index_path(id));
+            let (pack, index) = (self.store.places().pack(id), self.store.places().index(id));
             let (mut good, mut lost) = (0, 0);
             let file = self.disk.open(&pack);
             let mut places = match read_file(self.disk, &index, MAX_INDEX) {
@@ -407,7 +406,7 @@ pub(crate) fn write_outboard(
     lease: &Lease,
     object: &ObjectId,
 ) -> Result<bool, StoreError> {
-    let (disk, path) = (store.disk().as_ref(), store.objects().loose_path(object));
+    let (disk, path) = (store.disk().as_ref(), store.places().loose(object));
     let file = match disk.open(&path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other.at("opening", &path)?,
@@ -419,7 +418,7 @@ pub(crate) fn write_outboard(
     let tmp = lease.tmp()?;
     tmp.write(&outboard.encode(), 0)?;
     tmp.sync()?;
-    tmp.publish(&store.objects().outboard_path(object))?;
+    tmp.publish(&store.places().outboard(object))?;
     let dir = store.dir().join("loose");
     disk.sync_dir(&dir).at("syncing", &dir)?;
     Ok(true)

@@ -40,7 +40,7 @@ pub(crate) const DIRS: [&str; 12] = [
     "trash",
 ];
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
-const OTHER_DIRS: [&str; 2] = ["damaged", "chains"];
+const OTHER_DIRS: [&str; 1] = ["damaged"];
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
 pub(crate) const SEALED: &str = "sealed";
 
@@ -272,10 +272,6 @@ impl Store {
         Ingest::begin(self, lease)
     }
 
-    pub(crate) fn layer_path(&self, id: &LayerId) -> PathBuf {
-        self.0.dir.join("layers").join(id.to_string())
-    }
-
     /// Whether the layer is there. Only of use to who has pinned it.
     pub fn has_layer(&self, id: &LayerId) -> bool {
         self.require_layer(id).is_ok()
@@ -283,7 +279,7 @@ impl Store {
 
     /// An error unless the layer is there.
     pub(crate) fn require_layer(&self, id: &LayerId) -> Result<(), StoreError> {
-        let path = self.layer_path(id);
+        let path = self.places().layer(id);
         let meta = self.look(id, || self.disk().metadata(&path))?;
         if meta.at("looking at", &path)?.is_file() {
             return Ok(());
@@ -321,7 +317,7 @@ impl Store {
         if let Some(layer) = lock(&self.0.layers).get(id).and_then(Weak::upgrade) {
             return Ok(layer);
         }
-        let path = self.layer_path(id);
+        let path = self.places().layer(id);
         let file = self.look(id, || self.disk().open(&path))?;
         let file = file.at("opening", &path)?;
         let layer = Self::check_layer(id, &path, &file)?;
@@ -350,10 +346,7 @@ impl Store {
     }
 
     pub(crate) fn places(&self) -> Places<'_> {
-        Places {
-            disk: self.disk().as_ref(),
-            dir: self.dir(),
-        }
+        self.0.objects.places()
     }
 
     /// Looks for a layer in the trash and takes it back from there.

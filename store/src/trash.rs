@@ -34,6 +34,7 @@ pub(crate) const OUTBOARD: &str = "cv";
 
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
+
 /// The generations in the trash of the store in `dir`, oldest first.
 pub(crate) fn generations(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>, StoreError> {
     let trash = dir.join("trash");
@@ -77,12 +78,12 @@ impl Places<'_> {
         self.dir.join("layers").join(id.to_string())
     }
 
-    pub(crate) fn pack(&self, id: &PackId) -> [PathBuf; 2] {
-        let packs = self.dir.join("packs");
-        [
-            packs.join(format!("{id}.pack")),
-            packs.join(format!("{id}.idx")),
-        ]
+    pub(crate) fn pack(&self, id: &PackId) -> PathBuf {
+        self.dir.join("packs").join(format!("{id}.pack"))
+    }
+
+    pub(crate) fn index(&self, id: &PackId) -> PathBuf {
+        self.dir.join("packs").join(format!("{id}.idx"))
     }
 
     pub(crate) fn loose(&self, id: &ObjectId) -> PathBuf {
@@ -116,10 +117,11 @@ impl Places<'_> {
         generation: &Path,
         id: &PackId,
     ) -> Result<bool, StoreError> {
-        let [pack, index] = self.pack(id);
         // Already back, if somebody else is at it, too.
-        move_name(self.disk, &generation.join(format!("{id}.pack")), &pack)?;
-        let taken = move_name(self.disk, &generation.join(format!("{id}.idx")), &index)?;
+        let from = generation.join(format!("{id}.pack"));
+        move_name(self.disk, &from, &self.pack(id))?;
+        let from = generation.join(format!("{id}.idx"));
+        let taken = move_name(self.disk, &from, &self.index(id))?;
         if taken {
             self.sync("packs")?;
         }
@@ -155,16 +157,15 @@ impl Places<'_> {
                 let Ok(pack) = pack.parse::<PackId>() else {
                     continue;
                 };
-                let [to, index] = self.pack(&pack);
                 if suffix == "idx" {
                     if self.holds(&generation.join(&name), &pack, id)
                         && self.take_back_pack(&generation, &pack)?
                     {
                         return Ok(true);
                     }
-                } else if suffix == "pack" && self.holds(&index, &pack, id) {
+                } else if suffix == "pack" && self.holds(&self.index(&pack), &pack, id) {
                     // It is just being taken out, or back: its index is still, or already, in its place.
-                    move_name(self.disk, &generation.join(&name), &to)?;
+                    move_name(self.disk, &generation.join(&name), &self.pack(&pack))?;
                     self.sync("packs")?;
                     return Ok(true);
                 }
@@ -216,10 +217,8 @@ fn born(store: &Store, generation: &Path) -> Result<SystemTime, StoreError> {
     let path = generation.join("born");
     match read_json::<Born>(store.disk().as_ref(), &path, MAX_TRASH_FILE) {
         Ok(Some(born)) => Ok(UNIX_EPOCH + Duration::from_secs(born.unix_seconds)),
-        // Cut short by a crash: it counts from now on, which is as long as anybody was promised.
-        Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
-            Ok(SystemTime::now())
-        }
+        // It is written before anything is moved here, so this is damage, and nobody knows how old. What had no end would stay for good.
+        Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Ok(UNIX_EPOCH),
         Err(err) => Err(err),
     }
 }

@@ -564,7 +564,7 @@ impl<'a> Pass<'a> {
         }
         for object in outboards {
             if !self.loose.contains_key(&object) {
-                let path = self.store.objects().outboard_path(&object);
+                let path = self.store.places().outboard(&object);
                 let finding = Finding::OutboardAlone { object };
                 self.report(
                     &Item::Names("loose"),
@@ -579,14 +579,14 @@ impl<'a> Pass<'a> {
     }
 
     fn load_index(&self, id: &PackId) -> Option<Arc<Pack>> {
-        let (item, path) = (Item::Pack(*id), self.store.objects().index_path(id));
+        let (item, path) = (Item::Pack(*id), self.store.places().index(id));
         let file = self.read(&item, &path, self.disk.open(&path))?;
         match Index::open(&file, id) {
             Ok(index) => {
                 if index.compat_features() != [0; 2] {
                     self.features(&item, &path, &index.compat_features());
                 }
-                let pack = self.store.objects().pack_path(id);
+                let pack = self.store.places().pack(id);
                 Some(Arc::new(Pack::new(*id, index, pack)))
             }
             Err(err) => {
@@ -681,7 +681,7 @@ impl<'a> Pass<'a> {
                     self.check_loose(item, id, *len);
                 }
             }
-            Item::Layer(id) => self.check_layer(item, id, &self.store.layer_path(id)),
+            Item::Layer(id) => self.check_layer(item, id, &self.store.places().layer(id)),
             Item::Trashed(id, path) => self.check_layer(item, id, path),
             Item::Key(id) => self.check_key(item, id),
             Item::Ref(kind, file) => self.check_ref(item, *kind, file),
@@ -725,7 +725,7 @@ impl<'a> Pass<'a> {
             Ok(file) => file,
             Err(err) if err.kind() == io::ErrorKind::NotFound => {
                 // Removed after its index, unless the index is there still.
-                let index = self.store.objects().index_path(&pack.id);
+                let index = self.store.places().index(&pack.id);
                 if self.disk.metadata(&index).is_ok() {
                     let finding = Finding::IndexWithoutPack { pack: pack.id };
                     self.report(item, finding, &index, "its pack is missing");
@@ -774,7 +774,7 @@ impl<'a> Pass<'a> {
     }
 
     fn check_loose(&self, item: &Item, id: &ObjectId, len: u64) {
-        let path = self.store.objects().loose_path(id);
+        let path = self.store.places().loose(id);
         let finding = || Finding::Object {
             object: *id,
             pack: None,
@@ -783,7 +783,7 @@ impl<'a> Pass<'a> {
             self.lose(*id);
             return self.report(item, finding(), &path, "it was cut short, or is no file");
         }
-        let beside = self.store.objects().outboard_path(id);
+        let beside = self.store.places().outboard(id);
         let stored = match read_file(self.disk, &beside, Outboard::file_len(len)) {
             Ok(stored) => stored.map(|bytes| Outboard::decode(&bytes, id, len)),
             Err(err) if err.io_kind().is_some() => {
@@ -933,7 +933,7 @@ impl<'a> Pass<'a> {
 
     fn has_layer(&self, id: &LayerId) -> bool {
         self.disk
-            .metadata(&self.store.layer_path(id))
+            .metadata(&self.store.places().layer(id))
             .is_ok_and(|meta| meta.is_file())
     }
 

@@ -10,7 +10,7 @@ use super::catalog::{Catalog, ref_kind_text, roots_text, unix_seconds};
 use crate::cli::args::Df;
 use crate::cli::table::{Align, Table};
 use crate::cli::{CliError, print, print_json};
-use crate::collect::{self, Disk};
+use crate::collect;
 use crate::ui::{Ui, human_bytes, human_counted, human_span};
 
 /// Layers that are shown unless all are asked for.
@@ -20,7 +20,7 @@ pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;
     let catalog = Catalog::read(store, ui)?;
     warn_of_damage(&account, ui);
-    let plan = match store.plan_gc(&collect::policy(Disk::of(store)?)) {
+    let plan = match store.plan_gc(&collect::policy(store.space()?)) {
         Err(error @ StoreError::NothingKept { .. }) => {
             ui.warn(error);
             GcPlan::default()

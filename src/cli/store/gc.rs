@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use iii_store::{GcEvent, GcPlan, GcReport, LayerId, Policy, Store, Why};
+use iii_store::{GcEvent, GcPlan, GcReport, LayerId, Policy, Space, Store, Why};
 use serde_json::{Value, json};
 
 use super::catalog::{Catalog, age_text, roots_text, unix_seconds};
@@ -12,11 +12,11 @@ use crate::cli::args::Gc;
 use crate::cli::quantity::{Limit, Room};
 use crate::cli::table::{Align, Table};
 use crate::cli::{CliError, print, print_json};
-use crate::collect::{self, Disk};
+use crate::collect;
 use crate::ui::{Ui, human_bytes, human_counted, human_span};
 
 pub fn gc(store: &Store, args: &Gc, ui: &Ui) -> Result<ExitCode, CliError> {
-    let policy = policy(args, Disk::of(store)?);
+    let policy = policy(args, store.space()?);
     let catalog = Catalog::read(store, ui)?;
     let plan = store.plan_gc(&policy)?;
     if !args.json {
@@ -55,7 +55,7 @@ pub fn gc(store: &Store, args: &Gc, ui: &Ui) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn policy(args: &Gc, disk: Disk) -> Policy {
+fn policy(args: &Gc, disk: Space) -> Policy {
     let default = collect::policy(disk);
     Policy {
         keep: args.keep.unwrap_or(default.keep),

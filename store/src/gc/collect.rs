@@ -144,8 +144,6 @@ impl<'a> Collection<'a> {
         }
         let disk = self.store.disk();
         let trash = self.store.dir().join("trash");
-        // Stores of earlier versions have none.
-        disk.create_dir(&trash).at("making", &trash)?;
         let last = trash::generations(disk.as_ref(), self.store.dir())?;
         let number = last
             .last()
@@ -241,15 +239,15 @@ impl<'a> Collection<'a> {
             let generation = self.generation()?;
             let disk = disk.as_ref();
             for id in &packs.dead {
-                let [_, index] = self.places().pack(id);
-                trash::move_name(disk, &index, &generation.join(format!("{id}.idx")))?;
+                let to = generation.join(format!("{id}.idx"));
+                trash::move_name(disk, &self.places().index(id), &to)?;
                 self.trash_pack_file(&generation, id)?;
             }
             for id in &orphans {
                 self.trash_pack_file(&generation, id)?;
             }
             for id in &census.strays {
-                let [pack, index] = self.places().pack(id);
+                let (pack, index) = (self.places().pack(id), self.places().index(id));
                 let trashed = generation.join(format!("{id}.idx"));
                 trash::move_name(disk, &index, &trashed)?;
                 // Somebody was just taking the pack back, or publishing it.
@@ -311,7 +309,7 @@ impl<'a> Collection<'a> {
         for name in names(self.store.disk().as_ref(), &dir)? {
             let id = name.strip_suffix(".pack").and_then(|id| id.parse().ok());
             if let Some(id) = id.filter(|id| !known.contains(id))
-                && self.store.metadata(&self.places().pack(&id)[1])?.is_none()
+                && self.store.metadata(&self.places().index(&id))?.is_none()
             {
                 orphans.push(id);
             }
@@ -322,7 +320,7 @@ impl<'a> Collection<'a> {
     /// Takes out the data of a pack whose index is not in its place.
     fn trash_pack_file(&self, generation: &Path, id: &PackId) -> Result<(), StoreError> {
         let disk = self.store.disk().as_ref();
-        let [pack, index] = self.places().pack(id);
+        let (pack, index) = (self.places().pack(id), self.places().index(id));
         let trashed = generation.join(format!("{id}.pack"));
         trash::move_name(disk, &pack, &trashed)?;
         // Somebody has taken the index back, or published this very pack.
@@ -362,7 +360,7 @@ impl<'a> Collection<'a> {
         }
         if let Some(finished) = writer.finish()? {
             let id = finished.publish(self.store, self.lease)?;
-            for path in self.places().pack(&id) {
+            for path in [self.places().pack(&id), self.places().index(&id)] {
                 let meta = self.store.metadata(&path)?;
                 self.written += meta.map_or(0, |meta| on_disk(&meta));
             }

@@ -37,7 +37,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use crate::census::Census;
-use crate::disk::names;
+use crate::disk::{Space, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, PackId};
 use crate::layer::Layer;
@@ -240,6 +240,12 @@ impl Store {
     /// Held by who takes things out of the store: one at a time.
     pub(crate) fn gc_lock(&self) -> PathBuf {
         self.dir().join("locks/gc")
+    }
+
+    /// How large the filesystem of the store is.
+    pub fn space(&self) -> Result<Space, StoreError> {
+        let space = self.disk().space(self.dir());
+        space.at("asking for free space at", self.dir())
     }
 
     /// What the store takes on disk, in bytes.

@@ -69,8 +69,7 @@ impl<'a> Planner<'a> {
     pub(super) fn plan(self, policy: &Policy) -> Result<GcPlan, StoreError> {
         let now = SystemTime::now();
         let store_bytes = self.store.bytes_on_disk()?;
-        let free = self.store.disk().free(self.store.dir());
-        let free = free.at("asking for free space at", self.store.dir())?;
+        let free = self.store.space()?.free;
         let short = policy.min_free.is_some_and(|min| free < min);
         let grace = if short { Duration::ZERO } else { policy.grace };
 

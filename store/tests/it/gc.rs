@@ -429,6 +429,28 @@ fn leftovers_go() {
     assert_eq!(check_whole(dir.path()), 1);
 }
 
+/// It would stay for good, if its age began anew with every collection.
+#[test]
+fn a_generation_of_unknown_age_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let root = publish(&store, &files(&[("root", "root")])).unwrap();
+    set_ref(&store, "root", &[&root]);
+    publish(&store, &files(&[("a", "a")])).unwrap();
+    let policy = Policy {
+        grace: DAY,
+        ..at_once()
+    };
+    let (_, report) = collect(&store, &policy);
+    assert_eq!((report.layers_trashed, report.layers_removed), (1, 0));
+    let born = dir.path().join("trash/1/born");
+    std::fs::remove_file(&born).unwrap();
+    std::fs::write(&born, b"{").unwrap();
+    let (_, report) = collect(&store, &policy);
+    assert_eq!(report.layers_removed, 1);
+    assert_empty(dir.path(), &["trash"]);
+}
+
 #[test]
 fn what_cannot_be_read_keeps_all_objects() {
     let dir = tempfile::tempdir().unwrap();

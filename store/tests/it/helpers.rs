@@ -6,7 +6,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::Path;
 
-use iii_store::disk::{Disk, RealDisk};
+use iii_store::disk::{Disk, RealDisk, Space};
 use iii_store::tree::{Content, Leaf, Meta, Mtime, Node, Tree};
 use iii_store::{Ingest, Kind, Layer, ObjectId, Published, Store, StoreError, VerifyOptions};
 
@@ -75,8 +75,8 @@ impl Disk for NoSync {
         RealDisk.list(path)
     }
 
-    fn free(&self, path: &Path) -> io::Result<u64> {
-        RealDisk.free(path)
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        RealDisk.space(path)
     }
 }
 

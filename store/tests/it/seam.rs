@@ -6,7 +6,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::Path;
 
-use iii_store::disk::{Disk, RealDisk};
+use iii_store::disk::{Disk, RealDisk, Space};
 
 use crate::helpers::NoSync;
 
@@ -28,7 +28,7 @@ pub enum Call<'a> {
     Read,
     Metadata(&'a Path),
     List(&'a Path),
-    Free(&'a Path),
+    Space(&'a Path),
 }
 
 impl Call<'_> {
@@ -36,7 +36,7 @@ impl Call<'_> {
     pub fn writes(&self) -> bool {
         !matches!(
             self,
-            Self::Open(_) | Self::Read | Self::Metadata(_) | Self::List(_) | Self::Free(_)
+            Self::Open(_) | Self::Read | Self::Metadata(_) | Self::List(_) | Self::Space(_)
         )
     }
 }
@@ -59,7 +59,7 @@ impl Debug for Call<'_> {
             Self::Read => f.write_str("read_at"),
             Self::Metadata(path) => write!(f, "metadata {}", path.display()),
             Self::List(path) => write!(f, "list {}", path.display()),
-            Self::Free(path) => write!(f, "free {}", path.display()),
+            Self::Space(path) => write!(f, "space {}", path.display()),
         }
     }
 }
@@ -155,8 +155,8 @@ impl<H: Hook> Disk for Hooked<H> {
         self.0.around(Call::List(path), || NoSync.list(path))
     }
 
-    fn free(&self, path: &Path) -> io::Result<u64> {
-        self.0.around(Call::Free(path), || NoSync.free(path))
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        self.0.around(Call::Space(path), || NoSync.space(path))
     }
 }
 
