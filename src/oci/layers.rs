@@ -1,8 +1,8 @@
 //! The layers of an image become layers of the store, each unpacked once.
 //!
 //! A layer is known by its diff id, so whatever image brings it, in whatever compression, it is unpacked only if the
-//! store does not have it. The few that depend on what is below them (a hardlink into a lower layer) are known by the diff
-//! ids of the whole chain.
+//! store does not have it. The few that depend on what is below them (a hardlink into a lower layer, an opaque directory
+//! that has no entry) are known by the diff ids of the whole chain.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -19,6 +19,8 @@ use super::unpack::{self, Dialect, UnpackError, Unpacked};
 use super::{Event, ImageError, Limits, Progress};
 
 const KEY_CONTEXT: &str = "iii 2026 base layer by diff_id v1";
+/// Apart from the other, so that what depends on there being nothing below is not taken for what depends on nothing.
+const CHAIN_CONTEXT: &str = "iii 2026 base layer by chain of diff_ids v1";
 /// Bytes of a blob between two reports of progress.
 const REPORT: u64 = 1 << 20;
 
@@ -230,8 +232,8 @@ struct One<'a, 'b> {
 
 impl One<'_, '_> {
     fn realise(&self, dialect: Dialect<'_>) -> Result<Done, ImageError> {
-        let alone = key(&[self.blob.diff_id]);
-        let chained = key(&self.chain);
+        let alone = key(KEY_CONTEXT, &[self.blob.diff_id]);
+        let chained = key(CHAIN_CONTEXT, &self.chain);
         let find = || match known(self.store, self.lease, &alone)? {
             Some(layer) => Ok::<_, ImageError>(Some(layer)),
             None => known(self.store, self.lease, &chained),
@@ -347,8 +349,8 @@ pub fn unpack_blob(
     })
 }
 
-fn key(diff_ids: &[Digest]) -> KeyId {
-    let mut hasher = blake3::Hasher::new_derive_key(KEY_CONTEXT);
+fn key(context: &str, diff_ids: &[Digest]) -> KeyId {
+    let mut hasher = blake3::Hasher::new_derive_key(context);
     for diff_id in diff_ids {
         hasher.update(diff_id.as_bytes());
     }

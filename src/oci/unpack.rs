@@ -10,7 +10,7 @@
 //! - A symlink of this archive on the way to an entry is followed within the root of the image, as in a chroot, making
 //!   missing directories; the last component never is. A file on the way is an error.
 //! - A hardlink's own metadata is ignored: it has its target's. A target that only layers below have is taken into
-//!   this layer, as copying up would.
+//!   this layer, as copying up would. So is the metadata of an opaque directory that has no entry of its own.
 //! - Owners, modes with setuid, devices and xattrs, `security.*` and `trusted.*` among them, are kept as they are: they
 //!   hold inside a sandbox only.
 //!
@@ -119,7 +119,7 @@ pub enum UnpackError {
 pub enum Dialect<'a> {
     /// A whole root filesystem: names that look like whiteouts are just names.
     Rootfs,
-    /// A layer of an image on these layers, bottom first: whiteouts are whiteouts.
+    /// A layer of an image on these layers, bottom first, which may be none: whiteouts are whiteouts.
     Layer(&'a [Arc<Layer>]),
     /// A layer of an image on layers that are not known yet. One that depends on them is [`UnpackError::NeedsBelow`].
     LayerAlone,
@@ -700,7 +700,8 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         }
     }
 
-    /// An opaque directory hides the one below and needs metadata of its own; without an entry it keeps the other's.
+    /// An opaque directory hides the one below and needs metadata of its own; without an entry it keeps the other's. That
+    /// there is no other depends on the layers below as much.
     fn fill_opaque_metadata(&mut self) -> Result<(), UnpackError> {
         for ix in 0..self.dirs.len() {
             if !self.dirs[ix].opaque || self.dirs[ix].meta.is_some() {
@@ -712,7 +713,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
                 Dialect::LayerAlone => return Err(UnpackError::NeedsBelow),
             };
             let lower = find(below, &self.path_of(ix)).filter(|node| node.kind() == Kind::Dir);
-            self.took_from_below |= lower.is_some();
+            self.took_from_below = true;
             self.dirs[ix].meta = Some(lower.map_or_else(implicit_meta, NodeRef::meta));
         }
         Ok(())

@@ -249,6 +249,47 @@ fn a_layer_is_unpacked_once() {
 }
 
 #[test]
+fn an_opaque_directory_without_an_entry_depends_on_the_layers_below() {
+    let srv = |mode: &str, uid: &str| {
+        let mut head = Head::new(b'5', "srv", 0);
+        head.put(100, mode).put(108, uid);
+        Tar::default().dir("etc").head(&head).file("srv/old", "1")
+    };
+    let bases = [
+        (None, "srv/ opaque"),
+        (
+            Some(Tar::default().dir("etc").dir("srv").end()),
+            "srv/ opaque",
+        ),
+        (Some(srv("0000711", "0000005").end()), "srv/ opaque 711 5:0"),
+        (Some(Tar::default().dir("etc").end()), "srv/ opaque"),
+        (Some(srv("0002770", "0000000").end()), "srv/ opaque 2770"),
+    ];
+    let above = Tar::default()
+        .file("srv/.wh..wh..opq", "")
+        .file("srv/new", "2")
+        .end();
+    // Whichever comes first, none is taken for another's.
+    for first in 0..bases.len() {
+        let test = TestStore::new();
+        for (base, expected) in bases.iter().cycle().skip(first).take(bases.len()) {
+            let layout = Layout::new(&test, "layout");
+            let archives: Vec<&[u8]> = base.iter().chain([&above]).map(|one| &**one).collect();
+            let layers: Vec<_> = archives
+                .iter()
+                .map(|archive| layout.layer(archive, Packing::Plain))
+                .collect();
+            layout.index(&[layout.manifest(&config(&archives), &layers)]);
+            for _ in 0..2 {
+                let image = import(&test, &layout.dir, "x").unwrap().image;
+                let shown = show(&test, &image).pop().unwrap();
+                assert_eq!(shown, ["/ implicit", expected, "srv/new = 2"], "{first}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_name_stands_for_one_image_at_a_time() {
     let test = TestStore::new();
     let path = test.dir.path().join("rootfs.tar");
