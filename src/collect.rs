@@ -1,4 +1,4 @@
-//! Keeping the store from filling up the disk: the limits that hold without a word, and the collection after a build.
+//! Keeping the store from filling up the disk: the limits that hold without a word, and the collection after a build or an image.
 
 use iii_store::{GcReport, Policy, Space, Store, StoreError};
 
@@ -18,7 +18,7 @@ pub fn policy(disk: Space) -> Policy {
 
 /// Collects if the store or the disk is fuller than it should be. Waits for nobody: a collection that runs already does as
 /// well. Nothing where there was nothing to do.
-pub fn after_build(store: &Store) -> Result<Option<GcReport>, StoreError> {
+pub fn if_full(store: &Store) -> Result<Option<GcReport>, StoreError> {
     let disk = store.space()?;
     let policy = policy(disk);
     let is_large = || -> Result<bool, StoreError> {

@@ -18,7 +18,7 @@ use crate::collect;
 use crate::compose;
 use crate::environment;
 use crate::home::{Home, HomeError};
-use crate::oci::{self, Image, ImageError, Origin, Platform, Settings};
+use crate::oci::{self, Image, ImageError, Limits, Origin, Platform, Settings};
 use crate::project::{DocumentError, NameError, Project, ProjectError, WorkerConfig, WorkerName};
 use crate::sandbox::{Sandbox, SandboxError, SandboxSpec};
 use crate::supervise::Signals;
@@ -89,6 +89,8 @@ pub struct Target {
     pub base: Option<String>,
     /// Lets the store be cleared after a build that leaves it or the disk too full.
     pub collect: bool,
+    /// How much of anything a base that is pulled may bring.
+    pub limits: Limits,
 }
 
 /// What to run.
@@ -164,7 +166,7 @@ impl Opened {
         };
         let store = Store::open(home.store())?;
         let wanted = target.base.as_deref().unwrap_or(&project.base_image);
-        let image = base(&store, wanted, target.rebuild, events)?;
+        let image = base(&store, wanted, target.rebuild, &target.limits, events)?;
         let env = environment::for_steps(&image.config.env, project.tool_env());
         Ok(Self {
             project,
@@ -238,7 +240,7 @@ impl Opened {
 
     /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
     fn collect(&self, events: &dyn Fn(Event<'_>)) {
-        match collect::after_build(&self.store) {
+        match collect::if_full(&self.store) {
             Ok(Some(report)) if report.freed > 0 => events(Event::Collected(&report)),
             Ok(_) => {}
             Err(error) => events(Event::Note(format!("clearing the store failed: {error}"))),
@@ -257,6 +259,7 @@ fn base(
     store: &Store,
     name: &str,
     resolve: bool,
+    limits: &Limits,
     events: &(dyn Fn(Event<'_>) + Sync),
 ) -> Result<Image, DevError> {
     let fits = |image: &Image| image.platform.is_none_or(|built| built == Platform::host());
@@ -270,7 +273,7 @@ fn base(
     let pulled = Settings::from_environment()
         .map_err(ImageError::from)
         .and_then(|settings| {
-            oci::pull(store, name, Platform::host(), &settings, &|event| {
+            oci::pull(store, name, Platform::host(), &settings, limits, &|event| {
                 events(Event::Pulling(event));
             })
         });

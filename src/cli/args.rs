@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::limits;
 use super::quantity::{self, Limit, Room};
-use crate::oci::Platform;
+use crate::oci::{self, Platform};
 
 /// Runs iii workers in sandboxes made of shared layers.
 #[derive(Debug, Parser)]
@@ -132,12 +133,27 @@ pub enum Image {
 Environment:
   III_INSECURE_REGISTRIES=HOST[:PORT],...     registries without TLS, besides localhost
   III_REGISTRY_MIRRORS=docker.io=HOST[:PORT][/PREFIX],...
-  SSL_CERT_FILE, HTTPS_PROXY, NO_PROXY        a private CA, a proxy and what it is not for")]
+  SSL_CERT_FILE, HTTPS_PROXY, NO_PROXY        a private CA, a proxy and what it is not for
+
+A limit that an image passes is named in the error. NAME=VALUE of --limit, and of III_LIMITS=NAME=VALUE,...:
+  entries     of one archive                  bytes       of an archive, and of its files
+  path        length of a name                ratio       plain bytes per compressed byte
+  metadata    names and xattrs of an archive  ratio-from  size below which that does not matter
+  extension   a PAX or GNU extension header   holes       of an archive's sparse files
+  document    a manifest, index or config     segments    stretches of data of a sparse file")]
     Pull(Pull),
     /// Import a root filesystem (directory or tar) or an OCI layout
     #[command(after_help = "Examples:
   iii image import ./node.tar --as docker.io/iiidev/node:latest
-  iii image import ./oci-layout --as node:24-slim")]
+  iii image import ./oci-layout --as node:24-slim
+  iii image import ./huge.tar --as huge --limit bytes=128GiB --limit entries=2000000
+
+A limit that an image passes is named in the error. NAME=VALUE of --limit, and of III_LIMITS=NAME=VALUE,...:
+  entries     of one archive                  bytes       of an archive, and of its files
+  path        length of a name                ratio       plain bytes per compressed byte
+  metadata    names and xattrs of an archive  ratio-from  size below which that does not matter
+  extension   a PAX or GNU extension header   holes       of an archive's sparse files
+  document    a manifest, index or config     segments    stretches of data of a sparse file")]
     Import(Import),
     /// List the images in the store
     #[command(after_help = "Examples:
@@ -165,6 +181,15 @@ pub struct Pull {
     /// What it is to be built for [default: linux on this machine's architecture]
     #[arg(long, value_name = "PLATFORM")]
     pub platform: Option<Platform>,
+    #[command(flatten)]
+    pub limits: Raised,
+}
+
+#[derive(Debug, Args)]
+pub struct Raised {
+    /// Take in more of something than usual, as in bytes=128GiB; can be given several times
+    #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = limits::parse)]
+    pub limits: Vec<(oci::Limit, u64)>,
 }
 
 #[derive(Debug, Args)]
@@ -191,6 +216,8 @@ pub struct Import {
     /// Name of the image that it stands for
     #[arg(long = "as", value_name = "IMAGE")]
     pub name: String,
+    #[command(flatten)]
+    pub limits: Raised,
 }
 
 /// Wherever a layer is named, the beginning of its id will do, from 4 hex digits on, if no other layer's begins so.

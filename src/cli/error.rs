@@ -21,8 +21,10 @@ use crate::sandbox::SandboxError;
 use crate::ui::Ui;
 use iii_overlay::OpenError;
 use iii_overlay::upper::UpperError;
+use iii_store::tree::TreeError;
 use iii_store::{LayerId, StoreError};
 
+use super::limits::{self, LimitError};
 use super::store::MIN_PREFIX;
 
 /// Anything that ends a command.
@@ -48,6 +50,8 @@ pub enum CliError {
     Ambiguous { text: String, found: Vec<LayerId> },
     #[error("there is no image called {name} in the store")]
     NoImage { name: String },
+    #[error("the variable {} makes no sense", limits::VARIABLE)]
+    Limits(#[source] LimitError),
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
@@ -90,6 +94,37 @@ fn is_damage(error: &StoreError) -> bool {
     )
 }
 
+/// How to have more of something, where that is what is wrong with an image.
+fn limit_hint(error: &ImageError, has_flag: bool) -> Option<String> {
+    if is_beyond_the_store(error) {
+        return Some("this limit is the store's own and cannot be raised".into());
+    }
+    let passed = error.passed()?;
+    let limit = passed.limit?;
+    if passed.value >= limit.most() {
+        return Some(format!("{limit} cannot be raised any further"));
+    }
+    let raised = limits::raised(limit, passed.value);
+    let variable = limits::VARIABLE;
+    Some(if has_flag {
+        format!("if it is to be trusted with more, raise the limit: --limit {raised}")
+    } else {
+        format!("if it is to be trusted with more, raise the limit: {variable}={raised}")
+    })
+}
+
+fn is_beyond_the_store(error: &ImageError) -> bool {
+    match error {
+        ImageError::Pull { source, .. } | ImageError::Import { source, .. } => {
+            is_beyond_the_store(source)
+        }
+        ImageError::Store(StoreError::Tree(error)) => {
+            matches!(error, TreeError::TooLarge | TreeError::Depth)
+        }
+        _ => false,
+    }
+}
+
 /// What may help where an image cannot be pulled.
 fn pull_hint(error: &ImageError) -> Option<String> {
     let ImageError::Pull { source, .. } = error else {
@@ -113,7 +148,7 @@ fn pull_hint(error: &ImageError) -> Option<String> {
         ImageError::Layout(LayoutError::Platform { .. }) => {
             "another platform: --platform, of `iii image pull`".into()
         }
-        ImageError::Layer { .. } => {
+        ImageError::Layer { source, .. } if source.passed().is_none() => {
             "layers that were whole are kept; run it again to go on".into()
         }
         _ => return None,
@@ -141,12 +176,14 @@ impl CliError {
                 let import = format!(
                     "without a registry: export the image from a container engine, or make one with `scripts/make-base`, then: iii image import PATH --as {name}"
                 );
-                match pull_hint(source) {
+                match limit_hint(source, false).or_else(|| pull_hint(source)) {
                     Some(hint) => format!("{hint}\n{import}"),
                     None => import,
                 }
             }
-            Self::Image(error @ ImageError::Pull { .. }) => pull_hint(error)?,
+            Self::Image(error @ (ImageError::Pull { .. } | ImageError::Import { .. })) => {
+                limit_hint(error, true).or_else(|| pull_hint(error))?
+            }
             Self::NoImage { name } => format!("`iii image list` shows what is there; to bring it in: iii image pull {name}"),
             Self::Dev(DevError::Build(BuildError::Step { .. })) => {
                 "nothing of this step was kept; mend the script or the project and run again".into()

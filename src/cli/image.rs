@@ -5,13 +5,14 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
-use iii_store::Store;
+use iii_store::{GcReport, Store};
 
 use super::args::{Image, Import, InspectImage, List, Pull, RemoveImage};
 use super::table::{Align, Table};
-use super::{CliError, print, print_json};
+use super::{CliError, limits, print, print_json};
+use crate::collect;
 use crate::home::Home;
-use crate::oci::{self, Event, Imported, Platform, Settings};
+use crate::oci::{self, Event, ImageError, Imported, Platform, Settings};
 use crate::tail::inert;
 use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration, human_time};
 
@@ -30,24 +31,61 @@ pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
 }
 
 fn pull(store: &Store, args: &Pull, ui: &Ui) -> Result<ExitCode, CliError> {
-    let settings = Settings::from_environment().map_err(oci::ImageError::from)?;
+    let settings = Settings::from_environment().map_err(ImageError::from)?;
     let platform = args.platform.unwrap_or(Platform::host());
+    let limits = limits::with(&args.limits.limits)?;
     let bars = Bars::new(ui, "pulling");
     store.sweep_dead_leases()?;
-    let pulled = oci::pull(store, &args.name, platform, &settings, &|event| {
+    let pulled = oci::pull(store, &args.name, platform, &settings, &limits, &|event| {
         bars.show(&event);
-    })?;
+    });
     drop(bars);
-    done(&pulled, "pulled", ui);
+    finish(store, pulled, "pulled", ui)?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
+    let limits = limits::with(&args.limits.limits)?;
     let bars = Bars::new(ui, "importing");
-    let imported = oci::import(store, &args.path, &args.name, &|event| bars.show(&event))?;
+    let imported = oci::import(store, &args.path, &args.name, &limits, &|event| {
+        bars.show(&event);
+    });
     drop(bars);
-    done(&imported, "imported", ui);
+    finish(store, imported, "imported", ui)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says what came into the store, and clears the store if it or the disk is too full now. It may have failed for want of space, too.
+fn finish(
+    store: &Store,
+    imported: Result<Imported, ImageError>,
+    how: &str,
+    ui: &Ui,
+) -> Result<(), ImageError> {
+    if let Ok(imported) = &imported {
+        done(imported, how, ui);
+    }
+    if may_collect() {
+        match collect::if_full(store) {
+            Ok(Some(report)) if report.freed > 0 => cleared(&report, ui),
+            Ok(_) => {}
+            Err(error) => ui.warn(format_args!("clearing the store failed: {error}")),
+        }
+    }
+    imported.map(drop)
+}
+
+/// Whether the store may be cleared without being asked to.
+pub fn may_collect() -> bool {
+    std::env::var_os("III_GC").is_none_or(|gc| gc != "off")
+}
+
+/// Says what a collection that nobody asked for has freed.
+pub fn cleared(report: &GcReport, ui: &Ui) {
+    ui.ok(format_args!(
+        "the store was cleared of {} that nobody needed (III_GC=off keeps it)",
+        human_bytes(report.freed)
+    ));
 }
 
 /// Says what came into the store, and how.

@@ -3,6 +3,7 @@
 mod args;
 mod error;
 mod image;
+mod limits;
 mod quantity;
 mod store;
 mod table;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::args::{self, Runtime, Worker};
 use super::error::with_causes;
 use super::image::{self, Bars};
-use super::{CliError, print_json};
+use super::{CliError, limits, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::dev::{self, DevError, Engine, Options, Target};
 use crate::home::Home;
@@ -83,9 +83,9 @@ struct Layers {
     layers: Vec<Report>,
 }
 
-fn target(args: args::Target, ui: &Ui) -> Result<Target, DevError> {
+fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
     match args.runtime {
-        Runtime::Libkrun => return Err(DevError::NoLibkrun),
+        Runtime::Libkrun => return Err(DevError::NoLibkrun.into()),
         Runtime::Auto => ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network"),
         Runtime::Namespace => {}
     }
@@ -94,7 +94,8 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, DevError> {
         rebuild: args.rebuild,
         name: args.name,
         base: args.base,
-        collect: std::env::var_os("III_GC").is_none_or(|gc| gc != "off"),
+        collect: image::may_collect(),
+        limits: limits::with(&[])?,
     })
 }
 
@@ -141,10 +142,7 @@ impl<'a> Printer<'a> {
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
-            Event::Collected(report) => ui.ok(format_args!(
-                "the store was cleared of {} that nobody needed (III_GC=off keeps it)",
-                human_bytes(report.freed)
-            )),
+            Event::Collected(report) => image::cleared(report, ui),
             Event::Note(text) => ui.warn(text),
         }
     }

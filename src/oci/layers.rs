@@ -15,8 +15,9 @@ use iii_store::{KeyId, Layer, LayerId, Lease, Published, Record, Store, StoreErr
 
 use super::digest::Digest;
 use super::stream::{self, Promise, StreamError};
+use super::tar::TarError;
 use super::unpack::{self, Dialect, UnpackError, Unpacked};
-use super::{Event, ImageError, Limits, Progress};
+use super::{Event, ImageError, Limits, Passed, Progress};
 
 const KEY_CONTEXT: &str = "iii 2026 base layer by diff_id v1";
 /// Apart from the other, so that what depends on there being nothing below is not taken for what depends on nothing.
@@ -33,6 +34,20 @@ pub enum LayerError {
     /// Not an archive that can be unpacked.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+}
+
+impl LayerError {
+    /// The limit that was passed, where that is what is wrong.
+    pub fn passed(&self) -> Option<Passed> {
+        match self {
+            Self::Stream(StreamError::Limit(passed))
+            | Self::Unpack(
+                UnpackError::Limit { passed, .. }
+                | UnpackError::Tar(TarError::Limit { passed, .. }),
+            ) => Some(*passed),
+            _ => None,
+        }
+    }
 }
 
 /// The blob of one layer, to be read only if it is needed.

@@ -21,10 +21,8 @@ use super::reference::Reference;
 use super::registry::{RegistryError, Repository};
 use super::stream::{self, Promise, StreamError};
 use super::tar::{Archive, Member, MemberKind, Seekable, TarError};
-use super::{ImageConfig, Limits};
+use super::{ImageConfig, Limits, Passed};
 
-/// Longest index, manifest or configuration, in bytes.
-pub const MAX_DOCUMENT: u64 = 4 << 20;
 /// Most layers of one image.
 pub const MAX_LAYERS: usize = 512;
 /// Most manifests looked at, and deepest nesting of indexes, on the way to one.
@@ -118,13 +116,27 @@ pub enum LayoutError {
         diff_ids: usize,
     },
     /// More than this program accepts.
-    #[error("{what} is over the limit of {limit}")]
-    Limit {
-        /// What is too large.
-        what: &'static str,
-        /// The limit.
-        limit: usize,
-    },
+    #[error("{0}")]
+    Limit(Passed),
+}
+
+impl LayoutError {
+    /// The limit that was passed, where that is what is wrong.
+    pub fn passed(&self) -> Option<Passed> {
+        match self {
+            Self::Limit(passed)
+            | Self::Blob {
+                source: StreamError::Limit(passed),
+                ..
+            }
+            | Self::Tar(TarError::Limit { passed, .. }) => Some(*passed),
+            _ => None,
+        }
+    }
+}
+
+fn fixed(what: &'static str, limit: usize) -> LayoutError {
+    LayoutError::Limit(Passed::fixed(what, limit as u64))
 }
 
 fn available(found: &[String]) -> String {
@@ -205,10 +217,10 @@ impl Files {
                 .into());
             }
             if members.len() >= MAX_MEMBERS {
-                return Err(LayoutError::Limit {
-                    what: "the number of files in the archive of an image",
-                    limit: MAX_MEMBERS,
-                });
+                return Err(fixed(
+                    "the number of files in the archive of an image",
+                    MAX_MEMBERS,
+                ));
             }
             members.insert(path, place);
         }
@@ -228,13 +240,14 @@ impl Files {
         &self,
         name: &Reference,
         platform: Platform,
+        limits: &Limits,
     ) -> Result<FoundImage<'_>, LayoutError> {
         if let Self::Remote(repository) = self {
-            self.find_remote(repository, name, platform)
+            self.find_remote(repository, name, platform, limits)
         } else if self.has("manifest.json") && !self.has("index.json") {
-            self.find_docker(name, platform)
+            self.find_docker(name, platform, limits)
         } else {
-            self.find_in_index(name, platform)
+            self.find_in_index(name, platform, limits)
         }
     }
 
@@ -289,9 +302,10 @@ impl Files {
         name: &str,
         promise: Promise,
         what: &'static str,
+        limits: &Limits,
     ) -> Result<(T, Digest), LayoutError> {
         let (reader, _) = self.open(name)?;
-        let bytes = read_document(reader, promise, name)?;
+        let bytes = read_document(reader, promise, name, limits)?;
         Ok((parse(&bytes, name, what)?, Digest::of(&bytes)))
     }
 
@@ -299,6 +313,7 @@ impl Files {
         &self,
         descriptor: &Descriptor,
         what: &'static str,
+        limits: &Limits,
     ) -> Result<(T, Digest), LayoutError> {
         let digest = digest_of(descriptor)?;
         let promise = Promise {
@@ -308,12 +323,12 @@ impl Files {
         };
         let media_type = descriptor.media_type().to_string();
         let name = blob_path(&digest);
-        if promise.size > Some(MAX_DOCUMENT) {
+        if promise.size > Some(limits.document) {
             // Not even asked for.
-            read_document(io::empty(), promise, &name)?;
+            read_document(io::empty(), promise, &name, limits)?;
         }
         let reader = self.open_blob(digest, descriptor.size(), &media_type)?;
-        let bytes = read_document(reader, promise, &name)?;
+        let bytes = read_document(reader, promise, &name, limits)?;
         Ok((parse(&bytes, &name, what)?, digest))
     }
 
@@ -321,15 +336,16 @@ impl Files {
         &self,
         name: &Reference,
         platform: Platform,
+        limits: &Limits,
     ) -> Result<FoundImage<'_>, LayoutError> {
         let (index, _): (ImageIndex, _) =
-            self.document("index.json", Promise::default(), "image index")?;
+            self.document("index.json", Promise::default(), "image index", limits)?;
         let mut found = Collected::default();
-        self.collect(&index, None, 0, &mut found)?;
+        self.collect(&index, None, 0, &mut found, limits)?;
         let chosen = choose(found.candidates, Some(name), platform)?;
         let (manifest, digest): (ImageManifest, _) =
-            self.blob(&chosen.descriptor, "image manifest")?;
-        self.of_manifest(&manifest, digest, platform)
+            self.blob(&chosen.descriptor, "image manifest", limits)?;
+        self.of_manifest(&manifest, digest, platform, limits)
     }
 
     /// The digest of the name, else its tag, is asked for once. All else is named by digests.
@@ -338,6 +354,7 @@ impl Files {
         repository: &Repository,
         name: &Reference,
         platform: Platform,
+        limits: &Limits,
     ) -> Result<FoundImage<'_>, LayoutError> {
         let asked = match (name.digest(), name.tag()) {
             (Some(digest), _) => digest.to_string(),
@@ -349,7 +366,7 @@ impl Files {
             ..Promise::default()
         };
         let (reader, header) = repository.manifest(&asked)?;
-        let bytes = read_document(reader, promise, &document)?;
+        let bytes = read_document(reader, promise, &document, limits)?;
         let digest = Digest::of(&bytes);
         let top: Top = parse(&bytes, &document, "image manifest")?;
         let media_type = match (top.media_type.or(header), top.manifests) {
@@ -363,7 +380,7 @@ impl Files {
         };
         if is_manifest(&media_type) {
             let manifest = parse(&bytes, &document, "image manifest")?;
-            return self.of_manifest(&manifest, digest, platform);
+            return self.of_manifest(&manifest, digest, platform, limits);
         }
         if !is_index(&media_type) {
             return Err(LayoutError::MediaType {
@@ -374,11 +391,11 @@ impl Files {
         }
         let index = parse(&bytes, &document, "image index")?;
         let mut found = Collected::default();
-        self.collect(&index, None, 0, &mut found)?;
+        self.collect(&index, None, 0, &mut found, limits)?;
         let chosen = choose(found.candidates, None, platform)?;
         let (manifest, digest): (ImageManifest, _) =
-            self.blob(&chosen.descriptor, "image manifest")?;
-        self.of_manifest(&manifest, digest, platform)
+            self.blob(&chosen.descriptor, "image manifest", limits)?;
+        self.of_manifest(&manifest, digest, platform, limits)
     }
 
     fn of_manifest(
@@ -386,6 +403,7 @@ impl Files {
         manifest: &ImageManifest,
         digest: Digest,
         platform: Platform,
+        limits: &Limits,
     ) -> Result<FoundImage<'_>, LayoutError> {
         let manifest_name = || blob_path(&digest);
         let config = manifest.config();
@@ -397,7 +415,7 @@ impl Files {
             });
         }
         let (config, config_digest): (ImageConfiguration, _) =
-            self.blob(config, "image configuration")?;
+            self.blob(config, "image configuration", limits)?;
         check_platform(&config, platform)?;
         let diff_ids = diff_ids(&config, &blob_path(&config_digest), manifest.layers().len())?;
         let mut layers = Vec::new();
@@ -434,19 +452,14 @@ impl Files {
         name: Option<&str>,
         depth: usize,
         found: &mut Collected,
+        limits: &Limits,
     ) -> Result<(), LayoutError> {
         found.indexes += 1;
         if found.indexes > MAX_INDEXES {
-            return Err(LayoutError::Limit {
-                what: "the number of image indexes",
-                limit: MAX_INDEXES,
-            });
+            return Err(fixed("the number of image indexes", MAX_INDEXES));
         }
         if depth >= MAX_INDEX_DEPTH {
-            return Err(LayoutError::Limit {
-                what: "the nesting of image indexes",
-                limit: MAX_INDEX_DEPTH,
-            });
+            return Err(fixed("the nesting of image indexes", MAX_INDEX_DEPTH));
         }
         for descriptor in index.manifests() {
             let annotation = |key| {
@@ -464,14 +477,11 @@ impl Files {
                 .or(name);
             let media_type = descriptor.media_type().as_ref();
             if is_index(media_type) {
-                let (nested, _): (ImageIndex, _) = self.blob(descriptor, "image index")?;
-                self.collect(&nested, name, depth + 1, found)?;
+                let (nested, _): (ImageIndex, _) = self.blob(descriptor, "image index", limits)?;
+                self.collect(&nested, name, depth + 1, found, limits)?;
             } else if is_manifest(media_type) {
                 if found.candidates.len() >= MAX_MANIFESTS {
-                    return Err(LayoutError::Limit {
-                        what: "the number of manifests",
-                        limit: MAX_MANIFESTS,
-                    });
+                    return Err(fixed("the number of manifests", MAX_MANIFESTS));
                 }
                 found.candidates.push(Candidate {
                     descriptor: descriptor.clone(),
@@ -487,9 +497,14 @@ impl Files {
         &self,
         name: &Reference,
         platform: Platform,
+        limits: &Limits,
     ) -> Result<FoundImage<'_>, LayoutError> {
-        let (images, _): (Vec<DockerImage>, _) =
-            self.document("manifest.json", Promise::default(), "list of saved images")?;
+        let (images, _): (Vec<DockerImage>, _) = self.document(
+            "manifest.json",
+            Promise::default(),
+            "list of saved images",
+            limits,
+        )?;
         let named = |image: &&DockerImage| {
             let tags = image.repo_tags.iter().flatten();
             tags.filter_map(|tag| tag.parse().ok())
@@ -518,7 +533,7 @@ impl Files {
             ..Promise::default()
         };
         let (config, digest): (ImageConfiguration, _) =
-            self.document(&image.config, promise, "image configuration")?;
+            self.document(&image.config, promise, "image configuration", limits)?;
         check_platform(&config, platform)?;
         let diff_ids = diff_ids(&config, &image.config, image.layers.len())?;
         let mut layers = Vec::new();
@@ -626,8 +641,13 @@ struct Top {
     manifests: Option<serde::de::IgnoredAny>,
 }
 
-fn read_document(reader: impl Read, promise: Promise, name: &str) -> Result<Vec<u8>, LayoutError> {
-    stream::read_small(reader, promise, MAX_DOCUMENT).map_err(|source| LayoutError::Blob {
+fn read_document(
+    reader: impl Read,
+    promise: Promise,
+    name: &str,
+    limits: &Limits,
+) -> Result<Vec<u8>, LayoutError> {
+    stream::read_document(reader, promise, limits).map_err(|source| LayoutError::Blob {
         name: name.to_owned(),
         source,
     })
@@ -768,10 +788,7 @@ fn diff_ids(
         });
     }
     if layers > MAX_LAYERS {
-        return Err(LayoutError::Limit {
-            what: "the number of layers",
-            limit: MAX_LAYERS,
-        });
+        return Err(fixed("the number of layers", MAX_LAYERS));
     }
     let parse = |text: &String| {
         text.parse().map_err(|source| LayoutError::Digest {

@@ -5,11 +5,13 @@
 //! need not be read again. A tag is asked for when it is pulled, and stands for what it was then until it is pulled again.
 //!
 //! [`stream`] reads blobs and verifies them, [`unpack`] makes trees of archives, [`layers`] keeps what the store has
-//! already from being unpacked again; [`layout`] finds images in documents, and [`registry`] brings these from afar.
+//! already from being unpacked again; [`layout`] finds images in documents, and [`registry`] brings these from afar. What a
+//! stranger can make large is bounded by [`limits`].
 
 pub mod digest;
 pub mod layers;
 pub mod layout;
+pub mod limits;
 pub mod platform;
 pub mod reference;
 pub mod registry;
@@ -29,6 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use digest::Digest;
 pub use layers::LayerError;
 pub use layout::LayoutError;
+pub use limits::{Limit, Limits, Passed};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
 pub use registry::{RegistryError, Settings};
@@ -38,64 +41,6 @@ use layers::Realised;
 use layout::Files;
 use stream::{Promise, StreamError};
 use unpack::Dialect;
-
-/// How much of anything an archive may bring. The values of [`Limits::default`] are the constants of this module.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// See [`MAX_ENTRIES`].
-    pub entries: u64,
-    /// See [`MAX_PATH`].
-    pub path: usize,
-    /// See [`MAX_METADATA`].
-    pub metadata: u64,
-    /// See [`MAX_EXTENSION`].
-    pub extension: u64,
-    /// See [`MAX_BYTES`].
-    pub bytes: u64,
-    /// See [`MAX_RATIO`].
-    pub ratio: u64,
-    /// See [`RATIO_FROM`].
-    pub ratio_from: u64,
-    /// See [`MAX_HOLES`].
-    pub holes: u64,
-    /// See [`MAX_SEGMENTS`].
-    pub segments: usize,
-}
-
-/// Most entries of one archive, replaced ones included: as many as a layer can have.
-pub const MAX_ENTRIES: u64 = iii_store::tree::MAX_NODES as u64;
-/// Longest name, and longest link target, in bytes (Linux's `PATH_MAX`).
-pub const MAX_PATH: usize = 4096;
-/// Most bytes of names, link targets and xattrs of one archive together; they are held in memory.
-pub const MAX_METADATA: u64 = 256 << 20;
-/// Longest PAX header or GNU long name, in bytes (as in Go's `archive/tar`).
-pub const MAX_EXTENSION: u64 = 1 << 20;
-/// Most bytes of one archive, and of all files in it together.
-pub const MAX_BYTES: u64 = 64 << 30;
-/// Most plain bytes per compressed byte. DEFLATE reaches 1032, on zeros alone.
-pub const MAX_RATIO: u64 = 200;
-/// Plain bytes of an archive below which its ratio does not matter.
-pub const RATIO_FROM: u64 = 1 << 30;
-/// Most bytes of holes in the sparse files of one archive together. They are stored as zeros.
-pub const MAX_HOLES: u64 = 4 << 30;
-/// Most stretches of data between the holes of one sparse file.
-pub const MAX_SEGMENTS: usize = 64 << 10;
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            entries: MAX_ENTRIES,
-            path: MAX_PATH,
-            metadata: MAX_METADATA,
-            extension: MAX_EXTENSION,
-            bytes: MAX_BYTES,
-            ratio: MAX_RATIO,
-            ratio_from: RATIO_FROM,
-            holes: MAX_HOLES,
-            segments: MAX_SEGMENTS,
-        }
-    }
-}
 
 /// What an image says about running it. All empty for a root filesystem that never was an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -294,6 +239,19 @@ pub enum ImageError {
     Store(#[from] StoreError),
 }
 
+impl ImageError {
+    /// The limit that was passed, where that is what is wrong.
+    pub fn passed(&self) -> Option<Passed> {
+        match self {
+            Self::Pull { source, .. } | Self::Import { source, .. } => source.passed(),
+            Self::Layout(error) => error.passed(),
+            Self::Layer { source, .. } | Self::Archive(source) => source.passed(),
+            Self::Rootfs(RootfsError::Limit { passed, .. }) => Some(*passed),
+            _ => None,
+        }
+    }
+}
+
 /// Brings what is at `path` into the store as the image `name`, in place of what had that name.
 ///
 /// `path` is a directory with a root filesystem, a tar archive of one, the directory of an OCI layout, or a tar archive
@@ -303,16 +261,16 @@ pub fn import(
     store: &Store,
     path: &Path,
     name: &str,
+    limits: &Limits,
     progress: &Progress<'_>,
 ) -> Result<Imported, ImageError> {
     let start = Instant::now();
     let name: Reference = name.parse()?;
-    let limits = Limits::default();
     let lease = store.lease("import of an image")?;
     let importer = Importer {
         store,
         lease: &lease,
-        limits: &limits,
+        limits,
         progress,
     };
     let content = importer.content(path, &name)?;
@@ -337,16 +295,16 @@ pub fn pull(
     name: &str,
     platform: Platform,
     settings: &Settings,
+    limits: &Limits,
     progress: &Progress<'_>,
 ) -> Result<Imported, ImageError> {
     let start = Instant::now();
     let name: Reference = name.parse()?;
-    let limits = Limits::default();
     let lease = store.lease(&format!("pull of {name}"))?;
     let importer = Importer {
         store,
         lease: &lease,
-        limits: &limits,
+        limits,
         progress,
     };
     let pulled = || -> Result<Contents, ImageError> {
@@ -549,7 +507,7 @@ impl Importer<'_> {
         platform: Platform,
         origin: Origin,
     ) -> Result<Contents, ImageError> {
-        let found = files.find_image(name, platform)?;
+        let found = files.find_image(name, platform, self.limits)?;
         Ok(Contents {
             realised: layers::realise(
                 self.store,

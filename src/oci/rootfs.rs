@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::Limits;
+use super::{Limit, Limits, Passed};
 
 /// What belongs to the host that the directory is on and not to its contents.
 const HOST_XATTRS: [&[u8]; 2] = [b"security.selinux", b"trusted.overlay."];
@@ -42,14 +42,12 @@ pub enum RootfsError {
         source: io::Error,
     },
     /// More than this program accepts.
-    #[error("{}: {what} is over the limit of {limit}", path.display())]
+    #[error("{}: {passed}", path.display())]
     Limit {
         /// Where the limit was passed.
         path: PathBuf,
         /// What is too large.
-        what: &'static str,
-        /// The limit.
-        limit: u64,
+        passed: Passed,
     },
     /// The store did not take the contents of a file.
     #[error("storing {} failed", path.display())]
@@ -124,16 +122,20 @@ pub fn take(
             }
         }
         depth += 1;
-        let limit = |what, limit| RootfsError::Limit {
+        let limit = |passed| RootfsError::Limit {
             path: root.to_owned(),
-            what,
-            limit,
+            passed,
         };
         if entries + (dirs.len() - next) as u64 > limits.entries {
-            return Err(limit("the number of entries", limits.entries));
+            return Err(limit(
+                limits.passed(Limit::Entries, "the number of entries"),
+            ));
         }
         if depth > MAX_DEPTH {
-            return Err(limit("the depth of directories", MAX_DEPTH as u64));
+            return Err(limit(Passed::fixed(
+                "the depth of its directories",
+                MAX_DEPTH as u64,
+            )));
         }
         level = next..dirs.len();
         on_level(entries);

@@ -7,8 +7,8 @@ use std::thread;
 
 use sha2::{Digest as _, Sha256};
 
-use super::Limits;
 use super::digest::Digest;
+use super::{Limit, Limits, Passed};
 
 /// Plain bytes handed over at once, and how many such pieces may wait.
 const CHUNK: usize = 256 << 10;
@@ -59,13 +59,8 @@ pub enum StreamError {
         actual: Digest,
     },
     /// Larger than this program accepts.
-    #[error("{what} is over the limit of {limit}")]
-    Limit {
-        /// What is too large.
-        what: &'static str,
-        /// The limit.
-        limit: u64,
-    },
+    #[error("{0}")]
+    Limit(Passed),
 }
 
 /// What is promised of a blob.
@@ -148,18 +143,26 @@ pub fn read_blob<T, E: From<StreamError>>(
     })
 }
 
-/// Reads a blob that is needed in memory as it is stored, of at most `limit` bytes.
-pub fn read_small(blob: impl Read, promise: Promise, limit: u64) -> Result<Vec<u8>, StreamError> {
-    let what = "the size of a JSON document";
+/// Reads a document, which is needed in memory as it is stored.
+pub fn read_document(
+    blob: impl Read,
+    promise: Promise,
+    limits: &Limits,
+) -> Result<Vec<u8>, StreamError> {
+    let limit = limits.document;
+    let passed = || {
+        let passed = limits.passed(Limit::Document, "the size of a JSON document, in bytes,");
+        StreamError::Limit(passed)
+    };
     if promise.size.is_some_and(|size| size > limit) {
-        return Err(StreamError::Limit { what, limit });
+        return Err(passed());
     }
     let mut bytes = Vec::new();
     blob.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(StreamError::Read)?;
     if bytes.len() as u64 > limit {
-        return Err(StreamError::Limit { what, limit });
+        return Err(passed());
     }
     if let Some(expected) = promise.size
         && expected != bytes.len() as u64
@@ -355,13 +358,11 @@ fn send_all(
         let stored = read.load(Ordering::Relaxed).max(1);
         if total > limits.bytes {
             let what = "the size of the archive, in bytes,";
-            let limit = limits.bytes;
-            return Err(StreamError::Limit { what, limit });
+            return Err(StreamError::Limit(limits.passed(Limit::Bytes, what)));
         }
         if total > limits.ratio_from && total / stored > limits.ratio {
             let what = "the ratio at which it is compressed";
-            let limit = limits.ratio;
-            return Err(StreamError::Limit { what, limit });
+            return Err(StreamError::Limit(limits.passed(Limit::Ratio, what)));
         }
         let chunk = Chunk {
             bytes,

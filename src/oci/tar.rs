@@ -18,7 +18,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use iii_store::tree::{MAX_XATTR_NAME, MAX_XATTR_VALUE, MAX_XATTRS, Mtime, Rdev, Xattrs};
 
-use super::Limits;
+use super::{Limit, Limits, Passed};
 
 const BLOCK: usize = 512;
 const SKIP_CHUNK: usize = 64 << 10;
@@ -115,14 +115,12 @@ pub enum TarError {
         entry: EntryName,
     },
     /// Something larger than this program accepts.
-    #[error("{entry}: {what} is over the limit of {limit}")]
+    #[error("{entry}: {passed}")]
     Limit {
         /// The member.
         entry: EntryName,
         /// What is too large.
-        what: &'static str,
-        /// The limit it is over.
-        limit: u64,
+        passed: Passed,
     },
 }
 
@@ -491,8 +489,10 @@ impl<'l, R: Input> Archive<'l, R> {
         if size > self.limits.extension {
             return Err(TarError::Limit {
                 entry: entry(),
-                what: "the size of a PAX or GNU extension header",
-                limit: self.limits.extension,
+                passed: self.limits.passed(
+                    Limit::Extension,
+                    "the size of a PAX or GNU extension header",
+                ),
             });
         }
         let mut text = vec![0; size as usize];
@@ -533,16 +533,14 @@ impl<'l, R: Input> Archive<'l, R> {
             entry: entry(),
             field,
         };
-        for (bytes, what, limit) in [
-            (&path, "the length of its name", self.limits.path),
-            (&link, "the length of its link target", self.limits.path),
+        for (bytes, what) in [
+            (&path, "the length of its name"),
+            (&link, "the length of its link target"),
         ] {
-            if bytes.len() > limit {
-                let limit = limit as u64;
+            if bytes.len() > self.limits.path {
                 return Err(TarError::Limit {
                     entry: entry(),
-                    what,
-                    limit,
+                    passed: self.limits.passed(Limit::Path, what),
                 });
             }
         }
@@ -621,8 +619,9 @@ impl<'l, R: Input> Archive<'l, R> {
         if self.claimed > self.limits.bytes {
             return Err(TarError::Limit {
                 entry: EntryName(path.to_vec()),
-                what: "the sum of the sizes of files, in bytes,",
-                limit: self.limits.bytes,
+                passed: self
+                    .limits
+                    .passed(Limit::Bytes, "the sum of the sizes of files, in bytes,"),
             });
         }
         Ok(())
@@ -743,8 +742,9 @@ impl<'l, R: Input> Archive<'l, R> {
     fn too_many_segments(&self) -> TarError {
         TarError::Limit {
             entry: EntryName(self.contents.path.clone()),
-            what: "the number of its segments between holes",
-            limit: self.limits.segments as u64,
+            passed: self
+                .limits
+                .passed(Limit::Segments, "the number of its segments between holes"),
         }
     }
 
@@ -775,8 +775,10 @@ impl<'l, R: Input> Archive<'l, R> {
         if self.holes > self.limits.holes {
             return Err(TarError::Limit {
                 entry: EntryName(self.contents.path.clone()),
-                what: "the sum of the holes in sparse files, in bytes,",
-                limit: self.limits.holes,
+                passed: self.limits.passed(
+                    Limit::Holes,
+                    "the sum of the holes in sparse files, in bytes,",
+                ),
             });
         }
         self.contents.size = size;
@@ -788,8 +790,7 @@ impl<'l, R: Input> Archive<'l, R> {
 fn xattrs(path: &[u8], records: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Xattrs, TarError> {
     let limit = |what, limit| TarError::Limit {
         entry: EntryName(path.to_vec()),
-        what,
-        limit,
+        passed: Passed::fixed(what, limit),
     };
     let mut xattrs = Xattrs::new();
     for (name, value) in records {

@@ -33,8 +33,8 @@ use iii_store::tree::{
 };
 use iii_store::{Ingest, Kind, Layer, NodeRef, ObjectId, StoreError};
 
-use super::Limits;
 use super::tar::{Archive, EntryName, Input, Member, MemberKind, TarError};
+use super::{Limit, Limits, Passed};
 
 /// Files above this are hashed and stored as they are read, smaller ones in batches by threads of their own.
 const BATCHED_FILE: u64 = 2 << 20;
@@ -60,9 +60,6 @@ pub enum UnpackError {
     /// A component of the name is too long.
     #[error("{0}: a component of its name is longer than {MAX_NAME} bytes")]
     NameTooLong(EntryName),
-    /// Directories nested too deeply, be it through symlinks.
-    #[error("{0}: is more than {MAX_DEPTH} directories deep")]
-    TooDeep(EntryName),
     /// Too many symlinks, most likely in a circle.
     #[error("{0}: its name leads through more than {MAX_SYMLINKS} symlinks")]
     SymlinkLoop(EntryName),
@@ -100,14 +97,12 @@ pub enum UnpackError {
     #[error("it depends on the layers below it")]
     NeedsBelow,
     /// Larger than this program accepts.
-    #[error("{entry}: {what} is over the limit of {limit}")]
+    #[error("{entry}: {passed}")]
     Limit {
         /// The entry at which the limit was passed.
         entry: EntryName,
         /// What is too large.
-        what: &'static str,
-        /// The limit.
-        limit: u64,
+        passed: Passed,
     },
     /// The store did not take the contents of a file.
     #[error("storing the contents of an archive failed")]
@@ -456,19 +451,22 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
             .map(|(name, value)| name.len() + value.len());
         let metadata = member.path.len() + member.link.len() + xattrs.sum::<usize>();
         self.metadata = self.metadata.saturating_add(metadata as u64);
-        for (have, what, limit) in [
-            (self.entries, "the number of entries", self.limits.entries),
+        self.check_limits(member)
+    }
+
+    fn check_limits(&self, member: &Member) -> Result<(), UnpackError> {
+        for (have, limit, what) in [
+            (self.entries, Limit::Entries, "the number of entries"),
             (
                 self.metadata,
+                Limit::Metadata,
                 "the size of all names and xattrs together, in bytes,",
-                self.limits.metadata,
             ),
         ] {
-            if have > limit {
+            if have > self.limits.get(limit) {
                 return Err(UnpackError::Limit {
                     entry: member.name(),
-                    what,
-                    limit,
+                    passed: self.limits.passed(limit, what),
                 });
             }
         }
@@ -512,6 +510,7 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
             self.entries += 1;
         }
         self.metadata = self.metadata.saturating_add(walk.followed);
+        self.check_limits(member)?;
         Ok(walk.dir)
     }
 
@@ -524,7 +523,11 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
     ) -> Result<DirIx, UnpackError> {
         let depth = self.dirs[parent].depth + 1;
         if depth > MAX_DEPTH {
-            return Err(UnpackError::TooDeep(member.name()));
+            // Be it through symlinks.
+            return Err(UnpackError::Limit {
+                entry: member.name(),
+                passed: Passed::fixed("the depth of its directories", MAX_DEPTH as u64),
+            });
         }
         let ix = self.dirs.len();
         self.dirs[parent]

@@ -5,8 +5,11 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::mount::{MountFlags, mount};
+use tempfile::TempDir;
 
 use crate::harness::{Home, Project, is_root, skip};
 
@@ -198,4 +201,72 @@ fn a_full_disk() {
         .says(&["No space left on device"]);
     project.remove("big-file");
     assert_eq!(home.build(&project, &[]).bytes(), 0);
+}
+
+/// A home whose runs have this in their environment.
+fn home_with(variable: &str) -> Home {
+    let program = ["/usr/bin/env", variable, env!("CARGO_BIN_EXE_iii")];
+    Home::through(
+        TempDir::with_prefix("home-").unwrap(),
+        program.map(PathBuf::from).to_vec(),
+    )
+}
+
+/// An archive with a file below `usr` and directories of two letters.
+fn deep_archive(dir: &Path, depth: usize) -> PathBuf {
+    let path = dir.join(format!("{depth}.tar"));
+    fs::create_dir_all(dir.join("usr")).unwrap();
+    fs::write(dir.join("usr/file"), "").unwrap();
+    let transform = format!("--transform=s,^usr/file,usr/{}file,", "ab/".repeat(depth));
+    let made = Command::new("tar")
+        .args(["--format=pax", &transform, "-C"])
+        .args([dir.as_os_str(), "-cf".as_ref(), path.as_os_str()])
+        .arg("usr")
+        .status()
+        .unwrap();
+    assert!(made.success());
+    path
+}
+
+#[test]
+fn limits_are_told_and_raised() {
+    let dir = TempDir::new().unwrap();
+    let archive = deep_archive(dir.path(), 1800);
+    let import = ["image", "import", archive.to_str().unwrap(), "--as", "deep"];
+    let with = |more: &[&'static str]| [&import[..], more].concat();
+    let home = Home::new();
+    home.run(&import).fails().says(&[
+        "the length of its name is over the limit of 4096 (path)",
+        "--limit path=8KiB",
+    ]);
+    home.run(&with(&["--limit", "entries=9000", "--limit", "path=8KiB"]))
+        .ok();
+    home.run(&with(&["--limit", "path=8KiB", "--limit", "entries=100"]))
+        .fails()
+        .says(&[
+            "the number of entries is over the limit of 100 (entries)",
+            "--limit entries=200",
+        ]);
+    for (text, says) in [
+        ("depth=1", "there is no limit called \"depth\""),
+        ("bytes=1YB", "bytes takes a size, as in bytes=20MiB"),
+        ("entries=0", "entries must be from 1"),
+        ("entries", "the names are entries, path, metadata"),
+    ] {
+        home.run(&with(&["--limit", text])).exits(2).says(&[says]);
+        let home = home_with(&format!("III_LIMITS={text}"));
+        home.run(&import).fails().says(&["III_LIMITS", says]);
+    }
+    // The variable alone, and what the command line says before it.
+    let home = home_with("III_LIMITS=path=8KiB,entries=100");
+    home.run(&import).fails().says(&["--limit entries=200"]);
+    home.run(&with(&["--limit", "entries=9000"])).ok();
+    // No flag lets a store have what it cannot.
+    let archive = deep_archive(dir.path(), 2100);
+    let import = ["image", "import", archive.to_str().unwrap(), "--as", "deep"];
+    let ended = home
+        .run(&[&import[..], &["--limit", "entries=9000"]].concat())
+        .fails()
+        .says(&["the depth of its directories is over the limit of 2048, which cannot be raised"]);
+    assert!(!ended.stderr.contains("--limit"), "{}", ended.stderr);
 }

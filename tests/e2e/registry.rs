@@ -541,8 +541,24 @@ fn a_worker_brings_its_base() {
     layout.image("one", arch(), &[("a", 10)]);
     registry.push(&layout, "one", "box:1", &[]);
     let name = format!("{}/box:1", registry.host);
+    let limited = [
+        "/usr/bin/env",
+        "III_LIMITS=document=300",
+        env!("CARGO_BIN_EXE_iii"),
+    ];
+    let limited = Home::through(
+        TempDir::with_prefix("home-").unwrap(),
+        limited.map(PathBuf::from).to_vec(),
+    );
     let home = Home::new();
     let project = Project::scripts("true", "true", "echo made by $MADE_BY; exec sleep 1000");
+    limited
+        .run(&["worker", "build", project.arg(), "--base", &name])
+        .fails()
+        .says(&[
+            "is over the limit of 300 (document)",
+            "III_LIMITS=document=600",
+        ]);
     let mut worker = home.dev(&project, &["--base", &name]);
     worker.wait_for("pulled in");
     worker.wait_for("made by umoci");

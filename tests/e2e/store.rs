@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
 use rustix::mount::{MountFlags, mount};
 use serde_json::Value;
@@ -572,6 +573,48 @@ fn a_build_clears_a_store_that_fills_the_disk() {
     assert!((1..10).contains(&cleared), "cleared {cleared} times");
     // The last one is still there.
     assert_eq!(home.build(&project, &[]).built(), "");
+}
+
+#[test]
+fn an_image_clears_a_store_that_fills_the_disk() {
+    if !is_root() {
+        skip("clearing a full disk", "needs root to mount a small tmpfs");
+        return;
+    }
+    let project = Project::empty();
+    let archive = project.path().join("root.tar");
+    for (home, clears) in [(Home::that_clears(), true), (Home::new(), false)] {
+        std::fs::create_dir(home.state()).unwrap();
+        let options = Some(c"size=20m");
+        mount("tmpfs", home.state(), "tmpfs", MountFlags::empty(), options).unwrap();
+        std::fs::write(home.state().join("ballast"), vec![1; 10 << 20]).unwrap();
+        let mut cleared = 0;
+        // Each takes the name of the one before, which nothing keeps then but that it was unpacked once.
+        for _ in 0..12 {
+            let made = Command::new("sh")
+                .args([
+                    "-ec",
+                    "mkdir -p usr && head -c 1500000 /dev/urandom >usr/x && tar cf root.tar usr",
+                ])
+                .current_dir(project.path())
+                .status();
+            assert!(made.unwrap().success());
+            let import = ["image", "import", archive.to_str().unwrap(), "--as", "x"];
+            let ended = home.run(&import);
+            if clears {
+                let ended = ended.ok();
+                cleared += usize::from(ended.stderr.contains("the store was cleared of"));
+            } else if ended.status.success() {
+                assert!(!ended.stderr.contains("cleared"), "{}", ended.stderr);
+            } else {
+                ended.says(&["No space left on device"]);
+                // There is no room for it, and it stays so.
+                cleared = 1;
+                break;
+            }
+        }
+        assert!(cleared > 0);
+    }
 }
 
 /// The pack that holds `bytes`, with one of them flipped.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::auth::Bearer;
 use super::*;
 use crate::oci::tests::{Tar, TestStore, chain};
-use crate::oci::{self, Image, Imported, Platform};
+use crate::oci::{self, Image, Imported, Limits, Platform};
 
 /// A request as the server sees it.
 #[derive(Debug, Clone)]
@@ -238,7 +238,15 @@ fn settings() -> Settings {
 }
 
 fn pull_with(test: &TestStore, name: &str, settings: &Settings) -> Result<Imported, String> {
-    oci::pull(&test.store, name, Platform::host(), settings, &|_| {}).map_err(|error| chain(&error))
+    oci::pull(
+        &test.store,
+        name,
+        Platform::host(),
+        settings,
+        &Limits::default(),
+        &|_| {},
+    )
+    .map_err(|error| chain(&error))
 }
 
 fn pull(test: &TestStore, server: &Server) -> Result<Image, String> {
@@ -304,9 +312,16 @@ fn of_an_index_the_right_platform_is_taken() {
     let server = Server::new(move |request| content.get(request));
     for (platform, expected) in [(Platform::Amd64, &amd), (Platform::Arm64, &arm)] {
         let name = format!("{}/a/b:1", server.host);
-        let image = oci::pull(&test.store, &name, platform, &settings(), &|_| {})
-            .unwrap()
-            .image;
+        let image = oci::pull(
+            &test.store,
+            &name,
+            platform,
+            &settings(),
+            &Limits::default(),
+            &|_| {},
+        )
+        .unwrap()
+        .image;
         assert_eq!(image.digest.unwrap().to_string(), expected["digest"]);
         assert_eq!(image.platform, Some(platform));
     }

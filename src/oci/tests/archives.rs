@@ -567,7 +567,10 @@ fn hostile_archives_are_refused_by_name() {
                 .file("x", ""),
             "the length of its name is over the limit of 4096",
         ),
-        (nested, "is more than 2048 directories deep"),
+        (
+            nested,
+            "the depth of its directories is over the limit of 2048, which cannot be raised",
+        ),
         (tar().head(&huge), "cut short"),
         (
             tar().pax(&[("size", b"999999999999999")]).file("x", ""),

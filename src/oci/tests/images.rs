@@ -159,7 +159,7 @@ fn upper() -> Vec<u8> {
 }
 
 fn import(test: &TestStore, path: &std::path::Path, name: &str) -> Result<Imported, String> {
-    oci::import(&test.store, path, name, &|_| {}).map_err(|error| chain(&error))
+    oci::import(&test.store, path, name, &Limits::default(), &|_| {}).map_err(|error| chain(&error))
 }
 
 fn show(test: &TestStore, image: &Image) -> Vec<Vec<String>> {
@@ -322,7 +322,7 @@ fn a_directory_becomes_an_image() {
     fs::create_dir_all(root.join("usr")).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
     let told = std::sync::Mutex::new(Vec::new());
-    let imported = oci::import(&test.store, &root, "dir", &|event| {
+    let imported = oci::import(&test.store, &root, "dir", &Limits::default(), &|event| {
         if let Event::LeftOut { path, why } = event {
             told.lock()
                 .unwrap()
@@ -539,7 +539,7 @@ fn what_a_layout_promises_is_verified() {
         ),
         (
             |layout, _| fs::write(layout.dir.join("index.json"), " ".repeat(5 << 20)).unwrap(),
-            "the size of a JSON document is over the limit of 4194304",
+            "the size of a JSON document, in bytes, is over the limit of 4194304 (document)",
         ),
         (
             |layout, _| fs::write(layout.dir.join("index.json"), "{").unwrap(),
@@ -642,7 +642,7 @@ fn bombs_are_refused_by_their_ratio() {
         let error = chain(&error.unwrap_err());
         assert_eq!(
             error,
-            "the ratio at which it is compressed is over the limit of 50"
+            "the ratio at which it is compressed is over the limit of 50 (ratio)"
         );
     }
 }
