@@ -9,6 +9,7 @@
 //! stranger can make large is bounded by [`limits`].
 
 pub mod digest;
+pub mod export;
 pub mod layers;
 pub mod layout;
 pub mod limits;

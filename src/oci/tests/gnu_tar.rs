@@ -12,7 +12,7 @@ use super::super::rootfs;
 use super::*;
 
 /// A directory with one of everything that its user may make.
-fn fill(root: &Path, is_root: bool) {
+pub fn fill(root: &Path, is_root: bool) {
     let write = |name: &str, bytes: &[u8]| fs::write(root.join(name), bytes).unwrap();
     fs::create_dir_all(root.join("usr/bin")).unwrap();
     fs::create_dir_all(root.join("var/empty")).unwrap();
@@ -83,7 +83,7 @@ pub fn take(test: &TestStore, root: &Path) -> Arc<Layer> {
     test.store.layer(&published.layer_id).unwrap()
 }
 
-fn run(command: &mut Command) {
+pub fn run(command: &mut Command) {
     let output = command.output().unwrap();
     let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{command:?}: {complaint}");
@@ -162,7 +162,7 @@ fn an_archive_means_what_gnu_tar_makes_of_it() {
 }
 
 #[track_caller]
-fn compare(test: &TestStore, ours: &Layer, theirs: &Layer, what: &str) {
+pub fn compare(test: &TestStore, ours: &Layer, theirs: &Layer, what: &str) {
     if ours.layer_id() != theirs.layer_id() {
         let (ours, theirs) = (test.show(ours), test.show(theirs));
         let differ = ours.iter().zip(&theirs).find(|(a, b)| a != b);
