@@ -8,6 +8,7 @@ pub mod collect;
 pub mod compose;
 pub mod dev;
 pub mod environment;
+pub mod firmware;
 pub mod home;
 pub mod oci;
 pub mod plan;

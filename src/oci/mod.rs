@@ -586,4 +586,4 @@ fn io_error(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageErr
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

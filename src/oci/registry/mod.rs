@@ -200,7 +200,7 @@ pub enum RegistryError {
 
 impl RegistryError {
     /// Whether the same request may succeed a moment later.
-    fn is_passing(&self) -> bool {
+    pub(crate) fn is_passing(&self) -> bool {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof,
         };
@@ -247,7 +247,7 @@ impl Default for Patience {
 
 impl Patience {
     /// Waits before try number `tried` (from 1).
-    fn pause(&self, tried: u32) {
+    pub(crate) fn pause(&self, tried: u32) {
         let factor = 1 << tried.saturating_sub(1).min(16);
         std::thread::sleep(self.backoff.saturating_mul(factor).min(MAX_BACKOFF));
     }
@@ -532,6 +532,20 @@ impl Repository {
             }
             tried += 1;
         }
+    }
+}
+
+/// Opens what is at `url`, which needs no login. Redirects are followed as for blobs; nothing is tried twice.
+pub fn download(url: &str, settings: &Settings) -> Result<Box<dyn Read + Send>, RegistryError> {
+    let answer = Http::new(settings)?.get(url, &[], None);
+    let response = answer.map_err(|(error, _)| error)?;
+    match response.status() {
+        StatusCode::OK => Ok(Box::new(response.into_body().into_reader())),
+        status => Err(RegistryError::Status {
+            url: url.to_owned(),
+            status: status.as_u16(),
+            detail: String::new(),
+        }),
     }
 }
 
