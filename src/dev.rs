@@ -125,7 +125,8 @@ impl Engine {
         }
     }
 
-    fn listens(&self) -> bool {
+    /// Whether anybody accepts connections there within a quarter of a second.
+    pub fn listens(&self) -> bool {
         let Ok(addresses) = (self.host.as_str(), self.port).to_socket_addrs() else {
             return false;
         };

@@ -516,4 +516,16 @@ mod tests {
         let package = Package::of_this_machine().unwrap();
         assert!(package.url.ends_with("-0.6.8.tgz"), "{}", package.url);
     }
+
+    #[test]
+    #[ignore = "fetches 33 MB from npm"]
+    fn the_package_is_what_it_was() {
+        let dir = TempDir::new().unwrap();
+        let settings = Settings::from_environment().unwrap();
+        let package = Package::of_this_machine();
+        let path = places(dir.path())
+            .find_or_fetch(package.as_ref(), &settings, &|_| {})
+            .unwrap();
+        assert_eq!(&fs::read(path).unwrap()[..4], b"\x7fELF");
+    }
 }

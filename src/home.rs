@@ -57,6 +57,16 @@ impl Home {
         self.root.join("cache")
     }
 
+    /// Libraries that were fetched.
+    pub fn lib(&self) -> PathBuf {
+        self.root.join("lib")
+    }
+
+    /// What is known of `/dev/kvm` since this machine's boot.
+    pub fn kvm(&self) -> PathBuf {
+        self.root.join("kvm.json")
+    }
+
     /// Uppers of build steps under way, each removed when its step ends.
     pub fn build(&self) -> PathBuf {
         self.root.join("build")

@@ -65,6 +65,33 @@ pub enum Worker {
   iii worker build ./my-project
   iii worker build ./my-project --json | jq '.layers[] | {kind, status}'")]
     Build(Build),
+    /// Say what this machine has of what workers need, and what to do where something is missing
+    ///
+    /// Exits with 1 if no worker can run here.
+    #[command(after_help = "Examples:
+  iii worker doctor
+  iii worker doctor --json | jq -r .runtime      # what --runtime auto takes")]
+    Doctor(Doctor),
+}
+
+#[derive(Debug, Args)]
+pub struct Doctor {
+    #[command(flatten)]
+    pub engine: Engine,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where the engine listens.
+#[derive(Debug, Args)]
+pub struct Engine {
+    /// Port of the engine
+    #[arg(long, default_value_t = 49134)]
+    pub port: u16,
+    /// Host name or address of the engine
+    #[arg(long, default_value = "localhost")]
+    pub address: String,
 }
 
 #[derive(Debug, Args)]
@@ -89,12 +116,8 @@ pub struct Target {
 pub struct Dev {
     #[command(flatten)]
     pub target: Target,
-    /// Port of the engine
-    #[arg(long, default_value_t = 49134)]
-    pub port: u16,
-    /// Host name or address of the engine
-    #[arg(long, default_value = "localhost")]
-    pub address: String,
+    #[command(flatten)]
+    pub engine: Engine,
     /// Drop what the sandbox wrote; keep the layers
     #[arg(long)]
     pub fresh: bool,

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+use crate::kvm;
 use crate::sandbox;
 use crate::ui::Ui;
 
@@ -22,6 +23,7 @@ use error::CliError;
 /// The `iii` program.
 pub fn iii() -> ExitCode {
     sandbox::maybe_run_init();
+    kvm::maybe_run();
     keep_large_buffers_mapped();
     let command = Iii::parse().command;
     finish(|ui| match command {
@@ -34,6 +36,7 @@ pub fn iii() -> ExitCode {
 /// The `iii-worker` program: `iii worker`, under the name that the engine calls.
 pub fn iii_worker() -> ExitCode {
     sandbox::maybe_run_init();
+    kvm::maybe_run();
     keep_large_buffers_mapped();
     let command = IiiWorker::parse().command;
     finish(|ui| worker::run(command, ui))

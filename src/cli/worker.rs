@@ -1,6 +1,7 @@
 //! `iii worker`.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,12 +11,14 @@ use std::time::{Duration, Instant};
 use super::args::{self, Runtime, Worker};
 use super::error::with_causes;
 use super::image::{self, Bars};
-use super::{CliError, limits, print_json};
+use super::{CliError, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::dev::{self, DevError, Engine, Options, Target};
+use crate::doctor::{self, Diagnosis, State};
 use crate::home::Home;
 use crate::plan::Kind;
 use crate::supervise::Signals;
+use crate::tail::inert;
 use crate::ui::{StepOutput, Ui, human_bytes, human_counted, human_duration};
 
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
@@ -24,17 +27,62 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
+        Worker::Doctor(args) => doctor(&home, args),
     }
+}
+
+fn engine(args: args::Engine) -> Engine {
+    Engine {
+        host: args.address,
+        port: args.port,
+    }
+}
+
+fn doctor(home: &Home, args: args::Doctor) -> Result<ExitCode, CliError> {
+    let diagnosis = doctor::examine(home, &engine(args.engine));
+    if args.json {
+        print_json(&diagnosis)?;
+    } else {
+        print(&prescription(&diagnosis))?;
+    }
+    Ok(match diagnosis.runtime {
+        Some(_) => ExitCode::SUCCESS,
+        None => ExitCode::FAILURE,
+    })
+}
+
+/// A diagnosis for people.
+fn prescription(diagnosis: &Diagnosis) -> String {
+    let mut text = String::new();
+    for finding in &diagnosis.findings {
+        let mark = match finding.state {
+            State::Good => '✓',
+            State::Fair => '⚠',
+            State::Bad => '✗',
+        };
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "  {mark} {:<11} {}",
+            finding.what,
+            inert(&finding.found)
+        );
+        for line in [&finding.means, &finding.advice].into_iter().flatten() {
+            let _ = writeln!(text, "    {:<11} {}", "", inert(line));
+        }
+    }
+    let _ = match diagnosis.runtime {
+        Some(runtime) => writeln!(text, "\n  workers run with --runtime {runtime}"),
+        None => writeln!(text, "\n  no worker can run here"),
+    };
+    text
 }
 
 fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let options = Options {
         target: target(args.target, ui)?,
-        engine: Engine {
-            host: args.address,
-            port: args.port,
-        },
+        engine: engine(args.engine),
         fresh: args.fresh,
         config: std::env::var_os("III_CONFIG_PATH")
             .map_or_else(|| "./config.yaml".into(), PathBuf::from),

@@ -4,6 +4,7 @@
 //! uses a busybox base that is made in a second.
 
 mod bad_input;
+mod doctor;
 mod engine;
 mod harness;
 mod kills;

@@ -1,0 +1,297 @@
+//! What this machine has of what sandboxes need: found by trying, explained for people.
+
+use std::error::Error as _;
+use std::path::{Path, PathBuf};
+
+use iii_store::Store;
+use serde::Serialize;
+
+use crate::dev::Engine;
+use crate::firmware::{self, FirmwareError, Package, Source};
+use crate::home::Home;
+use crate::kvm::{self, Unusable};
+use crate::sandbox::{self, SandboxError, Warning};
+use crate::ui::human_bytes;
+
+/// Free space below which images and installs are likely to fail.
+const LITTLE_SPACE: u64 = 2 << 30;
+
+/// How good a thing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// As it should be.
+    Good,
+    /// Works, or is not needed yet.
+    Fair,
+    /// Does not work.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What.
+    pub what: &'static str,
+    /// How good it is.
+    pub state: State,
+    /// What was found.
+    pub found: String,
+    /// What that means.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub means: Option<String>,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+impl Finding {
+    fn good(what: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            what,
+            state: State::Good,
+            found: found.into(),
+            means: None,
+            advice: None,
+        }
+    }
+
+    fn but(mut self, state: State, means: impl Into<String>) -> Self {
+        (self.state, self.means) = (state, Some(means.into()));
+        self
+    }
+
+    fn advise(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+}
+
+/// Everything that was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Diagnosis {
+    /// What `--runtime auto` takes; none if no sandbox can start.
+    pub runtime: Option<&'static str>,
+    /// In the order in which they matter.
+    pub findings: Vec<Finding>,
+}
+
+/// Looks at everything, anew. Changes nothing but what is remembered of `/dev/kvm`, and asks nobody but the engine.
+pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
+    let kvm = kvm::usable_now(&home.kvm());
+    let firmware = firmware::Places::from_environment(home.lib(), None).find();
+    let can_fetch = Package::of_this_machine().is_some();
+    let namespaces = sandbox::probe("/proc/self/exe".as_ref());
+    let runtime = namespaces.blocker.is_none().then_some("namespace");
+    let mut findings = vec![
+        of_kvm(kvm),
+        of_firmware(firmware, can_fetch),
+        of_namespaces(namespaces.blocker.as_ref()),
+    ];
+    if namespaces.blocker.is_none() {
+        findings.push(of_ids(&namespaces.warnings));
+    }
+    findings.push(of_disk(home.root()));
+    findings.extend(of_store(&home.store()));
+    findings.push(of_engine(engine));
+    Diagnosis { runtime, findings }
+}
+
+fn of_kvm(kvm: Result<(), Unusable>) -> Finding {
+    match kvm {
+        Ok(()) => Finding::good("kvm", "a guest runs on /dev/kvm"),
+        Err(unusable) => Finding::good("kvm", unusable.to_string())
+            .but(
+                State::Fair,
+                "no microVMs here; workers run in namespaces, on this machine's kernel",
+            )
+            .advise(unusable.advice()),
+    }
+}
+
+fn of_firmware(
+    found: Result<Option<(PathBuf, Source)>, FirmwareError>,
+    can_fetch: bool,
+) -> Finding {
+    const WHAT: &str = "libkrunfw";
+    match found {
+        Ok(Some((path, source))) => {
+            let by = match source {
+                Source::Flag | Source::Variable => " (named by III_LIBKRUNFW)",
+                Source::Home => " (fetched)",
+                Source::System => " (the system's)",
+            };
+            Finding::good(WHAT, format!("{}{by}", path.display()))
+        }
+        Ok(None) if can_fetch => Finding::good(WHAT, "not on this machine").but(
+            State::Fair,
+            "the guest's kernel; fetched from npm, 33 MB, when a microVM first starts",
+        ),
+        Ok(None) => Finding::good(WHAT, "not on this machine")
+            .but(
+                State::Fair,
+                "the guest's kernel; no microVM can start without it",
+            )
+            .advise(format!(
+                "install libkrunfw 5, or name it: {}",
+                firmware::VARIABLE
+            )),
+        Err(error) => Finding::good(WHAT, error.to_string())
+            .but(State::Bad, "no microVM can start")
+            .advise(format!("correct {} or unset it", firmware::VARIABLE)),
+    }
+}
+
+fn of_namespaces(blocker: Option<&SandboxError>) -> Finding {
+    const WHAT: &str = "namespaces";
+    let Some(error) = blocker else {
+        return Finding::good(WHAT, "a sandbox with a FUSE root was made");
+    };
+    let mut found = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        found = format!("{found}: {error}");
+        cause = error.source();
+    }
+    let finding = Finding::good(WHAT, found).but(State::Bad, "workers cannot run in namespaces");
+    match error.hint() {
+        Some(hint) => finding.advise(hint),
+        None => finding,
+    }
+}
+
+fn of_ids(warnings: &[Warning]) -> Finding {
+    const WHAT: &str = "ids";
+    match warnings.first() {
+        None => Finding::good(WHAT, "a sandbox has all of its users"),
+        Some(Warning::SingleId { reason, remedy }) => Finding::good(
+            WHAT,
+            format!("a sandbox has root alone ({reason})"),
+        )
+        .but(
+            State::Fair,
+            "chown to another user, and programs that change user, such as apt, fail inside",
+        )
+        .advise(remedy.clone()),
+    }
+}
+
+fn of_disk(home: &Path) -> Finding {
+    const WHAT: &str = "disk";
+    // It may not be there yet.
+    let space = home
+        .ancestors()
+        .find_map(|dir| rustix::fs::statvfs(dir).ok());
+    let Some(space) = space else {
+        return Finding::good(
+            WHAT,
+            format!("the space at {} is not known", home.display()),
+        )
+        .but(State::Fair, "nothing, if it is a network filesystem");
+    };
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    let found = format!("{} free at {}", human_bytes(free), home.display());
+    if free < LITTLE_SPACE {
+        return Finding::good(WHAT, found)
+            .but(State::Fair, "images and installs may not fit")
+            .advise("`iii store gc` removes what nobody needs; `iii store df` says what is there");
+    }
+    Finding::good(WHAT, found)
+}
+
+fn of_store(path: &Path) -> Option<Finding> {
+    const WHAT: &str = "store";
+    if !path.exists() {
+        return None;
+    }
+    Some(match Store::open(path) {
+        Ok(_) => Finding::good(WHAT, format!("{} opens", path.display())),
+        Err(error) => Finding::good(WHAT, error.to_string())
+            .but(State::Bad, "nothing can be built or started")
+            .advise("`iii store verify` says what is wrong, and --repair sets it aside"),
+    })
+}
+
+fn of_engine(engine: &Engine) -> Finding {
+    const WHAT: &str = "engine";
+    let url = engine.url();
+    if engine.listens() {
+        return Finding::good(WHAT, format!("listens at {url}"));
+    }
+    Finding::good(WHAT, format!("nobody listens at {url}"))
+        .but(State::Fair, "workers start, and wait for it")
+        .advise("start it with `iii`, or give --port and --address")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_comes_with_what_to_do() {
+        let no_file = FirmwareError::NotThere {
+            path: "/x".into(),
+            by: firmware::VARIABLE,
+        };
+        let single = Warning::SingleId {
+            reason: "no subuids".into(),
+            remedy: "add some".into(),
+        };
+        for (finding, state, text) in [
+            (of_kvm(Ok(())), State::Good, "a guest runs"),
+            (
+                of_kvm(Err(Unusable::Forbidden)),
+                State::Fair,
+                "usermod -aG kvm",
+            ),
+            (
+                of_kvm(Err(Unusable::Slow)),
+                State::Fair,
+                "nested virtualization",
+            ),
+            (of_firmware(Ok(None), true), State::Fair, "fetched from npm"),
+            (of_firmware(Ok(None), false), State::Fair, "III_LIBKRUNFW"),
+            (of_firmware(Err(no_file), true), State::Bad, "unset it"),
+            (of_namespaces(None), State::Good, "a sandbox"),
+            (
+                of_namespaces(Some(&SandboxError::Killed)),
+                State::Bad,
+                "killed before",
+            ),
+            (of_ids(&[]), State::Good, "all of its users"),
+            (of_ids(&[single]), State::Fair, "add some"),
+            (of_disk("/".as_ref()), State::Good, "free at /"),
+        ] {
+            let shown = format!("{finding:?}");
+            assert!(shown.contains(text), "{shown}");
+            if text == "free at /" {
+                continue; // However much is free there.
+            }
+            assert_eq!(finding.state, state, "{shown}");
+            assert_eq!(finding.means.is_some(), state != State::Good, "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_store_that_does_not_open_is_bad() {
+        let dir = tempfile::TempDir::new().unwrap();
+        assert_eq!(of_store(&dir.path().join("none")), None);
+        std::fs::write(dir.path().join("format"), "nonsense").unwrap();
+        let finding = of_store(dir.path()).unwrap();
+        assert_eq!(finding.state, State::Bad, "{finding:?}");
+    }
+
+    #[test]
+    fn an_engine_is_asked() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut engine = Engine {
+            host: "127.0.0.1".into(),
+            port: listener.local_addr().unwrap().port(),
+        };
+        assert_eq!(of_engine(&engine).state, State::Good);
+        drop(listener);
+        assert_eq!(of_engine(&engine).state, State::Fair);
+        engine.host = "no such host".into();
+        assert_eq!(of_engine(&engine).state, State::Fair);
+    }
+}
