@@ -125,6 +125,29 @@ fn is_beyond_the_store(error: &ImageError) -> bool {
     }
 }
 
+/// What may help where a registry does not do what it was asked for.
+pub fn registry_hint(error: &RegistryError) -> Option<String> {
+    let login = |host: &str| format!("`docker login {host}` or `podman login {host}`");
+    Some(match error {
+        RegistryError::Unauthorized { host, .. } => format!(
+            "log in with {}, and see whether the name is right: many registries refuse what they do not have",
+            login(host)
+        ),
+        RegistryError::NotAllowed { host, .. } => format!(
+            "log in with {} as somebody who may push there, and see whether the name is right: many registries take only names that begin with the user's",
+            login(host)
+        ),
+        RegistryError::NotFound { .. } => "see whether the name and the tag are right".into(),
+        RegistryError::Http { .. } => {
+            "see whether the registry can be reached from here; a proxy: HTTPS_PROXY; a private CA: SSL_CERT_FILE; a registry without TLS: III_INSECURE_REGISTRIES".into()
+        }
+        RegistryError::Pieces { .. } => {
+            "write to an OCI layout instead, and send that with `skopeo copy oci:DIR docker://...`".into()
+        }
+        _ => return None,
+    })
+}
+
 /// What may help where an image cannot be pulled.
 fn pull_hint(error: &ImageError) -> Option<String> {
     let ImageError::Pull { source, .. } = error else {
@@ -132,18 +155,7 @@ fn pull_hint(error: &ImageError) -> Option<String> {
     };
     Some(match &**source {
         ImageError::Registry(error) | ImageError::Layout(LayoutError::Registry(error)) => {
-            match error {
-                RegistryError::Unauthorized { host, .. } => format!(
-                    "log in with `docker login {host}` or `podman login {host}`, and see whether the name is right: many registries refuse what they do not have"
-                ),
-                RegistryError::NotFound { .. } => {
-                    "see whether the name and the tag are right".into()
-                }
-                RegistryError::Http { .. } => {
-                    "see whether the registry can be reached from here; a proxy: HTTPS_PROXY; a private CA: SSL_CERT_FILE; a registry without TLS: III_INSECURE_REGISTRIES".into()
-                }
-                _ => return None,
-            }
+            registry_hint(error)?
         }
         ImageError::Layout(LayoutError::Platform { .. }) => {
             "another platform: --platform, of `iii image pull`".into()

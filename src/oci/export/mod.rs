@@ -9,6 +9,7 @@
 
 pub mod archive;
 pub mod blob;
+mod remote;
 
 use std::io;
 use std::path::PathBuf;

@@ -11,7 +11,7 @@ use super::{Answer, Item, RegistryError, Repository, header_text};
 use crate::oci::digest::Digest;
 
 /// Most times that one blob is resumed.
-const MAX_RESUMES: u32 = 64;
+pub const MAX_RESUMES: u32 = 64;
 /// Time spent waiting for bytes after which at least [`MIN_WINDOW`] of them must have come.
 const WINDOW: Duration = Duration::from_secs(60);
 /// See [`WINDOW`].

@@ -1,17 +1,54 @@
 //! One HTTP request, with the redirects that it leads through.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use ureq::http::{HeaderName, Response, StatusCode, Uri, header};
+use ureq::http::{self, HeaderName, Method, Response, StatusCode, Uri, header};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
-use ureq::{Agent, Body, Proxy};
+use ureq::{Agent, Body, Proxy, SendBody};
 
 use super::{MAX_REDIRECTS, Patience, Refusal, RegistryError, Settings, without_port};
 
 /// Most bytes of the headers of one answer.
 const MAX_HEADERS: usize = 64 << 10;
+/// Most characters of an address that are shown.
+const MAX_SHOWN: usize = 1000;
 /// What a connection reads at once: large enough that blobs do not wait for system calls.
 const INPUT_BUFFER: usize = 256 << 10;
+/// How long one body may take to be sent, however steadily it trickles.
+const SEND_TIME: Duration = Duration::from_secs(600);
+
+/// A request.
+pub struct Request<'a> {
+    pub method: Method,
+    pub url: String,
+    pub headers: Vec<(HeaderName, String)>,
+    /// Not sent with a GET or HEAD.
+    pub body: &'a [u8],
+}
+
+impl Request<'_> {
+    pub fn new(method: Method, url: impl Into<String>) -> Self {
+        Self {
+            method,
+            url: url.into(),
+            headers: Vec::new(),
+            body: &[],
+        }
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_read(&self) -> bool {
+        self.method == Method::GET || self.method == Method::HEAD
+    }
+}
+
+/// An answer whose body has not been read.
+pub struct Sent {
+    pub response: Response<Body>,
+    /// Whether it comes from the host that was asked, and not from one that a redirect led to.
+    pub is_from_asked: bool,
+}
 
 /// Sends requests, each through the proxy that is meant for it.
 #[derive(Debug)]
@@ -69,44 +106,47 @@ impl Http {
         proxied.as_ref().unwrap_or(&self.direct)
     }
 
-    /// Sends a GET and follows its redirects: never from https to http, and with `authorization` only as long as they stay on
-    /// the host that was asked.
-    pub fn get(
+    /// Sends a request. The redirects of a GET or HEAD are followed: never from https to http, and with `authorization` only as
+    /// long as they stay on the host that was asked. What changes something goes where it is meant to go and nowhere else: its
+    /// redirect is the answer.
+    pub fn send(
         &self,
-        url: &str,
-        headers: &[(HeaderName, String)],
+        request: &Request<'_>,
         authorization: Option<&str>,
-    ) -> Result<Response<Body>, Refusal> {
-        let asked = parse(url).ok_or_else(|| {
-            let to = url.to_owned();
-            (
-                RegistryError::Address {
-                    url: to.clone(),
-                    to,
-                },
-                None,
-            )
-        })?;
+    ) -> Result<Sent, Refusal> {
+        let address = |error| (error, None);
+        let asked = checked(&request.url, &request.url).map_err(address)?;
         let mut at = asked.clone();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.agent(&at).get(&at);
-            for (name, value) in headers {
-                request = request.header(name, value);
+            let is_from_asked = is_same_host(&at, &asked);
+            let mut builder = http::Request::builder().method(&request.method).uri(&at);
+            for (name, value) in &request.headers {
+                builder = builder.header(name, value);
             }
-            let is_same = at.authority() == asked.authority() && at.scheme() == asked.scheme();
             if let Some(authorization) = authorization
-                && is_same
+                && is_from_asked
             {
-                request = request.header(header::AUTHORIZATION, authorization);
+                builder = builder.header(header::AUTHORIZATION, authorization);
             }
-            let response = request.call().map_err(|source| failed(&at, source))?;
-            if !is_redirect(response.status()) {
-                return Ok(response);
+            let agent = self.agent(&at);
+            let sent = if request.is_read() {
+                let request = builder.body(SendBody::none()).map_err(ureq::Error::from);
+                request.and_then(|request| agent.run(request))
+            } else {
+                let request = builder.body(request.body).map_err(ureq::Error::from);
+                request.and_then(|request| agent.run(request))
+            };
+            let response = sent.map_err(|source| failed(&at, source))?;
+            if !request.is_read() || !is_redirect(response.status()) {
+                return Ok(Sent {
+                    response,
+                    is_from_asked,
+                });
             }
             let location = super::header_text(&response, &header::LOCATION).unwrap_or_default();
-            at = next(&at, &location).map_err(|error| (error, None))?;
+            at = next(&at, &location).map_err(address)?;
         }
-        let url = url.to_owned();
+        let url = without_query(&request.url);
         Err((RegistryError::Redirects { url }, None))
     }
 
@@ -146,6 +186,7 @@ fn agent(patience: &Patience, tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
         .timeout_per_read(Some(patience.idle))
         .timeout_per_write(Some(patience.idle))
         .timeout_recv_response(Some(patience.idle * 2))
+        .timeout_send_body(Some(SEND_TIME))
         .tls_config(tls)
         .proxy(proxy)
         .build()
@@ -154,16 +195,16 @@ fn agent(patience: &Patience, tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
 
 fn failed(url: &Uri, source: ureq::Error) -> Refusal {
     let error = RegistryError::Http {
-        url: without_query(url),
+        url: without_query(&url.to_string()),
         source: Box::new(source),
     };
     (error, None)
 }
 
 /// An address as it is shown: what comes after the question mark may be a secret.
-fn without_query(url: &Uri) -> String {
-    let text = url.to_string();
-    text.split('?').next().unwrap_or_default().to_owned()
+pub fn without_query(url: &str) -> String {
+    let shown = url.split('?').next().unwrap_or_default();
+    shown.chars().take(MAX_SHOWN).collect()
 }
 
 fn is_redirect(status: StatusCode) -> bool {
@@ -174,8 +215,13 @@ fn is_https(url: &Uri) -> bool {
     url.scheme_str() == Some("https")
 }
 
+/// Whether what is meant for one address may go to the other.
+pub fn is_same_host(one: &Uri, other: &Uri) -> bool {
+    one.authority() == other.authority() && one.scheme() == other.scheme()
+}
+
 /// An http or https address without a user in it.
-fn parse(text: &str) -> Option<Uri> {
+pub fn parse(text: &str) -> Option<Uri> {
     let url: Uri = text.parse().ok()?;
     let fits = matches!(url.scheme_str(), Some("http" | "https"))
         && url.authority()?.as_str().find('@').is_none()
@@ -185,33 +231,38 @@ fn parse(text: &str) -> Option<Uri> {
 
 /// The address `to` that `from` sends us to, unless it is less protected.
 pub fn checked(from: &str, to: &str) -> Result<Uri, RegistryError> {
-    let shown = |text: &str| text.split('?').next().unwrap_or_default().to_owned();
-    let Some(url) = parse(to) else {
-        return Err(RegistryError::Address {
-            url: shown(from),
-            to: shown(to).chars().take(200).collect(),
-        });
+    let (url, shown) = (without_query(from), without_query(to));
+    let Some(to) = parse(to) else {
+        return Err(RegistryError::Address { url, to: shown });
     };
-    if from.starts_with("https:") && !is_https(&url) {
-        return Err(RegistryError::Downgrade {
-            url: shown(from),
-            to: shown(to),
-        });
+    if from.starts_with("https:") && !is_https(&to) {
+        return Err(RegistryError::Downgrade { url, to: shown });
     }
-    Ok(url)
+    Ok(to)
 }
 
-/// Where a redirect leads.
-fn next(at: &Uri, location: &str) -> Result<Uri, RegistryError> {
+/// Where an answer from `at` leads: an address, or what is to be put in place of the end of this one (RFC 3986, without its
+/// dots).
+pub fn next(at: &Uri, location: &str) -> Result<Uri, RegistryError> {
     let from = at.to_string();
     let scheme = at.scheme_str().unwrap_or_default();
     let authority = at.authority().map_or("", |authority| authority.as_str());
+    let has_scheme = || {
+        let first = location.split(['/', '?', '#']).next().unwrap_or_default();
+        first.contains(':')
+    };
     let to = if location.starts_with("//") {
         format!("{scheme}:{location}")
     } else if location.starts_with('/') {
         format!("{scheme}://{authority}{location}")
-    } else {
+    } else if location.is_empty() || has_scheme() {
         location.to_owned()
+    } else if location.starts_with('?') {
+        format!("{scheme}://{authority}{}{location}", at.path())
+    } else {
+        let path = at.path();
+        let dir = &path[..=path.rfind('/').unwrap_or_default()];
+        format!("{scheme}://{authority}{dir}{location}")
     };
     checked(&from, &to)
 }

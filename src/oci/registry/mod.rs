@@ -1,14 +1,15 @@
-//! Images in registries: the part of the OCI distribution protocol that pulling needs, over blocking HTTP.
+//! Images in registries: the part of the OCI distribution protocol that pulling and pushing need, over blocking HTTP.
 //!
 //! A registry may lie. Whatever it answers is bounded before it is read: redirects, challenges, retries, the size of documents
 //! and tokens, the rate at which a blob trickles. Blobs are checked against their digests by whoever reads them (see
 //! [`stream`](super::stream)); nothing here decides that bytes are right.
 //!
-//! [`http`] sends one request, [`auth`] knows who we are, [`blob`] reads a blob across broken connections.
+//! [`http`] sends one request, [`auth`] knows who we are, [`blob`] reads a blob across broken connections, and [`push`] sends one.
 
 mod auth;
 mod blob;
 mod http;
+mod push;
 
 use std::env;
 use std::io::{self, Read};
@@ -17,14 +18,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::Body;
-use ureq::http::{Response, StatusCode, header};
+use ureq::http::{Method, Response, StatusCode, header};
 
 use super::digest::Digest;
 use super::reference::{self, Reference};
 use auth::{Challenge, Credentials};
-use http::Http;
+use http::{Http, Request};
 
 pub use auth::AuthFiles;
+pub use push::{CHUNK, Upload};
 
 /// Most redirects followed for one request.
 pub const MAX_REDIRECTS: usize = 8;
@@ -148,6 +150,46 @@ pub enum RegistryError {
         /// The size that the registry announces.
         actual: u64,
     },
+    /// Not for us to write.
+    #[error("{host} does not let you push to {repository} {who}{detail}")]
+    NotAllowed {
+        /// The registry.
+        host: String,
+        /// The repository.
+        repository: String,
+        /// As whom it was tried.
+        who: &'static str,
+        /// What the registry says about it.
+        detail: String,
+    },
+    /// Takes only blobs that fit into one request.
+    #[error("{host} does not take a blob in pieces{detail}")]
+    Pieces {
+        /// The registry.
+        host: String,
+        /// What the registry says about it.
+        detail: String,
+    },
+    /// Bytes of an upload that were not sent, or are not there any more.
+    #[error("{url} says that it has {has} bytes of the {sent} that were sent")]
+    Offset {
+        /// The upload.
+        url: String,
+        /// How much was sent.
+        sent: u64,
+        /// How much of it the registry says that it has.
+        has: u64,
+    },
+    /// Something else than was sent.
+    #[error("{url} was sent {expected} and says that it stored {actual}")]
+    Stored {
+        /// Where it was sent.
+        url: String,
+        /// Its digest.
+        expected: Digest,
+        /// What the registry calls it.
+        actual: String,
+    },
     /// Another part of a blob than the one that was asked for.
     #[error("{url} does not go on from where it broke off")]
     Range {
@@ -250,6 +292,14 @@ impl Patience {
     pub(crate) fn pause(&self, tried: u32) {
         let factor = 1 << tried.saturating_sub(1).min(16);
         std::thread::sleep(self.backoff.saturating_mul(factor).min(MAX_BACKOFF));
+    }
+
+    /// The same, or as long as the registry asks for.
+    fn wait(&self, tried: u32, asked: Option<Duration>) {
+        match asked {
+            Some(time) => std::thread::sleep(time),
+            None => self.pause(tried),
+        }
     }
 }
 
@@ -371,8 +421,9 @@ fn without_port(host: &str) -> &str {
 #[derive(Debug)]
 pub struct Repository {
     http: Http,
-    /// Mirrors first.
-    places: Vec<Place>,
+    /// Asked first.
+    mirrors: Vec<Place>,
+    itself: Place,
     patience: Patience,
 }
 
@@ -383,6 +434,8 @@ struct Place {
     /// Address of the repository, without a slash at its end.
     base: String,
     repository: String,
+    /// What a token has to allow.
+    actions: &'static str,
     auth: AuthFiles,
     /// Names that credentials for this host may have.
     known_as: Vec<String>,
@@ -423,8 +476,17 @@ struct Answer {
 impl Repository {
     /// The repository that `name` is in. Nothing is asked yet.
     pub fn new(name: &Reference, settings: &Settings) -> Result<Arc<Self>, RegistryError> {
+        Self::with_actions(name, settings, "pull")
+    }
+
+    /// As [`Repository::new`], with tokens that allow `actions`.
+    fn with_actions(
+        name: &Reference,
+        settings: &Settings,
+        actions: &'static str,
+    ) -> Result<Arc<Self>, RegistryError> {
         let registry = name.registry();
-        let mut places: Vec<Place> = settings
+        let mirrors = settings
             .mirrors
             .iter()
             .filter(|mirror| mirror.of == registry)
@@ -435,6 +497,7 @@ impl Repository {
                     &mirror.host,
                     vec![mirror.host.clone()],
                     repository,
+                    actions,
                     settings,
                 )
             })
@@ -446,10 +509,11 @@ impl Repository {
             (registry, vec![registry.to_owned()])
         };
         let repository = name.repository().to_owned();
-        places.push(Place::new(host, known_as, repository, settings));
+        let itself = Place::new(host, known_as, repository, actions, settings);
         Ok(Arc::new(Self {
             http: Http::new(settings)?,
-            places,
+            mirrors,
+            itself,
             patience: settings.patience.clone(),
         }))
     }
@@ -481,15 +545,9 @@ impl Repository {
 
     /// Asks one place after the other. What the last one says is the error: it is the registry itself.
     fn get(&self, item: Item<'_>, from: u64) -> Result<Answer, RegistryError> {
-        let mut result = None;
-        for place in &self.places {
-            let answer = self.get_at(place, item, from);
-            if answer.is_ok() {
-                return answer;
-            }
-            result = Some(answer);
-        }
-        result.unwrap_or_else(|| Err(RegistryError::Redirects { url: String::new() }))
+        let mut mirrors = self.mirrors.iter();
+        let mirrored = mirrors.find_map(|place| self.get_at(place, item, from).ok());
+        mirrored.map_or_else(|| self.get_at(&self.itself, item, from), Ok)
     }
 
     fn get_at(&self, place: &Place, item: Item<'_>, from: u64) -> Result<Answer, RegistryError> {
@@ -497,40 +555,73 @@ impl Repository {
             Item::Manifest(name) => format!("{}/manifests/{name}", place.base),
             Item::Blob(digest) => format!("{}/blobs/{digest}", place.base),
         };
-        let mut headers = Vec::new();
+        let mut request = Request::new(Method::GET, &*url);
         if let Item::Manifest(_) = item {
-            headers.push((header::ACCEPT, MANIFESTS.to_owned()));
+            let accept = (header::ACCEPT, MANIFESTS.to_owned());
+            request.headers.push(accept);
         }
         if from > 0 {
-            headers.push((header::RANGE, format!("bytes={from}-")));
+            let range = (header::RANGE, format!("bytes={from}-"));
+            request.headers.push(range);
         }
+        let wanted = [StatusCode::OK, StatusCode::PARTIAL_CONTENT];
+        let response = self.ask(place, &request, &wanted)?;
+        Ok(Answer { url, response })
+    }
+
+    /// Sends a request until it is answered as `wanted`, or in a way that will not change.
+    fn ask(
+        &self,
+        place: &Place,
+        request: &Request<'_>,
+        wanted: &[StatusCode],
+    ) -> Result<Response<Body>, RegistryError> {
         let mut tried = 1;
+        loop {
+            let (error, wait) = match self.ask_once(place, request, wanted) {
+                Ok(response) => return Ok(response),
+                Err(refusal) => refusal,
+            };
+            if !error.is_passing() || tried >= self.patience.tries {
+                return Err(error);
+            }
+            self.patience.wait(tried, wait);
+            tried += 1;
+        }
+    }
+
+    /// Sends a request, with the login that it takes.
+    fn ask_once(
+        &self,
+        place: &Place,
+        request: &Request<'_>,
+        wanted: &[StatusCode],
+    ) -> Result<Response<Body>, Refusal> {
+        // An upload may go to another host: the login stays here.
+        let is_here = place.has(&request.url);
         let mut challenges = 0;
         loop {
             let (authorization, number) = place.authorization();
-            let sent = self.http.get(&url, &headers, authorization.as_deref());
-            let error = match sent {
-                Ok(response) => match response.status() {
-                    StatusCode::OK | StatusCode::PARTIAL_CONTENT => {
-                        return Ok(Answer { url, response });
-                    }
-                    StatusCode::UNAUTHORIZED if challenges < MAX_CHALLENGES => {
-                        challenges += 1;
-                        place.log_in(&self.http, &url, &response, number)?;
-                        continue;
-                    }
-                    _ => place.refusal(url.clone(), response, place.has_login()),
-                },
-                Err(error) => error,
-            };
-            if !error.0.is_passing() || tried >= self.patience.tries {
-                return Err(error.0);
+            let authorization = authorization.filter(|_| is_here);
+            let sent = self.http.send(request, authorization.as_deref())?;
+            let status = sent.response.status();
+            if wanted.contains(&status) {
+                return Ok(sent.response);
             }
-            match error.1 {
-                Some(wait) => std::thread::sleep(wait),
-                None => self.patience.pause(tried),
+            let is_challenge = status == StatusCode::UNAUTHORIZED && is_here && sent.is_from_asked;
+            if !is_challenge || challenges >= MAX_CHALLENGES {
+                let url = http::without_query(&request.url);
+                let refusal = place.refusal(url, sent.response, place.has_login());
+                return Err(if request.is_read() {
+                    refusal
+                } else {
+                    place.not_allowed(refusal)
+                });
             }
-            tried += 1;
+            challenges += 1;
+            place
+                .log_in(&self.http, &request.url, &sent.response, number)
+                .map_err(|error| (error, None))?;
         }
     }
 }
@@ -553,7 +644,13 @@ pub fn download(url: &str, settings: &Settings) -> Result<Box<dyn Read + Send>, 
 type Refusal = (RegistryError, Option<Duration>);
 
 impl Place {
-    fn new(host: &str, known_as: Vec<String>, repository: String, settings: &Settings) -> Self {
+    fn new(
+        host: &str,
+        known_as: Vec<String>,
+        repository: String,
+        actions: &'static str,
+        settings: &Settings,
+    ) -> Self {
         let scheme = if settings.is_insecure(host) {
             "http"
         } else {
@@ -563,10 +660,17 @@ impl Place {
             host: host.to_owned(),
             base: format!("{scheme}://{host}/v2/{repository}"),
             repository,
+            actions,
             auth: settings.auth.clone(),
             known_as,
             login: Mutex::default(),
         }
+    }
+
+    /// Whether `url` is on this host.
+    fn has(&self, url: &str) -> bool {
+        let both = http::parse(url).zip(http::parse(&self.base));
+        both.is_some_and(|(url, base)| http::is_same_host(&url, &base))
     }
 
     fn authorization(&self) -> (Option<String>, u64) {
@@ -618,7 +722,7 @@ impl Place {
         credentials: Option<&Credentials>,
     ) -> Result<String, RegistryError> {
         let realm = http::checked(url, &bearer.realm)?;
-        let scope = format!("repository:{}:pull", self.repository);
+        let scope = format!("repository:{}:{}", self.repository, self.actions);
         let mut fields = vec![("scope", scope.as_str())];
         if let Some(service) = &bearer.service {
             fields.push(("service", service));
@@ -635,7 +739,9 @@ impl Place {
             let mark = if realm.query().is_some() { '&' } else { '?' };
             let with_query = format!("{asked}{mark}{}", http::form(&fields));
             let basic = credentials.and_then(Credentials::basic);
-            http.get(&with_query, &[], basic.as_deref())
+            let request = Request::new(Method::GET, with_query);
+            http.send(&request, basic.as_deref())
+                .map(|sent| sent.response)
         };
         let mut response = response.map_err(|refusal| refusal.0)?;
         if response.status() != StatusCode::OK {
@@ -683,6 +789,22 @@ impl Place {
                 status: status.as_u16(),
                 detail,
             },
+        };
+        (error, wait)
+    }
+
+    /// What it means to be refused where something was to be written.
+    fn not_allowed(&self, (error, wait): Refusal) -> Refusal {
+        let error = match error {
+            RegistryError::Unauthorized {
+                host, who, detail, ..
+            } => RegistryError::NotAllowed {
+                host,
+                repository: self.repository.clone(),
+                who,
+                detail,
+            },
+            error => error,
         };
         (error, wait)
     }

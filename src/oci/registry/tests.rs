@@ -16,21 +16,26 @@ use crate::oci::{self, Image, Imported, Limits, Platform};
 
 /// A request as the server sees it.
 #[derive(Debug, Clone)]
-struct Request {
+pub struct Request {
+    pub method: String,
     /// Path and query.
-    path: String,
+    pub path: String,
     headers: HashMap<String, String>,
-    body: String,
+    pub body: Vec<u8>,
 }
 
 impl Request {
-    fn header(&self, name: &str) -> &str {
+    pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", String::as_str)
+    }
+
+    pub fn set_header(&mut self, name: &str, value: String) {
+        self.headers.insert(name.to_owned(), value);
     }
 }
 
 /// What the server does with a request.
-enum Reply {
+pub enum Reply {
     /// Status, headers, body; the length of the body is added.
     Full(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// Exactly these bytes, then the end of the connection.
@@ -39,16 +44,16 @@ enum Reply {
     Endless(Vec<u8>, Vec<u8>),
 }
 
-type Handler = dyn Fn(&Request) -> Reply + Send + Sync;
+pub type Handler = dyn Fn(&Request) -> Reply + Send + Sync;
 
 /// Answers on a port of its own until it is dropped.
-struct Server {
-    host: String,
+pub struct Server {
+    pub host: String,
     seen: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
-    fn new(handler: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Self {
+    pub fn new(handler: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -64,12 +69,12 @@ impl Server {
         Self { host, seen }
     }
 
-    fn seen(&self) -> Vec<Request> {
+    pub fn seen(&self) -> Vec<Request> {
         self.seen.lock().unwrap().clone()
     }
 
     /// How often something was asked for whose path has `part` in it.
-    fn count(&self, part: &str) -> usize {
+    pub fn count(&self, part: &str) -> usize {
         let seen = self.seen();
         seen.iter().filter(|one| one.path.contains(part)).count()
     }
@@ -112,7 +117,8 @@ fn serve(stream: TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>) {
 fn read_request(input: &mut BufReader<TcpStream>) -> Option<Request> {
     let mut line = String::new();
     input.read_line(&mut line).ok().filter(|&read| read > 0)?;
-    let path = line.split(' ').nth(1)?.to_owned();
+    let mut words = line.split(' ').map(str::to_owned);
+    let (method, path) = (words.next()?, words.next()?);
     let mut headers = HashMap::new();
     loop {
         let mut line = String::new();
@@ -130,17 +136,18 @@ fn read_request(input: &mut BufReader<TcpStream>) -> Option<Request> {
     let mut body = vec![0; length];
     input.read_exact(&mut body).ok()?;
     Some(Request {
+        method,
         path,
         headers,
-        body: String::from_utf8(body).unwrap(),
+        body,
     })
 }
 
-fn ok(body: impl Into<Vec<u8>>) -> Reply {
+pub fn ok(body: impl Into<Vec<u8>>) -> Reply {
     Reply::Full(200, Vec::new(), body.into())
 }
 
-fn status(status: u16) -> Reply {
+pub fn status(status: u16) -> Reply {
     Reply::Full(status, Vec::new(), Vec::new())
 }
 
@@ -225,7 +232,7 @@ fn archive(seed: u64, size: usize) -> Vec<u8> {
         .end()
 }
 
-fn settings() -> Settings {
+pub fn settings() -> Settings {
     Settings {
         patience: Patience {
             connect: Duration::from_secs(5),
@@ -671,10 +678,11 @@ fn passing_failures_are_tried_again_and_others_are_not() {
 fn guarded(content: Content) -> Server {
     Server::new(move |request| {
         if request.path.starts_with("/token") {
+            let body = String::from_utf8_lossy(&request.body);
             let knows = request.header("authorization") == "Basic dXNlcjpzZWNyZXQ="
-                || request.body.contains("refresh_token=id%2Ftoken");
+                || body.contains("refresh_token=id%2Ftoken");
             let scope = "scope=repository%3Aa%2Fb%3Apull";
-            let asks = request.path.contains(scope) || request.body.contains(scope);
+            let asks = request.path.contains(scope) || body.contains(scope);
             return if knows && asks {
                 ok(json!({ "access_token": "good" }).to_string())
             } else {
@@ -780,6 +788,46 @@ fn a_login_stays_with_the_registry() {
     let error = pull_with(&test, &format!("{}/a/b:1", server.host), &settings).unwrap_err();
     assert!(error.contains("does not exist"), "{error}");
     assert_eq!(blob_host.seen().len(), 1);
+}
+
+#[test]
+fn a_host_that_a_redirect_leads_to_asks_for_a_login_in_vain() {
+    let thief = Server::new(|request| {
+        assert_eq!(request.header("authorization"), "");
+        let realm = format!("Bearer realm=\"http://{}/token\"", request.header("host"));
+        Reply::Full(401, vec![("WWW-Authenticate", realm)], Vec::new())
+    });
+    let elsewhere = format!("http://{}/x", thief.host);
+    let server = Server::new(move |_| to(elsewhere.clone()));
+    let test = TestStore::new();
+    let path = test.dir.path().join("auth.json");
+    let file = json!({ "auths": { &server.host: { "auth": "dXNlcjpzZWNyZXQ=" } } });
+    std::fs::write(&path, file.to_string()).unwrap();
+    let settings = Settings {
+        auth: AuthFiles(vec![path]),
+        ..settings()
+    };
+    let error = pull_with(&test, &format!("{}/a/b:1", server.host), &settings).unwrap_err();
+    assert!(error.contains("refuses access"), "{error}");
+    assert_eq!(thief.count("/token"), 0);
+}
+
+#[test]
+fn what_a_location_means() {
+    for (at, location, expected) in [
+        ("http://a:1/b/c?d", "http://e/f", "http://e/f"),
+        ("http://a:1/b/c?d", "/f?g", "http://a:1/f?g"),
+        ("http://a:1/b/c?d", "//e/f", "http://e/f"),
+        ("http://a:1/b/c?d", "f/g?h:i", "http://a:1/b/f/g?h:i"),
+        ("http://a:1/b/c?d", "?e=f", "http://a:1/b/c?e=f"),
+    ] {
+        let next = http::next(&at.parse().unwrap(), location).unwrap();
+        assert_eq!(next.to_string(), expected, "{at} {location}");
+    }
+    for location in ["", "x:y", "file:///z", "http://u@a/", "http://"] {
+        let at = "http://a:1/b".parse().unwrap();
+        http::next(&at, location).unwrap_err();
+    }
 }
 
 #[test]
