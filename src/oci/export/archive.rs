@@ -20,7 +20,7 @@ use iii_store::tree::{DirKind, Mtime, Rdev};
 use iii_store::{Kind, Layer, NodeRef, Store};
 
 use super::ExportError;
-use crate::oci::MAX_EXTENSION;
+use crate::oci::limits::MAX_EXTENSION;
 use crate::oci::tar::EntryName;
 
 const BLOCK: usize = 512;
