@@ -628,8 +628,8 @@ impl Repository {
 
 /// Opens what is at `url`, which needs no login. Redirects are followed as for blobs; nothing is tried twice.
 pub fn download(url: &str, settings: &Settings) -> Result<Box<dyn Read + Send>, RegistryError> {
-    let answer = Http::new(settings)?.get(url, &[], None);
-    let response = answer.map_err(|(error, _)| error)?;
+    let sent = Http::new(settings)?.send(&Request::new(Method::GET, url), None);
+    let response = sent.map_err(|(error, _)| error)?.response;
     match response.status() {
         StatusCode::OK => Ok(Box::new(response.into_body().into_reader())),
         status => Err(RegistryError::Status {
