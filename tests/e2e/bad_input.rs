@@ -2,16 +2,19 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufWriter, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
 use tempfile::TempDir;
 
-use crate::harness::{Home, Project, is_root, skip};
+use crate::harness::{Home, LIMIT, Project, is_root, skip};
 
 /// What is wrong, the project's only file and its text, and what the error has to say.
 type Case<'a> = (&'a str, Option<(&'a str, &'a str)>, &'a [&'a str]);
@@ -269,4 +272,65 @@ fn limits_are_told_and_raised() {
         .fails()
         .says(&["the depth of its directories is over the limit of 2048, which cannot be raised"]);
     assert!(!ended.stderr.contains("--limit"), "{}", ended.stderr);
+}
+
+/// The most memory that a process has had so far, in KiB; nothing once it has ended.
+fn peak_memory(pid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
+}
+
+/// Imports an archive of so many empty files, a hundred in a directory. Returns the most memory that it took, in KiB.
+fn import_many(entries: u32, limit: Duration) -> u64 {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("many.tar");
+    let mut archive = BufWriter::new(fs::File::create(&path).unwrap());
+    let mut block = [0_u8; 512];
+    block[100..107].copy_from_slice(b"0000644");
+    for at in [108, 116] {
+        block[at..at + 7].copy_from_slice(b"0000000");
+    }
+    for at in [124, 136] {
+        block[at..at + 11].copy_from_slice(b"00000000000");
+    }
+    block[156] = b'0';
+    block[257..265].copy_from_slice(b"ustar\x0000");
+    // With their directories, `usr` and the root.
+    for ix in 0..entries - entries / 101 - 4 {
+        let name = format!("usr/{:08x}/{:048x}", ix / 100, ix);
+        block[..name.len()].copy_from_slice(name.as_bytes());
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        archive.write_all(&block).unwrap();
+    }
+    archive.write_all(&[0; 1024]).unwrap();
+    drop(archive);
+    let home = Home::new();
+    let mut running = home.start(&["image", "import", path.to_str().unwrap(), "--as", "many"]);
+    let mut peak = 0;
+    while running.is_running() {
+        peak = peak_memory(running.pid()).map_or(peak, |memory| memory.max(peak));
+        thread::sleep(Duration::from_millis(2));
+    }
+    running.finish(limit).ok();
+    assert!(peak > 0);
+    peak
+}
+
+#[test]
+fn many_entries_take_little_memory() {
+    let peak = import_many(100_000, LIMIT);
+    assert!(peak < 64 << 10, "{peak} KiB");
+}
+
+/// As many as a layer can have.
+#[test]
+#[ignore = "takes a minute"]
+fn a_million_entries_take_256_mib() {
+    let peak = import_many(1 << 20, 3 * LIMIT);
+    assert!(peak < 256 << 10, "{peak} KiB");
 }

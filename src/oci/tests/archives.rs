@@ -17,7 +17,7 @@ fn check(dialect: Dialect<'_>, archive: Tar, expected: &[&str]) {
 }
 
 #[track_caller]
-fn refuse(test: &TestStore, archive: &[u8], limits: &Limits, expected: &str) {
+pub fn refuse(test: &TestStore, archive: &[u8], limits: &Limits, expected: &str) {
     match test.unpack(archive, LAYER, limits) {
         Ok((layer, _)) => panic!("taken as {:#?}", test.show(&layer)),
         Err(error) => assert!(error.contains(expected), "{error}"),
@@ -316,7 +316,7 @@ fn old_and_odd_headers() {
 }
 
 /// A GNU sparse header; a segment is an offset and a length.
-fn gnu_sparse(name: &str, size: u64, segments: &[(u64, u64)]) -> Tar {
+pub fn gnu_sparse(name: &str, size: u64, segments: &[(u64, u64)]) -> Tar {
     let stored: u64 = segments.iter().map(|(_, len)| len).sum();
     let mut head = Head::new(b'S', name, stored);
     head.gnu().put(483, format!("{size:011o}"));

@@ -15,13 +15,13 @@ use super::*;
 const NAME: &str = "docker.io/iiidev/node:latest";
 
 #[derive(Clone, Copy, Debug)]
-enum Packing {
+pub enum Packing {
     Plain,
     Gzip,
     Zstd,
 }
 
-fn pack(bytes: &[u8], packing: Packing) -> Vec<u8> {
+pub fn pack(bytes: &[u8], packing: Packing) -> Vec<u8> {
     match packing {
         Packing::Plain => bytes.to_vec(),
         Packing::Gzip => {
@@ -42,8 +42,8 @@ fn pack(bytes: &[u8], packing: Packing) -> Vec<u8> {
 }
 
 /// An OCI layout in the making.
-struct Layout {
-    dir: PathBuf,
+pub struct Layout {
+    pub dir: PathBuf,
 }
 
 impl Layout {
@@ -648,7 +648,7 @@ fn bombs_are_refused_by_their_ratio() {
 }
 
 /// Runs another tool; `None` where it is not installed, which is told.
-fn tool(command: &mut Command) -> Option<()> {
+pub fn tool(command: &mut Command) -> Option<()> {
     let Ok(output) = command.output() else {
         let name = command.get_program().display();
         eprintln!("SKIPPED: images made by {name}: it is not installed");
@@ -660,7 +660,7 @@ fn tool(command: &mut Command) -> Option<()> {
 }
 
 /// A layout with one image, tagged `t`.
-fn tagged(test: &TestStore, archives: &[&[u8]]) -> Layout {
+pub fn tagged(test: &TestStore, archives: &[&[u8]]) -> Layout {
     let layout = Layout::new(test, "layout");
     let layers: Vec<_> = archives
         .iter()

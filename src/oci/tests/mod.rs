@@ -3,6 +3,7 @@
 mod archives;
 mod export;
 mod gnu_tar;
+mod hostile;
 mod images;
 
 use std::error::Error;
