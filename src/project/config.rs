@@ -1,4 +1,4 @@
-//! What the engine's `config.yaml` says of one worker. Read here, never written.
+//! What the engine's `config.yaml` says of one worker. Read here; [`edit`](super::edit) writes it.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Slot;

@@ -22,6 +22,7 @@ mod caches;
 mod commands;
 pub mod config;
 mod detect;
+pub mod edit;
 mod manifest;
 mod name;
 mod yaml;

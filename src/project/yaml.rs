@@ -326,6 +326,11 @@ fn resolve(text: &str) -> Scalar<'_> {
     text.parse().map_or(Scalar::Str(text), Scalar::Float)
 }
 
+/// Whether `text`, not in quotes, is a string.
+pub(super) fn is_word(text: &str) -> bool {
+    matches!(resolve(text), Scalar::Str(_))
+}
+
 /// `text` in quotes, control characters escaped, shortened to what a message can carry.
 pub(super) fn quote(text: &str) -> String {
     format!("{:?}", shorten(text))
@@ -338,6 +343,46 @@ fn shorten(text: &str) -> String {
     }
 }
 
+/// The text of `path`, of which at most `limit` bytes may exist.
+pub(super) fn read_text(path: &Path, limit: u64) -> Result<String, DocumentError> {
+    text_of(path, &read_bytes(path, limit)?).map(str::to_owned)
+}
+
+fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, DocumentError> {
+    let fail = |source| DocumentError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    // Asked first, since opening a FIFO would wait for its writer.
+    if !fs::metadata(path).map_err(fail)?.is_file() {
+        return Err(DocumentError::NotAFile {
+            path: path.to_owned(),
+        });
+    }
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(limit.saturating_add(1)).read_to_end(&mut bytes))
+        .map_err(fail)?;
+    if bytes.len() as u64 > limit {
+        return Err(DocumentError::TooLarge {
+            path: path.to_owned(),
+            limit,
+        });
+    }
+    Ok(bytes)
+}
+
+fn text_of<'b>(path: &Path, bytes: &'b [u8]) -> Result<&'b str, DocumentError> {
+    str::from_utf8(bytes).map_err(|error| {
+        let (before, after) = bytes.split_at(error.valid_up_to());
+        DocumentError::NotUtf8 {
+            path: path.to_owned(),
+            line: before.split(|&b| b == b'\n').count(),
+            byte: after.first().copied().unwrap_or_default(),
+        }
+    })
+}
+
 /// A parsed file.
 #[derive(Debug)]
 pub(super) struct Document {
@@ -348,39 +393,12 @@ pub(super) struct Document {
 impl Document {
     /// Reads and parses `path`, of which at most `limit` bytes may exist. An empty file is an empty mapping.
     pub fn read(path: &Path, limit: u64) -> Result<Self, DocumentError> {
-        let fail = |source| DocumentError::Read {
-            path: path.to_owned(),
-            source,
-        };
-        // Asked first, since opening a FIFO would wait for its writer.
-        if !fs::metadata(path).map_err(fail)?.is_file() {
-            return Err(DocumentError::NotAFile {
-                path: path.to_owned(),
-            });
-        }
-        let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(limit.saturating_add(1)).read_to_end(&mut bytes))
-            .map_err(fail)?;
-        if bytes.len() as u64 > limit {
-            return Err(DocumentError::TooLarge {
-                path: path.to_owned(),
-                limit,
-            });
-        }
-        Self::parse(path, &bytes)
+        Self::parse(path, &read_bytes(path, limit)?)
     }
 
     /// Parses what `path` holds.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, DocumentError> {
-        let text = str::from_utf8(bytes).map_err(|error| {
-            let (before, after) = bytes.split_at(error.valid_up_to());
-            DocumentError::NotUtf8 {
-                path: path.to_owned(),
-                line: before.split(|&b| b == b'\n').count(),
-                byte: after.first().copied().unwrap_or_default(),
-            }
-        })?;
+        let text = text_of(path, bytes)?;
         let syntax = |(line, problem)| DocumentError::Syntax {
             path: path.to_owned(),
             line,
@@ -401,6 +419,11 @@ impl Document {
             path: path.to_owned(),
             root,
         })
+    }
+
+    /// All that it says.
+    pub fn to_json(&self) -> serde_json::Value {
+        self.root.to_json()
     }
 
     /// The top-level mapping.
