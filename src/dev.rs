@@ -369,8 +369,10 @@ pub fn dev(
         &engine,
         "namespace",
     );
-    let argv = build::SHELL
-        .into_iter()
+    // As a container engine runs it; the steps do without, as those of a Dockerfile.
+    let entrypoint = opened.image.config.entrypoint.iter().map(String::as_str);
+    let argv = entrypoint
+        .chain(build::SHELL)
         .chain([project.scripts.start.as_str()]);
     let mut spec = SandboxSpec::new(compose::root(&Arc::new(overlay), Mode::Quiet), argv);
     spec.env = env.into_iter().collect();
