@@ -6,6 +6,7 @@
 mod bad_input;
 mod doctor;
 mod engine;
+mod fidelity;
 mod harness;
 mod kills;
 mod layers;

@@ -23,16 +23,16 @@ const PASSWORD: &str = "secret";
 
 /// What the registry asks of those who come.
 #[derive(Clone, Copy, PartialEq)]
-enum Door {
+pub enum Door {
     Open,
     /// TLS with a CA of the test's own, and a login.
     Guarded,
 }
 
 /// A registry with a directory of its own. Dropped, it is killed.
-struct Registry {
+pub struct Registry {
     dir: TempDir,
-    host: String,
+    pub host: String,
     child: Child,
     door: Door,
 }
@@ -44,7 +44,7 @@ impl Drop for Registry {
     }
 }
 
-fn has(program: &str) -> bool {
+pub fn has(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
@@ -59,7 +59,7 @@ fn can_run(what: &str) -> bool {
     missing.is_empty()
 }
 
-fn run(dir: &Path, program: &str, args: &[&str]) {
+pub fn run(dir: &Path, program: &str, args: &[&str]) {
     let output = Command::new(program)
         .args(args)
         .current_dir(dir)
@@ -110,7 +110,7 @@ fn make_certificates(dir: &Path) {
 }
 
 impl Registry {
-    fn start(door: Door) -> Self {
+    pub fn start(door: Door) -> Self {
         let dir = TempDir::with_prefix("registry-").unwrap();
         let port = free_port();
         // Only 127.0.0.1 is spoken to without TLS.
@@ -243,14 +243,14 @@ impl Layout {
     }
 }
 
-fn arch() -> &'static str {
+pub fn arch() -> &'static str {
     match std::env::consts::ARCH {
         "aarch64" => "arm64",
         _ => "amd64",
     }
 }
 
-fn inspect(home: &Home, name: &str) -> Value {
+pub fn inspect(home: &Home, name: &str) -> Value {
     let ended = home.run(&["image", "inspect", name, "--json"]).ok();
     serde_json::from_str(&ended.stdout).unwrap()
 }
