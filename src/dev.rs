@@ -1,4 +1,4 @@
-//! `worker dev` and `worker build`, from top to bottom.
+//! `worker dev` and `worker build`, from top to bottom, and the layers of a worker for whoever has another use for them.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{OpenError, Overlay, OverlayOptions};
-use iii_store::{LayerId, Lease, Ref, RefKind, Store, StoreError};
+use iii_store::{Layer, LayerId, Lease, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack, Status};
@@ -19,6 +19,7 @@ use crate::compose;
 use crate::environment;
 use crate::home::{Home, HomeError};
 use crate::oci::{self, Image, ImageError, Limits, Origin, Platform, Settings};
+use crate::plan::Kind;
 use crate::project::{DocumentError, NameError, Project, ProjectError, WorkerConfig, WorkerName};
 use crate::sandbox::{Sandbox, SandboxError, SandboxSpec};
 use crate::supervise::Signals;
@@ -65,6 +66,10 @@ pub enum DevError {
     },
     #[error("this build of iii has no libkrun runtime")]
     NoLibkrun,
+    #[error("there is no worker called {name}")]
+    NeverRun { name: String },
+    #[error("the project at {} is not what the worker {name} last ran from", project.display())]
+    Outdated { name: String, project: PathBuf },
 }
 
 fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DevError {
@@ -369,12 +374,9 @@ pub fn dev(
         &engine,
         "namespace",
     );
-    // As a container engine runs it; the steps do without, as those of a Dockerfile.
-    let entrypoint = opened.image.config.entrypoint.iter().map(String::as_str);
-    let argv = entrypoint
-        .chain(build::SHELL)
-        .chain([project.scripts.start.as_str()]);
-    let mut spec = SandboxSpec::new(compose::root(&Arc::new(overlay), Mode::Quiet), argv);
+    let root = compose::root(&Arc::new(overlay), Mode::Quiet);
+    let [entrypoint, command] = start_command(&opened.image, project);
+    let mut spec = SandboxSpec::new(root, entrypoint.into_iter().chain(command));
     spec.env = env.into_iter().collect();
     spec.user.clone_from(&opened.image.config.user);
     spec.hostname = opened.name.to_string();
@@ -407,6 +409,103 @@ pub fn dev(
     Ok(Ended { status, signal })
 }
 
+/// What starts a worker: the image's entrypoint, and the command that goes by way of it, as a container engine runs them. The
+/// steps do without an entrypoint, as those of a Dockerfile.
+pub fn start_command(image: &Image, project: &Project) -> [Vec<String>; 2] {
+    let mut command = build::SHELL.map(str::to_owned).to_vec();
+    command.push(project.scripts.start.clone());
+    [image.config.entrypoint.clone(), command]
+}
+
+/// A worker whose layers are all there, and pinned for as long as this lives.
+pub struct Built {
+    /// Its project.
+    pub project: Project,
+    /// Its name.
+    pub name: WorkerName,
+    /// The store.
+    pub store: Store,
+    /// Its base.
+    pub image: Image,
+    /// The environment of its steps.
+    pub env: environment::Env,
+    /// The layers that it runs on, bottom first.
+    pub layers: Vec<(Kind, Arc<Layer>)>,
+    /// Pins them.
+    pub lease: Lease,
+}
+
+/// Realises the layers of a project, as [`build`] does.
+pub fn built(
+    home: &Home,
+    target: &Target,
+    signals: &Signals,
+    events: &(dyn Fn(Event<'_>) + Sync),
+) -> Result<Built, DevError> {
+    let opened = Opened::new(home, target, events)?;
+    let (stack, lease) = opened.realise(home, "export", target, signals, events)?;
+    if target.collect && has_built(&stack) {
+        opened.collect(events);
+    }
+    let kinds = stack.reports.iter().map(|report| report.kind);
+    Ok(Built {
+        layers: kinds.zip(stack.layers).collect(),
+        project: opened.project,
+        name: opened.name,
+        store: opened.store,
+        image: opened.image,
+        env: opened.env,
+        lease,
+    })
+}
+
+/// The worker `name` with the layers that it last ran on. How it is run is what its project says now, which must have the same
+/// steps, and the same base if that is not `base`. Nothing is built.
+pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Built, DevError> {
+    let store = Store::open(home.store())?;
+    let never = || DevError::NeverRun {
+        name: name.to_string(),
+    };
+    let root = owner(&home.dev(name.as_str()))?.ok_or_else(never)?;
+    let kept = store.get_ref(RefKind::Worker, name.as_str())?;
+    let kept = kept.ok_or_else(never)?;
+    let lease = store.lease(&format!("export {name}"))?;
+    lease.pin(&kept.layers)?;
+    let project = Project::open(&root)?;
+    let outdated = || DevError::Outdated {
+        name: name.to_string(),
+        project: root.clone(),
+    };
+    let base = base.unwrap_or(&project.base_image);
+    let image = oci::resolve(&store, base)?.ok_or_else(outdated)?;
+    let scripts = &project.scripts;
+    let steps = [
+        (Kind::Setup, scripts.setup.is_some()),
+        (Kind::Install, scripts.install.is_some()),
+    ];
+    let mut kinds = vec![Kind::Base; image.layers.len()];
+    kinds.extend(
+        steps
+            .into_iter()
+            .filter_map(|(kind, is)| is.then_some(kind)),
+    );
+    kinds.push(Kind::Project);
+    if !kept.layers.starts_with(&image.layers) || kept.layers.len() != kinds.len() {
+        return Err(outdated());
+    }
+    let layers = kept.layers.iter().map(|id| store.layer(id));
+    let layers = layers.collect::<Result<Vec<_>, _>>()?;
+    Ok(Built {
+        layers: kinds.into_iter().zip(layers).collect(),
+        env: environment::for_steps(&image.config.env, project.tool_env()),
+        project,
+        name,
+        store,
+        image,
+        lease,
+    })
+}
+
 fn worker_config(
     path: &Path,
     name: &WorkerName,
@@ -418,6 +517,20 @@ fn worker_config(
         events(Event::Note(warning.clone()));
     }
     Ok(config)
+}
+
+/// Where a sandbox's directory says which project it belongs to.
+const OWNER: &str = "project";
+
+/// The project that the sandbox in `dir` belongs to, if there is one.
+fn owner(dir: &Path) -> Result<Option<PathBuf>, DevError> {
+    use std::os::unix::ffi::OsStringExt as _;
+    let path = dir.join(OWNER);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(std::ffi::OsString::from_vec(bytes).into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(at("read", &path)(source)),
+    }
 }
 
 /// A sandbox's directory, held by one process at a time.
@@ -466,13 +579,8 @@ impl Place {
     }
 
     fn claim_for(&self, name: &WorkerName, root: &Path, take_over: bool) -> Result<(), DevError> {
-        use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-        let path = self.dir.join("project");
-        let owner = match fs::read(&path) {
-            Ok(bytes) => PathBuf::from(std::ffi::OsString::from_vec(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => PathBuf::new(),
-            Err(source) => return Err(at("read", &path)(source)),
-        };
+        use std::os::unix::ffi::OsStrExt as _;
+        let owner = owner(&self.dir)?.unwrap_or_default();
         if owner == root {
             return Ok(());
         }
@@ -482,6 +590,7 @@ impl Place {
                 owner,
             });
         }
+        let path = self.dir.join(OWNER);
         fs::write(&path, root.as_os_str().as_bytes()).map_err(at("write", &path))
     }
 

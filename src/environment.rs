@@ -32,6 +32,70 @@ pub fn for_steps(image: &[String], tools: &[(&str, &str)]) -> Env {
     env
 }
 
+/// The environment that the worker has wherever it runs: that of the steps, then its own, the last of a name before others. What
+/// only the tool may say is not in it.
+pub fn anywhere<'a>(steps: &Env, own: impl Iterator<Item = (&'a String, &'a String)>) -> Env {
+    let mut env = steps.clone();
+    // Meant for apt while it builds; a worker would be surprised to inherit it.
+    env.remove("DEBIAN_FRONTEND");
+    env.extend(
+        own.filter(|(name, _)| !RESERVED_ENV.contains(&name.as_str()))
+            .map(|(name, value)| (name.clone(), value.clone())),
+    );
+    env
+}
+
+/// Words of a variable's name that say that its value is a secret.
+const SECRET_WORDS: [&str; 17] = [
+    "TOKEN",
+    "TOKENS",
+    "KEY",
+    "KEYS",
+    "PASS",
+    "PASSPHRASE",
+    "PWD",
+    "AUTH",
+    "PRIVATE",
+    "CREDS",
+    "COOKIE",
+    "JWT",
+    "BEARER",
+    "PAT",
+    "DSN",
+    "SALT",
+    "SIGNATURE",
+];
+/// The same, however they are joined to others.
+const SECRET_PARTS: [&str; 8] = [
+    "PASSWORD",
+    "PASSWD",
+    "SECRET",
+    "CREDENTIAL",
+    "APIKEY",
+    "ACCESSKEY",
+    "PRIVATEKEY",
+    "ACCESSTOKEN",
+];
+
+/// Whether a variable looks like a secret: by a word of its name, or by its value, a URL with a password or a private key. A guess
+/// that would rather be wrong about what is none.
+pub fn looks_secret(name: &str, value: &str) -> bool {
+    let name = name.to_ascii_uppercase();
+    let word = |word| SECRET_WORDS.contains(&word);
+    name.split(|c: char| !c.is_ascii_alphanumeric()).any(word)
+        || SECRET_PARTS.iter().any(|part| name.contains(part))
+        || value.split("://").skip(1).any(has_password)
+        || (value.contains("-----BEGIN") && value.contains("PRIVATE KEY"))
+}
+
+/// Whether what follows the scheme of a URL begins with a user and a password.
+fn has_password(rest: &str) -> bool {
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let user = authority.rsplit_once('@').map(|(user, _)| user);
+    let password = user.and_then(|user| user.split_once(':'));
+    password.is_some_and(|(_, password)| !password.is_empty())
+}
+
 /// The environment of the worker: that of the steps, then the manifest's, then config.yaml's, then what only the tool may say.
 pub fn for_worker(
     steps: &Env,
@@ -41,14 +105,7 @@ pub fn for_worker(
     engine: &str,
     isolation: &str,
 ) -> Env {
-    let mut env = steps.clone();
-    // Meant for apt while it builds; a worker would be surprised to inherit it.
-    env.remove("DEBIAN_FRONTEND");
-    let own = manifest.iter().chain(config);
-    env.extend(
-        own.filter(|(name, _)| !RESERVED_ENV.contains(&name.as_str()))
-            .map(|(name, value)| (name.clone(), value.clone())),
-    );
+    let mut env = anywhere(steps, manifest.iter().chain(config));
     for (key, value) in [
         ("III_URL", engine),
         ("III_ENGINE_URL", engine),
@@ -91,6 +148,36 @@ mod tests {
             ),
         ] {
             assert_eq!(path(image), expected);
+        }
+    }
+
+    #[test]
+    fn what_looks_secret() {
+        for (name, value, secret) in [
+            ("API_TOKEN", "x", true),
+            ("api_key", "x", true),
+            ("apiKey", "x", true),
+            ("DBPASSWORD", "x", true),
+            ("MY_SECRET_THING", "x", true),
+            ("AWS_ACCESS_KEY_ID", "x", true),
+            ("GOOGLE_CREDENTIALS", "x", true),
+            ("X-AUTH", "x", true),
+            ("AUTHOR", "x", false),
+            ("KEYBOARD", "x", false),
+            ("MONKEY", "x", false),
+            ("TOKENIZERS_PARALLELISM", "false", false),
+            ("COMPASS", "n", false),
+            ("PATH", "/bin", false),
+            ("URL", "https://host/x", false),
+            ("URL", "https://user@host/x", false),
+            ("URL", "https://user:@host/x", false),
+            ("URL", "https://host/x:y@z", false),
+            ("URL", "postgres://u:p@host/db", true),
+            ("URL", "redis://:p@ss@host", true),
+            ("URLS", "http://a/,amqp://u:p@b", true),
+            ("PEM", "-----BEGIN RSA PRIVATE KEY-----", true),
+        ] {
+            assert_eq!(looks_secret(name, value), secret, "{name}={value}");
         }
     }
 

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::limits;
 use super::quantity::{self, Limit, Room};
+use crate::oci::export::{Compression, Destination};
 use crate::oci::{self, Platform};
 
 /// Runs iii workers in sandboxes made of shared layers.
@@ -65,6 +66,23 @@ pub enum Worker {
   iii worker build ./my-project
   iii worker build ./my-project --json | jq '.layers[] | {kind, status}'")]
     Build(Build),
+    /// Make a standard image of a worker, for any container engine or cluster
+    ///
+    /// A path is built first, as `worker build` does it; a name stands for the layers that the worker last ran on. The image has
+    /// the worker's layers, its start command, working directory, user, and its environment without what looks like a
+    /// secret. It has all of the project's files but the excluded ones, and nothing that the worker has written. Where the
+    /// engine is has to be said where the image is run, as `III_URL`.
+    #[command(after_help = "Examples:
+  iii worker export ./my-project                        # into the OCI layout ./iii-dev-my-project
+  iii worker export ./my-project --to docker://registry.example.com/team/my-worker:1
+  iii worker export iii-dev-my-project --to docker-archive:worker.tar
+  podman load -i worker.tar
+  podman run -e III_URL=ws://HOST:49134 localhost/iii-dev-my-project
+
+Environment:
+  SOURCE_DATE_EPOCH      the time at which the image was created, in seconds since 1970
+                         [default: that of its newest file]")]
+    Export(ExportWorker),
     /// Say what this machine has of what workers need, and what to do where something is missing
     ///
     /// Exits with 1 if no worker can run here.
@@ -132,6 +150,35 @@ pub struct Build {
     pub json: bool,
 }
 
+#[derive(Debug, Args)]
+pub struct ExportWorker {
+    /// The worker's name, or its project's directory, which begins with `.`, `/` or `~`
+    #[arg(value_name = "NAME|PATH")]
+    pub worker: String,
+    /// Where to: `oci:DIR[:TAG]`, `docker-archive:FILE[:NAME]` or `docker://HOST/REPO[:TAG]` [default: oci:NAME]
+    #[arg(long, value_name = "DEST")]
+    pub to: Option<Destination>,
+    /// Take this variable of the manifest in, though it looks like a secret
+    #[arg(long, value_name = "NAME")]
+    pub env: Vec<String>,
+    /// The base image that it was built on, if not the project's
+    #[arg(long, value_name = "IMAGE")]
+    pub base: Option<String>,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+/// How an image comes to where it is to go.
+#[derive(Debug, Args)]
+pub struct Where {
+    /// How to compress the layers: gzip, which every engine takes, zstd, or none
+    #[arg(long, default_value_t)]
+    pub compression: Compression,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Runtime {
     /// A microVM where one can run, else namespaces
@@ -178,6 +225,19 @@ A limit that an image passes is named in the error. NAME=VALUE of --limit, and o
   extension   a PAX or GNU extension header   holes       of an archive's sparse files
   document    a manifest, index or config     segments    stretches of data of a sparse file")]
     Import(Import),
+    /// Put an image into an OCI layout, an archive or a registry
+    ///
+    /// Its layers stay what they are; a destination that has one of them is not sent it again. The same image has the same
+    /// digest each time, though not the one that it was pulled by: it is compressed anew.
+    #[command(after_help = "Examples:
+  iii image export node:24-slim --to oci:./images:node-24
+  iii image export node:24-slim --to docker-archive:node.tar
+  iii image export node:24-slim --to docker://localhost:5000/node:24-slim --compression zstd
+
+Environment:
+  SOURCE_DATE_EPOCH      the time at which the image was created, in seconds since 1970
+                         [default: that of its newest file]")]
+    Export(ExportImage),
     /// List the images in the store
     #[command(after_help = "Examples:
   iii image list
@@ -213,6 +273,18 @@ pub struct Raised {
     /// Take in more of something than usual, as in bytes=128GiB; can be given several times
     #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = limits::parse)]
     pub limits: Vec<(oci::Limit, u64)>,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportImage {
+    /// The image's name, as docker takes it
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
+    /// Where to: `oci:DIR[:TAG]`, `docker-archive:FILE[:NAME]` or `docker://HOST/REPO[:TAG]`
+    #[arg(long, value_name = "DEST")]
+    pub to: Destination,
+    #[command(flatten)]
+    pub place: Where,
 }
 
 #[derive(Debug, Args)]

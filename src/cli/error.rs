@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use crate::build::BuildError;
 use crate::dev::DevError;
 use crate::home::HomeError;
+use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
 use crate::sandbox::SandboxError;
 use crate::ui::Ui;
@@ -52,6 +53,10 @@ pub enum CliError {
     NoImage { name: String },
     #[error("the variable {} makes no sense", limits::VARIABLE)]
     Limits(#[source] LimitError),
+    #[error("exporting to {to} failed")]
+    Export { to: String, source: ExportError },
+    #[error("the variable SOURCE_DATE_EPOCH has {text:?}, which is not a number of seconds")]
+    SourceDateEpoch { text: String },
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
@@ -208,6 +213,17 @@ impl CliError {
                 source: OpenError::Upper(UpperError::Chain { .. } | UpperError::NotAnUpper(_)),
                 ..
             }) => "--fresh drops what the sandbox wrote, and keeps the layers".into(),
+            Self::Dev(DevError::NeverRun { .. }) => {
+                "only what `iii worker dev` has run has a name; export its project by its path, as in: iii worker export ./my-project".into()
+            }
+            Self::Dev(DevError::Outdated { project, .. }) => format!(
+                "to build and export what it is now: iii worker export {}",
+                project.display()
+            ),
+            Self::Export { source: ExportError::Registry(error), .. } => registry_hint(error)?,
+            Self::Export { source: ExportError::NotALayout { .. }, .. } => {
+                "name a directory that does not exist, and it is made".into()
+            }
             Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
@@ -223,6 +239,10 @@ impl CliError {
     fn store(&self) -> Option<&StoreError> {
         match self {
             Self::Store(error)
+            | Self::Export {
+                source: ExportError::Store(error),
+                ..
+            }
             | Self::Image(ImageError::Store(error))
             | Self::Dev(
                 DevError::Store(error)

@@ -9,7 +9,7 @@ use iii_store::{GcReport, Store};
 
 use super::args::{Image, Import, InspectImage, List, Pull, RemoveImage};
 use super::table::{Align, Table};
-use super::{CliError, limits, print, print_json};
+use super::{CliError, export, limits, print, print_json};
 use crate::collect;
 use crate::home::Home;
 use crate::oci::{self, Event, ImageError, Imported, Platform, Settings};
@@ -24,6 +24,7 @@ pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Image::Pull(args) => pull(&store, &args, ui),
         Image::Import(args) => import(&store, &args, ui),
+        Image::Export(args) => export::image(&store, &args, ui),
         Image::List(args) => list(&store, &args),
         Image::Inspect(args) => inspect(&store, &args),
         Image::Remove(args) => remove(&store, &args, ui),
@@ -172,7 +173,7 @@ fn list(store: &Store, args: &List) -> Result<ExitCode, CliError> {
 }
 
 /// The image `name` of the store.
-fn find(store: &Store, name: &str) -> Result<oci::Image, CliError> {
+pub fn find(store: &Store, name: &str) -> Result<oci::Image, CliError> {
     oci::resolve(store, name)?.ok_or_else(|| CliError::NoImage {
         name: name.to_owned(),
     })

@@ -2,6 +2,7 @@
 
 mod args;
 mod error;
+mod export;
 mod image;
 mod limits;
 mod quantity;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::args::{self, Runtime, Worker};
 use super::error::with_causes;
 use super::image::{self, Bars};
-use super::{CliError, limits, print, print_json};
+use super::{CliError, export, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::dev::{self, DevError, Engine, Options, Target};
 use crate::doctor::{self, Diagnosis, State};
@@ -27,6 +27,7 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
+        Worker::Export(args) => export::worker(&home, &signals, &args, ui),
         Worker::Doctor(args) => doctor(&home, args),
     }
 }
@@ -148,7 +149,7 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
 }
 
 /// Draws what happens.
-struct Printer<'a> {
+pub struct Printer<'a> {
     ui: &'a Ui,
     /// Layers of the base that are being pulled.
     bars: Bars<'a>,
@@ -157,7 +158,7 @@ struct Printer<'a> {
 }
 
 impl<'a> Printer<'a> {
-    fn new(ui: &'a Ui) -> Self {
+    pub fn new(ui: &'a Ui) -> Self {
         Self {
             ui,
             bars: Bars::new(ui, "pulling"),
@@ -165,7 +166,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    fn show(&self, event: &Event<'_>) {
+    pub fn show(&self, event: &Event<'_>) {
         let ui = self.ui;
         let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         match event {

@@ -33,11 +33,15 @@ impl Platform {
 
     /// Whether this is what OCI calls `os` and `arch`.
     pub fn is(self, os: &Os, arch: &Arch) -> bool {
-        let own = match self {
+        *os == Os::Linux && *arch == self.arch()
+    }
+
+    /// What OCI calls its architecture.
+    pub fn arch(self) -> Arch {
+        match self {
             Self::Amd64 => Arch::Amd64,
             Self::Arm64 => Arch::ARM64,
-        };
-        *os == Os::Linux && *arch == own
+        }
     }
 }
 

@@ -205,7 +205,8 @@ fn is_path_component(text: &str) -> bool {
         })
 }
 
-fn is_tag(text: &str) -> bool {
+/// Whether a text can be a tag.
+pub fn is_tag(text: &str) -> bool {
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     text.len() <= MAX_TAG
         && text.bytes().next().is_some_and(word)

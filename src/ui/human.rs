@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::utc;
+
 /// Units of time and their seconds, the largest first.
 const UNITS: [(u64, &str); 4] = [(24 * 3600, "d"), (3600, "h"), (60, "m"), (1, "s")];
 
@@ -67,26 +69,7 @@ pub fn human_age(age: Duration) -> String {
 
 /// A time in UTC, from the seconds since 1970: `2026-11-22 01:36:27Z`.
 pub fn human_time(seconds: i64) -> String {
-    const DAY: i64 = 24 * 3600;
-    // <https://howardhinnant.github.io/date_algorithms.html#civil_from_days>: years begin in March, so that the day that
-    // leaps is the last of one.
-    let days = seconds.div_euclid(DAY) + 719_468;
-    let era = days.div_euclid(146_097);
-    let day_of_era = days.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = (month_from_march + 2) % 12 + 1;
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let second = seconds.rem_euclid(DAY);
-    format!(
-        "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}Z",
-        second / 3600,
-        second / 60 % 60,
-        second % 60
-    )
+    utc::rfc3339(seconds).replace('T', " ")
 }
 
 /// A count with its thousands apart: `30,512`.

@@ -18,6 +18,7 @@ use crate::cli::args::{Diff, Inspect, List, Why};
 use crate::cli::table::{Align, Table};
 use crate::cli::{CliError, print, print_json};
 use crate::oci::Reference;
+use crate::oci::export::EXPORTED;
 use crate::tail::inert;
 use crate::ui::{
     Ui, human_bytes, human_count, human_counted, human_duration, human_span, human_time,
@@ -221,6 +222,15 @@ fn counts_text(counts: &Counts, logical: u64) -> String {
 fn recipe_lines(key: &KeyId, record: &Record, line: &mut impl FnMut(&str, &str)) {
     let known = &record.provenance;
     let text = |name: &str| known.get(name).and_then(Value::as_str);
+    if text("kind") == Some(EXPORTED) {
+        let compression = text("compression").unwrap_or_default();
+        line(
+            "exported",
+            &format!("{} ({compression})", text("digest").unwrap_or_default()),
+        );
+        line("  diff id", text("diff_id").unwrap_or_default());
+        return;
+    }
     line("recipe", &key.to_string());
     if let Some(created) = known.get("created").and_then(Value::as_i64) {
         let seconds = known.get("seconds").and_then(Value::as_f64);

@@ -23,9 +23,9 @@ use super::ExportError;
 use crate::oci::limits::MAX_EXTENSION;
 use crate::oci::tar::EntryName;
 
-const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 512;
 /// Two empty blocks.
-const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
+pub(super) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 /// Bytes of a file read at once.
 const PIECE: usize = 1 << 20;
 const WHITEOUT: &[u8] = b".wh.";
@@ -41,7 +41,11 @@ pub struct LayerTar<'a> {
     layer: &'a Layer,
     omit: &'a [&'a [u8]],
     size: u64,
+    watch: Option<&'a Watch<'a>>,
 }
+
+/// Told how many bytes of an archive have been written. To stop is to fail.
+pub type Watch<'a> = dyn Fn(u64) -> io::Result<()> + Sync + 'a;
 
 impl<'a> LayerTar<'a> {
     /// The archive of `layer`, without the entries at the paths in `omit` and what is below them. Of the store only
@@ -59,6 +63,7 @@ impl<'a> LayerTar<'a> {
             layer,
             omit,
             size: 0,
+            watch: None,
         };
         let mut size = END.len() as u64;
         let mut headers = Vec::new();
@@ -70,6 +75,15 @@ impl<'a> LayerTar<'a> {
         })?;
         tar.size = size;
         Ok(tar)
+    }
+
+    /// The same, with `watch` told between pieces how far writing it is.
+    #[must_use]
+    pub fn watched(self, watch: &'a Watch<'a>) -> Self {
+        Self {
+            watch: Some(watch),
+            ..self
+        }
     }
 
     /// The layer.
@@ -95,27 +109,40 @@ impl<'a> LayerTar<'a> {
             .map(|node| EntryName(node.path()))
     }
 
+    /// The times of its entries, in whole seconds since 1970. Those of what is left out are among them.
+    pub fn mtimes(&self) -> impl Iterator<Item = i64> + 'a {
+        let nodes = self.layer.nodes();
+        let timed = nodes
+            .filter(|node| node.kind() != Kind::Whiteout && node.dir_kind() != DirKind::Implicit);
+        timed.map(|node| node.mtime().sec)
+    }
+
     /// Writes the archive. Files are read piece by piece, each checked against its hash.
     pub fn write(&self, out: &mut dyn Write) -> Result<(), ExportError> {
+        let mut out = Counted {
+            out,
+            written: 0,
+            watch: self.watch,
+        };
         let mut headers = Vec::new();
         let mut piece = vec![0; PIECE];
         self.walk(|member| {
             headers.clear();
             member.headers(&mut headers)?;
-            out.write_all(&headers).map_err(ExportError::Write)?;
+            out.put(&headers)?;
             match member.contents {
-                Some(node) => self.contents(node, &mut piece, out),
+                Some(node) => self.contents(node, &mut piece, &mut out),
                 None => Ok(()),
             }
         })?;
-        out.write_all(&END).map_err(ExportError::Write)
+        out.put(&END)
     }
 
     fn contents(
         &self,
         node: NodeRef<'_>,
         piece: &mut [u8],
-        out: &mut dyn Write,
+        out: &mut Counted<'_>,
     ) -> Result<(), ExportError> {
         let failed = |source| ExportError::Contents {
             entry: EntryName(node.path()),
@@ -132,11 +159,10 @@ impl<'a> LayerTar<'a> {
                 .len()
                 .min(usize::try_from(blob.len() - at).unwrap_or(usize::MAX));
             let got = blob.read_at(&mut piece[..want], at).map_err(failed)?;
-            out.write_all(&piece[..got]).map_err(ExportError::Write)?;
+            out.put(&piece[..got])?;
             at += got as u64;
         }
-        let padding = padding(blob.len());
-        out.write_all(&END[..padding]).map_err(ExportError::Write)
+        out.put(&END[..padding(blob.len())])
     }
 
     /// Visits the members of the archive in their order.
@@ -196,6 +222,23 @@ impl<'a> LayerTar<'a> {
     }
 }
 
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    written: u64,
+    watch: Option<&'a Watch<'a>>,
+}
+
+impl Counted<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<(), ExportError> {
+        self.out.write_all(bytes).map_err(ExportError::Write)?;
+        self.written += bytes.len() as u64;
+        match self.watch {
+            Some(watch) => watch(self.written).map_err(ExportError::Write),
+            None => Ok(()),
+        }
+    }
+}
+
 fn directory(
     node: NodeRef<'_>,
     path: &[u8],
@@ -219,7 +262,8 @@ fn directory(
     Ok(())
 }
 
-fn padding(size: u64) -> usize {
+/// Bytes between the end of a member and the next block.
+pub(super) fn padding(size: u64) -> usize {
     (size.next_multiple_of(BLOCK as u64) - size) as usize
 }
 
@@ -337,6 +381,23 @@ impl<'a> Member<'a> {
             what,
         }
     }
+}
+
+/// The header of a file in an archive of archives, whatever its size.
+pub(super) fn file_header(name: &[u8], size: u64) -> [u8; BLOCK] {
+    let mut header = Header::new(b'0');
+    header.name(name);
+    header.octal(100, 8, 0o644);
+    for (at, len) in [(108, 8), (116, 8), (136, 12), (329, 8), (337, 8)] {
+        header.octal(at, len, 0);
+    }
+    if !header.octal(124, 12, size) {
+        // In GNU's way, which every reader knows: the room for the header is given.
+        header.0[124..136].fill(0);
+        header.0[124] = 0x80;
+        header.0[128..136].copy_from_slice(&size.to_be_bytes());
+    }
+    header.finish()
 }
 
 /// A ustar header block.

@@ -1,7 +1,7 @@
 //! Images out of the store: layers as archives, and the places that take them.
 //!
 //! A layer is the same archive each time, on any machine, so a place that has it is sent nothing. [`archive`] writes the tar
-//! stream of a layer, [`blob`] compresses it.
+//! stream of a layer, [`blob`] compresses it, [`Export`] puts the layers of an image and its documents into one.
 //!
 //! [`Sink`] is what every destination is: something that takes blobs in any order and from several threads, and then the
 //! manifest that names them. What is not named by a manifest is of no account, so an export that is cut short has changed
@@ -9,10 +9,15 @@
 
 pub mod archive;
 pub mod blob;
+mod destination;
+mod docker_archive;
+mod image;
+mod layout;
 mod remote;
+mod tmp;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use iii_store::StoreError;
 
@@ -21,7 +26,11 @@ use super::registry::RegistryError;
 use super::tar::EntryName;
 
 pub use archive::LayerTar;
-pub use blob::{Compression, Hashing, LayerBlob};
+pub use blob::{Compression, Hashing, LayerBlob, ParseCompressionError};
+pub use destination::{Destination, ParseDestinationError};
+pub use docker_archive::DockerArchiveSink;
+pub use image::{Checked, EXPORTED, Event, Export, Exported, ExportedLayer, Part, Progress};
+pub use layout::LayoutSink;
 
 /// Where the blobs and the manifest of an image go: a layout, an archive, a registry.
 pub trait Sink: Sync {
@@ -90,7 +99,29 @@ pub enum ExportError {
         /// The cause.
         source: io::Error,
     },
+    /// A directory that cannot be taken for an OCI layout.
+    #[error("{} is not an OCI layout: {why}", path.display())]
+    NotALayout {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A document of the image cannot be put together.
+    #[error("putting the documents of the image together failed")]
+    Document(#[source] oci_spec::OciSpecError),
+    /// A document of the image cannot be written, or read again.
+    #[error("writing the documents of the image failed")]
+    Json(#[source] serde_json::Error),
     /// The registry did not take it.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+}
+
+fn io_error(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ExportError {
+    move |source| ExportError::Io {
+        op,
+        path: path.to_owned(),
+        source,
+    }
 }

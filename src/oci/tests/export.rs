@@ -9,8 +9,12 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
 use super::super::export::blob::write_layer;
-use super::super::export::{Compression, ExportError, LayerTar};
+use super::super::export::{
+    Compression, DockerArchiveSink, Event, Export, ExportError, Exported, LayerTar, LayoutSink,
+    Part, Sink,
+};
 use super::super::stream;
+use super::super::{Image, ImageConfig, Platform};
 use super::*;
 
 fn publish(test: &TestStore, make: impl FnOnce(&Ingest<'_>) -> Dir) -> Arc<Layer> {
@@ -610,4 +614,320 @@ fn extract(archive: &Path, out: &Path) -> Command {
     tar.args(["--xattrs", "--xattrs-include=*", "-C"]).arg(out);
     tar.arg("-xpf").arg(archive);
     tar
+}
+
+/// Puts an image of these layers into `sink`. Progress is told to `told`.
+fn export(
+    test: &TestStore,
+    layers: &[Arc<Layer>],
+    sink: &dyn Sink,
+    tag: Option<&str>,
+    told: &(dyn Fn(&Event) + Sync),
+) -> Result<Exported, ExportError> {
+    let lease = test.store.lease("test").unwrap();
+    let parts = layers.iter().map(|layer| Part {
+        layer,
+        what: "base",
+        omit: &[],
+        remember: true,
+    });
+    let export = Export {
+        store: &test.store,
+        lease: &lease,
+        parts: parts.collect(),
+        config: config(),
+        labels: [
+            ("a".to_owned(), "1".to_owned()),
+            ("b".to_owned(), "2".to_owned()),
+        ]
+        .into(),
+        platform: Platform::host(),
+        created: None,
+        compression: Compression::Zstd,
+    };
+    export.check()?.put(sink, tag, told)
+}
+
+fn config() -> ImageConfig {
+    ImageConfig {
+        env: vec!["A=1".into(), "PATH=/bin".into()],
+        user: "7:8".into(),
+        working_dir: "/w".into(),
+        entrypoint: vec!["/bin/sh".into(), "-ec".into()],
+        cmd: vec!["true".into()],
+    }
+}
+
+fn import(test: &TestStore, path: &Path, name: &str) -> Result<Image, String> {
+    let limits = Limits::default();
+    crate::oci::import(&test.store, path, name, &limits, &|_| {})
+        .map(|imported| imported.image)
+        .map_err(|error| chain(&error))
+}
+
+fn two_layers(test: &TestStore) -> Vec<Arc<Layer>> {
+    let small = |ingest: &Ingest<'_>| {
+        let mut tree = Dir::default();
+        put(&mut tree, "etc/x", leaf(meta(0o644), file(ingest, b"x")));
+        tree
+    };
+    vec![publish(test, everything), publish(test, small)]
+}
+
+#[test]
+fn an_export_is_imported_as_it_was() {
+    let test = TestStore::new();
+    let layers = two_layers(&test);
+    let ids: Vec<_> = layers.iter().map(|layer| layer.layer_id()).collect();
+    let dir = test.dir.path().join("new/layout");
+    let path = test.dir.path().join("archive.tar");
+    let layout = LayoutSink::open(&dir).unwrap();
+    let put = export(&test, &layers, &layout, Some("v1"), &|_| {}).unwrap();
+    drop(layout);
+    let archive = DockerArchiveSink::create(&path, "me:1".to_owned()).unwrap();
+    export(&test, &layers, &archive, None, &|_| {}).unwrap();
+    drop(archive);
+    // What is imported was not known by these archives before.
+    let other = TestStore::new();
+    for (path, name, digest) in [(&dir, "a:v1", Some(put.digest)), (&path, "me:1", None)] {
+        let image = import(&other, path, name).unwrap();
+        assert_eq!(image.layers, ids);
+        assert_eq!(image.config, config());
+        assert_eq!(image.platform, Some(Platform::host()));
+        assert!(digest.is_none() || image.digest == digest);
+    }
+    let left: Vec<_> = std::fs::read_dir(test.dir.path())
+        .unwrap()
+        .chain(std::fs::read_dir(&dir).unwrap())
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| name.as_encoded_bytes().starts_with(b"."))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn what_a_layout_has_is_not_written_again() {
+    let test = TestStore::new();
+    let layers = two_layers(&test);
+    let dir = test.dir.path().join("layout");
+    let put = || {
+        let written = std::sync::atomic::AtomicUsize::new(0);
+        let sink = LayoutSink::open(&dir).unwrap();
+        let exported = export(&test, &layers, &sink, Some("v1"), &|event| {
+            if let Event::Layer { .. } = event {
+                written.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        (exported.unwrap(), written.into_inner())
+    };
+    let index = || std::fs::read(dir.join("index.json")).unwrap();
+    let (first, written) = put();
+    assert_eq!(written, 2);
+    let before = index();
+    let (second, written) = put();
+    assert_eq!((second.digest, written), (first.digest, 0));
+    assert!(second.layers.iter().all(|layer| layer.existed));
+    assert_eq!(index(), before);
+    // One that is missing or cut short is.
+    let blob = dir.join("blobs/sha256").join(first.layers[0].digest.hex());
+    std::fs::write(&blob, b"cut").unwrap();
+    assert_eq!(put().1, 1);
+    assert_eq!(
+        std::fs::metadata(&blob).unwrap().len(),
+        first.layers[0].size
+    );
+    std::fs::remove_file(&blob).unwrap();
+    assert_eq!(put().1, 1);
+    assert_eq!(
+        import(&TestStore::new(), &dir, "x").unwrap().digest,
+        Some(first.digest)
+    );
+}
+
+#[test]
+fn a_layout_keeps_its_other_images() {
+    let test = TestStore::new();
+    let layers = two_layers(&test);
+    let dir = test.dir.path().join("layout");
+    let sink = LayoutSink::open(&dir).unwrap();
+    let index = || -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(dir.join("index.json")).unwrap()).unwrap()
+    };
+    assert_eq!(index()["manifests"], serde_json::json!([]));
+    // Of somebody who knows more of indexes than we do.
+    let foreign = serde_json::json!({
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "digest": format!("sha256:{}", "0".repeat(64)),
+        "size": 7,
+        "data": "Zm9v",
+        "annotations": { "org.opencontainers.image.ref.name": "theirs", "own": "x" },
+    });
+    let theirs = serde_json::json!({ "schemaVersion": 2, "annotations": { "k": "v" }, "manifests": [foreign] });
+    std::fs::write(dir.join("index.json"), theirs.to_string()).unwrap();
+    let first = export(&test, &layers, &sink, Some("v1"), &|_| {}).unwrap();
+    let second = export(&test, &layers[..1], &sink, Some("v1"), &|_| {}).unwrap();
+    let third = export(&test, &layers[1..], &sink, None, &|_| {}).unwrap();
+    assert_ne!(first.digest, second.digest);
+    let index = index();
+    assert_eq!(index["annotations"]["k"], "v");
+    let manifests = index["manifests"].as_array().unwrap();
+    assert_eq!(manifests[0], foreign);
+    let digests: Vec<_> = manifests[1..]
+        .iter()
+        .map(|one| one["digest"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        digests,
+        [second.digest.to_string(), third.digest.to_string()]
+    );
+    assert_eq!(
+        manifests[1]["annotations"]["org.opencontainers.image.ref.name"],
+        "v1"
+    );
+    assert!(manifests[2]["annotations"].is_null());
+}
+
+#[test]
+fn what_cannot_be_a_destination() {
+    let test = TestStore::new();
+    let dir = |name: &str, files: &[(&str, &str)]| {
+        let dir = test.dir.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.join(name), text).unwrap();
+        }
+        dir
+    };
+    let layout = r#"{"imageLayoutVersion":"1.0.0"}"#;
+    for (dir, expected) in [
+        (
+            dir("project", &[("package.json", "{}")]),
+            "it holds other files",
+        ),
+        (
+            dir(
+                "later",
+                &[("oci-layout", r#"{"imageLayoutVersion":"2.0"}"#)],
+            ),
+            "a version that is not known",
+        ),
+        (
+            dir("odd", &[("oci-layout", "?")]),
+            "a version that is not known",
+        ),
+        (
+            dir("cut", &[("oci-layout", layout), ("index.json", "{")]),
+            "does not parse",
+        ),
+        (
+            dir("none", &[("oci-layout", layout), ("index.json", "{}")]),
+            "no list of manifests",
+        ),
+    ] {
+        let before = std::fs::read_dir(&dir).unwrap().count();
+        let put = LayoutSink::open(&dir).and_then(|sink| sink.put_manifest("x", b"{}", None));
+        let error = chain(&put.expect_err(expected));
+        assert!(error.contains(expected), "{error}");
+        assert!(error.contains(dir.to_str().unwrap()), "{error}");
+        // What is refused is left alone, but for room for blobs in what is a layout.
+        let after = std::fs::read_dir(&dir).unwrap().count();
+        assert!(after == before || dir.join("blobs").is_dir(), "{dir:?}");
+    }
+    let path = test.dir.path().join("file");
+    std::fs::write(&path, "").unwrap();
+    for path in [path.clone(), path.join("below")] {
+        let error = LayoutSink::open(&path).err().map(|error| chain(&error));
+        assert!(
+            error
+                .as_deref()
+                .is_some_and(|error| error.contains("making")),
+            "{error:?}"
+        );
+    }
+    let missing = test.dir.path().join("missing/x.tar");
+    for path in [test.dir.path().to_owned(), missing] {
+        let error = DockerArchiveSink::create(&path, String::new()).err();
+        assert!(
+            error.is_some_and(|error| chain(&error).contains("writing")),
+            "{path:?}"
+        );
+    }
+}
+
+/// Whatever is left of one who was killed goes, and whatever somebody is at stays.
+#[test]
+fn leftovers_of_the_killed_are_removed() {
+    let test = TestStore::new();
+    let dir = test.dir.path().join("layout");
+    let sink = LayoutSink::open(&dir).unwrap();
+    let hidden = |dir: &Path| {
+        let entries = std::fs::read_dir(dir).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.filter(|name| name.starts_with('.')).collect();
+        names.sort_unstable();
+        names
+    };
+    let live = hidden(&dir);
+    assert_eq!(live.len(), 1);
+    std::fs::create_dir(dir.join(".iii-dead")).unwrap();
+    std::fs::write(dir.join(".iii-dead/blob"), "half").unwrap();
+    std::fs::create_dir(dir.join(".other")).unwrap();
+    let second = LayoutSink::open(&dir).unwrap();
+    let seen = hidden(&dir);
+    assert!(
+        seen.contains(&live[0]) && seen.contains(&".other".to_owned()),
+        "{seen:?}"
+    );
+    assert!(!seen.contains(&".iii-dead".to_owned()), "{seen:?}");
+    drop((sink, second));
+    assert_eq!(hidden(&dir), [".other"]);
+    std::fs::write(test.dir.path().join(".x.tar.iii-dead"), "half").unwrap();
+    let path = test.dir.path().join("x.tar");
+    drop(DockerArchiveSink::create(&path, String::new()).unwrap());
+    assert!(hidden(test.dir.path()).is_empty() && !path.exists());
+}
+
+/// The error that came first is told, and what others were writing meanwhile is no image.
+#[test]
+fn a_sink_that_fails_changes_nothing() {
+    struct Full(LayoutSink);
+    impl Sink for Full {
+        fn has_blob(&self, digest: &crate::oci::Digest, size: u64) -> Result<bool, ExportError> {
+            self.0.has_blob(digest, size)
+        }
+        fn put_blob(
+            &self,
+            write: &mut crate::oci::export::WriteBlob<'_>,
+        ) -> Result<crate::oci::export::Stored, ExportError> {
+            struct Short(usize);
+            impl std::io::Write for Short {
+                fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+                    self.0 = self
+                        .0
+                        .checked_sub(buf.len())
+                        .ok_or(std::io::ErrorKind::StorageFull)?;
+                    Ok(buf.len())
+                }
+                fn flush(&mut self) -> std::io::Result<()> {
+                    Ok(())
+                }
+            }
+            write(&mut Short(1000))?;
+            self.0.put_blob(write)
+        }
+        fn put_manifest(
+            &self,
+            _: &str,
+            _: &[u8],
+            _: Option<&str>,
+        ) -> Result<crate::oci::Digest, ExportError> {
+            panic!("a layer is missing")
+        }
+    }
+    let test = TestStore::new();
+    let sink = Full(LayoutSink::open(&test.dir.path().join("layout")).unwrap());
+    let error = export(&test, &two_layers(&test), &sink, None, &|_| {}).unwrap_err();
+    assert!(
+        matches!(error, ExportError::Write(ref error) if error.kind() == std::io::ErrorKind::StorageFull)
+    );
 }

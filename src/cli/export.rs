@@ -1,0 +1,247 @@
+//! `iii image export` and `iii worker export`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use iii_store::Store;
+use serde::Serialize;
+
+use super::args::{ExportImage, ExportWorker, Where};
+use super::worker::Printer;
+use super::{CliError, image, limits, print_json};
+use crate::dev::{self, Target};
+use crate::export::{LeftOut, WorkerImage};
+use crate::home::Home;
+use crate::oci::export::{Destination, Event, Export, ExportedLayer, Part};
+use crate::oci::reference::DEFAULT_TAG;
+use crate::oci::{Digest, Platform, Settings};
+use crate::plan::Kind;
+use crate::supervise::Signals;
+use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
+
+/// The variable with the time that images are said to be created at, see <https://reproducible-builds.org/specs/source-date-epoch/>.
+const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";
+
+pub fn image(store: &Store, args: &ExportImage, ui: &Ui) -> Result<ExitCode, CliError> {
+    let image = image::find(store, &args.name)?;
+    let lease = store.lease(&format!("export of {}", image.name))?;
+    lease.pin(&image.layers)?;
+    let layers = image.layers.iter().map(|id| store.layer(id));
+    let layers = layers.collect::<Result<Vec<_>, _>>()?;
+    let what = format!("base {}", image.name);
+    let parts = layers.iter().map(|layer| Part {
+        layer,
+        what: &what,
+        omit: &[],
+        remember: true,
+    });
+    let export = Export {
+        store,
+        lease: &lease,
+        parts: parts.collect(),
+        config: image.config,
+        labels: HashMap::new(),
+        platform: image.platform.unwrap_or(Platform::host()),
+        created: created()?,
+        compression: args.place.compression,
+    };
+    let kinds = vec!["base".to_owned(); image.layers.len()];
+    put(export, &kinds, &args.place, &args.to, &image.name, ui)
+}
+
+pub fn worker(
+    home: &Home,
+    signals: &Signals,
+    args: &ExportWorker,
+    ui: &Ui,
+) -> Result<ExitCode, CliError> {
+    let worker = if args.worker.starts_with(['.', '/', '~']) {
+        let target = Target {
+            path: args.worker.clone().into(),
+            rebuild: false,
+            name: None,
+            base: args.base.clone(),
+            collect: image::may_collect(),
+            limits: limits::with(&[])?,
+        };
+        let printer = Printer::new(ui);
+        dev::built(home, &target, signals, &|event| printer.show(&event))?
+    } else {
+        let name = args.worker.parse().map_err(dev::DevError::from)?;
+        dev::last_run(home, name, args.base.as_deref())?
+    };
+    let made = WorkerImage::of(&worker, &args.env);
+    for left_out in &made.left_out {
+        tell(left_out, ui);
+    }
+    let omitted = made.omitted();
+    let omitted: Vec<&[u8]> = omitted.iter().map(Vec::as_slice).collect();
+    let base = format!("base {}", worker.image.name);
+    let kinds: Vec<String> = worker
+        .layers
+        .iter()
+        .map(|(kind, _)| kind.to_string())
+        .collect();
+    let parts = worker
+        .layers
+        .iter()
+        .zip(&kinds)
+        .map(|((kind, layer), text)| {
+            let is_project = *kind == Kind::Project;
+            Part {
+                layer,
+                what: if *kind == Kind::Base { &base } else { text },
+                omit: if is_project { &omitted } else { &[] },
+                remember: !is_project,
+            }
+        });
+    let export = Export {
+        store: &worker.store,
+        lease: &worker.lease,
+        parts: parts.collect(),
+        config: made.config,
+        labels: made.labels,
+        platform: worker.image.platform.unwrap_or(Platform::host()),
+        created: created()?,
+        compression: args.place.compression,
+    };
+    let to = args.to.clone().unwrap_or_else(|| Destination::Layout {
+        dir: worker.name.as_str().into(),
+        tag: DEFAULT_TAG.to_owned(),
+    });
+    let name = format!("localhost/{}:latest", worker.name.as_str().to_lowercase());
+    put(export, &kinds, &args.place, &to, &name, ui)
+}
+
+fn tell(left_out: &LeftOut, ui: &Ui) {
+    match left_out {
+        LeftOut::Variable(name) => ui.warn(format_args!(
+            "{name} looks like a secret and is left out; give it where the image is run, or take it in with --env {name}"
+        )),
+        LeftOut::File(name) => ui.warn(format_args!(
+            "{name} is left out of the project's files: it has secrets in it, or is for this machine"
+        )),
+        LeftOut::Cache(target) => ui.warn(format_args!(
+            "{target} is a cache and left out; what the start command needs there it makes again"
+        )),
+    }
+}
+
+fn created() -> Result<Option<i64>, CliError> {
+    let Some(text) = std::env::var_os(SOURCE_DATE_EPOCH) else {
+        return Ok(None);
+    };
+    let seconds = text.to_str().and_then(|text| text.parse::<u32>().ok());
+    match seconds {
+        Some(seconds) => Ok(Some(seconds.into())),
+        None => Err(CliError::SourceDateEpoch {
+            text: text.to_string_lossy().into_owned(),
+        }),
+    }
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    destination: String,
+    digest: Digest,
+    layers: Vec<LayerReport<'a>>,
+}
+
+#[derive(Serialize)]
+struct LayerReport<'a> {
+    kind: &'a str,
+    #[serde(flatten)]
+    layer: ExportedLayer,
+}
+
+/// Puts an image where it is to go, and says so.
+fn put(
+    export: Export<'_>,
+    kinds: &[String],
+    place: &Where,
+    to: &Destination,
+    own_name: &str,
+    ui: &Ui,
+) -> Result<ExitCode, CliError> {
+    let start = Instant::now();
+    let failed = |source| CliError::Export {
+        to: to.to_string(),
+        source,
+    };
+    let export = Export {
+        compression: to.compression().unwrap_or(export.compression),
+        ..export
+    };
+    let checked = export.check().map_err(failed)?;
+    let sink = to
+        .open(own_name, Settings::from_environment)
+        .map_err(failed)?;
+    let bars = Bars {
+        ui,
+        layers: Mutex::default(),
+    };
+    let exported = checked.put(&*sink, to.tag(), &|event| bars.show(event));
+    drop(bars);
+    let exported = exported.map_err(failed)?;
+    let written = exported.layers.iter().filter(|layer| !layer.existed);
+    let bytes: u64 = written.clone().map(|layer| layer.size).sum();
+    ui.ok(format_args!(
+        "exported to {to} in {}: {}, {} written",
+        human_duration(start.elapsed()),
+        human_counted(exported.layers.len() as u64, "layer"),
+        human_bytes(bytes),
+    ));
+    ui.note(exported.digest);
+    if place.json {
+        let layers = kinds.iter().zip(&exported.layers);
+        print_json(&Report {
+            destination: to.to_string(),
+            digest: exported.digest,
+            layers: layers
+                .map(|(kind, layer)| LayerReport {
+                    kind,
+                    layer: *layer,
+                })
+                .collect(),
+        })?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Draws a bar for each layer that is being written.
+struct Bars<'a> {
+    ui: &'a Ui,
+    layers: Mutex<BTreeMap<usize, ProgressHandle>>,
+}
+
+impl Bars<'_> {
+    fn show(&self, event: &Event) {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::Found { .. } => {}
+            Event::Layer {
+                index,
+                count,
+                bytes,
+            } => {
+                let title = format!("exporting layer {}/{count}", index + 1);
+                let bar = self.ui.progress(title, Unit::Bytes);
+                bar.set_length(*bytes);
+                layers.insert(*index, bar);
+            }
+            Event::Written { index, bytes } => {
+                if let Some(bar) = layers.get(index) {
+                    bar.set(*bytes);
+                }
+            }
+            Event::Stored { index } => drop(layers.remove(index)),
+            Event::LeftOut { entry } => {
+                self.ui
+                    .warn(format_args!("{entry}: left out: it is a socket"));
+            }
+        }
+    }
+}
