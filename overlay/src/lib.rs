@@ -1,7 +1,7 @@
 //! Layers and a writable upper, merged into one filesystem, and the adapters that serve it.
 //!
 //! ```text
-//! adapter    /dev/fuse, by fuser                     requests become calls of fs::Filesystem
+//! adapter    /dev/fuse, vhost-user-fs                requests become calls of fs::Filesystem
 //! fs         the trait, and what POSIX says          on Overlay, which counts and serves them
 //! view       upper over lower                        names, entries, listings
 //! upper      records by inode, log, flat files       what the sandbox changed

@@ -41,6 +41,14 @@ impl Lookups {
         forgotten
     }
 
+    /// Counts nothing any more.
+    pub fn clear(&self) {
+        for shard in &self.0 {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            *shard = InoMap::default();
+        }
+    }
+
     /// Whether the kernel remembers the inode.
     pub fn has(&self, ino: Ino) -> bool {
         self.shard(ino).contains_key(&ino)

@@ -17,6 +17,7 @@ macro_rules! ops {
 ops! {
     Lookup => "lookup",
     Forget => "forget",
+    ForgetAll => "forget_all",
     Getattr => "getattr",
     Setattr => "setattr",
     Readlink => "readlink",
@@ -35,6 +36,7 @@ ops! {
     Lseek => "lseek",
     CopyFileRange => "copy_file_range",
     Fsync => "fsync",
+    Sync => "sync",
     Readdir => "readdir",
     Statfs => "statfs",
     Setxattr => "setxattr",

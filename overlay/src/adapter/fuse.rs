@@ -28,25 +28,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     CopyFileRangeFlags, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow,
-    WriteFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
 };
 use iii_store::layer::Kind;
-use iii_store::tree::Rdev;
 
-use crate::fs::{
-    Allocate, Attr, Caller, Errno, Filesystem, Open, Rename, Seek, SetAttr, SetTime, SetXattr,
-    Special, Time,
-};
+use super::linux;
+use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
 
-/// How long the kernel may keep what it is told: as long as it likes.
-const FOREVER: Duration = Duration::from_secs(1 << 30);
-/// Longest read or write in one request.
-const MAX_IO: u32 = 1 << 20;
-/// Requests that the kernel sends ahead without a process waiting for them, such as readahead.
-const MAX_BACKGROUND: u16 = 64;
 /// No inode number is used again while the kernel may remember it.
 const GENERATION: Generation = Generation(0);
 
@@ -153,18 +143,6 @@ fn file_type(kind: Kind) -> FileType {
     }
 }
 
-/// The kernel's 32-bit encoding of device numbers: 12 bits of major, 20 of minor.
-fn encode_rdev(rdev: Rdev) -> u32 {
-    (rdev.minor & 0xff) | (rdev.major & 0xfff) << 8 | (rdev.minor & 0xf_ff00) << 12
-}
-
-fn decode_rdev(rdev: u32) -> Rdev {
-    Rdev {
-        major: rdev >> 8 & 0xfff,
-        minor: (rdev & 0xff) | (rdev >> 12 & 0xf_ff00),
-    }
-}
-
 fn file_attr(attr: &Attr) -> FileAttr {
     FileAttr {
         ino: INodeNo(attr.ino),
@@ -179,8 +157,8 @@ fn file_attr(attr: &Attr) -> FileAttr {
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
-        rdev: encode_rdev(attr.rdev),
-        blksize: 4096,
+        rdev: linux::encode_rdev(attr.rdev),
+        blksize: linux::BLOCK,
         flags: 0,
     }
 }
@@ -208,14 +186,14 @@ fn absent() -> FileAttr {
 
 fn reply_entry(result: Result<Attr, Errno>, reply: ReplyEntry) {
     match result {
-        Ok(attr) => reply.entry(&FOREVER, &file_attr(&attr), GENERATION),
+        Ok(attr) => reply.entry(&linux::FOREVER, &file_attr(&attr), GENERATION),
         Err(error) => reply.error(errno(error)),
     }
 }
 
 fn reply_attr(result: Result<Attr, Errno>, reply: ReplyAttr) {
     match result {
-        Ok(attr) => reply.attr(&FOREVER, &file_attr(&attr)),
+        Ok(attr) => reply.attr(&linux::FOREVER, &file_attr(&attr)),
         Err(error) => reply.error(errno(error)),
     }
 }
@@ -233,38 +211,6 @@ fn reply_xattr(result: Result<Vec<u8>, Errno>, size: u32, reply: ReplyXattr) {
         Ok(value) if value.len() > size as usize => reply.error(errno(Errno::RANGE)),
         Ok(value) => reply.data(&value),
         Err(error) => reply.error(errno(error)),
-    }
-}
-
-fn open_intent(flags: i32) -> Open {
-    let access = OpenFlags(flags).acc_mode();
-    Open {
-        read: access != OpenAccMode::O_WRONLY,
-        write: access != OpenAccMode::O_RDONLY,
-        truncate: flags & libc::O_TRUNC != 0,
-    }
-}
-
-impl<F: Filesystem> Adapter<F> {
-    fn make_special(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        rdev: u32,
-    ) -> Result<Attr, Errno> {
-        let special = match mode & libc::S_IFMT {
-            0 | libc::S_IFREG => Special::File,
-            libc::S_IFIFO => Special::Fifo,
-            libc::S_IFSOCK => Special::Socket,
-            libc::S_IFCHR => Special::Char(decode_rdev(rdev)),
-            libc::S_IFBLK => Special::Block(decode_rdev(rdev)),
-            _ => return Err(Errno::INVAL),
-        };
-        let mode = (mode & 0o7777) as u16;
-        self.fs
-            .mknod(caller(req), parent.0, name.as_bytes(), mode, special)
     }
 }
 
@@ -289,14 +235,14 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
             let _ = config.add_capabilities(flag);
         }
         // The nearest value that is taken will do.
-        let _ = config.set_max_write(MAX_IO);
-        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_max_write(linux::MAX_IO);
+        let _ = config.set_max_background(linux::MAX_BACKGROUND);
         Ok(())
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.fs.lookup(parent.0, name.as_bytes()) {
-            Err(Errno::NOENT) => reply.entry(&FOREVER, &absent(), GENERATION),
+            Err(Errno::NOENT) => reply.entry(&linux::FOREVER, &absent(), GENERATION),
             result => reply_entry(result, reply),
         }
     }
@@ -328,7 +274,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         reply: ReplyAttr,
     ) {
         let set = SetAttr {
-            mode: mode.map(|mode| (mode & 0o7777) as u16),
+            mode: mode.map(linux::permissions),
             uid,
             gid,
             size,
@@ -356,7 +302,12 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply_entry(self.make_special(req, parent, name, mode, rdev), reply);
+        let made = linux::special(mode, rdev).and_then(|special| {
+            let (caller, mode) = (caller(req), linux::permissions(mode));
+            self.fs
+                .mknod(caller, parent.0, name.as_bytes(), mode, special)
+        });
+        reply_entry(made, reply);
     }
 
     fn mkdir(
@@ -368,7 +319,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let mode = (mode & 0o7777) as u16;
+        let mode = linux::permissions(mode);
         let made = self.fs.mkdir(caller(req), parent.0, name.as_bytes(), mode);
         reply_entry(made, reply);
     }
@@ -405,24 +356,9 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let how = if flags == RenameFlags::empty() {
-            Rename::Replace
-        } else if flags == RenameFlags::RENAME_NOREPLACE {
-            Rename::NoReplace
-        } else if flags == RenameFlags::RENAME_EXCHANGE {
-            Rename::Exchange
-        } else if flags == RenameFlags::RENAME_WHITEOUT {
-            Rename::Whiteout
-        } else {
-            return reply.error(errno(Errno::INVAL));
-        };
-        let renamed = self.fs.rename(
-            parent.0,
-            name.as_bytes(),
-            newparent.0,
-            newname.as_bytes(),
-            how,
-        );
+        let (name, new_name) = (name.as_bytes(), newname.as_bytes());
+        let renamed = linux::rename(flags.bits())
+            .and_then(|how| self.fs.rename(parent.0, name, newparent.0, new_name, how));
         reply_empty(renamed, reply);
     }
 
@@ -442,7 +378,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         if self.mode == Mode::Quiet {
             return reply.error(errno(Errno::NOSYS));
         }
-        match self.fs.open(ino.0, open_intent(flags.0)) {
+        match self.fs.open(ino.0, linux::open(flags.0)) {
             Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
             Err(error) => reply.error(errno(error)),
         }
@@ -459,7 +395,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let size = size.min(MAX_IO) as usize;
+        let size = size.min(linux::MAX_IO) as usize;
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < size {
                 buffer.resize(size, 0);
@@ -564,7 +500,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
                 file_attr,
             );
             let ino = INodeNo(entry.ino);
-            !reply.add(ino, entry.cookie, name, &FOREVER, &attr, GENERATION)
+            !reply.add(ino, entry.cookie, name, &linux::FOREVER, &attr, GENERATION)
         });
         match listed {
             Ok(()) => reply.ok(),
@@ -609,13 +545,8 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let how = match flags {
-            0 => SetXattr::Set,
-            libc::XATTR_CREATE => SetXattr::Create,
-            libc::XATTR_REPLACE => SetXattr::Replace,
-            _ => return reply.error(errno(Errno::INVAL)),
-        };
-        let set = self.fs.setxattr(ino.0, name.as_bytes(), value, how);
+        let set = linux::set_xattr(flags)
+            .and_then(|how| self.fs.setxattr(ino.0, name.as_bytes(), value, how));
         reply_empty(set, reply);
     }
 
@@ -645,17 +576,18 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
             // It makes the node, and then opens it without asking.
             return reply.error(errno(Errno::NOSYS));
         }
-        let mode = libc::S_IFREG | mode & 0o7777;
-        let made = match self.make_special(req, parent, name, mode, 0) {
-            Err(Errno::EXIST) if flags & libc::O_EXCL == 0 => self
-                .fs
-                .lookup(parent.0, name.as_bytes())
-                .and_then(|attr| self.fs.open(attr.ino, open_intent(flags)).map(|()| attr)),
-            made => made,
-        };
+        let mode = linux::permissions(mode);
+        let made = linux::create(
+            &*self.fs,
+            caller(req),
+            parent.0,
+            name.as_bytes(),
+            mode,
+            flags,
+        );
         match made {
             Ok(attr) => reply.created(
-                &FOREVER,
+                &linux::FOREVER,
                 &file_attr(&attr),
                 GENERATION,
                 FileHandle(0),
@@ -689,19 +621,9 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
-        const PUNCH_KEEP: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
-        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
-        const ZERO_KEEP: i32 = ZERO | KEEP;
-        let how = match mode {
-            0 => Allocate::Grow,
-            KEEP => Allocate::KeepSize,
-            PUNCH_KEEP => Allocate::PunchHole,
-            ZERO => Allocate::ZeroGrow,
-            ZERO_KEEP => Allocate::ZeroKeepSize,
-            _ => return reply.error(errno(Errno::OPNOTSUPP)),
-        };
-        reply_empty(self.fs.fallocate(ino.0, how, offset, length), reply);
+        let done =
+            linux::allocate(mode).and_then(|how| self.fs.fallocate(ino.0, how, offset, length));
+        reply_empty(done, reply);
     }
 
     fn lseek(
@@ -713,15 +635,9 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let whence = match whence {
-            libc::SEEK_DATA => Seek::Data,
-            libc::SEEK_HOLE => Seek::Hole,
-            _ => return reply.error(errno(Errno::INVAL)),
-        };
-        let Ok(offset) = u64::try_from(offset) else {
-            return reply.error(errno(Errno::NXIO));
-        };
-        match self.fs.lseek(ino.0, offset, whence) {
+        let found = linux::seek(offset, whence)
+            .and_then(|(offset, whence)| self.fs.lseek(ino.0, offset, whence));
+        match found {
             Ok(found) => reply.offset(found as i64),
             Err(error) => reply.error(errno(error)),
         }
@@ -740,7 +656,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let len = len.min(u64::from(u32::MAX >> 1));
+        let len = len.min(linux::MAX_COPY);
         match self
             .fs
             .copy_file_range(ino_in.0, offset_in, ino_out.0, offset_out, len)

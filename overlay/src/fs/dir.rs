@@ -72,6 +72,17 @@ impl Overlay {
         }
     }
 
+    pub(super) fn do_forget_all(&self) {
+        self.lookups.clear();
+        let mut inner = self.upper.write();
+        let nodes = inner.state.nodes();
+        let orphans = nodes.filter(|(_, node)| node.record.nlink == 0);
+        let orphans: Vec<Ino> = orphans.map(|(number, _)| inner.state.ino(number)).collect();
+        for ino in orphans {
+            self.reap(&mut inner, ino);
+        }
+    }
+
     /// Adds `record` as `name` in `parent`.
     fn make(&self, parent: Ino, name: &[u8], mut record: Record) -> Result<Attr> {
         check_name(name)?;

@@ -320,6 +320,10 @@ impl Overlay {
         }
         self.upper.sync()
     }
+
+    pub(super) fn do_sync(&self) -> Result<()> {
+        self.upper.sync_all()
+    }
 }
 
 /// Bytes of a copy between files that are read at once.

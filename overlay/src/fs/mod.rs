@@ -249,6 +249,8 @@ pub trait Filesystem: Send + Sync {
     fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr>;
     /// Takes back `lookups` lookups.
     fn forget(&self, ino: Ino, lookups: u64);
+    /// Takes back all lookups: the kernel that made them has gone.
+    fn forget_all(&self);
     /// The attributes.
     fn getattr(&self, ino: Ino) -> Result<Attr>;
     /// Changes attributes, all or none of them.
@@ -306,6 +308,8 @@ pub trait Filesystem: Send + Sync {
     ) -> Result<u64>;
     /// Makes what was written to the file, and every change of metadata so far, durable.
     fn fsync(&self, ino: Ino, data_only: bool) -> Result<()>;
+    /// Makes everything so far durable.
+    fn sync(&self) -> Result<()>;
     /// Lists a directory from `cookie` on (0: the start), until `sink` declines an entry by returning false. Entries
     /// that stay are listed once; entries made or removed while listing may be or not.
     fn readdir(

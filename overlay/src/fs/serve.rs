@@ -22,6 +22,7 @@ macro_rules! serve {
 serve! {
     Lookup: fn lookup => do_lookup(parent: Ino, name: &[u8]) -> Result<Attr>;
     Forget: fn forget => do_forget(ino: Ino, lookups: u64) -> ();
+    ForgetAll: fn forget_all => do_forget_all() -> ();
     Getattr: fn getattr => do_getattr(ino: Ino) -> Result<Attr>;
     Setattr: fn setattr => do_setattr(ino: Ino, set: &SetAttr) -> Result<Attr>;
     Readlink: fn readlink => do_readlink(ino: Ino) -> Result<Vec<u8>>;
@@ -40,6 +41,7 @@ serve! {
     Lseek: fn lseek => do_lseek(ino: Ino, offset: u64, whence: Seek) -> Result<u64>;
     CopyFileRange: fn copy_file_range => do_copy_file_range(from: Ino, from_offset: u64, to: Ino, to_offset: u64, len: u64) -> Result<u64>;
     Fsync: fn fsync => do_fsync(ino: Ino, data_only: bool) -> Result<()>;
+    Sync: fn sync => do_sync() -> Result<()>;
     Readdir: fn readdir => do_readdir(ino: Ino, cookie: u64, attrs: bool, sink: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<()>;
     Statfs: fn statfs => do_statfs() -> Result<StatFs>;
     Setxattr: fn setxattr => do_setxattr(ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()>;

@@ -344,6 +344,16 @@ impl Upper {
         })
     }
 
+    /// Makes every change so far durable, and what was written to any flat file: by syncing the whole filesystem of the host
+    /// below, since there may be very many.
+    pub fn sync_all(&self) -> Result<(), Errno> {
+        if self.volatile {
+            return Ok(());
+        }
+        rustix::fs::syncfs(File::open(&self.dir).map_err(|error| errno(&error))?)?;
+        self.sync()
+    }
+
     /// Makes what was written to the flat file of the inode durable, and its name.
     pub fn sync_flat(&self, number: u64, flat: u64, data_only: bool) -> Result<(), Errno> {
         if self.volatile {

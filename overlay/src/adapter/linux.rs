@@ -1,0 +1,162 @@
+//! Linux's numbers in the trait's words, for every adapter of the FUSE protocol.
+
+use std::time::Duration;
+
+use iii_store::layer::Kind;
+use iii_store::tree::Rdev;
+
+use crate::fs::{
+    Allocate, Attr, Caller, Errno, Filesystem, Open, Rename, Result, Seek, SetXattr, Special,
+};
+use crate::ino::Ino;
+
+/// How long the kernel may keep what it is told: as long as it likes.
+pub const FOREVER: Duration = Duration::from_secs(1 << 30);
+/// Longest read, write or listing in one request.
+pub const MAX_IO: u32 = 1 << 20;
+/// Requests that the kernel sends ahead without a process waiting for them, such as readahead.
+pub const MAX_BACKGROUND: u16 = 64;
+/// Most bytes that one copy between files may be asked for: what a 32-bit answer can tell.
+pub const MAX_COPY: u64 = (u32::MAX >> 1) as u64;
+/// What `st_blksize` says.
+pub const BLOCK: u32 = 4096;
+
+/// The kernel's 32-bit encoding of device numbers: 12 bits of major, 20 of minor.
+pub fn encode_rdev(rdev: Rdev) -> u32 {
+    (rdev.minor & 0xff) | (rdev.major & 0xfff) << 8 | (rdev.minor & 0xf_ff00) << 12
+}
+
+/// What [`encode_rdev`] was given.
+pub fn decode_rdev(rdev: u32) -> Rdev {
+    Rdev {
+        major: rdev >> 8 & 0xfff,
+        minor: (rdev & 0xff) | (rdev >> 12 & 0xf_ff00),
+    }
+}
+
+/// The bits of `S_IFMT`.
+pub fn type_bits(kind: Kind) -> u32 {
+    match kind {
+        Kind::Dir => libc::S_IFDIR,
+        Kind::File | Kind::Whiteout => libc::S_IFREG,
+        Kind::Symlink => libc::S_IFLNK,
+        Kind::Fifo => libc::S_IFIFO,
+        Kind::Socket => libc::S_IFSOCK,
+        Kind::Char => libc::S_IFCHR,
+        Kind::Block => libc::S_IFBLK,
+    }
+}
+
+/// `mode & 07777`.
+pub fn permissions(mode: u32) -> u16 {
+    (mode & 0o7777) as u16
+}
+
+/// What `mknod` is to make.
+pub fn special(mode: u32, rdev: u32) -> Result<Special> {
+    Ok(match mode & libc::S_IFMT {
+        0 | libc::S_IFREG => Special::File,
+        libc::S_IFIFO => Special::Fifo,
+        libc::S_IFSOCK => Special::Socket,
+        libc::S_IFCHR => Special::Char(decode_rdev(rdev)),
+        libc::S_IFBLK => Special::Block(decode_rdev(rdev)),
+        _ => return Err(Errno::INVAL),
+    })
+}
+
+/// The flags of `renameat2`.
+pub fn rename(flags: u32) -> Result<Rename> {
+    Ok(match flags {
+        0 => Rename::Replace,
+        libc::RENAME_NOREPLACE => Rename::NoReplace,
+        libc::RENAME_EXCHANGE => Rename::Exchange,
+        libc::RENAME_WHITEOUT => Rename::Whiteout,
+        _ => return Err(Errno::INVAL),
+    })
+}
+
+/// The flags of `setxattr`.
+pub fn set_xattr(flags: i32) -> Result<SetXattr> {
+    Ok(match flags {
+        0 => SetXattr::Set,
+        libc::XATTR_CREATE => SetXattr::Create,
+        libc::XATTR_REPLACE => SetXattr::Replace,
+        _ => return Err(Errno::INVAL),
+    })
+}
+
+/// The mode of `fallocate`.
+pub fn allocate(mode: i32) -> Result<Allocate> {
+    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+    const PUNCH_KEEP: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+    const ZERO_KEEP: i32 = ZERO | KEEP;
+    Ok(match mode {
+        0 => Allocate::Grow,
+        KEEP => Allocate::KeepSize,
+        PUNCH_KEEP => Allocate::PunchHole,
+        ZERO => Allocate::ZeroGrow,
+        ZERO_KEEP => Allocate::ZeroKeepSize,
+        _ => return Err(Errno::OPNOTSUPP),
+    })
+}
+
+/// Offset and whence of an `lseek` that the kernel cannot answer itself.
+pub fn seek(offset: i64, whence: i32) -> Result<(u64, Seek)> {
+    let whence = match whence {
+        libc::SEEK_DATA => Seek::Data,
+        libc::SEEK_HOLE => Seek::Hole,
+        _ => return Err(Errno::INVAL),
+    };
+    let offset = u64::try_from(offset).map_err(|_| Errno::NXIO)?;
+    Ok((offset, whence))
+}
+
+/// The flags of `open`.
+pub fn open(flags: i32) -> Open {
+    let access = flags & libc::O_ACCMODE;
+    Open {
+        read: access != libc::O_WRONLY,
+        write: access != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+    }
+}
+
+/// `open` with `O_CREAT`: makes the file, or opens the one that is there unless `O_EXCL` forbids it. Counts as one lookup.
+pub fn create<F: Filesystem + ?Sized>(
+    fs: &F,
+    caller: Caller,
+    parent: Ino,
+    name: &[u8],
+    mode: u16,
+    flags: i32,
+) -> Result<Attr> {
+    match fs.mknod(caller, parent, name, mode, Special::File) {
+        Err(Errno::EXIST) if flags & libc::O_EXCL == 0 => {
+            let attr = fs.lookup(parent, name)?;
+            fs.open(attr.ino, open(flags))
+                .inspect_err(|_| fs.forget(attr.ino, 1))?;
+            Ok(attr)
+        }
+        made => made,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers() {
+        for (major, minor, encoded) in [
+            (0, 0, 0),
+            (1, 3, 0x103),
+            (0xfff, 0xf_ffff, 0xffff_ffff),
+            (8, 256, 0x10_0800),
+        ] {
+            let rdev = Rdev { major, minor };
+            assert_eq!(encode_rdev(rdev), encoded);
+            assert_eq!(decode_rdev(encoded), rdev);
+        }
+    }
+}
