@@ -440,7 +440,7 @@ impl Step<'_> {
         project: &Arc<Layer>,
     ) -> Result<(Vec<Fact>, Published), BuildError> {
         let kind = self.kind;
-        let dir = StepDir::new(self.builder.home)?;
+        let dir = ScratchDir::new(self.builder.home, "step-")?;
         let mut layers = below.to_vec();
         layers.push(Arc::clone(project));
         let options = OverlayOptions {
@@ -607,21 +607,22 @@ fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildEr
     }
 }
 
-/// The directory of a step under way, removed when the step has ended.
-struct StepDir {
+/// A directory for an upper that nobody needs after this process, such as that of a step; removed when dropped.
+pub(crate) struct ScratchDir {
     dir: PathBuf,
     /// Tells a later run that somebody is at it.
     _lock: File,
 }
 
-impl StepDir {
-    fn new(home: &Home) -> Result<Self, BuildError> {
+impl ScratchDir {
+    /// Makes one below [`Home::build`], whose name begins with `prefix`.
+    pub(crate) fn new(home: &Home, prefix: &str) -> Result<Self, BuildError> {
         let parent = home.build();
         fs::create_dir_all(&parent).map_err(at("create", &parent))?;
         // While it has no lock yet, a sweep could take it for abandoned.
         let guard = File::open(&parent).map_err(at("open", &parent))?;
         guard.lock_shared().map_err(at("lock", &parent))?;
-        let dir = tempfile::Builder::new().prefix("step-").tempdir_in(&parent);
+        let dir = tempfile::Builder::new().prefix(prefix).tempdir_in(&parent);
         let dir = dir.map_err(at("create a directory in", &parent))?.keep();
         let path = dir.join(STEP_LOCK);
         let lock = File::create(&path).map_err(at("create", &path))?;
@@ -629,12 +630,13 @@ impl StepDir {
         Ok(Self { dir, _lock: lock })
     }
 
-    fn upper(&self) -> PathBuf {
+    /// Where the upper is to be.
+    pub(crate) fn upper(&self) -> PathBuf {
         self.dir.join("upper")
     }
 }
 
-impl Drop for StepDir {
+impl Drop for ScratchDir {
     fn drop(&mut self) {
         // What cannot be removed now is swept by a later run.
         let _ = fs::remove_dir_all(&self.dir);

@@ -5,7 +5,7 @@
 //! dev/<name>/       a sandbox of `worker dev`: lock, upper/, state.json
 //! managed/<name>/   a managed worker
 //! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
-//! build/            uppers of build steps that are under way
+//! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ impl Home {
         self.root.join("kvm.json")
     }
 
-    /// Uppers of build steps under way, each removed when its step ends.
+    /// Uppers that are thrown away when the build step, or whatever else made them, ends.
     pub fn build(&self) -> PathBuf {
         self.root.join("build")
     }

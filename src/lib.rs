@@ -17,6 +17,8 @@ pub mod oci;
 pub mod plan;
 pub mod project;
 pub mod sandbox;
+#[cfg(target_os = "linux")]
+pub mod serve;
 pub mod supervise;
 pub mod tail;
 pub mod ui;

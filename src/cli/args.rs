@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+#[cfg(target_os = "linux")]
+use iii_overlay::adapter::vhost_user::Tag;
 
 use super::limits;
 use super::quantity::{self, Limit, Room};
@@ -365,6 +367,19 @@ pub enum Store {
   iii store gc --max-size 5GB --keep 2d
   iii store gc --keep 0s --grace 0s          # everything that is in no use at the moment, at once")]
     Gc(Gc),
+    /// Serve layers as a filesystem to a virtual machine
+    ///
+    /// Over vhost-user-fs, which QEMU, cloud-hypervisor and others take as a virtiofs device. The first that connects is served
+    /// until it goes, or until this is asked to end. What the guest writes is thrown away then, unless --upper says where to
+    /// keep it. A kept upper does not keep the layers below it.
+    #[command(after_help = "Examples:
+  iii store serve --image node:24-slim --socket /run/user/1000/root.sock
+  iii store serve 4f2a91 77c0de --socket ./root.sock --upper ./upper --json
+  qemu-system-x86_64 … -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -M q35,memory-backend=mem \\
+    -chardev socket,id=c,path=./root.sock -device vhost-user-fs-pci,chardev=c,tag=root,queue-size=1024
+  mount -t virtiofs root /mnt                # in the guest")]
+    #[cfg(target_os = "linux")]
+    Serve(Serve),
     /// Say whether everything in the store is what its name says
     ///
     /// Without --data: the structure, every index, layer, key and ref. With it, every byte of every file is hashed, too. It
@@ -381,6 +396,32 @@ pub enum Store {
     #[command(after_help = "Examples:
   iii store migrate")]
     Migrate(Migrate),
+}
+
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Layers, bottom first
+    #[arg(value_name = "LAYER", required_unless_present = "image")]
+    pub layers: Vec<String>,
+    /// An image, whose layers go below the others
+    #[arg(long)]
+    pub image: Option<String>,
+    /// Where to listen
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// What the guest mounts it as
+    #[arg(long, default_value = "root")]
+    pub tag: Tag,
+    /// Directory for what the guest writes, to be kept
+    #[arg(long, value_name = "DIR")]
+    pub upper: Option<PathBuf>,
+    /// Threads that answer
+    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub threads: u8,
+    /// At the end, print the requests by operation as one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

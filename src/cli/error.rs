@@ -19,8 +19,12 @@ use crate::home::HomeError;
 use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
 use crate::sandbox::SandboxError;
+#[cfg(target_os = "linux")]
+use crate::serve::ServeError;
 use crate::ui::Ui;
 use iii_overlay::OpenError;
+#[cfg(target_os = "linux")]
+use iii_overlay::adapter::vhost_user::VhostUserError;
 use iii_overlay::upper::UpperError;
 use iii_store::tree::TreeError;
 use iii_store::{LayerId, StoreError};
@@ -39,6 +43,9 @@ pub enum CliError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[cfg(target_os = "linux")]
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     #[error(
         "{text:?} names no layer: that takes the first hex digits of its id, at least {MIN_PREFIX}"
     )]
@@ -172,6 +179,20 @@ fn pull_hint(error: &ImageError) -> Option<String> {
     })
 }
 
+#[cfg(target_os = "linux")]
+fn serve_hint(error: &ServeError) -> Option<String> {
+    Some(match error {
+        ServeError::VhostUser(VhostUserError::InUse(_)) => {
+            "stop that process, or give this one another --socket".into()
+        }
+        ServeError::VhostUser(VhostUserError::NotASocket(_)) => "give another --socket".into(),
+        ServeError::Upper { .. } | ServeError::Compose(OpenError::Upper(_)) => {
+            "give another --upper, or none for a fresh one".into()
+        }
+        _ => return None,
+    })
+}
+
 impl CliError {
     /// Says what failed, why, and what to do.
     pub fn report(&self, ui: &Ui) {
@@ -230,6 +251,8 @@ impl CliError {
             _ if self.store().is_some_and(is_damage) => {
                 "`iii store verify` says what is damaged; with --repair it is set aside and built again".into()
             }
+            #[cfg(target_os = "linux")]
+            Self::Serve(error) => serve_hint(error)?,
             Self::Dev(DevError::Sandbox(error) | DevError::Build(BuildError::Sandbox { source: error, .. })) => error.hint()?,
             _ => return None,
         })
@@ -249,6 +272,8 @@ impl CliError {
                 | DevError::Image(ImageError::Store(error))
                 | DevError::Build(BuildError::Store(error)),
             ) => Some(error),
+            #[cfg(target_os = "linux")]
+            Self::Serve(ServeError::Store(error)) => Some(error),
             _ => None,
         }
     }

@@ -4,6 +4,8 @@ mod catalog;
 mod df;
 mod gc;
 mod layers;
+#[cfg(target_os = "linux")]
+mod serve;
 mod verify;
 
 use std::process::ExitCode;
@@ -19,7 +21,8 @@ use crate::ui::Ui;
 pub const MIN_PREFIX: usize = 4;
 
 pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
-    let dir = Home::of_user()?.store();
+    let home = Home::of_user()?;
+    let dir = home.store();
     let open = || Store::open(&dir);
     match command {
         args::Store::Df(args) => df::df(&open()?, &args, ui),
@@ -28,6 +31,8 @@ pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
         args::Store::Diff(args) => layers::diff(&open()?, &args, ui),
         args::Store::Why(args) => layers::why(&open()?, &args, ui),
         args::Store::Gc(args) => gc::gc(&open()?, &args, ui),
+        #[cfg(target_os = "linux")]
+        args::Store::Serve(args) => serve::serve(&home, &open()?, &args, ui),
         // For stores that cannot be opened.
         args::Store::Verify(args) => verify::verify(&dir, &args, ui),
         args::Store::Migrate(args) => verify::migrate(&dir, &args, ui),
