@@ -38,7 +38,7 @@ pub fn is_root() -> bool {
 }
 
 /// Where bases are kept between runs.
-fn cache() -> PathBuf {
+pub fn cache() -> PathBuf {
     let dir = std::env::var_os("III_TEST_CACHE")
         .map_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")), PathBuf::from);
     fs::create_dir_all(&dir).unwrap();

@@ -12,6 +12,8 @@ mod kills;
 mod layers;
 mod lifecycle;
 mod ordinary_user;
+mod posix;
 mod registry;
 mod store;
+mod vm;
 mod workers;

@@ -1,0 +1,540 @@
+//! Layers served over vhost-user-fs to a real Linux kernel, in QEMU without KVM.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use iii_overlay::adapter::vhost_user::{self, End, Socket, Tag};
+use iii_overlay::fs::{Errno, Filesystem, Kind};
+use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::{Overlay, OverlayOptions};
+use iii_store::Store;
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::harness::{self, Home, busybox_base, repository, skip};
+use crate::posix;
+
+/// The image that guests have as their root.
+const IMAGE: &str = "vm:latest";
+/// How long a machine may take from its start to its end.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// The directory with vmlinuz and initrd; says why where there is none.
+fn guest() -> Result<&'static Path, &'static str> {
+    static GUEST: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let made = GUEST.get_or_init(|| {
+        if !cfg!(target_arch = "x86_64") {
+            return Err("only for x86_64".into());
+        }
+        let version = Command::new("qemu-system-x86_64").arg("--version").output();
+        version.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+        let run = Command::new(repository("scripts/make-guest"))
+            .arg(harness::cache())
+            .output()
+            .map_err(|error| error.to_string())?;
+        if run.status.success() {
+            return Ok(String::from_utf8_lossy(&run.stdout).trim().into());
+        }
+        let stderr = String::from_utf8_lossy(&run.stderr);
+        Err(stderr.lines().last().unwrap_or("failed").to_owned())
+    });
+    made.as_deref().map_err(String::as_str)
+}
+
+/// An archive with one file, as the kernel takes it behind another.
+fn cpio(name: &str, contents: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, contents) in [(name, 0o100_755, contents), ("TRAILER!!!", 0, &[][..])] {
+        archive.extend(b"070701");
+        let (len, name_len) = (contents.len(), name.len() + 1);
+        for field in [0, mode, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0] {
+            write!(archive, "{field:08x}").unwrap();
+        }
+        for bytes in [name.as_bytes(), contents] {
+            archive.extend(bytes);
+            if bytes.as_ptr() == name.as_ptr() {
+                archive.push(0);
+            }
+            archive.resize(archive.len().next_multiple_of(4), 0);
+        }
+    }
+    archive
+}
+
+/// A running machine. Dropped, it is killed.
+struct Vm {
+    qemu: Child,
+    console: Receiver<String>,
+    seen: Vec<String>,
+    keyboard: ChildStdin,
+    until: Instant,
+    _dir: TempDir,
+    /// They are slow enough one by one.
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Vm {
+    /// Boots a machine whose root is served at `socket`, and which runs the shell script `job` there.
+    fn boot(guest: &Path, socket: &Path, job: &str) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let initrd = dir.path().join("initrd");
+        let mut archives = fs::read(guest.join("initrd")).unwrap();
+        archives.extend(cpio("job", format!("set -eu\n{job}\n").as_bytes()));
+        fs::write(&initrd, archives).unwrap();
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args("-accel tcg -cpu qemu64 -m 384 -nodefaults -no-reboot -display none".split(' '))
+            .args("-M q35,memory-backend=mem,smbus=off,sata=off,hpet=off -serial stdio".split(' '))
+            .arg("-object")
+            .arg("memory-backend-memfd,id=mem,size=384M,share=on")
+            .arg("-append")
+            .arg("console=ttyS0 quiet panic=-1 mitigations=off nokaslr")
+            .arg("-kernel")
+            .arg(guest.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(&initrd)
+            .arg("-chardev")
+            .arg(format!("socket,id=fs,path={}", socket.display()))
+            .arg("-device")
+            .arg("vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=root")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (sender, console) = channel();
+        let stdout = qemu.stdout.take().unwrap();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            keyboard: qemu.stdin.take().unwrap(),
+            qemu,
+            console,
+            seen: Vec::new(),
+            until: Instant::now() + LIMIT,
+            _dir: dir,
+            _alone: alone,
+        }
+    }
+
+    /// Blocks until the console shows a line that begins with `beginning`, and returns the rest of it.
+    fn wait_for(&mut self, beginning: &str) -> String {
+        loop {
+            let left = self.until.saturating_duration_since(Instant::now());
+            let Ok(line) = self.console.recv_timeout(left) else {
+                let _ = self.qemu.kill();
+                panic!("no {beginning:?} on the console:\n{}", self.seen.join("\n"));
+            };
+            self.seen.push(line.clone());
+            if let Some(rest) = line.strip_prefix(beginning) {
+                return rest.trim().to_owned();
+            }
+        }
+    }
+
+    /// Types a line.
+    fn type_line(&mut self, line: &str) {
+        self.keyboard
+            .write_all(format!("{line}\n").as_bytes())
+            .unwrap();
+    }
+
+    /// Blocks until the job has ended, which has to be with 0, and the machine with it. Returns what was on the console.
+    fn finish(mut self) -> Vec<String> {
+        let status = self.wait_for("EXIT ");
+        assert_eq!(status, "0", "{}", self.seen.join("\n"));
+        let gone = crate::engine::holds_within(Duration::from_secs(20), || {
+            self.qemu.try_wait().unwrap().is_some()
+        });
+        assert!(gone, "the machine did not power off");
+        std::mem::take(&mut self.seen)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// A root filesystem with busybox, made more of by `add`, as [`IMAGE`] in a home of its own.
+fn home(add: impl FnOnce(&Path)) -> Home {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    let copied = Command::new("cp")
+        .arg("-a")
+        .args([busybox_base(), &root])
+        .status();
+    assert!(copied.unwrap().success());
+    add(&root);
+    let home = Home::new();
+    home.import(&root, IMAGE);
+    home
+}
+
+/// Copies a program of this machine and its libraries into the root filesystem `root`, as /bin/`name`.
+fn install(program: &Path, root: &Path, name: &str) {
+    fs::copy(program, root.join("bin").join(name)).unwrap();
+    let libraries = Command::new("ldd").arg(program).output().unwrap();
+    let libraries = String::from_utf8(libraries.stdout).unwrap();
+    for library in libraries.split_whitespace().filter(|w| w.starts_with('/')) {
+        let to = root.join(&library[1..]);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(library, to).unwrap();
+    }
+}
+
+/// A short path: the name of a socket has 108 bytes at most.
+fn socket() -> (TempDir, PathBuf) {
+    let dir = TempDir::with_prefix("vm-").unwrap();
+    let path = dir.path().join("fs.sock");
+    (dir, path)
+}
+
+/// The overlay of [`IMAGE`] in `home` and `upper`, in this process.
+fn overlay(home: &Home, upper: &Path) -> Overlay {
+    let store = Store::open(home.state().join("store/v1")).unwrap();
+    let shown = home.run(&["image", "inspect", IMAGE, "--json"]).ok();
+    let shown: Value = serde_json::from_str(&shown.stdout).unwrap();
+    let layers = shown["layers"].as_array().unwrap().iter();
+    let layers = layers.map(|layer| {
+        let id = layer["id"].as_str().or(layer.as_str()).unwrap();
+        store.layer(&id.parse().unwrap()).unwrap()
+    });
+    let layers = layers.collect();
+    Overlay::open(&store, layers, upper, OverlayOptions::default()).unwrap()
+}
+
+fn find(overlay: &Overlay, path: &str) -> Result<Ino, Errno> {
+    path.split('/').try_fold(ROOT, |dir, name| {
+        Ok(overlay.lookup(dir, name.as_bytes())?.ino)
+    })
+}
+
+fn contents(overlay: &Overlay, path: &str) -> Vec<u8> {
+    let ino = find(overlay, path).unwrap();
+    let size = overlay.getattr(ino).unwrap().size;
+    let mut bytes = vec![0; size as usize];
+    assert_eq!(overlay.read(ino, &mut bytes, 0), Ok(size as usize));
+    bytes
+}
+
+#[test]
+fn a_guest_works_in_its_root_and_what_it_wrote_stays() {
+    let guest = match guest() {
+        Ok(guest) => guest,
+        Err(why) => return skip("layers served to a virtual machine", why),
+    };
+    let home = home(|root| {
+        install(&std::env::current_exe().unwrap(), root, "tests");
+        fs::create_dir_all(root.join("data/dir/below")).unwrap();
+        for (name, text) in [
+            ("a", "A"),
+            ("b", "B"),
+            ("c", "C"),
+            ("dir/x", "X"),
+            ("dir/below/y", "Y"),
+        ] {
+            fs::write(root.join("data").join(name), text).unwrap();
+        }
+        // The exerciser's file is copied up from a layer.
+        fs::write(root.join("data").join(posix::FSX), vec![7; 100_000]).unwrap();
+    });
+    let (_dir, socket) = socket();
+    let upper = home.path().join("upper");
+    let (socket_arg, upper_arg) = (socket.to_str().unwrap(), upper.to_str().unwrap());
+    let serve = [
+        "store", "serve", "--image", IMAGE, "--socket", socket_arg, "--upper", upper_arg, "--json",
+    ];
+    let mut serving = home.start(&serve);
+    serving.wait_for("fs.sock");
+
+    // Who else wants the socket is told, and disturbs nobody.
+    home.start(&["store", "serve", "--image", IMAGE, "--socket", socket_arg])
+        .finish(harness::LIMIT)
+        .fails()
+        .says(&["another process listens", "another --socket"]);
+
+    let vm = Vm::boot(
+        guest,
+        &socket,
+        r#"
+            cd /data
+            [ "$(cat a)" = A ]; echo more >>a; [ "$(cat a)" = Amore ]
+            rm b; [ ! -e b ]
+            mv dir moved; [ "$(cat moved/below/y)" = Y ]; [ ! -e dir ]
+            ln c c2; echo too >>c2; [ "$(cat c)" = Ctoo ]; [ "$(stat -c %h c)" = 2 ]
+            [ ! -e new ]; mkdir new; echo N >new/n; mv new/n n; rmdir new
+            ln -s moved/x s; [ "$(cat s)" = X ]
+            mkfifo p; mknod null c 1 3; echo gone >null; chown 12:34 n; chmod 4750 n
+            [ "$(stat -c '%u %g %a' n)" = "12 34 4750" ]
+            cp /bin/busybox busybox; ./busybox true
+            [ "$(ls | tr '\n' ' ')" = "a busybox c c2 fsx moved n null p s " ]
+            mkdir calls
+            TEST_POSIX_DIR=/data/calls tests --exact posix::calls --nocapture
+            TEST_POSIX_DIR=/data tests --exact posix::fsx --nocapture
+        "#,
+    );
+    let console = vm.finish();
+    let ended = serving.finish(harness::LIMIT).ok();
+    assert!(!socket.exists(), "the socket is left");
+    home.assert_nothing_left();
+
+    let said: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(said["end"], "disconnected");
+    let requests = &said["requests"];
+    // The kernel was told to open, close and create without asking, and believes it.
+    assert_eq!(requests["open"], 0, "{requests:#}");
+    assert_eq!(requests["tmpfile"], 2, "{requests:#}");
+
+    let overlay = overlay(&home, &upper);
+    assert_eq!(contents(&overlay, "data/a"), b"Amore\n");
+    assert_eq!(contents(&overlay, "data/c"), b"Ctoo\n");
+    assert_eq!(contents(&overlay, "data/moved/below/y"), b"Y");
+    assert_eq!(contents(&overlay, "data/calls/named"), b"named later");
+    for gone in ["data/b", "data/dir", "data/new", "data/calls/removed"] {
+        assert_eq!(find(&overlay, gone), Err(Errno::NOENT), "{gone}");
+    }
+    let attr = |path| overlay.getattr(find(&overlay, path).unwrap()).unwrap();
+    let n = attr("data/n");
+    assert_eq!((n.uid, n.gid, n.mode), (12, 34, 0o4750));
+    assert_eq!(attr("data/null").kind, Kind::Char);
+    assert_eq!(attr("data/c").ino, attr("data/c2").ino);
+    // The exerciser says what its file held in the end.
+    let fsx = contents(&overlay, &format!("data/{}", posix::FSX));
+    let expected = format!("FSX {} {:x}", fsx.len(), posix::hash(&fsx));
+    assert!(
+        console.iter().any(|line| line.contains(&expected)),
+        "no {expected:?} in {console:#?}"
+    );
+}
+
+#[test]
+fn pjdfstest_passes_in_a_guest() {
+    let what = "pjdfstest in a virtual machine";
+    let guest = match guest() {
+        Ok(guest) => guest,
+        Err(why) => return skip(what, why),
+    };
+    let pjdfstest = harness::cache().join("pjdfstest-0.2.2/bin/pjdfstest");
+    if !pjdfstest.exists() {
+        return skip(what, "scripts/test brings it, and has not been run");
+    }
+    let home = home(|root| {
+        install(&pjdfstest, root, "pjdfstest");
+        let config = repository("scripts/pjdfstest.toml");
+        fs::copy(config, root.join("etc/pjdfstest.toml")).unwrap();
+        let users =
+            "root:x:0:0::/:/bin/sh\ndaemon:x:1:1::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
+        fs::write(root.join("etc/passwd"), users).unwrap();
+        let groups = "root:x:0:\ndaemon:x:1:\nnogroup:x:65534:\n";
+        fs::write(root.join("etc/group"), groups).unwrap();
+        fs::create_dir(root.join("work")).unwrap();
+    });
+    let (_dir, socket) = socket();
+    let serve = [
+        "store",
+        "serve",
+        "--image",
+        IMAGE,
+        "--socket",
+        socket.to_str().unwrap(),
+    ];
+    let mut serving = home.start(&serve);
+    serving.wait_for("fs.sock");
+    // What the guest's tmpfs fails is the kernel's; the rest is ours.
+    let vm = Vm::boot(
+        guest,
+        &socket,
+        r#"
+            mkdir /dev/shm/work
+            for dir in /work /dev/shm/work; do
+                other=/dev/shm; [ $dir = /work ] || other=/work
+                NO_COLOR=1 pjdfstest -c /etc/pjdfstest.toml -p $dir -s $other >/dev/shm/log 2>&1 || true
+                grep '^Summary: ' /dev/shm/log
+                awk -v dir=$dir '$NF == "FAILED" { print "FAILED", dir, $1 }' /dev/shm/log
+            done
+        "#,
+    );
+    let console = vm.finish();
+    serving.finish(harness::LIMIT).ok();
+    let failed = |dir: &str| -> Vec<&str> {
+        let beginning = format!("FAILED {dir} ");
+        let lines = console.iter();
+        lines
+            .filter_map(|line| line.strip_prefix(&beginning))
+            .collect()
+    };
+    let plain = failed("/dev/shm/work");
+    let mut ours = failed("/work");
+    ours.retain(|name| !plain.contains(name));
+    assert!(ours.is_empty(), "fails here and not on a tmpfs: {ours:#?}");
+    let summaries = console.iter().filter(|line| line.starts_with("Summary: "));
+    assert_eq!(summaries.count(), 2, "{console:#?}");
+}
+
+/// Requests by operation since `before`, where there were any, but those that ask a program that is run for its capabilities, of
+/// which the kernel keeps nothing.
+fn since(overlay: &Overlay, before: &[(&'static str, u64)]) -> Vec<(&'static str, u64)> {
+    let now = overlay.stats().into_iter();
+    now.zip(before)
+        .map(|((name, now), (_, before))| (name, now - before))
+        .filter(|(name, count)| *count != 0 && *name != "getxattr")
+        .collect()
+}
+
+#[test]
+fn what_a_guest_knows_it_does_not_ask_again() {
+    const PACKAGES: usize = 120;
+    const FILES: usize = 18;
+    let guest = match guest() {
+        Ok(guest) => guest,
+        Err(why) => return skip("requests of a virtual machine", why),
+    };
+    let home = home(|root| {
+        // As npm leaves it: many directories, few files in each, most of them small.
+        for package in 0..PACKAGES {
+            let dir = root.join(format!("node_modules/package-{package}"));
+            fs::create_dir_all(dir.join("lib")).unwrap();
+            fs::write(
+                dir.join("package.json"),
+                format!("{{\"version\":{package}}}"),
+            )
+            .unwrap();
+            for file in 0..FILES {
+                let text = format!("exports.{package} = {file};\n").repeat(1 + file * 9);
+                fs::write(dir.join(format!("lib/{file}.js")), text).unwrap();
+            }
+        }
+    });
+    let overlay = Arc::new(overlay(&home, &home.path().join("upper")));
+    let (_dir, path) = socket();
+    let listening = Socket::bind(&path).unwrap();
+    let (stop, _stopper) = std::os::unix::net::UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let served = Arc::clone(&overlay);
+        let server = scope.spawn(|| {
+            use std::os::fd::AsFd as _;
+            let tag: Tag = "root".parse().unwrap();
+            vhost_user::serve(served, &listening, &tag, 4, stop.as_fd())
+        });
+        let mut vm = Vm::boot(
+            guest,
+            &path,
+            r#"
+                phase() { echo "PHASE $1"; read go </dev/ttyS0; "$@" >/dev/null; }
+                stats() { find /node_modules -size +100000; }
+                reads() { find /node_modules -type f -exec cat {} +; }
+                requires() {
+                    for i in 1 2 3 4 5 6 7 8; do
+                        cd /node_modules/package-$i
+                        [ ! -e index.js ]; cat package.json lib/$i.js
+                    done
+                }
+                find /tmp -size +1 -type f -exec cat {} + >/dev/null; cat /etc/passwd >/dev/null
+                for i in 1 2 3; do phase stats; done
+                for i in 1 2 3; do phase reads; done
+                phase requires; phase requires; phase true
+            "#,
+        );
+        let mut phases = Vec::new();
+        let mut before = overlay.stats();
+        for _ in 0..9 {
+            vm.wait_for("PHASE ");
+            phases.push(since(&overlay, &before));
+            before = overlay.stats();
+            vm.type_line("go");
+        }
+        vm.finish();
+        assert_eq!(server.join().unwrap().unwrap(), End::Disconnected);
+
+        // Those that bring entries, of which a page of the kernel's has room for 24, and those that say that these were all.
+        let (dirs, files) = (1 + 2 * PACKAGES, PACKAGES * (1 + FILES));
+        let listings = 2 * dirs + PACKAGES / 24 + 1;
+        let expected: [(&str, &[(&str, usize)]); 8] = [
+            ("stats", &[("lookup", 1), ("readdir", listings)]),
+            // The kernel has forgotten the atime of what it listed.
+            ("stats", &[("getattr", dirs)]),
+            ("stats", &[]),
+            ("reads", &[("read", files)]),
+            // And of what it read.
+            ("reads", &[("getattr", files)]),
+            ("reads", &[]),
+            // What is absent is in no listing.
+            ("requires", &[("lookup", 8)]),
+            ("requires", &[]),
+        ];
+        // The first is the boot.
+        for ((what, most), counts) in expected.into_iter().zip(&phases[1..]) {
+            for (operation, count) in counts {
+                let most = most.iter().find(|(name, _)| name == operation);
+                let most = most.map_or(0, |(_, most)| *most as u64);
+                assert!(
+                    *count <= most,
+                    "{operation}: {count} > {most} in {what}: {phases:#?}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn a_signal_ends_serving() {
+    let home = Home::with_busybox();
+    let (_dir, socket) = socket();
+    let arg = socket.to_str().unwrap();
+    let serve = [
+        "store",
+        "serve",
+        "--image",
+        harness::NODE_IMAGE,
+        "--socket",
+        arg,
+    ];
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut serving = home.start(&serve);
+        serving.wait_for("fs.sock");
+        // Somebody has connected, and says nothing.
+        let connection = (signal == Signal::INT)
+            .then(|| std::os::unix::net::UnixStream::connect(&socket).unwrap());
+        serving.signal(signal);
+        serving.finish(harness::LIMIT).ok().says(&["stopped"]);
+        drop(connection);
+        assert!(!socket.exists());
+    }
+    home.assert_nothing_left();
+
+    // What a server that was killed has left is no obstacle, and no other file is taken for it.
+    let mut serving = home.start(&serve);
+    serving.wait_for("fs.sock");
+    serving.signal(Signal::KILL);
+    serving.finish(harness::LIMIT);
+    assert!(socket.exists());
+    let mut serving = home.start(&serve);
+    serving.wait_for("fs.sock");
+    serving.signal(Signal::TERM);
+    serving.finish(harness::LIMIT).ok();
+    fs::write(&socket, "precious").unwrap();
+    home.run(&serve).fails().says(&["is no socket"]);
+    assert_eq!(fs::read_to_string(&socket).unwrap(), "precious");
+    let tag = "t".repeat(37);
+    let ended = home.run(&[
+        "store", "serve", "--image", "x", "--socket", arg, "--tag", &tag,
+    ]);
+    ended.exits(2).says(&["a tag is 1 to 36 bytes"]);
+}
