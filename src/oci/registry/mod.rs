@@ -321,7 +321,7 @@ pub struct Proxies {
     pub http: Option<String>,
     /// For https.
     pub https: Option<String>,
-    /// Hosts that are asked directly, with the domains below them.
+    /// Hosts that are asked directly, with the domains below them; all of them where one is empty.
     pub except: Vec<String>,
 }
 
@@ -365,7 +365,10 @@ impl Settings {
                 except: first(&["no_proxy", "NO_PROXY"])
                     .unwrap_or_default()
                     .split(',')
-                    .map(|part| part.trim().trim_start_matches('*').trim_start_matches('.'))
+                    .map(str::trim)
+                    .filter(|part| !part.is_empty())
+                    // Of `*` nothing is left, which every host is below.
+                    .map(|part| part.trim_start_matches('*').trim_start_matches('.'))
                     .map(str::to_owned)
                     .collect(),
             },
