@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::env;
+use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
@@ -15,6 +19,10 @@ use super::RegistryError;
 /// Longest file of credentials, and longest answer of a helper, in bytes.
 const MAX_AUTH_FILE: u64 = 4 << 20;
 const MAX_HELPER_ANSWER: u64 = 64 << 10;
+/// How long a credential helper may take: it may ask a person for a passphrase.
+const HELPER_TIME: Duration = Duration::from_secs(60);
+/// Between two looks at whether a helper that has answered has ended.
+const HELPER_POLL: Duration = Duration::from_millis(5);
 /// What a credential helper calls a user whose secret is an identity token.
 const TOKEN_USER: &str = "<token>";
 
@@ -216,42 +224,66 @@ fn bare(key: &str) -> &str {
 /// Asks `docker-credential-NAME`, the user's own program, what it has for `host`.
 fn ask_helper(name: &str, host: &str) -> Result<Option<Credentials>, RegistryError> {
     let program = format!("docker-credential-{name}");
-    let failed = |source| RegistryError::Helper {
-        program: program.clone(),
-        source,
+    let asked = if name.contains('/') {
+        Err(io::ErrorKind::InvalidInput.into())
+    } else {
+        ask_program(program.as_ref(), host, HELPER_TIME)
     };
-    if name.contains('/') {
-        return Err(failed(io::ErrorKind::InvalidInput.into()));
-    }
-    let mut child = Command::new(&program)
+    asked.map_err(|source| RegistryError::Helper { program, source })
+}
+
+fn ask_program(program: &OsStr, host: &str, limit: Duration) -> io::Result<Option<Credentials>> {
+    let mut child = Command::new(program)
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .spawn()
-        .map_err(failed)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // One that does not read it still answers.
-        let _ = writeln!(stdin, "{host}");
+        .spawn()?;
+    let answer = converse(&mut child, host, limit);
+    if answer.is_err() {
+        // It may have ended by itself.
+        let _ = child.kill();
+        let _ = child.wait();
     }
-    let mut answer = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout
-            .take(MAX_HELPER_ANSWER)
-            .read_to_end(&mut answer)
-            .map_err(failed)?;
-    }
-    // A helper that has nothing fails.
-    if !child.wait().map_err(failed)?.success() {
+    let Some(answer) = answer? else {
         return Ok(None);
-    }
-    let answer: HelperAnswer =
-        serde_json::from_slice(&answer).map_err(|_| failed(io::ErrorKind::InvalidData.into()))?;
+    };
+    let unusable = |_| io::Error::new(io::ErrorKind::InvalidData, "its answer is no login");
+    let answer: HelperAnswer = serde_json::from_slice(&answer).map_err(unusable)?;
     Ok(Some(if answer.username == TOKEN_USER {
         Credentials::Identity(answer.secret)
     } else {
         Credentials::Password(answer.username, answer.secret)
     }))
+}
+
+/// What a helper says about `host`. One that has nothing fails.
+fn converse(child: &mut Child, host: &str, limit: Duration) -> io::Result<Option<Vec<u8>>> {
+    let deadline = Instant::now() + limit;
+    if let Some(mut stdin) = child.stdin.take() {
+        // One that does not read it still answers.
+        let _ = writeln!(stdin, "{host}");
+    }
+    let (sender, answers) = channel();
+    if let Some(stdout) = child.stdout.take() {
+        // Ends with whatever has the other end of the pipe, which need not be the helper.
+        thread::spawn(move || {
+            let mut answer = Vec::new();
+            let read = stdout.take(MAX_HELPER_ANSWER).read_to_end(&mut answer);
+            let _ = sender.send(read.map(|_| answer));
+        });
+    }
+    let late = || io::Error::from(io::ErrorKind::TimedOut);
+    let answer = answers.recv_timeout(limit).map_err(|_| late())??;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.success().then_some(answer));
+        }
+        if Instant::now() >= deadline {
+            return Err(late());
+        }
+        thread::sleep(HELPER_POLL);
+    }
 }
 
 /// How a registry wants to be asked.
@@ -331,4 +363,70 @@ fn parameter(text: &str) -> Option<(&str, String, &str)> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helper_is_heard_within_bounds() {
+        let Ok(dir) = tempfile::tempdir() else {
+            panic!("a temporary directory");
+        };
+        let password = || Credentials::Password("user".into(), "secret".into());
+        let login = r#"{"ServerURL":"x","Username":"user","Secret":"secret"}"#;
+        let token = r#"{"Username":"<token>","Secret":"id"}"#;
+        for (script, expected) in [
+            (format!("echo '{login}'"), Ok(Some(password()))),
+            (
+                format!("read host; test $1 $host = get the.host && echo '{login}'"),
+                Ok(None),
+            ),
+            (
+                format!("read host; test $1-$host = get-the.host && echo '{login}'"),
+                Ok(Some(password())),
+            ),
+            (
+                format!("echo '{token}'"),
+                Ok(Some(Credentials::Identity("id".into()))),
+            ),
+            ("echo credentials not found; exit 1".into(), Ok(None)),
+            ("echo garbage".into(), Err(io::ErrorKind::InvalidData)),
+            ("exit 0".into(), Err(io::ErrorKind::InvalidData)),
+            (
+                r#"echo '{"Username":"user"}'"#.into(),
+                Err(io::ErrorKind::InvalidData),
+            ),
+            ("yes".into(), Ok(None)),
+            ("exec sleep 1000".into(), Err(io::ErrorKind::TimedOut)),
+            // It leaves the pipe to another process.
+            ("sleep 3 & exit 0".into(), Err(io::ErrorKind::TimedOut)),
+            // It has said all, and does not end.
+            (
+                format!("echo '{login}'; exec >&-; exec sleep 1000"),
+                Err(io::ErrorKind::TimedOut),
+            ),
+        ] {
+            let program = dir.path().join("helper");
+            // By a process of its own: a file that this one writes may be open in a child of another test, and not run.
+            let written = Command::new("sh")
+                .args([
+                    "-c",
+                    r#"printf '#!/bin/sh\n%s\n' "$1" >"$0" && chmod 755 "$0""#,
+                ])
+                .args([program.as_os_str(), script.as_ref()])
+                .status();
+            assert!(written.is_ok_and(|status| status.success()));
+            // Long enough for a shell on a busy machine, where it is to answer.
+            let is_late = matches!(expected, Err(io::ErrorKind::TimedOut));
+            let limit = Duration::from_millis(if is_late { 300 } else { 20_000 });
+            let start = Instant::now();
+            let answer = ask_program(program.as_ref(), "the.host", limit);
+            assert_eq!(answer.map_err(|error| error.kind()), expected, "{script}");
+            assert!(start.elapsed() < Duration::from_secs(15), "{script}");
+        }
+        let missing = ask_program(dir.path().as_os_str(), "x", HELPER_TIME);
+        assert!(missing.is_err());
+    }
 }
