@@ -11,6 +11,7 @@ mod harness;
 mod kills;
 mod layers;
 mod lifecycle;
+mod network;
 mod ordinary_user;
 mod posix;
 mod registry;

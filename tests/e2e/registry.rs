@@ -50,7 +50,7 @@ pub fn has(program: &str) -> bool {
 }
 
 /// Whether what these tests need is there; says so if it is not.
-fn can_run(what: &str) -> bool {
+pub fn can_run(what: &str) -> bool {
     let needed = ["docker-registry", "skopeo", "umoci", "openssl"];
     let missing: Vec<_> = needed.into_iter().filter(|one| !has(one)).collect();
     if !missing.is_empty() {
@@ -73,9 +73,9 @@ pub fn run(dir: &Path, program: &str, args: &[&str]) {
     );
 }
 
-/// A CA, and a certificate of it for 127.0.0.2.
-fn make_certificates(dir: &Path) {
-    let subject = "subjectAltName=IP:127.0.0.2\nbasicConstraints=CA:FALSE\n";
+/// A CA, and a certificate of it for 127.0.0.2, which a proxy may call 0.0.0.0.
+pub fn make_certificates(dir: &Path) {
+    let subject = "subjectAltName=IP:127.0.0.2,IP:0.0.0.0\nbasicConstraints=CA:FALSE\n";
     fs::write(dir.join("ext"), subject).unwrap();
     let ec = [
         "-newkey",
@@ -157,7 +157,12 @@ impl Registry {
         }
     }
 
-    fn push(&self, layout: &Layout, tag: &str, name: &str, options: &[&str]) {
+    /// A file of the registry's directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn push(&self, layout: &Layout, tag: &str, name: &str, options: &[&str]) {
         let (from, to) = (
             format!("oci:{}:{tag}", layout.path().display()),
             format!("docker://{}/{name}", self.host),
@@ -195,12 +200,12 @@ impl Registry {
 }
 
 /// An OCI layout that umoci writes.
-struct Layout {
+pub struct Layout {
     dir: TempDir,
 }
 
 impl Layout {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = TempDir::with_prefix("layout-").unwrap();
         run(dir.path(), "umoci", &["init", "--layout", "layout"]);
         Self { dir }
@@ -215,7 +220,7 @@ impl Layout {
     }
 
     /// The image `tag`: busybox, and what else is given as a name and a size, each in a layer of its own.
-    fn image(&self, tag: &str, arch: &str, files: &[(&str, usize)]) {
+    pub fn image(&self, tag: &str, arch: &str, files: &[(&str, usize)]) {
         let image = format!("layout:{tag}");
         self.umoci(&["new", "--image", &image]);
         let config = [
