@@ -16,7 +16,7 @@ use crate::export::{LeftOut, WorkerImage};
 use crate::home::Home;
 use crate::oci::export::{Destination, Event, Export, ExportedLayer, Part};
 use crate::oci::reference::DEFAULT_TAG;
-use crate::oci::{Digest, Platform, Settings};
+use crate::oci::{Digest, Platform, Reference, Settings};
 use crate::plan::Kind;
 use crate::supervise::Signals;
 use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
@@ -111,8 +111,21 @@ pub fn worker(
         dir: worker.name.as_str().into(),
         tag: DEFAULT_TAG.to_owned(),
     });
-    let name = format!("localhost/{}:latest", worker.name.as_str().to_lowercase());
+    let name = image_name(worker.name.as_str());
     put(export, &kinds, &args.place, &to, &name, ui)
+}
+
+/// What an image in an archive is called, after a worker: `localhost/NAME:latest`, with what the name of an image cannot have made
+/// to `-`.
+fn image_name(worker: &str) -> String {
+    let named = |name: &str| format!("localhost/{name}:{DEFAULT_TAG}");
+    let name = worker.to_ascii_lowercase();
+    if named(&name).parse::<Reference>().is_ok() {
+        return named(&name);
+    }
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric());
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
+    named(&words.join("-"))
 }
 
 fn tell(left_out: &LeftOut, ui: &Ui) {
@@ -242,6 +255,25 @@ impl Bars<'_> {
                 self.ui
                     .warn(format_args!("{entry}: left out: it is a socket"));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_called_like_its_worker() {
+        for (worker, image) in [
+            ("iii-dev-api", "localhost/iii-dev-api:latest"),
+            ("My_Worker", "localhost/my_worker:latest"),
+            ("a__b.c", "localhost/a__b.c:latest"),
+            ("a_-b.", "localhost/a-b:latest"),
+        ] {
+            let name = image_name(worker);
+            assert_eq!(name, image);
+            assert!(name.parse::<Reference>().is_ok(), "{name}");
         }
     }
 }

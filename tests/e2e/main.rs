@@ -6,6 +6,7 @@
 mod bad_input;
 mod doctor;
 mod engine;
+mod export;
 mod fidelity;
 mod harness;
 mod kills;
