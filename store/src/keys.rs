@@ -13,6 +13,8 @@ use crate::store::{Store, read_json, write_json};
 
 /// Most records of one key; the oldest go first.
 pub const MAX_RECORDS: usize = 8;
+/// Of a record's provenance: where it was fetched from, if it was not built here.
+pub const ORIGIN: &str = "cache";
 /// Longest file of one key, in bytes.
 pub(crate) const MAX_KEY_FILE: u64 = 256 << 20;
 
@@ -29,10 +31,22 @@ pub struct Record {
     pub provenance: serde_json::Map<String, serde_json::Value>,
 }
 
+impl Record {
+    /// Where it was fetched from; nothing for what was built here.
+    pub fn origin(&self) -> Option<&str> {
+        self.provenance.get(ORIGIN)?.as_str()
+    }
+
+    /// Whether this one makes `old` useless. What was fetched never makes what was built here so.
+    fn replaces(&self, old: &Self) -> bool {
+        self.facts == old.facts && (self.origin().is_none() || self.origin() == old.origin())
+    }
+}
+
 /// The file of a key.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct KeyFile {
-    /// Newest first.
+    /// What was built here, the newest first, and then what was fetched, the newest first.
     records: Vec<Record>,
 }
 
@@ -41,7 +55,7 @@ impl Store {
         self.dir().join("keys").join(key.to_string())
     }
 
-    /// The records of a key, newest first. Their layers may be gone: pin, then look. A file that is damaged holds none:
+    /// The records of a key, those that were built here first, and each kind the newest first. Their layers may be gone: pin, then look. A file that is damaged holds none:
     /// what it said can be built anew, and [`Store::verify`] tells of it.
     pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
         match self.checked_records(key) {
@@ -57,16 +71,23 @@ impl Store {
         Ok(file.unwrap_or_default().records)
     }
 
-    /// Adds a record in front of the key's others, durably. It replaces one with the same facts. Its layer must be in the
-    /// store and pinned by the caller.
+    /// Adds a record in front of the key's others, durably; one that was fetched, in front of the others that were. It replaces
+    /// one with the same facts, but what was fetched replaces only what came from there, and is the first to go. Its layer must
+    /// be in the store and pinned by the caller.
     pub fn put_record(&self, key: &KeyId, record: Record) -> Result<(), StoreError> {
         let lease = self.lease("record")?;
         self.require_layer(&record.layer_id)?;
         let lock = self.dir().join("locks").join(format!("{key}.key"));
         let _lock = FileLock::acquire(self.disk(), &lock, &|| {})?;
         let mut records = self.records(key)?;
-        records.retain(|old| old.facts != record.facts);
-        records.insert(0, record);
+        records.retain(|old| !record.replaces(old));
+        let fetched = |one: &Record| one.origin().is_some();
+        let at = if fetched(&record) {
+            records.iter().position(fetched).unwrap_or(records.len())
+        } else {
+            0
+        };
+        records.insert(at, record);
         records.truncate(MAX_RECORDS);
         let path = self.key_path(key);
         write_json(self, &lease, &path, &KeyFile { records }, MAX_KEY_FILE)

@@ -105,7 +105,7 @@ pub use facts::{Fact, Seen};
 pub use gc::{DroppedRecord, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
 pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
-pub use keys::{MAX_RECORDS, Record};
+pub use keys::{MAX_RECORDS, ORIGIN, Record};
 pub use layer::{Kind, Layer, NodeRef};
 pub use lease::{Lease, LiveLease};
 pub use migrate::{MigrateEvent, Migration};

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use iii_store::{
-    Fact, KeyId, LayerId, MAX_RECORDS, ObjectId, Record, Ref, RefKind, Seen, Store, StoreError,
+    Fact, KeyId, LayerId, MAX_RECORDS, ORIGIN, ObjectId, Record, Ref, RefKind, Seen, Store,
+    StoreError,
 };
 
 use crate::helpers::{files, names, publish};
@@ -129,6 +130,40 @@ fn without_permission() {
         store.lease("test"),
         Err(StoreError::ReadOnly { .. })
     ));
+}
+
+#[test]
+fn what_was_fetched_comes_behind_what_was_built_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    let put = |fact: &str, origin: &str| {
+        let mut record = record(&layer, fact);
+        if !origin.is_empty() {
+            let origin = (ORIGIN.to_owned(), origin.into());
+            record.provenance.extend([origin]);
+        }
+        store.put_record(&key, record).unwrap();
+        let records = store.records(&key).unwrap();
+        let shown = records.iter().map(|record| {
+            let fact = String::from_utf8_lossy(&record.facts[0].path).into_owned();
+            fact + record.origin().unwrap_or_default()
+        });
+        shown.collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(put("a", "@x"), "a@x");
+    assert_eq!(put("b", ""), "b a@x");
+    assert_eq!(put("c", "@y"), "b c@y a@x");
+    // The same from the same place, the same from elsewhere, and the same from here.
+    assert_eq!(put("a", "@x"), "b a@x c@y");
+    assert_eq!(put("a", "@y"), "b a@y a@x c@y");
+    assert_eq!(put("b", "@y"), "b b@y a@y a@x c@y");
+    assert_eq!(put("a", ""), "a b b@y c@y");
+    for n in 0..MAX_RECORDS {
+        put(&n.to_string(), "");
+    }
+    assert_eq!(put("d", "@x"), "7 6 5 4 3 2 1 0");
 }
 
 #[test]
