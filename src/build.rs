@@ -16,14 +16,16 @@ use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{FreezeError, OpenError, Overlay, OverlayOptions, Project as ProjectAt};
 use iii_store::snapshot::{self, SnapshotError};
 use iii_store::{
-    Fact, GcReport, KeyId, Layer, LayerId, Lease, Published, Record, Store, StoreError, TreeId,
+    Fact, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError,
+    TreeId,
 };
 use rustix::process::Signal;
 
+use crate::cache::{self, Caches as LayerCaches, Recorded, Wanted};
 use crate::compose;
 use crate::environment::Env;
 use crate::home::Home;
-use crate::oci::{self, Image, ImageError};
+use crate::oci::{self, Image, ImageError, Limits};
 use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
 use crate::project::{CacheMount, CacheScope, Project};
 use crate::sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
@@ -115,7 +117,7 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// Whether a layer was there or had to be made.
+/// Whether a layer was there, or what had to be done to have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
@@ -123,6 +125,8 @@ pub enum Status {
     Hit,
     /// It was made.
     Built,
+    /// It came from a shared cache.
+    Fetched,
 }
 
 /// What became of one layer.
@@ -147,6 +151,9 @@ pub struct Report {
     /// Why it had to be made, for setup and install.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The cache that it came from, for a layer that was fetched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<String>,
     /// How many paths of the project changed since the last snapshot, for the project.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub changed: Option<u64>,
@@ -169,6 +176,8 @@ pub enum Event<'a> {
     Running(Kind, &'a Reason),
     /// A piece of what a step prints, beginning and ending anywhere in a line.
     Output(Kind, Stream, &'a [u8]),
+    /// A shared cache is asked or given something.
+    Cache(cache::Event<'a>),
     /// A layer above the base is ready.
     Ready(&'a Report),
     /// The store was cleared of what nobody needs.
@@ -192,6 +201,15 @@ pub struct Stack {
     pub reports: Vec<Report>,
     /// The layers themselves.
     pub layers: Vec<Arc<Layer>>,
+    /// What those of setup and install are recorded as.
+    pub recorded: Vec<Recorded>,
+}
+
+/// What a step came to.
+struct Outcome {
+    report: Report,
+    layer: Arc<Layer>,
+    record: Record,
 }
 
 impl Stack {
@@ -222,8 +240,12 @@ pub struct Builder<'a> {
     pub image: &'a Image,
     /// The environment of the steps.
     pub env: &'a Env,
-    /// Runs setup and install whatever is stored.
+    /// Runs setup and install whatever is stored, here or in a cache.
     pub rebuild: bool,
+    /// Asked for what is not in the store.
+    pub caches: &'a LayerCaches,
+    /// How much of anything what they give may bring.
+    pub limits: &'a Limits,
     /// What ends a step.
     pub signals: &'a Signals,
     /// Told what happens, from several threads.
@@ -236,6 +258,7 @@ impl Builder<'_> {
         let mut stack = Stack {
             reports: Vec::new(),
             layers: Vec::new(),
+            recorded: Vec::new(),
         };
         self.lease.pin(&self.image.layers)?;
         for id in &self.image.layers {
@@ -251,9 +274,16 @@ impl Builder<'_> {
             (Kind::Install, &scripts.install),
         ] {
             if let Some(script) = script {
-                let (report, layer) = self.step(kind, script, &stack.layers, &project)?;
-                (self.events)(Event::Ready(&report));
-                stack.push(report, layer);
+                let key = self.recipe(kind, script, &stack.layers).key();
+                let outcome = self.step(kind, script, key, &stack.layers, &project)?;
+                (self.events)(Event::Ready(&outcome.report));
+                stack.recorded.push(Recorded {
+                    kind,
+                    key,
+                    record: outcome.record,
+                    is_new: outcome.report.status == Status::Built,
+                });
+                stack.push(outcome.report, outcome.layer);
             }
         }
         (self.events)(Event::Ready(&report));
@@ -322,17 +352,15 @@ impl Builder<'_> {
         key: KeyId,
         project: &Layer,
         start: Instant,
-    ) -> Result<Result<(Report, Arc<Layer>), Reason>, BuildError> {
-        let records = self.store.records(&key)?;
+    ) -> Result<Result<Outcome, Reason>, BuildError> {
+        let mut records = self.store.records(&key)?;
+        records.retain(|record| self.caches.trusts(record));
         // Pinned before it is looked for: what gc has taken by now is built again.
         let layers: Vec<LayerId> = records.iter().map(|record| record.layer_id).collect();
         self.lease.pin(&layers)?;
         let there = |record: &Record| self.store.has_layer(&record.layer_id);
         let records: Vec<Record> = records.into_iter().filter(there).collect();
-        let root = project
-            .lookup(WORKSPACE.as_bytes())
-            .unwrap_or(project.root());
-        Ok(match plan::decide(&records, root) {
+        Ok(match plan::decide(&records, project_root(project)) {
             Decision::Run(reason) => Err(reason),
             Decision::Hit(record) => {
                 let layer = self.store.layer(&record.layer_id)?;
@@ -340,20 +368,65 @@ impl Builder<'_> {
                     seconds: start.elapsed().as_secs_f64(),
                     ..Report::hit(kind, Some(key), &layer)
                 };
-                Ok((report, layer))
+                Ok(Outcome {
+                    report,
+                    layer,
+                    record,
+                })
             }
         })
+    }
+
+    /// The layer from a shared cache, if one of them has it. The caller holds the key's flight.
+    fn fetch(
+        &self,
+        kind: Kind,
+        key: KeyId,
+        project: &Layer,
+        start: Instant,
+    ) -> Result<Option<Outcome>, BuildError> {
+        let wanted = Wanted {
+            store: self.store,
+            lease: self.lease,
+            key: &key,
+            kind,
+            project: project_root(project),
+            limits: self.limits,
+        };
+        let events = |event: cache::Event<'_>| (self.events)(Event::Cache(event));
+        let Some(fetched) = self.caches.fetch(wanted, &events) else {
+            return Ok(None);
+        };
+        self.store.put_record(&key, fetched.record.clone())?;
+        let published = fetched.published;
+        let report = Report {
+            status: Status::Fetched,
+            bytes: published
+                .as_ref()
+                .map_or(0, |published| published.new_bytes),
+            files: published
+                .as_ref()
+                .map_or(0, |published| published.new_files),
+            seconds: start.elapsed().as_secs_f64(),
+            cache: Some(fetched.origin),
+            ..Report::hit(kind, Some(key), &fetched.layer)
+        };
+        Ok(Some(Outcome {
+            report,
+            layer: fetched.layer,
+            record: fetched.record,
+        }))
     }
 
     fn step(
         &self,
         kind: Kind,
         script: &str,
+        key: KeyId,
         below: &[Arc<Layer>],
         project: &Arc<Layer>,
-    ) -> Result<(Report, Arc<Layer>), BuildError> {
+    ) -> Result<Outcome, BuildError> {
         let start = Instant::now();
-        let key = self.recipe(kind, script, below).key();
         if !self.rebuild
             && let Ok(hit) = self.find(kind, key, project, start)?
         {
@@ -366,10 +439,14 @@ impl Builder<'_> {
             Reason::Asked
         } else {
             // Whoever held the flight may have built it.
-            match self.find(kind, key, project, start)? {
+            let reason = match self.find(kind, key, project, start)? {
                 Ok(hit) => return Ok(hit),
                 Err(reason) => reason,
+            };
+            if let Some(fetched) = self.fetch(kind, key, project, start)? {
+                return Ok(fetched);
             }
+            reason
         };
         (self.events)(Event::Running(kind, &reason));
         let step = Step {
@@ -396,7 +473,7 @@ impl Builder<'_> {
                 .into_iter()
                 .collect(),
         };
-        self.store.put_record(&key, record)?;
+        self.store.put_record(&key, record.clone())?;
         let report = Report {
             status: Status::Built,
             bytes: published.new_bytes,
@@ -405,8 +482,19 @@ impl Builder<'_> {
             reason: Some(reason.to_string()),
             ..Report::hit(kind, Some(key), &layer)
         };
-        Ok((report, layer))
+        Ok(Outcome {
+            report,
+            layer,
+            record,
+        })
     }
+}
+
+/// The project's directory in its layer.
+fn project_root(project: &Layer) -> NodeRef<'_> {
+    project
+        .lookup(WORKSPACE.as_bytes())
+        .unwrap_or(project.root())
 }
 
 impl Report {
@@ -421,6 +509,7 @@ impl Report {
             files: 0,
             seconds: 0.0,
             reason: None,
+            cache: None,
             changed: None,
         }
     }

@@ -6,6 +6,9 @@ use std::net::{TcpStream, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, TryRecvError};
+use std::thread;
 use std::time::Duration;
 
 use iii_overlay::adapter::fuse::Mode;
@@ -14,6 +17,7 @@ use iii_store::{Layer, LayerId, Lease, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack, Status};
+use crate::cache::{self, CacheOptions, Caches as LayerCaches};
 use crate::collect;
 use crate::compose;
 use crate::environment;
@@ -26,6 +30,9 @@ use crate::supervise::Signals;
 
 /// How long the engine has to accept a connection before it counts as not listening.
 const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// How long layers may go to a cache when the worker has ended.
+const SHARE_TIME: Duration = Duration::from_secs(60);
 
 /// Why a worker did not run.
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +101,10 @@ pub struct Target {
     pub base: Option<String>,
     /// Lets the store be cleared after a build that leaves it or the disk too full.
     pub collect: bool,
-    /// How much of anything a base that is pulled may bring.
+    /// How much of anything what is pulled or fetched may bring.
     pub limits: Limits,
+    /// Where layers are fetched from, and where they are put for others.
+    pub caches: CacheOptions,
 }
 
 /// What to run.
@@ -157,6 +166,7 @@ struct Opened {
     store: Store,
     image: Image,
     env: environment::Env,
+    caches: LayerCaches,
 }
 
 impl Opened {
@@ -180,6 +190,7 @@ impl Opened {
             store,
             image,
             env,
+            caches: caches(&target.caches, events),
         })
     }
 
@@ -210,6 +221,8 @@ impl Opened {
             image: &self.image,
             env: &self.env,
             rebuild: target.rebuild,
+            caches: &self.caches,
+            limits: &target.limits,
             signals,
             events,
         };
@@ -244,6 +257,44 @@ impl Opened {
             .set_ref(RefKind::Worker, self.name.as_str(), &content)
     }
 
+    /// Gives the layers of setup and install to the cache that takes some. To fail is worth a line, and no more.
+    fn share(&self, stack: &Stack, stop: &AtomicBool, events: &(dyn Fn(Event<'_>) + Sync)) {
+        let events = |event: cache::Event<'_>| events(Event::Cache(event));
+        self.caches
+            .push(&self.store, &stack.recorded, stop, &events);
+    }
+
+    /// Does so while `run` runs, and at most [`SHARE_TIME`] longer. Who has had enough presses Ctrl-C.
+    fn share_during<R>(
+        &self,
+        stack: &Stack,
+        events: &(dyn Fn(Event<'_>) + Sync),
+        run: impl FnOnce() -> R,
+    ) -> R {
+        if !self.caches.takes() {
+            return run();
+        }
+        let stop = AtomicBool::new(false);
+        let (sender, done) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let stop_sharing = &stop;
+            scope.spawn(move || {
+                self.share(stack, stop_sharing, events);
+                drop(sender);
+            });
+            let result = run();
+            if done.try_recv() == Err(TryRecvError::Empty) {
+                events(Event::Note(
+                    "layers still go to the cache; Ctrl-C ends that".to_owned(),
+                ));
+                // It hangs up when it has ended.
+                let _ = done.recv_timeout(SHARE_TIME);
+                stop.store(true, Ordering::Relaxed);
+            }
+            result
+        })
+    }
+
     /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
     fn collect(&self, events: &dyn Fn(Event<'_>)) {
         match collect::if_full(&self.store) {
@@ -254,9 +305,23 @@ impl Opened {
     }
 }
 
-fn has_built(stack: &Stack) -> bool {
+/// Whether the store has grown.
+fn has_grown(stack: &Stack) -> bool {
     let mut reports = stack.reports.iter();
-    reports.any(|report| report.status == Status::Built)
+    reports.any(|report| report.status != Status::Hit)
+}
+
+/// The caches that are asked for. Where not even a request can be made, there are none.
+fn caches(options: &CacheOptions, events: &dyn Fn(Event<'_>)) -> LayerCaches {
+    if options.from.is_empty() && options.to.is_none() {
+        return LayerCaches::default();
+    }
+    let caches =
+        Settings::from_environment().and_then(|settings| LayerCaches::new(options, &settings));
+    caches.unwrap_or_else(|error| {
+        events(Event::Note(format!("no cache is used: {error}")));
+        LayerCaches::default()
+    })
 }
 
 /// The base image `name`: the one in the store, without asking anybody, or else the registry's. With `resolve`, the tag of one
@@ -308,7 +373,8 @@ pub fn build(
 ) -> Result<Vec<Report>, DevError> {
     let opened = Opened::new(home, target, events)?;
     let (stack, _lease) = opened.realise(home, "build", target, signals, events)?;
-    if target.collect && has_built(&stack) {
+    opened.share(&stack, &AtomicBool::new(false), events);
+    if target.collect && has_grown(&stack) {
         opened.collect(events);
     }
     Ok(stack.reports)
@@ -393,17 +459,20 @@ pub fn dev(
         events(Event::Note(warning.to_string()));
     }
     started();
-    let (status, signal) = signals.attend(sandbox.controller(), || {
-        // Asked while signals are attended to: a name may take long to resolve.
-        if !options.engine.listens() {
-            events(Event::Note(format!(
-                "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
-            )));
-        }
-        sandbox.wait()
-    });
+    let wait = || {
+        signals.attend(sandbox.controller(), || {
+            // Asked while signals are attended to: a name may take long to resolve.
+            if !options.engine.listens() {
+                events(Event::Note(format!(
+                    "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
+                )));
+            }
+            sandbox.wait()
+        })
+    };
+    let (status, signal) = opened.share_during(&stack, events, wait);
     let status = status?;
-    if options.target.collect && has_built(&stack) {
+    if options.target.collect && has_grown(&stack) {
         opened.collect(events);
     }
     Ok(Ended { status, signal })
@@ -444,7 +513,8 @@ pub fn built(
 ) -> Result<Built, DevError> {
     let opened = Opened::new(home, target, events)?;
     let (stack, lease) = opened.realise(home, "export", target, signals, events)?;
-    if target.collect && has_built(&stack) {
+    opened.share(&stack, &AtomicBool::new(false), events);
+    if target.collect && has_grown(&stack) {
         opened.collect(events);
     }
     let kinds = stack.reports.iter().map(|report| report.kind);

@@ -3,6 +3,7 @@
 //! The only crate that knows a terminal, the environment, the home directory or the network.
 
 pub mod build;
+pub mod cache;
 pub mod cli;
 pub mod collect;
 pub mod compose;

@@ -9,6 +9,7 @@ use iii_overlay::adapter::vhost_user::Tag;
 
 use super::limits;
 use super::quantity::{self, Limit, Room};
+use crate::cache::CacheName;
 use crate::oci::export::{Compression, Destination};
 use crate::oci::{self, Platform};
 
@@ -61,12 +62,19 @@ pub enum Worker {
   iii worker dev ./my-project
   iii worker dev ./my-project --rebuild      # everything from scratch
   iii worker dev ./my-project --fresh        # forget what the worker wrote, keep what is built
-  iii worker dev . --name api --port 49200")]
+  iii worker dev . --name api --port 49200
+  iii worker dev . --cache-from docker://registry.example/team/cache")]
     Dev(Dev),
     /// Build a project's layers and start nothing
     #[command(after_help = "Examples:
   iii worker build ./my-project
-  iii worker build ./my-project --json | jq '.layers[] | {kind, status}'")]
+  iii worker build ./my-project --json | jq '.layers[] | {kind, status}'
+  iii worker build . --cache-from docker://registry.example/team/cache --cache-to docker://registry.example/team/cache
+
+Environment, instead of the options:
+  III_CACHE_FROM=docker://HOST/REPOSITORY,...   caches that layers are fetched from: whoever may write there decides
+                                                what runs in your sandboxes
+  III_CACHE_TO=docker://HOST/REPOSITORY         the cache that layers are put into, with all that scripts wrote")]
     Build(Build),
     /// Make a standard image of a worker, for any container engine or cluster
     ///
@@ -127,6 +135,12 @@ pub struct Target {
     /// Base image to use instead of the project's
     #[arg(long, value_name = "IMAGE")]
     pub base: Option<String>,
+    /// Fetch the layers of setup and install from this cache, a repository of any registry; can be given several times
+    #[arg(long, value_name = "docker://HOST/REPO")]
+    pub cache_from: Vec<CacheName>,
+    /// Put the layers of setup and install into this cache for others
+    #[arg(long, value_name = "docker://HOST/REPO")]
+    pub cache_to: Option<CacheName>,
     /// How to isolate the worker
     #[arg(long, value_enum, default_value_t = Runtime::Auto)]
     pub runtime: Runtime,

@@ -14,6 +14,7 @@ use std::io;
 use std::process::ExitCode;
 
 use crate::build::BuildError;
+use crate::cache::CacheNameError;
 use crate::dev::DevError;
 use crate::home::HomeError;
 use crate::oci::export::ExportError;
@@ -68,6 +69,11 @@ pub enum CliError {
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
+    #[error("the variable {variable} is of no use")]
+    CacheVariable {
+        variable: &'static str,
+        source: CacheNameError,
+    },
 }
 
 /// An error and what caused it, on one line.

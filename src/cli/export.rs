@@ -9,7 +9,7 @@ use iii_store::Store;
 use serde::Serialize;
 
 use super::args::{ExportImage, ExportWorker, Where};
-use super::worker::Printer;
+use super::worker::{Printer, caches};
 use super::{CliError, image, limits, print_json};
 use crate::dev::{self, Target};
 use crate::export::{LeftOut, WorkerImage};
@@ -65,6 +65,7 @@ pub fn worker(
             base: args.base.clone(),
             collect: image::may_collect(),
             limits: limits::with(&[])?,
+            caches: caches(Vec::new(), None)?,
         };
         let printer = Printer::new(ui);
         dev::built(home, &target, signals, &|event| printer.show(&event))?

@@ -9,10 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::args::{self, Runtime, Worker};
-use super::error::with_causes;
+use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
 use super::{CliError, export, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
+use crate::cache::{self, CacheError, CacheName, CacheOptions};
 use crate::dev::{self, DevError, Engine, Options, Target};
 use crate::doctor::{self, Diagnosis, State};
 use crate::home::Home;
@@ -139,6 +140,7 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
         Runtime::Namespace => {}
     }
     Ok(Target {
+        caches: caches(args.cache_from, args.cache_to)?,
         path: args.path,
         rebuild: args.rebuild,
         name: args.name,
@@ -148,11 +150,43 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
     })
 }
 
+/// The caches that options name, or else the environment.
+pub fn caches(from: Vec<CacheName>, to: Option<CacheName>) -> Result<CacheOptions, CliError> {
+    Ok(CacheOptions {
+        from: if from.is_empty() {
+            caches_of("III_CACHE_FROM")?
+        } else {
+            from
+        },
+        to: match to {
+            Some(cache) => Some(cache),
+            None => caches_of("III_CACHE_TO")?.pop(),
+        },
+    })
+}
+
+/// The caches that a variable of the environment lists.
+fn caches_of(variable: &'static str) -> Result<Vec<CacheName>, CliError> {
+    let text = std::env::var(variable).unwrap_or_default();
+    let names = text
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty());
+    names
+        .map(|name| {
+            name.parse()
+                .map_err(|source| CliError::CacheVariable { variable, source })
+        })
+        .collect()
+}
+
 /// Draws what happens.
 pub struct Printer<'a> {
     ui: &'a Ui,
     /// Layers of the base that are being pulled.
     bars: Bars<'a>,
+    /// The layer that is being fetched.
+    fetching: Bars<'a>,
     /// What steps are printing, a splitter of lines for each of their streams.
     output: Mutex<BTreeMap<(Kind, Stream), StepOutput>>,
 }
@@ -162,6 +196,7 @@ impl<'a> Printer<'a> {
         Self {
             ui,
             bars: Bars::new(ui, "pulling"),
+            fetching: Bars::new(ui, "fetching"),
             output: Mutex::default(),
         }
     }
@@ -186,6 +221,8 @@ impl<'a> Printer<'a> {
                 .entry((*kind, *stream))
                 .or_insert_with(|| ui.output(kind.to_string()))
                 .push(bytes),
+            Event::Cache(cache::Event::Fetching(event)) => self.fetching.show(event),
+            Event::Cache(cache::Event::Failed(name, error)) => ui.warn(cache_failure(name, error)),
             Event::Ready(report) => {
                 // Shows what was left without a newline.
                 output.retain(|(kind, _), _| *kind != report.kind);
@@ -195,6 +232,13 @@ impl<'a> Printer<'a> {
             Event::Note(text) => ui.warn(text),
         }
     }
+}
+
+/// What went wrong with a cache, and what to do, in one line.
+fn cache_failure(name: &CacheName, error: &CacheError) -> String {
+    let hint = error.registry().and_then(registry_hint);
+    let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));
+    format!("the cache {name}: {}{hint}", with_causes(error))
 }
 
 fn outcome(report: &Report) -> String {
@@ -212,5 +256,10 @@ fn outcome(report: &Report) -> String {
             )
         }
         (Status::Built, _) => format!("built ({})", size()),
+        (Status::Fetched, _) => format!(
+            "fetched ({}) from {}",
+            size(),
+            report.cache.as_deref().unwrap_or_default()
+        ),
     }
 }

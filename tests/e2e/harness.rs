@@ -704,6 +704,13 @@ impl Layers {
             .collect()
     }
 
+    /// What became of the layers above the base, bottom first: `"hit fetched built"`.
+    pub fn statuses(&self) -> String {
+        let layers = self.layers.iter().filter(|layer| layer.kind != "base");
+        let statuses: Vec<_> = layers.map(|layer| layer.status.as_str()).collect();
+        statuses.join(" ")
+    }
+
     /// Bytes of file data that the build added to the store.
     pub fn bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.bytes).sum()

@@ -4,6 +4,7 @@
 //! uses a busybox base that is made in a second.
 
 mod bad_input;
+mod cache;
 mod doctor;
 mod engine;
 mod export;

@@ -31,7 +31,7 @@ pub enum Door {
 
 /// A registry with a directory of its own. Dropped, it is killed.
 pub struct Registry {
-    dir: TempDir,
+    pub dir: TempDir,
     pub host: String,
     child: Child,
     door: Door,
@@ -183,7 +183,7 @@ impl Registry {
     }
 
     /// A request without TLS. Returns the answer's head and body.
-    fn ask(&self, method: &str, path: &str, media_type: &str, body: &str) -> (String, String) {
+    pub fn ask(&self, method: &str, path: &str, media_type: &str, body: &str) -> (String, String) {
         let mut stream = TcpStream::connect(&self.host).unwrap();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nAccept: {media_type}\r\n\
@@ -260,18 +260,21 @@ pub fn inspect(home: &Home, name: &str) -> Value {
     serde_json::from_str(&ended.stdout).unwrap()
 }
 
-/// Passes connections on, and counts what comes back. Past `limit` bytes nothing comes any more, and nothing ends.
-struct Counter {
-    host: String,
+/// Passes connections on, and counts what goes there and what comes back. Past `limit` bytes nothing comes any more, and nothing ends.
+pub struct Counter {
+    pub host: String,
     bytes: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
 }
 
 impl Counter {
-    fn new(to: &str, limit: u64) -> Self {
+    pub fn new(to: &str, limit: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let bytes = Arc::new(AtomicU64::new(0));
         let (count, to) = (Arc::clone(&bytes), to.to_owned());
+        let sent = Arc::new(AtomicU64::new(0));
+        let sent_count = Arc::clone(&sent);
         // Ends with the process.
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
@@ -280,20 +283,32 @@ impl Counter {
                 };
                 let (mut from_client, mut to_server) =
                     (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let sent = Arc::clone(&sent_count);
                 thread::spawn(move || {
-                    let _ = std::io::copy(&mut from_client, &mut to_server);
+                    let mut buffer = vec![0; 64 << 10];
+                    while let Ok(got @ 1..) = from_client.read(&mut buffer) {
+                        sent.fetch_add(got as u64, Ordering::Relaxed);
+                        if to_server.write_all(&buffer[..got]).is_err() {
+                            break;
+                        }
+                    }
                     let _ = to_server.shutdown(Shutdown::Write);
                 });
                 let count = Arc::clone(&count);
                 thread::spawn(move || pass_back(server, client, &count, limit));
             }
         });
-        Self { host, bytes }
+        Self { host, bytes, sent }
     }
 
     /// What came back since the last call.
-    fn take(&self) -> u64 {
+    pub fn take(&self) -> u64 {
         self.bytes.swap(0, Ordering::Relaxed)
+    }
+
+    /// What went there since the last call.
+    pub fn take_sent(&self) -> u64 {
+        self.sent.swap(0, Ordering::Relaxed)
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use iii_store::{KeyId, Layer, LayerId, Lease, Record, Store};
+use iii_store::{KeyId, Layer, LayerId, Lease, Record, Store, StoreError};
 use oci_spec::image::{
     Config, Descriptor, History, ImageConfiguration, ImageManifestBuilder, MediaType, Os, RootFs,
 };
@@ -331,8 +331,7 @@ impl Run<'_> {
             size: blob.stored.size,
             existed,
         };
-        let key = key(tar, export.compression);
-        let known = known(export.store, &key)?;
+        let known = known_blob(export.store, tar, export.compression)?;
         if let Some(blob) = known
             && self.sink.has_blob(&blob.stored.digest, blob.stored.size)?
         {
@@ -353,8 +352,7 @@ impl Run<'_> {
         };
         let blob = super::blob::put_layer(&tar.watched(&watch), export.compression, self.sink)?;
         if export.parts.get(index).is_some_and(|part| part.remember) && known != Some(blob) {
-            let record = record(tar.layer(), export.compression, &blob);
-            export.store.put_record(&key, record)?;
+            remember_blob(export.store, tar, export.compression, &blob)?;
         }
         (self.progress)(&Event::Stored { index });
         Ok(exported(blob, false))
@@ -374,7 +372,14 @@ fn key(tar: &LayerTar<'_>, compression: Compression) -> KeyId {
     hasher.finalize().into()
 }
 
-fn record(layer: &Layer, compression: Compression, blob: &LayerBlob) -> Record {
+/// Records what the blob of a layer is.
+pub fn remember_blob(
+    store: &Store,
+    tar: &LayerTar<'_>,
+    compression: Compression,
+    blob: &LayerBlob,
+) -> Result<(), StoreError> {
+    let layer = tar.layer();
     let provenance = [
         ("kind", EXPORTED.into()),
         ("compression", compression.as_str().into()),
@@ -382,7 +387,7 @@ fn record(layer: &Layer, compression: Compression, blob: &LayerBlob) -> Record {
         ("size", blob.stored.size.into()),
         ("diff_id", blob.diff_id.to_string().into()),
     ];
-    Record {
+    let record = Record {
         facts: Vec::new(),
         layer_id: layer.layer_id(),
         tree_id: layer.tree_id(),
@@ -390,12 +395,17 @@ fn record(layer: &Layer, compression: Compression, blob: &LayerBlob) -> Record {
             .map(|(name, value): (_, serde_json::Value)| (name.to_owned(), value))
             .into_iter()
             .collect(),
-    }
+    };
+    store.put_record(&key(tar, compression), record)
 }
 
 /// What the blob was the last time, if that was recorded. It is only ever compared with what a destination has.
-fn known(store: &Store, key: &KeyId) -> Result<Option<LayerBlob>, ExportError> {
-    let records = store.records(key)?;
+pub fn known_blob(
+    store: &Store,
+    tar: &LayerTar<'_>,
+    compression: Compression,
+) -> Result<Option<LayerBlob>, StoreError> {
+    let records = store.records(&key(tar, compression))?;
     let blob = |record: &Record| {
         let text = |name: &str| record.provenance.get(name)?.as_str();
         Some(LayerBlob {

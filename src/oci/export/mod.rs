@@ -26,10 +26,13 @@ use super::registry::RegistryError;
 use super::tar::EntryName;
 
 pub use archive::LayerTar;
-pub use blob::{Compression, Hashing, LayerBlob, ParseCompressionError};
+pub use blob::{Compression, Hashing, LayerBlob, ParseCompressionError, put_layer};
 pub use destination::{Destination, ParseDestinationError};
 pub use docker_archive::DockerArchiveSink;
-pub use image::{Checked, EXPORTED, Event, Export, Exported, ExportedLayer, Part, Progress};
+pub use image::{
+    Checked, EXPORTED, Event, Export, Exported, ExportedLayer, Part, Progress, known_blob,
+    remember_blob,
+};
 pub use layout::LayoutSink;
 
 /// Where the blobs and the manifest of an image go: a layout, an archive, a registry.
