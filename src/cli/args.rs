@@ -187,7 +187,7 @@ pub struct ExportWorker {
 /// How an image comes to where it is to go.
 #[derive(Debug, Args)]
 pub struct Where {
-    /// How to compress the layers: gzip, which every engine takes, zstd, or none
+    /// How to compress the layers: gzip, which every engine takes, zstd, or none; in a docker-archive they are plain
     #[arg(long, default_value_t)]
     pub compression: Compression,
     /// Print one JSON object on standard output

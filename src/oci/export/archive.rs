@@ -384,7 +384,7 @@ impl<'a> Member<'a> {
 }
 
 /// The header of a file in an archive of archives, whatever its size.
-pub(super) fn file_header(name: &[u8], size: u64) -> [u8; BLOCK] {
+pub(in crate::oci) fn file_header(name: &[u8], size: u64) -> [u8; BLOCK] {
     let mut header = Header::new(b'0');
     header.name(name);
     header.octal(100, 8, 0o644);

@@ -8,10 +8,11 @@ use iii_store::{Ingest, LayerId};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
+use super::super::export::archive::file_header;
 use super::super::export::blob::write_layer;
 use super::super::export::{
-    Compression, DockerArchiveSink, Event, Export, ExportError, Exported, LayerTar, LayoutSink,
-    Part, Sink,
+    Compression, DockerArchiveSink, Event, Export, ExportError, Exported, ExportedLayer, LayerTar,
+    LayoutSink, Part, Sink, Stored, WriteBlob,
 };
 use super::super::stream;
 use super::super::{Image, ImageConfig, Platform};
@@ -417,6 +418,40 @@ fn what_no_archive_can_hold() {
     assert_eq!(shown, ["/ 0", "run/ implicit", "run/pipe fifo"]);
 }
 
+/// Their contents need not be there for what stands before them to be written.
+#[test]
+fn sizes_beyond_a_header() {
+    let test = TestStore::new();
+    let limits = Limits::default();
+    let first = |bytes: &[u8]| {
+        let mut input = bytes;
+        let mut archive =
+            crate::oci::tar::Archive::new(&mut input as &mut dyn std::io::Read, &limits);
+        archive.next_member().unwrap().unwrap()
+    };
+    for size in [(8 << 30) - 1, 8 << 30, (60 << 30) + 5] {
+        let mut tree = Dir::implicit();
+        let object = iii_store::ObjectId::of(b"nowhere");
+        put(
+            &mut tree,
+            "f",
+            leaf(meta(0o644), Content::File { object, size }),
+        );
+        let layer = Layer::from_bytes(iii_store::layer::encode(&tree).unwrap().bytes).unwrap();
+        let tar = LayerTar::new(&test.store, &layer, &[]).unwrap();
+        let mut bytes = Vec::new();
+        assert!(tar.write(&mut bytes).is_err());
+        assert_eq!(first(&bytes).size, size);
+        assert_eq!(
+            tar.size(),
+            bytes.len() as u64 + size.next_multiple_of(512) + 1024
+        );
+        let header = file_header(b"blobs/sha256/x", size);
+        let member = first(&header);
+        assert_eq!((&*member.path, member.size), (&b"blobs/sha256/x"[..], size));
+    }
+}
+
 #[test]
 fn what_is_left_out_takes_no_contents_along() {
     let test = TestStore::new();
@@ -705,6 +740,122 @@ fn an_export_is_imported_as_it_was() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// A sink that keeps its blobs in memory, and its manifest among them.
+#[derive(Default)]
+struct Memory(std::sync::Mutex<std::collections::HashMap<crate::oci::Digest, Vec<u8>>>);
+
+impl Memory {
+    fn json(&self, digest: &str) -> serde_json::Value {
+        let digest = digest.parse().unwrap();
+        serde_json::from_slice(&self.0.lock().unwrap()[&digest]).unwrap()
+    }
+}
+
+impl Sink for Memory {
+    fn has_blob(&self, digest: &crate::oci::Digest, _: u64) -> Result<bool, ExportError> {
+        Ok(self.0.lock().unwrap().contains_key(digest))
+    }
+
+    fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
+        let mut bytes = Vec::new();
+        write(&mut bytes)?;
+        let (digest, size) = (crate::oci::Digest::of(&bytes), bytes.len() as u64);
+        self.0.lock().unwrap().insert(digest, bytes);
+        Ok(Stored { digest, size })
+    }
+
+    fn put_manifest(
+        &self,
+        _: &str,
+        bytes: &[u8],
+        _: Option<&str>,
+    ) -> Result<crate::oci::Digest, ExportError> {
+        let put = self.put_blob(&mut |out| out.write_all(bytes).map_err(ExportError::Write))?;
+        Ok(put.digest)
+    }
+}
+
+#[test]
+fn what_the_documents_say() {
+    let test = TestStore::new();
+    let at = |sec: i64| {
+        publish(&test, |ingest| {
+            let mut tree = Dir::default();
+            let mut meta = meta(0o644);
+            meta.mtime = Mtime { sec, nsec: 7 };
+            put(&mut tree, "etc/x", leaf(meta, file(ingest, b"x")));
+            tree
+        })
+    };
+    let lease = test.store.lease("test").unwrap();
+    for (created, times, expected) in [
+        (None, [1_000_000_000, 5], "2001-09-09T01:46:40Z"),
+        (None, [-7, -8], "1970-01-01T00:00:00Z"),
+        (None, [1 << 60, 0], "9999-12-31T23:59:59Z"),
+        (Some(1_700_000_000), [1, 2], "2023-11-14T22:13:20Z"),
+    ] {
+        let layers = times.map(at);
+        let sink = Memory::default();
+        let export = Export {
+            store: &test.store,
+            lease: &lease,
+            parts: layers
+                .iter()
+                .zip(["base x", "install"])
+                .map(|(layer, what)| Part {
+                    layer,
+                    what,
+                    omit: &[],
+                    remember: false,
+                })
+                .collect(),
+            config: config(),
+            labels: [("a".to_owned(), "1".to_owned())].into(),
+            platform: Platform::Arm64,
+            created,
+            compression: Compression::Gzip,
+        };
+        let put = export.check().unwrap().put(&sink, None, &|_| {}).unwrap();
+        let manifest = sink.json(&put.digest.to_string());
+        let part = |layer: &ExportedLayer| {
+            serde_json::json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "digest": layer.digest, "size": layer.size,
+            })
+        };
+        let parts: serde_json::Value = put.layers.iter().map(part).collect();
+        assert_eq!(manifest["layers"], parts);
+        assert_eq!(
+            manifest["mediaType"],
+            "application/vnd.oci.image.manifest.v1+json"
+        );
+        let config = sink.json(manifest["config"]["digest"].as_str().unwrap());
+        let diff_ids = [put.layers[0].diff_id, put.layers[1].diff_id];
+        let expected = serde_json::json!({
+            "created": expected,
+            "architecture": "arm64",
+            "os": "linux",
+            "config": {
+                "User": "7:8",
+                "Env": ["A=1", "PATH=/bin"],
+                "Entrypoint": ["/bin/sh", "-ec"],
+                "Cmd": ["true"],
+                "WorkingDir": "/w",
+                "Labels": { "a": "1" },
+            },
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+            "history": [
+                { "created": expected, "created_by": "iii: base x" },
+                { "created": expected, "created_by": "iii: install" },
+            ],
+        });
+        assert_eq!(config, expected);
+        // What is not to be remembered is not.
+        let keys = std::fs::read_dir(test.store.dir().join("keys")).unwrap();
+        assert_eq!(keys.count(), 0);
+    }
+}
+
 #[test]
 fn what_a_layout_has_is_not_written_again() {
     let test = TestStore::new();
@@ -895,10 +1046,7 @@ fn a_sink_that_fails_changes_nothing() {
         fn has_blob(&self, digest: &crate::oci::Digest, size: u64) -> Result<bool, ExportError> {
             self.0.has_blob(digest, size)
         }
-        fn put_blob(
-            &self,
-            write: &mut crate::oci::export::WriteBlob<'_>,
-        ) -> Result<crate::oci::export::Stored, ExportError> {
+        fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
             struct Short(usize);
             impl std::io::Write for Short {
                 fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
