@@ -1,3 +1,4 @@
 //! What the fuzz targets do with their input.
 
+pub mod fuse;
 pub mod store;

@@ -3,8 +3,14 @@
 //! [`Filesystem`]: iii_overlay::fs::Filesystem
 
 mod cases;
+mod corpus;
+#[path = "../../../fuzz/src/fuse.rs"]
+mod messages;
 mod model;
 mod mounted;
 mod rebase;
 mod state_machine;
 mod support;
+#[path = "../../../fuzz/src/variants.rs"]
+mod variants;
+mod vmm;

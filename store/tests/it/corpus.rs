@@ -14,6 +14,7 @@ use crate::decoders::{
     check_stat_cache,
 };
 use crate::helpers::{names, noise, put};
+use crate::variants::mutate;
 
 type Check = fn(&[u8]);
 const TARGETS: [(&str, Check); 7] = [
@@ -32,58 +33,6 @@ fn corpus(target: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)
 }
 
-/// One to four changes of the kinds that decoders stumble over.
-fn mutate(seed: &[u8], number: u64) -> Vec<u8> {
-    let mut bytes = seed.to_vec();
-    let random = noise(64, number);
-    let word = |at: usize| u64::from_le_bytes(random[at * 8..][..8].try_into().unwrap());
-    for round in 0..=word(0) % 4 {
-        let round = round as usize;
-        if bytes.is_empty() {
-            break;
-        }
-        let at = (word(1 + round) % bytes.len() as u64) as usize;
-        let what = random[40 + round];
-        match what % 8 {
-            0 => bytes[at] ^= 1 << (what >> 5),
-            1 => bytes[at] = what,
-            2 => bytes.truncate(at),
-            3 => bytes.insert(at, what),
-            // Numbers: all at the alignment that the formats have.
-            4..6 => {
-                let values = [
-                    0,
-                    1,
-                    u32::MAX,
-                    u32::MAX - 1,
-                    1 << 31,
-                    0x100,
-                    at as u32,
-                    what.into(),
-                ];
-                let at = at & !3;
-                let value = values[usize::from(what >> 5)].to_le_bytes();
-                bytes
-                    .iter_mut()
-                    .skip(at)
-                    .zip(value)
-                    .for_each(|(byte, value)| *byte = value);
-            }
-            // A piece of itself in another place.
-            _ => {
-                let from = (word(5) % bytes.len() as u64) as usize;
-                let piece = bytes[from..(from + 96).min(bytes.len())].to_vec();
-                bytes
-                    .iter_mut()
-                    .skip(at & !7)
-                    .zip(piece)
-                    .for_each(|(byte, value)| *byte = value);
-            }
-        }
-    }
-    bytes
-}
-
 #[test]
 fn no_decoder_stumbles() {
     for (target, check) in TARGETS {
@@ -94,7 +43,7 @@ fn no_decoder_stumbles() {
             let seed = fs::read(dir.join(&name)).unwrap();
             check(&seed);
             for number in 0..VARIANTS {
-                let bytes = mutate(&seed, number);
+                let bytes = mutate(&seed, &noise(64, number));
                 let outcome = std::panic::catch_unwind(|| check(&bytes));
                 assert!(outcome.is_ok(), "{target}: variant {number} of {name}");
             }

@@ -19,4 +19,6 @@ mod reflinks;
 mod repairs;
 mod seam;
 mod snapshots;
+#[path = "../../../fuzz/src/variants.rs"]
+mod variants;
 mod workload;
