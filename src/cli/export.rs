@@ -77,6 +77,15 @@ pub fn worker(
     for left_out in &made.left_out {
         tell(left_out, ui);
     }
+    for name in args
+        .env
+        .iter()
+        .filter(|name| !worker.project.env.contains_key(*name))
+    {
+        ui.warn(format_args!(
+            "--env {name}: the manifest has no such variable"
+        ));
+    }
     let omitted = made.omitted();
     let omitted: Vec<&[u8]> = omitted.iter().map(Vec::as_slice).collect();
     let base = format!("base {}", worker.image.name);

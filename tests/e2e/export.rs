@@ -339,10 +339,11 @@ fn secrets_stay_here() {
     };
     assert!(!holds("out"));
     fs::remove_file(project.path().join("config.yaml")).unwrap();
-    let some = [&args[..], &["oci:some", "--env", "DB"]].concat();
+    let some = [&args[..], &["oci:some", "--env", "DB", "--env", "TYPO"]].concat();
     let told = home.run(&some).ok().says(&[
         "API_TOKEN looks like a secret",
         "iii.worker.yaml is left out",
+        "--env TYPO: the manifest has no such variable",
     ]);
     assert!(!told.stderr.contains("DB looks"));
     assert!(holds("some"));
