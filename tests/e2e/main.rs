@@ -16,6 +16,7 @@ mod lifecycle;
 mod network;
 mod ordinary_user;
 mod posix;
+mod push;
 mod registry;
 mod store;
 mod vm;
