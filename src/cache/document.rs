@@ -603,6 +603,27 @@ mod tests {
     }
 
     #[test]
+    fn no_variant_of_a_document_is_too_much() {
+        let record = document().to_bytes().unwrap();
+        let entry = Descriptor::of(MANIFEST, b"{}");
+        let index = to_json(&Index::new(vec![entry.clone()])).unwrap();
+        let manifest = to_json(&Manifest::new(entry.clone(), entry)).unwrap();
+        for bytes in [record, index, manifest] {
+            for at in 0..bytes.len() {
+                for byte in [0, b'"', b'9', b'{', 0xff] {
+                    let mut variant = bytes.clone();
+                    variant[at] = byte;
+                    for some in [&variant[..], &variant[..at]] {
+                        let _ = parse(some);
+                        let _ = Index::parse(some);
+                        let _ = Manifest::parse(some);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn an_index_keeps_one_record_for_the_same_facts_and_no_more_than_a_key_has() {
         let entry = |facts: &str, bytes: &[u8]| Descriptor {
             artifact_type: Some(ARTIFACT.into()),

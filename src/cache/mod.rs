@@ -34,10 +34,11 @@ use document::{
 };
 
 const SCHEME: &str = "docker://";
-/// How long a cache may take to accept a connection, and to send the next bytes: it is there to save time.
+/// How long a cache may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long one that is asked may take to send the next bytes, and how often it is asked: it is there to save time.
 const IDLE: Duration = Duration::from_secs(10);
-const TRIES: u32 = 3;
+const TRIES: u32 = 2;
 /// Most caches that are asked.
 pub const MAX_CACHES: usize = 8;
 
@@ -247,12 +248,13 @@ impl Caches {
     pub fn new(options: &CacheOptions, settings: &Settings) -> Result<Self, RegistryError> {
         let mut settings = settings.clone();
         settings.patience.connect = CONNECT;
-        settings.patience.idle = IDLE;
-        settings.patience.tries = TRIES;
+        let mut asking = settings.clone();
+        asking.patience.idle = IDLE;
+        asking.patience.tries = TRIES;
         let from = options.from.iter().take(MAX_CACHES).map(|name| {
             Ok(Cache {
                 name: name.clone(),
-                repository: Repository::new(&name.0, &settings)?,
+                repository: Repository::new(&name.0, &asking)?,
                 failed: Arc::default(),
             })
         });
@@ -555,12 +557,13 @@ fn layer(
             wanted.limits,
             &read,
         );
+        // Its bar goes, whatever has become of it.
+        show(oci::Event::Stored { index: 0 });
         let (unpacked, _) = unpacked.map_err(|source| CacheError::Layer {
             digest: blob.digest,
             source,
         })?;
         let published = ingest.finish(&unpacked.tree)?;
-        show(oci::Event::Stored { index: 0 });
         if published.layer_id != expected {
             return Err(CacheError::OtherLayer {
                 digest: blob.digest,

@@ -241,6 +241,7 @@ fn recipe_lines(key: &KeyId, record: &Record, line: &mut impl FnMut(&str, &str))
         line("  ran", &format!("{}{took}", human_time(created)));
     }
     for (name, value) in [
+        ("  from", record.origin()),
         ("  because", text("reason")),
         ("  diff id", text("diff_id")),
     ] {
