@@ -2,6 +2,10 @@
 //!
 //! The only crate that knows a terminal, the environment, the home directory or the network.
 
+// The checks of the fuzz targets are part of the tests, and call this crate by its name.
+#[cfg(test)]
+extern crate self as iii;
+
 pub mod build;
 pub mod cache;
 pub mod cli;

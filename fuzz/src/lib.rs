@@ -1,4 +1,5 @@
 //! What the fuzz targets do with their input.
 
 pub mod fuse;
+pub mod oci;
 pub mod store;

@@ -726,7 +726,7 @@ fn what_could_only_deceive_is_refused_by_name() {
 type Packed<'a> = (&'a str, Vec<u8>, Result<&'a [&'a str], &'a str>);
 
 /// A frame of zstd with one block as it is, and a window of `2^log` bytes.
-fn zstd_frame(log: u8, bytes: &[u8]) -> Vec<u8> {
+pub fn zstd_frame(log: u8, bytes: &[u8]) -> Vec<u8> {
     let head = [0x28, 0xb5, 0x2f, 0xfd, 0, (log - 10) << 3];
     let block = ((bytes.len() as u32) << 3 | 1).to_le_bytes();
     [&head[..], &block[..3], bytes].concat()

@@ -1,6 +1,7 @@
 //! Archives made by hand, and trees as text.
 
 mod archives;
+pub mod corpus;
 mod export;
 mod gnu_tar;
 mod hostile;
