@@ -18,6 +18,7 @@ pub mod export;
 pub mod firmware;
 pub mod home;
 pub mod kvm;
+pub mod logs;
 pub mod oci;
 pub mod plan;
 pub mod project;
