@@ -43,6 +43,7 @@ mod observe;
 mod overlay;
 pub mod rebase;
 mod stats;
+mod update;
 pub mod upper;
 mod view;
 
@@ -54,6 +55,7 @@ use iii_store::facts::Fact;
 pub use freeze::FreezeError;
 pub use observe::MAX_FACTS;
 pub use overlay::{Objects, Overlay};
+pub use update::{Stale, UpdateError};
 
 /// Where the project is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,19 +91,16 @@ pub enum OpenError {
     NoProject,
 }
 
-/// The chain that the upper in `dir` stood on last, to be pinned before it is opened; none if there is no such upper.
+/// The chain that the upper in `dir` stood on last, and what it has taken over since, to be pinned before it is opened; none if
+/// there is no such upper.
 pub fn chain_of(dir: &Path) -> Result<Option<Vec<LayerId>>, upper::UpperError> {
     if !dir.exists() {
         return Ok(None);
     }
     let opened = upper::Opened::new(dir)?;
     Ok(opened.chain().map(|chain| {
-        chain
-            .layers
-            .iter()
-            .copied()
-            .map(LayerId::from_bytes)
-            .collect()
+        let layers = chain.layers.iter().chain(opened.applied());
+        layers.copied().map(LayerId::from_bytes).collect()
     }))
 }
 

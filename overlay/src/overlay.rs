@@ -50,6 +50,8 @@ pub struct Overlay {
     pub(crate) lookups: Lookups,
     pub(crate) observer: Option<Observer>,
     pub(crate) stats: Stats,
+    /// The project's layer that is seen, and which of the chain it stands for.
+    pub(crate) project: Mutex<Option<(usize, Arc<Layer>)>>,
     /// Number of visible names of hardlinked lower files.
     links: Mutex<HashMap<Ino, u32>>,
 }
@@ -92,9 +94,11 @@ impl Overlay {
             layers: layers.iter().map(|l| *l.layer_id().as_bytes()).collect(),
             project: options.project.as_ref().map(|project| project.slot as u32),
         };
+        let mut seen = None;
         let observer = match options.project {
             Some(project) => {
                 let layer = layers.get(project.slot).ok_or(OpenError::NoProject)?;
+                seen = Some((project.slot, Arc::clone(layer)));
                 options
                     .observe
                     .then(|| Observer::new(layer.clone(), project))
@@ -105,7 +109,7 @@ impl Overlay {
         let mut opened = Opened::new(upper)?;
         let known = opened.chain().cloned();
         let (state, written) = match known {
-            Some(known) if known.layers != chain.layers => {
+            Some(known) if known.layers != chain.layers || !opened.applied().is_empty() => {
                 let state = crate::rebase::rebase(
                     &mut opened,
                     &known,
@@ -137,6 +141,7 @@ impl Overlay {
             lookups: Lookups::default(),
             observer,
             stats: Stats::default(),
+            project: Mutex::new(seen),
             links: Mutex::default(),
         })
     }

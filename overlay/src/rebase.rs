@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use iii_store::layer::Kind;
 use iii_store::tree::components;
-use iii_store::{ChangeKind, Layer, LayerId, NodeRef, ObjectId, diff};
+use iii_store::{Change, ChangeKind, Layer, LayerId, NodeRef, ObjectId, diff};
 
 use crate::OpenError;
 use crate::fs::Errno;
@@ -55,13 +55,20 @@ pub(crate) fn rebase(
         .collect::<Result<Vec<_>, _>>()
         .map_err(fail)?;
     let project = |layers: &[Arc<Layer>], slot: Option<u32>| layers.get(slot? as usize).cloned();
-    let changed = match (
-        project(&old_layers, known.project),
-        project(lower.layers(), chain.project),
-    ) {
-        (Some(old), Some(new)) => diff(&old, &new),
-        _ => Vec::new(),
-    };
+    // The project as the sandbox has seen it last: what an update brought is the project's.
+    let mut seen: Vec<Arc<Layer>> = Vec::new();
+    for id in opened.applied() {
+        seen.push(old_layer(&LayerId::from_bytes(*id)).map_err(fail)?);
+    }
+    if seen.is_empty() {
+        seen.extend(project(&old_layers, known.project));
+    }
+    let mut changed: Vec<Change> = Vec::new();
+    if let Some(new) = project(lower.layers(), chain.project) {
+        changed = seen.iter().flat_map(|old| diff(old, &new)).collect();
+        changed.sort_unstable();
+        changed.dedup_by(|one, other| one.path == other.path);
+    }
     let old = opened.replay(Arc::new(Merged::new(old_layers)?))?;
     let mut new = State::new(lower.clone());
     new.chain = chain;
@@ -317,7 +324,7 @@ impl Carry<'_> {
         let (parent, name) = split(&path);
         let here = self.new.lower.lookup_path(&path);
         if !record.is_dir() {
-            if changed {
+            if changed || here.is_some_and(|here| self.is_shown(&path, &record, here)) {
                 return Ok(());
             }
             let dir = self.dir(parent)?;
@@ -351,6 +358,17 @@ impl Carry<'_> {
         }
         pending.push((ino, path));
         Ok(())
+    }
+
+    /// Whether the new lower shows such a file already: an update of the project may have brought it.
+    fn is_shown(&self, path: &[u8], record: &Record, here: Lower<'_>) -> bool {
+        let lower = lower_record(&self.new.lower, here);
+        let kept = |r: &Record| (r.mode, r.uid, r.gid, r.nlink, r.mtime);
+        record.nlink == 1
+            && kept(record) == kept(&lower)
+            && record.xattrs == lower.xattrs
+            && record.body == lower.body
+            && self.new.at_path(path) == Some(here.ino)
     }
 
     /// Shows again what the new lower has at `path`.

@@ -25,8 +25,9 @@ use super::record::Op;
 use super::{UpperError, io_error};
 use crate::fs::Errno;
 
-/// Version of the format described above and of the records in it.
-pub const VERSION: u32 = 1;
+/// Version of the format described above and of the records in it. The one before knew no [`Op::Applied`]; its logs are read,
+/// and become logs of this version.
+pub const VERSION: u32 = 2;
 /// Longest payload. Three inodes with all the xattrs they may have fit many times over.
 pub const MAX_PAYLOAD: usize = 64 << 20;
 
@@ -119,8 +120,10 @@ impl Log {
             return Err(UpperError::NotAnUpper(path));
         }
         let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-        if version != VERSION {
-            return Err(UpperError::Version { path, version });
+        match version {
+            VERSION => {}
+            1 => file.write_all_at(&header(), 0).map_err(fail("writing"))?,
+            version => return Err(UpperError::Version { path, version }),
         }
         let (batches, used) = parse(&bytes[HEADER as usize..]);
         let len = HEADER + used as u64;
@@ -314,11 +317,33 @@ mod tests {
             .flat_map(|ops| frame(ops).unwrap())
             .collect();
         assert_eq!(parse(&frames), (sample(), frames.len()));
-        assert_eq!(header(), *b"III-UPPR\x01\0\0\0\0\0\0\0");
+        assert_eq!(header(), *b"III-UPPR\x02\0\0\0\0\0\0\0");
+        let applied = frame(&[Op::Applied(vec![[7; 32], [8; 32]])]).unwrap();
+        let payload = [&b"\x01\x05\x02"[..], &[7; 32], &[8; 32]].concat();
+        assert_eq!(applied[FRAME..], payload);
         assert_eq!(frames.len(), 404);
         assert_eq!(
             blake3::hash(&frames).to_hex().as_str(),
             "2bec4f3ce36f0a4aff22c88cc5152bd0bde958b7eef8b78ff8d4853d424bcccc"
+        );
+    }
+
+    #[test]
+    fn a_log_of_version_1_is_read_and_becomes_one_of_this() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(NAME);
+        let batch = frame(&sample()[2]).unwrap();
+        let bytes = [&b"III-UPPR\x01\0\0\0\0\0\0\0"[..], &batch].concat();
+        std::fs::write(&path, &bytes).unwrap();
+        let (log, batches) = Log::open(dir.path()).unwrap();
+        assert_eq!(
+            (log.size(), batches),
+            (bytes.len() as u64, vec![sample()[2].clone()])
+        );
+        drop(log);
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            [&header()[..], &batch].concat()
         );
     }
 

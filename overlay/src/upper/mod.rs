@@ -36,6 +36,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use iii_store::id::ID_LEN;
 use rustix::fs::FlockOperation;
 
 use crate::fs::Errno;
@@ -169,6 +170,18 @@ impl Opened {
                 Op::Chain(chain) => Some(chain),
                 _ => None,
             })
+    }
+
+    /// The layers of the project whose changes it has taken over since.
+    pub fn applied(&self) -> &[[u8; ID_LEN]] {
+        let batches = self.batches.iter().rev();
+        let last = batches
+            .flat_map(|batch| batch.iter().rev())
+            .find_map(|op| match op {
+                Op::Applied(layers) => Some(layers.as_slice()),
+                _ => None,
+            });
+        last.unwrap_or_default()
     }
 
     /// What the log says, over the chain that it stood on; with the true length and mtime of what was written to last.

@@ -212,4 +212,7 @@ pub enum Op {
     Entry(u64, Box<[u8]>, Option<u64>),
     /// In the directory with this number, the name is as the lower has it.
     Clear(u64, Box<[u8]>),
+    /// What changed in the project since the chain's layer of it was taken over from these, of which the last is the newest. Since
+    /// version 2 of the log.
+    Applied(Vec<[u8; ID_LEN]>),
 }

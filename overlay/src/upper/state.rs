@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use iii_store::id::ID_LEN;
+
 use super::record::{Chain, Op, Record};
 use crate::ino::{Ino, InoMap, LOWER_END};
 use crate::merge::Merged;
@@ -97,6 +99,8 @@ pub struct State {
     pub lower: Arc<Merged>,
     /// What the log says of them.
     pub chain: Chain,
+    /// The layers of the project whose changes it has taken over: see [`Op::Applied`].
+    pub applied: Vec<[u8; ID_LEN]>,
     nodes: InoMap<Node>,
     by_lower: InoMap<u64>,
     next: u64,
@@ -108,6 +112,7 @@ impl State {
         Self {
             lower,
             chain: Chain::default(),
+            applied: Vec::new(),
             nodes: InoMap::default(),
             by_lower: InoMap::default(),
             next: 1,
@@ -147,7 +152,7 @@ impl State {
 
     /// Whether it says nothing.
     pub fn says_nothing(&self) -> bool {
-        self.nodes.is_empty()
+        self.nodes.is_empty() && self.applied.is_empty()
     }
 
     /// Whether there is no room for more inodes.
@@ -191,6 +196,7 @@ impl State {
     pub fn apply(&mut self, op: Op) {
         match op {
             Op::Chain(chain) => self.chain = chain,
+            Op::Applied(layers) => self.applied = layers,
             Op::Inode(number, record) => self.set_record(number, *record),
             Op::Forget(number) => self.remove(number),
             Op::Entry(dir, name, to) => {
@@ -266,6 +272,9 @@ impl State {
     /// The changes that make this state out of nothing, in batches.
     pub fn snapshot(&self) -> Vec<Vec<Op>> {
         let mut ops = vec![Op::Chain(self.chain.clone())];
+        if !self.applied.is_empty() {
+            ops.push(Op::Applied(self.applied.clone()));
+        }
         let kept = || self.nodes.iter().filter(|(_, node)| node.record.nlink != 0);
         for (&number, node) in kept() {
             ops.push(Op::Inode(number, Box::new(node.record.clone())));

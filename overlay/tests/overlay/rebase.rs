@@ -221,6 +221,90 @@ proptest! {
     }
 }
 
+/// The paths that changed from one project to another.
+fn changed(old: &Layer, new: &Layer) -> BTreeSet<Vec<u8>> {
+    let changes = iii_store::diff(old, new).into_iter();
+    changes.map(|change| change.path).collect()
+}
+
+/// Without directories that the lower does not have and nothing is in: of one that the project had once, whose files it took away
+/// and the sandbox its own, nobody can say whose it is.
+fn without_empty(mut view: View, lower: &View) -> View {
+    for (path, seen) in view.clone().into_iter().rev() {
+        let below = [&path, &b"/"[..]].concat();
+        let is_empty = !view
+            .range(below.clone()..)
+            .next()
+            .is_some_and(|(next, _)| next.starts_with(&below));
+        if seen.kind == Kind::Dir && is_empty && !lower.contains_key(&path) {
+            view.remove(&path);
+        }
+    }
+    view
+}
+
+proptest! {
+    /// What a running sandbox sees of a changed project is what it would see if it were started again, then and ever after.
+    #[test]
+    fn an_update_is_like_starting_again(
+        base in tree(),
+        projects in prop::collection::vec(tree(), 2..5),
+        acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
+        restarts in any::<bool>(),
+        ends_with in any::<prop::sample::Index>(),
+    ) {
+        let home = Home::new();
+        let base = home.layer(&base, &CONTENTS);
+        let projects: Vec<Arc<Layer>> = projects
+            .into_iter()
+            .map(|project| home.layer(&at_workspace(merged(project)), &CONTENTS))
+            .collect();
+        let layers = |at: usize| [base.clone(), projects[at].clone()];
+        let upper = home.upper();
+        let mut overlay = home.open_at(&layers(0), &upper, options());
+        let mut acts = acts.chunks(4);
+        for at in 1..projects.len() {
+            for (dir, name, act) in acts.next().unwrap_or_default() {
+                apply(&overlay, *dir, name, act);
+            }
+            let old = bare(view(&overlay));
+            let old_lower = lower_view(&home, &layers(at - 1), &format!("old{at}"));
+            let new_lower = lower_view(&home, &layers(at), &format!("new{at}"));
+            let changed = changed(&projects[at - 1], &projects[at]);
+            overlay.update(&projects[at]).unwrap();
+            prop_assert_eq!(
+                bare(view(&overlay)),
+                expected(&old_lower, &old, &new_lower, &changed),
+                "update {}", at
+            );
+            if restarts {
+                let before = bare(view(&overlay));
+                drop(overlay);
+                overlay = home.open_at(&layers(at), &upper, options());
+                prop_assert_eq!(
+                    without_empty(bare(view(&overlay)), &new_lower),
+                    without_empty(before, &new_lower),
+                    "restart {}", at
+                );
+            }
+        }
+        // Started again on any of them.
+        let last = projects.len() - 1;
+        let end = ends_with.index(projects.len());
+        let old = bare(view(&overlay));
+        let old_lower = lower_view(&home, &layers(last), "last");
+        let new_lower = lower_view(&home, &layers(end), "end");
+        drop(overlay);
+        let overlay = home.open_at(&layers(end), &upper, options());
+        let changed = changed(&projects[last], &projects[end]);
+        prop_assert_eq!(
+            without_empty(bare(view(&overlay)), &new_lower),
+            without_empty(expected(&old_lower, &old, &new_lower, &changed), &new_lower),
+            "started again on {} after {}", end, last
+        );
+    }
+}
+
 /// The example of everyday: a file edited on the host, others written in the sandbox.
 #[test]
 fn an_edited_file_shows_and_what_the_sandbox_wrote_stays() {
