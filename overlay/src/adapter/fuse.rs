@@ -35,6 +35,7 @@ use fuser::{
 use iii_store::layer::Kind;
 
 use super::linux;
+use crate::Stale;
 use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
 
 /// No inode number is used again while the kernel may remember it.
@@ -57,6 +58,30 @@ impl FuseSession {
     /// Waits until the filesystem is unmounted everywhere.
     pub fn join(self) -> io::Result<()> {
         self.0.join()
+    }
+
+    /// What tells the kernel what it has to forget.
+    pub fn forgetter(&self) -> Forgetter {
+        Forgetter(self.0.notifier())
+    }
+}
+
+/// Tells the kernel that something changed behind its back.
+#[derive(Debug, Clone)]
+pub struct Forgetter(fuser::Notifier);
+
+impl Forgetter {
+    /// Has the kernel ask again for what an update changed. From when this returns, programs see it; those that have a file open that
+    /// was replaced go on with what they have. Must not be called by a thread that serves requests.
+    pub fn forget(&self, stale: &Stale) -> io::Result<()> {
+        for (dir, name) in &stale.entries {
+            self.0.inval_entry(INodeNo(*dir), OsStr::from_bytes(name))?;
+        }
+        // Attributes, and the listing, which is kept like a file's pages.
+        for dir in &stale.dirs {
+            self.0.inval_inode(INodeNo(*dir), 0, 0)?;
+        }
+        Ok(())
     }
 }
 

@@ -113,6 +113,90 @@ fn what_the_kernel_knows_it_does_not_ask_again() {
 }
 
 #[test]
+fn an_update_shows_without_a_mount() {
+    let home = Home::new();
+    let project = |files: &[(&[u8], &[u8])]| {
+        let mut tree = Tree::implicit();
+        for (path, bytes) in files {
+            put(&mut tree, path, bytes);
+        }
+        let contents: Vec<&[u8]> = files.iter().map(|(_, bytes)| *bytes).collect();
+        home.layer(&tree, &contents)
+    };
+    let before = project(&[
+        (b"w/src/a.js", b"a1"),
+        (b"w/src/same.js", b"same"),
+        (b"w/old/b.js", b"b1"),
+        (b"w/turns", b"file"),
+    ]);
+    let after = project(&[
+        (b"w/src/a.js", b"longer"),
+        (b"w/src/same.js", b"same"),
+        (b"w/src/new/c.js", b"c"),
+        (b"w/turns/into", b"dir"),
+    ]);
+    let options = OverlayOptions {
+        project: Some(Project {
+            path: b"w".to_vec(),
+            slot: 1,
+        }),
+        ..OverlayOptions::default()
+    };
+    let layers = [home.layer(&Tree::implicit(), &[]), before];
+    let overlay = Arc::new(home.open_at(&layers, &home.upper(), options));
+    let at = home.dir.path().join("mnt");
+    let Some(mount) = Mount::fuse("an update", &overlay, &at, Mode::Quiet) else {
+        return;
+    };
+    let at = at.join("w");
+    fs::write(at.join("src/own"), "own").unwrap();
+    // The kernel knows everything, and that nothing else is there.
+    walk(&at);
+    walk(&at);
+    assert!(!at.join("src/new").exists());
+    let same = at.join("src/same.js").metadata().unwrap().ino();
+    let open = File::open(at.join("src/a.js")).unwrap();
+    let dir = File::open(at.join("old")).unwrap();
+
+    let stale = overlay.update(&after).unwrap();
+    mount
+        .session
+        .as_ref()
+        .unwrap()
+        .forgetter()
+        .forget(&stale)
+        .unwrap();
+
+    let read = |path: &str| fs::read_to_string(at.join(path)).unwrap();
+    let names = |path: &str| {
+        let entries = fs::read_dir(at.join(path)).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(read("src/a.js"), "longer");
+    assert_eq!(at.join("src/a.js").metadata().unwrap().len(), 6);
+    assert_eq!(read("src/new/c.js"), "c");
+    assert_eq!(read("turns/into"), "dir");
+    assert_eq!(read("src/own"), "own");
+    assert_eq!(names(""), ["src", "turns"]);
+    assert_eq!(names("src"), ["a.js", "new", "own", "same.js"]);
+    assert!(!at.join("old").exists());
+    assert_eq!(at.join("src/same.js").metadata().unwrap().ino(), same);
+    // Who has it open goes on with what it has.
+    let mut bytes = [0; 2];
+    open.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"a1");
+    drop((open, dir));
+    // What it learned since, it knows.
+    walk(&at);
+    walk(&at);
+    let counted = counts(&overlay);
+    walk(&at);
+    assert_eq!(counts(&overlay), counted);
+}
+
+#[test]
 fn programs_see_files() {
     let home = Home::new();
     let layers = [sample(&home)];
