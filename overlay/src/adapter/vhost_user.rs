@@ -265,7 +265,8 @@ pub fn serve<F: Filesystem + 'static>(
 
     let connection = daemon.shutdown_handle();
     let (stopped, waited) = thread::scope(|scope| {
-        let watcher = scope.spawn(|| session.watch(stop, ended.as_fd(), connection.as_ref()));
+        let watcher = scope
+            .spawn(|| session.watch(stop, ended.as_fd(), &socket.listener, connection.as_ref()));
         let waited = daemon.wait();
         // An event that cannot be written has been.
         let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
@@ -335,14 +336,24 @@ struct Session<F> {
 
 impl<F: Filesystem> Session<F> {
     /// Cuts the connection when `stop` or a failure says so; returns at the latest when `ended` can be read from. Whether it
-    /// was `stop`.
+    /// was `stop`. Whoever else connects meanwhile is turned away.
     fn watch(
         &self,
         stop: BorrowedFd<'_>,
         ended: BorrowedFd<'_>,
+        listener: &UnixListener,
         connection: Option<&ShutdownHandle>,
     ) -> bool {
-        let first = readable(&[stop, self.broken.as_fd(), ended]);
+        let watched = [stop, self.broken.as_fd(), ended, listener.as_fd()];
+        let mut watched = &watched[..];
+        let first = loop {
+            match readable(watched) {
+                Ok(Some(3)) if listener.accept().is_ok() => {}
+                // Whoever it is has to wait.
+                Ok(Some(3)) => watched = &watched[..3],
+                first => break first,
+            }
+        };
         self.stopping.store(true, Ordering::Release);
         if let Some(connection) = connection {
             connection.shutdown();

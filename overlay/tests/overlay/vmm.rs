@@ -1,6 +1,7 @@
 //! A virtual machine monitor and its guest, made up: what no real kernel would do with its memory and rings.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -56,7 +57,7 @@ struct Machine {
     serving: Option<JoinHandle<Result<End, VhostUserError>>>,
     overlay: Arc<Overlay>,
     stop: UnixStream,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Machine {
@@ -105,7 +106,7 @@ impl Machine {
             serving: Some(serving),
             overlay,
             stop,
-            _dir: dir,
+            dir: dir,
         };
         (0..QUEUES).for_each(|queue| machine.start(queue));
         machine
@@ -254,6 +255,11 @@ fn a_machine_is_told_the_tag_and_served_until_it_goes() {
     assert_eq!(&config[36..], 8_u32.to_le_bytes());
     assert_eq!(machine.vmm.get_queue_num().unwrap(), 9);
     assert_eq!(machine.ask(&init()), 0);
+    machine.lives();
+
+    // There is nobody to serve another one.
+    let mut other = UnixStream::connect(machine.dir.path().join("socket")).unwrap();
+    assert_eq!(other.read(&mut [0]).unwrap(), 0);
     machine.lives();
 
     // A file without a name goes with the kernel that had it.
