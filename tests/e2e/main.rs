@@ -13,6 +13,7 @@ mod harness;
 mod kills;
 mod layers;
 mod lifecycle;
+mod machine;
 mod network;
 mod ordinary_user;
 mod posix;

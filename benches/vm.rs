@@ -1,0 +1,232 @@
+//! Layers served to a virtual machine, beside virtiofsd and a directory; see benches/README.md.
+
+#[allow(dead_code, reason = "each bench uses its part")]
+mod corpus;
+#[allow(dead_code, reason = "the tests use more of it")]
+#[path = "../tests/e2e/machine.rs"]
+mod machine;
+#[allow(dead_code, reason = "each bench uses its part")]
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machine::Vm;
+use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use tempfile::TempDir;
+
+/// The root of the guests, an image of ours.
+const IMAGE: &str = "bench:latest";
+const PACKAGES: usize = 150;
+const FILES: usize = 18;
+/// Bytes of the file that is read and written at once.
+const LARGE: usize = 64 << 20;
+/// Longest wait for a server to listen.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the guest does, and whether that is bound by metadata.
+const PHASES: [(&str, &str, bool); 8] = [
+    ("stat walk, 1st", "find /node_modules -size +100000", true),
+    ("stat walk, 2nd", "find /node_modules -size +100000", true),
+    (
+        "read everything, 1st",
+        "find /node_modules -type f -exec cat {} +",
+        false,
+    ),
+    (
+        "read everything, 2nd",
+        "find /node_modules -type f -exec cat {} +",
+        false,
+    ),
+    (
+        "create 1000 files",
+        "for i in $(seq 1000); do echo $i >/made/$i; done",
+        true,
+    ),
+    ("delete 1000 files", "rm -r /made", true),
+    ("write 64 MiB", "dd if=/large of=/copy bs=1M", false),
+    (
+        "read 64 MiB",
+        "echo 3 >/proc/sys/vm/drop_caches; dd if=/copy of=/dev/null bs=1M",
+        false,
+    ),
+];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Server {
+    Ours,
+    Virtiofsd,
+}
+
+/// Dropped, it is killed.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn virtiofsd(cache: &Path) -> Option<PathBuf> {
+    let installed = cache.join("virtiofsd-1.14.0/bin/virtiofsd");
+    let packaged = PathBuf::from("/usr/libexec/virtiofsd");
+    [installed, packaged].into_iter().find(|path| path.exists())
+}
+
+/// A root filesystem of busybox and a tree as npm leaves one.
+fn make_root(root: &Path) -> Result<()> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-busybox-base");
+    run(Command::new(script).arg(root))?;
+    for package in 0..PACKAGES {
+        let dir = root.join(format!("node_modules/package-{package}/lib"));
+        fs::create_dir_all(&dir).map_err(failed("making", &dir))?;
+        for file in 0..FILES {
+            let path = dir.join(format!("{file}.js"));
+            let text = format!("exports.{package} = {file};\n").repeat(1 + file * file * 4);
+            fs::write(&path, text).map_err(failed("writing", &path))?;
+        }
+    }
+    let made = root.join("made");
+    fs::create_dir(&made).map_err(failed("making", &made))?;
+    let large: Vec<u8> = (0..LARGE).map(|at| ((at * at) >> 7) as u8).collect();
+    let path = root.join("large");
+    fs::write(&path, large).map_err(failed("writing", &path))
+}
+
+fn iii(home: &Path) -> Command {
+    let mut iii = Command::new(env!("CARGO_BIN_EXE_iii"));
+    iii.env("HOME", home).env("III_GC", "off");
+    iii
+}
+
+/// Boots one machine on `server` and returns what each phase took there, by the guest's clock.
+fn measure(
+    server: Server,
+    guest: &Path,
+    home: &Path,
+    root: &Path,
+    virtiofsd: Option<&Path>,
+) -> Result<Vec<Duration>> {
+    let scratch = TempDir::with_prefix("vm-").map_err(failed("making", Path::new("/tmp")))?;
+    let socket = scratch.path().join("fs.sock");
+    let mut command = if let (Server::Virtiofsd, Some(virtiofsd)) = (server, virtiofsd) {
+        let copy = scratch.path().join("root");
+        run(Command::new("cp").arg("-a").args([root, &copy]))?;
+        let mut command = Command::new(virtiofsd);
+        command.arg("--socket-path").arg(&socket);
+        command.arg("--shared-dir").arg(&copy);
+        command.args(["--cache", "always", "--sandbox", "none"]);
+        command
+    } else {
+        let mut command = iii(home);
+        command.args(["store", "serve", "--image", IMAGE, "--socket"]);
+        command.arg(&socket);
+        command
+    };
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let child = command
+        .spawn()
+        .map_err(|error| went_wrong(&command, &error))?;
+    let _running = Running(child);
+    let begin = Instant::now();
+    while !socket.exists() {
+        if begin.elapsed() > START_LIMIT {
+            return Err(went_wrong(&command, &"it does not listen"));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut job = String::from("now() { read -r now _ </proc/uptime; }\n");
+    for (_, command, _) in PHASES {
+        job.push_str("sync; now; begin=$now\n{ ");
+        job.push_str(command);
+        job.push_str("; } >/dev/null 2>&1\nnow; echo \"TOOK $begin $now\"\n");
+    }
+    let mut vm = Vm::boot(guest, &socket, &job);
+    let mut taken = Vec::new();
+    for _ in PHASES {
+        let line = vm.wait_for("TOOK ");
+        let seconds: Vec<f64> = line
+            .split(' ')
+            .filter_map(|text| text.parse().ok())
+            .collect();
+        let [begin, end] = seconds[..] else {
+            return Err(went_wrong(&command, &format!("the guest says {line:?}")));
+        };
+        // The guest's clock has hundredths.
+        taken.push(Duration::from_secs_f64((end - begin).max(0.005)));
+    }
+    vm.finish();
+    Ok(taken)
+}
+
+fn bench(rounds: usize) -> Result<bool> {
+    let interrupt = Interrupt::catch()?;
+    let cache = corpus::cache()?;
+    let guest = match machine::guest(&cache) {
+        Ok(guest) => guest,
+        Err(why) => {
+            skip("everything", why);
+            return Ok(true);
+        }
+    };
+    let scratch = TempDir::with_prefix_in("vm-", &cache).map_err(failed("making", &cache))?;
+    let (home, root) = (scratch.path().join("home"), scratch.path().join("root"));
+    fs::create_dir(&home).map_err(failed("making", &home))?;
+    make_root(&root)?;
+    run(iii(&home)
+        .args(["image", "import"])
+        .arg(&root)
+        .args(["--as", IMAGE]))?;
+    let virtiofsd = virtiofsd(&cache);
+    if virtiofsd.is_none() {
+        skip("virtiofsd", "it is not installed");
+    }
+    let servers = [Server::Ours, Server::Virtiofsd];
+    let servers = &servers[..if virtiofsd.is_some() { 2 } else { 1 }];
+    let mut samples = vec![[Samples::default(), Samples::default()]; PHASES.len()];
+    for round in 0..rounds {
+        for turn in 0..servers.len() {
+            interrupt.check()?;
+            let server = servers[(turn + round) % servers.len()];
+            let taken = measure(server, guest, &home, &root, virtiofsd.as_deref())?;
+            for (samples, time) in samples.iter_mut().zip(taken) {
+                samples[server as usize].0.push(time);
+            }
+        }
+    }
+    let rows: Vec<Vec<String>> = PHASES
+        .iter()
+        .zip(&samples)
+        .map(|((what, ..), [ours, theirs])| {
+            vec![
+                (*what).to_owned(),
+                ours.show(),
+                theirs.show(),
+                ours.show_ratio(theirs),
+            ]
+        })
+        .collect();
+    support::table(
+        &["ms of the guest's clock", "ours", "virtiofsd", "ratio"],
+        &rows,
+    );
+    let mut bounds = Bounds::default();
+    if virtiofsd.is_some() {
+        for ((what, _, metadata), [ours, theirs]) in PHASES.iter().zip(&samples) {
+            // A tenth is what the emulation leaves in doubt.
+            let most = if *metadata { 1.0 } else { 1.1 };
+            bounds.at_most(what, ours.ratio(theirs).0, most, " times virtiofsd");
+        }
+    }
+    Ok(bounds.print())
+}
+
+fn main() -> ExitCode {
+    support::print_machine();
+    let result: std::result::Result<bool, Error> = bench(support::option("--rounds", 3));
+    support::end("vm", result)
+}
