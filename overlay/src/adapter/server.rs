@@ -15,7 +15,8 @@ use super::wire::{
 };
 use crate::fs::{Attr, Errno, Filesystem, Result};
 
-/// What is agreed to if the client offers it.
+/// What is agreed to if the client offers it. Not `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a
+/// directory without attributes, and then has to look up every entry that is looked at.
 const WANTED: u64 = flags::ASYNC_READ
     | flags::BIG_WRITES
     | flags::DO_READDIRPLUS

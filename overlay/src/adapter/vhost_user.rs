@@ -22,10 +22,10 @@
 //!
 //! # Not offered
 //!
-//! A DAX window. The message by which a back end has the VMM map files (`VHOST_USER_BACKEND_SHMEM_MAP`) is newer than what
-//! QEMU releases speak for this device, and `vhost` 0.18 has the question for its size but not the message itself; the older
-//! `VHOST_USER_BACKEND_FS_MAP` was never in QEMU and is gone from `vhost`. Besides, most files are objects in packs, which
-//! cannot be mapped one by one. Nor migration: an upper belongs to one machine.
+//! A DAX window. Through it a guest maps files of the host, and those of the store are handed out to nobody: most are parts of
+//! packs, and nothing of them may be read past the check of its hash. What is left are files that the guest has written, and
+//! the two VMMs that are run most, QEMU and cloud-hypervisor, have no window for this device. (`vhost` has the messages,
+//! `SHMEM_MAP` and `SHMEM_UNMAP`, for whoever wants to add it for those.) Nor migration: an upper belongs to one machine.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
