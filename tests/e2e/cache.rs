@@ -397,3 +397,33 @@ fn a_worker_runs_while_its_layers_are_shared() {
     assert_eq!(layers.statuses(), "built built built");
     assert!(said.contains("refuses access"), "{said}");
 }
+
+#[test]
+fn the_environment_names_caches_for_ci() {
+    if !can_run("caches that the environment names") {
+        return;
+    }
+    let registry = Registry::start(Door::Open);
+    let cache = cache(&registry.host);
+    let with = |variable: &str| {
+        let program = ["/usr/bin/env", variable, env!("CARGO_BIN_EXE_iii")];
+        let home = Home::through(
+            TempDir::with_prefix("home-").unwrap(),
+            program.map(PathBuf::from).to_vec(),
+        );
+        home.import_busybox();
+        home
+    };
+    let project = project();
+    let (built, _) = build(&with(&format!("III_CACHE_TO={cache}")), &project, &[]);
+    assert_eq!(built.statuses(), "built built built");
+    // The first of them is not there; the next one is asked all the same.
+    let both = format!("III_CACHE_FROM=docker://127.0.0.1:1/x, {cache}");
+    let (fetched, said) = build(&with(&both), &project, &[]);
+    assert_eq!(fetched.statuses(), "fetched fetched built");
+    assert_eq!(said.matches("docker://127.0.0.1:1/x").count(), 1, "{said}");
+    with("III_CACHE_FROM=localhost:5000/x")
+        .run(&["worker", "build", project.arg()])
+        .fails()
+        .says(&["III_CACHE_FROM", "expected docker://HOST/REPOSITORY"]);
+}
