@@ -159,9 +159,6 @@ pub fn registry_hint(error: &RegistryError) -> Option<String> {
         RegistryError::Http { .. } => {
             "see whether the registry can be reached from here; a proxy: HTTPS_PROXY; a private CA: SSL_CERT_FILE; a registry without TLS: III_INSECURE_REGISTRIES".into()
         }
-        RegistryError::Pieces { .. } => {
-            "write to an OCI layout instead, and send that with `skopeo copy oci:DIR docker://...`".into()
-        }
         _ => return None,
     })
 }

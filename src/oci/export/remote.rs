@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::{ExportError, Sink, Stored, WriteBlob};
+use super::{ExportError, Hashing, Sink, Stored, WriteBlob, io_error};
 use crate::oci::digest::Digest;
 use crate::oci::registry::{RegistryError, Repository, Upload};
 
@@ -12,17 +12,10 @@ impl Sink for Repository {
     }
 
     fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
-        let mut uploading = Uploading {
-            upload: self.upload(),
-            failed: None,
-        };
-        let written = write(&mut uploading);
-        if let Some(error) = uploading.failed {
-            return Err(error.into());
+        match in_pieces(self, write) {
+            Err(ExportError::Registry(RegistryError::Pieces { .. })) => whole(self, write),
+            other => other,
         }
-        written?;
-        let (digest, size) = uploading.upload.finish()?;
-        Ok(Stored { digest, size })
     }
 
     fn put_manifest(
@@ -39,6 +32,33 @@ impl Sink for Repository {
             bytes,
         )?)
     }
+}
+
+fn in_pieces(to: &Repository, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
+    let mut uploading = Uploading {
+        upload: to.upload(),
+        failed: None,
+    };
+    let written = write(&mut uploading);
+    if let Some(error) = uploading.failed {
+        return Err(error.into());
+    }
+    written?;
+    let (digest, size) = uploading.upload.finish()?;
+    Ok(Stored { digest, size })
+}
+
+/// Sends a blob by way of a temporary file: its length and digest have to be known before its first byte.
+fn whole(to: &Repository, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
+    let file = tempfile::tempfile().map_err(io_error(
+        "making a temporary file in",
+        &std::env::temp_dir(),
+    ))?;
+    let mut hashing = Hashing::new(file);
+    write(&mut hashing)?;
+    let (file, stored) = hashing.finish();
+    to.put_file(&file, &stored.digest)?;
+    Ok(stored)
 }
 
 /// Writes into an upload, and remembers what ended it.

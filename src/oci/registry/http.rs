@@ -1,11 +1,13 @@
 //! One HTTP request, with the redirects that it leads through.
 
+use std::fs::File;
+use std::io::Seek as _;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use ureq::http::{self, HeaderName, Method, Response, StatusCode, Uri, header};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
-use ureq::{Agent, Body, Proxy, SendBody};
+use ureq::{Agent, AsSendBody, Body, Proxy, SendBody};
 
 use super::{MAX_REDIRECTS, Patience, Refusal, RegistryError, Settings, without_port};
 
@@ -15,8 +17,10 @@ const MAX_HEADERS: usize = 64 << 10;
 const MAX_SHOWN: usize = 1000;
 /// What a connection reads at once: large enough that blobs do not wait for system calls.
 const INPUT_BUFFER: usize = 256 << 10;
-/// How long one body may take to be sent, however steadily it trickles.
-const SEND_TIME: Duration = Duration::from_secs(600);
+/// How long a body may take to be sent, however steadily it trickles, apart from its bytes at [`MIN_RATE`].
+const SEND_TIME: Duration = Duration::from_secs(60);
+/// Bytes in a second that a registry must at least take.
+const MIN_RATE: u64 = 16 << 10;
 
 /// A request.
 pub struct Request<'a> {
@@ -24,7 +28,15 @@ pub struct Request<'a> {
     pub url: String,
     pub headers: Vec<(HeaderName, String)>,
     /// Not sent with a GET or HEAD.
-    pub body: &'a [u8],
+    pub body: Payload<'a>,
+}
+
+/// What a request sends.
+#[derive(Clone, Copy)]
+pub enum Payload<'a> {
+    Bytes(&'a [u8]),
+    /// All of a file, from its beginning.
+    File(&'a File),
 }
 
 impl Request<'_> {
@@ -33,7 +45,7 @@ impl Request<'_> {
             method,
             url: url.into(),
             headers: Vec::new(),
-            body: &[],
+            body: Payload::Bytes(&[]),
         }
     }
 
@@ -129,12 +141,14 @@ impl Http {
                 builder = builder.header(header::AUTHORIZATION, authorization);
             }
             let agent = self.agent(&at);
-            let sent = if request.is_read() {
-                let request = builder.body(SendBody::none()).map_err(ureq::Error::from);
-                request.and_then(|request| agent.run(request))
-            } else {
-                let request = builder.body(request.body).map_err(ureq::Error::from);
-                request.and_then(|request| agent.run(request))
+            let sent = match request.body {
+                _ if request.is_read() => run(agent, builder, SendBody::none(), 0),
+                Payload::Bytes(bytes) => run(agent, builder, bytes, bytes.len() as u64),
+                Payload::File(mut file) => file
+                    .rewind()
+                    .and_then(|()| file.metadata())
+                    .map_err(ureq::Error::Io)
+                    .and_then(|metadata| run(agent, builder, file, metadata.len())),
             };
             let response = sent.map_err(|source| failed(&at, source))?;
             if !request.is_read() || !is_redirect(response.status()) {
@@ -158,6 +172,21 @@ impl Http {
             .send(form)
             .map_err(|source| failed(url, source))
     }
+}
+
+/// Sends a body of `size` bytes, in a time that allows for its size.
+fn run(
+    agent: &Agent,
+    builder: http::request::Builder,
+    body: impl AsSendBody,
+    size: u64,
+) -> Result<Response<Body>, ureq::Error> {
+    let time = SEND_TIME + Duration::from_secs(size / MIN_RATE);
+    let request = agent
+        .configure_request(builder.body(body)?)
+        .timeout_send_body(Some(time))
+        .build();
+    agent.run(request)
 }
 
 /// The certificates that this machine trusts, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. One that cannot be read is missing,
@@ -186,7 +215,6 @@ fn agent(patience: &Patience, tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
         .timeout_per_read(Some(patience.idle))
         .timeout_per_write(Some(patience.idle))
         .timeout_recv_response(Some(patience.idle * 2))
-        .timeout_send_body(Some(SEND_TIME))
         .tls_config(tls)
         .proxy(proxy)
         .build()

@@ -1,9 +1,10 @@
 //! Pushing: a blob in pieces, each of which can be sent again, and manifests at once.
 //!
 //! A blob's length and digest need not be known before its last byte. One of at most [`CHUNK`] bytes goes in one request; a longer
-//! one in pieces of that size, of which one is in memory. When a connection breaks, the registry is asked how much it has, and
+//! one in pieces of that size, of which one is in memory. (A registry that takes no pieces gets a file in one request.) When a connection breaks, the registry is asked how much it has, and
 //! gets the rest: what is lost is the rest of one piece. Mirrors are not pushed to.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
@@ -11,7 +12,7 @@ use ureq::Body;
 use ureq::http::{HeaderName, Method, Response, StatusCode, Uri, header};
 
 use super::blob::MAX_RESUMES;
-use super::http::{self, Request};
+use super::http::{self, Payload, Request};
 use super::{Reference, RegistryError, Repository, Settings, header_text};
 use crate::oci::digest::Digest;
 
@@ -70,6 +71,11 @@ impl Repository {
         Ok(digest)
     }
 
+    /// Sends a file as one blob in one request, for registries that take no pieces. What breaks begins again.
+    pub fn put_file(&self, file: &File, digest: &Digest) -> Result<(), RegistryError> {
+        self.upload().complete(digest, Payload::File(file))
+    }
+
     /// Gives a manifest or an index the name `name`, a tag or its digest. What it names has to be there already.
     pub fn put_manifest(
         &self,
@@ -81,7 +87,7 @@ impl Repository {
         let mut request = Request::new(Method::PUT, &*url);
         let content_type = (header::CONTENT_TYPE, media_type.to_owned());
         request.headers.push(content_type);
-        request.body = bytes;
+        request.body = Payload::Bytes(bytes);
         let wanted = [StatusCode::CREATED, StatusCode::OK];
         let response = self.ask(&self.itself, &request, &wanted)?;
         let digest = Digest::of(bytes);
@@ -115,6 +121,12 @@ impl Upload<'_> {
         while !bytes.is_empty() {
             if self.piece.len() >= self.chunk && self.location.is_none() {
                 self.location = Some(self.begin()?);
+                if self.chunk > MAX_CHUNK {
+                    return Err(RegistryError::Pieces {
+                        host: self.repository.itself.host.clone(),
+                        detail: format!(" of less than {} bytes", self.chunk),
+                    });
+                }
             }
             // Now that the registry was asked, pieces may have to be larger.
             if self.piece.len() >= self.chunk {
@@ -134,28 +146,32 @@ impl Upload<'_> {
         if self.location.is_some() && !self.piece.is_empty() {
             self.send_piece()?;
         }
+        let piece = std::mem::take(&mut self.piece);
+        self.complete(&digest, Payload::Bytes(&piece))?;
+        Ok((digest, self.size))
+    }
+
+    /// Has the registry take what it got, and `rest` behind it, as the blob `digest`.
+    fn complete(&mut self, digest: &Digest, rest: Payload<'_>) -> Result<(), RegistryError> {
         let patience = &self.repository.patience;
         let mut tried = 1;
         loop {
-            let refusal = match self.close(&digest) {
-                Ok(()) => return Ok((digest, self.size)),
-                Err(refusal) => refusal,
+            let Err((error, wait)) = self.try_complete(digest, rest) else {
+                return Ok(());
             };
-            let (error, wait) = refusal;
             if !error.is_passing() || tried >= patience.tries {
                 return Err(error);
             }
             patience.wait(tried, wait);
             // The answer may be all that was lost.
-            if self.repository.has_blob(&digest)? {
-                return Ok((digest, self.size));
+            if self.repository.has_blob(digest)? {
+                return Ok(());
             }
             tried += 1;
         }
     }
 
-    /// Has the registry take what it got, and the piece that is left, as the blob `digest`.
-    fn close(&mut self, digest: &Digest) -> Result<(), super::Refusal> {
+    fn try_complete(&mut self, digest: &Digest, rest: Payload<'_>) -> Result<(), super::Refusal> {
         let to = match &self.location {
             Some(location) => location.clone(),
             None => self.begin().map_err(|error| (error, None))?,
@@ -165,7 +181,7 @@ impl Upload<'_> {
         let mut request = Request::new(Method::PUT, format!("{to}{mark}{query}"));
         let content_type = (header::CONTENT_TYPE, OCTETS.to_owned());
         request.headers.push(content_type);
-        request.body = &self.piece;
+        request.body = rest;
         let wanted = [StatusCode::CREATED, StatusCode::NO_CONTENT];
         let place = &self.repository.itself;
         let response = self.repository.ask_once(place, &request, &wanted)?;
@@ -183,12 +199,6 @@ impl Upload<'_> {
         let min = header_text(&response, &MIN_LENGTH)
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(0);
-        if min > MAX_CHUNK {
-            return Err(RegistryError::Pieces {
-                host: place.host.clone(),
-                detail: format!(" of less than {min} bytes"),
-            });
-        }
         self.chunk = self.chunk.max(min);
         let location = header_text(&response, &header::LOCATION).unwrap_or_default();
         http::next(&http::checked(&url, &url)?, &location)
@@ -259,7 +269,7 @@ impl Upload<'_> {
             (header::CONTENT_TYPE, OCTETS.to_owned()),
             (header::CONTENT_RANGE, range),
         ];
-        request.body = bytes;
+        request.body = Payload::Bytes(bytes);
         let wanted = [StatusCode::ACCEPTED, StatusCode::NO_CONTENT];
         let place = &self.repository.itself;
         let response = self.repository.ask_once(place, &request, &wanted)?;

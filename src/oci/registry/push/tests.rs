@@ -584,14 +584,20 @@ fn an_export_goes_to_a_registry() {
     let manifest = sink.put_manifest("a/b", b"{}", None).unwrap();
     let path = format!("/v2/a/b/manifests/{manifest}");
     assert_eq!(state.lock().unwrap().things[&path], b"{}");
+    // One that takes no pieces gets all of it at once.
+    let (server, state) = lying("PATCH", |_, _, _| status(405));
+    let repository = self::repository(&server, &settings());
+    let blob = bytes(CHUNK + 1);
+    let mut write = |out: &mut dyn std::io::Write| out.write_all(&blob).map_err(ExportError::Write);
+    let stored = Sink::put_blob(&*repository, &mut write).unwrap();
+    assert_eq!(stored.digest, Digest::of(&blob));
+    let path = format!("/v2/a/b/blobs/{}", stored.digest);
+    assert_eq!(state.lock().unwrap().things[&path], blob);
+    assert_eq!(sizes(&server, "PUT"), [CHUNK + 1]);
     // What the registry says is the error, and not that writing failed.
     let (server, _) = lying("PATCH", |_, _, _| status(403));
     let repository = self::repository(&server, &settings());
-    let blob = vec![0; CHUNK + 1];
-    let error = Sink::put_blob(&*repository, &mut |out| {
-        out.write_all(&blob).map_err(ExportError::Write)
-    })
-    .unwrap_err();
+    let error = Sink::put_blob(&*repository, &mut write).unwrap_err();
     assert!(
         error.to_string().contains("does not let you push"),
         "{error}"
