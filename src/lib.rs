@@ -29,3 +29,4 @@ pub mod supervise;
 pub mod tail;
 pub mod ui;
 pub mod utc;
+pub mod watch;
