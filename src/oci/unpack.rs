@@ -427,6 +427,9 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
                 return self.whiteout(dir, last, hidden, &member);
             }
         }
+        if last.len() > MAX_NAME {
+            return Err(UnpackError::NameTooLong(member.name()));
+        }
         let dir = self.make_dir(parents, &member)?;
         let place = Place {
             dir,
@@ -903,14 +906,15 @@ fn find<'l>(layers: &'l [Arc<Layer>], path: &[&[u8]]) -> Option<NodeRef<'l>> {
     None
 }
 
-/// The components of a name, without empty ones and `.`.
+/// The components of a name, without empty ones and `.`. A mark of a whiteout does not count towards its length: the longest name
+/// can be hidden, too.
 fn components<'p>(path: &'p [u8], entry: &[u8]) -> Result<Vec<&'p [u8]>, UnpackError> {
     let mut names = Vec::new();
     for name in tree::components(path) {
         match name {
             b"." => {}
             b".." => return Err(UnpackError::Escapes(EntryName(entry.to_vec()))),
-            _ if name.len() > MAX_NAME => {
+            _ if name.strip_prefix(WHITEOUT).unwrap_or(name).len() > MAX_NAME => {
                 return Err(UnpackError::NameTooLong(EntryName(entry.to_vec())));
             }
             _ => names.push(name),

@@ -157,6 +157,15 @@ fn whiteouts_hide_what_is_below_and_nothing_else() {
         .file(".wh..wh.aufs", "")
         .file("x", "");
     check(LAYER, aufs, &["/ implicit", "x = "]);
+    let longest = "n".repeat(255);
+    let hidden = Tar::default()
+        .pax(&[("path", format!(".wh.{longest}").as_bytes())])
+        .file("x", "");
+    let gone = format!("{longest} gone");
+    check(LAYER, hidden.clone(), &["/ implicit", &gone]);
+    let test = TestStore::new();
+    let refused = test.unpack(&hidden.end(), Dialect::Rootfs, &Limits::default());
+    assert!(refused.unwrap_err().contains("longer than 255 bytes"));
     let literal = Tar::default()
         .file("d/.wh.x", "1")
         .file(".wh..wh..opq", "2");
