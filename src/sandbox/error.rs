@@ -4,64 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
-use super::wire::Failure;
-
-/// A step on the way to a running command. Displays as what could not be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "their Display says it")]
-pub enum Step {
-    Talk,
-    OpenRoot,
-    OpenMount,
-    OpenHost,
-    Unshare,
-    OpenFuse,
-    BecomeRoot,
-    Fork,
-    MountFuse,
-    MountRoot,
-    Mount,
-    Bind,
-    HostFile,
-    Pivot,
-    Hostname,
-    FindUser,
-    BecomeUser,
-    DropCapabilities,
-    Chdir,
-    Streams,
-    Exec,
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Talk => "talk to the tool",
-            Self::OpenRoot => "open the root directory",
-            Self::OpenMount => "open the mounted directory",
-            Self::OpenHost => "take over from the host",
-            Self::Unshare => "create the namespaces",
-            Self::OpenFuse => "open",
-            Self::BecomeRoot => "become root inside the user namespace",
-            Self::Fork => "fork",
-            Self::MountFuse => "mount the overlay over FUSE",
-            Self::MountRoot => "mount the root directory",
-            Self::Mount => "mount",
-            Self::Bind => "make visible inside",
-            Self::HostFile => "place the host's settings at",
-            Self::Pivot => "switch to the new root",
-            Self::Hostname => "set the host name",
-            Self::FindUser => "find the user in /etc/passwd or the group in /etc/group",
-            Self::BecomeUser => "become the user",
-            Self::DropCapabilities => "drop capabilities",
-            Self::Chdir => "change to the working directory",
-            Self::Streams => "set up the standard streams",
-            Self::Exec => "execute",
-        })
-    }
-}
+use iii_init::failure::{Failure, Step};
 
 /// Why a sandbox did not start, or could not be waited for.
 #[derive(Debug, thiserror::Error)]

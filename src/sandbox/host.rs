@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use super::wire::HostFile;
+use iii_init::message::HostFile;
 
 /// Where the host's trust store lies in a sandbox, when there is one to hand on.
 pub const CA_BUNDLE: &str = "/run/iii/ca-certificates.crt";

@@ -45,13 +45,13 @@ mod host;
 mod ids;
 mod init;
 mod namespace;
-mod passwd;
 mod root;
 mod spec;
 mod wire;
 
-pub use error::{SandboxError, Step, Warning};
+pub use error::{SandboxError, Warning};
 pub use host::{CA_BUNDLE, HostSettings};
+pub use iii_init::failure::Step;
 pub use init::maybe_run_init;
 pub use namespace::{Controller, NamespaceSupport, Sandbox, probe};
 pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};

@@ -11,6 +11,8 @@ use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use iii_init::message::{Command as SandboxCommand, MAIN, Report, Request};
+use iii_init::packet;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{Shutdown, shutdown};
@@ -18,11 +20,8 @@ use rustix::process::Signal;
 
 use super::ids::IdMaps;
 use super::init::MARKER;
-use super::wire::{self, Mount, Plan, Report, Request, Root, encode};
+use super::wire::{FromInit, Mount, Plan, Root, ToInit};
 use super::{FuseServer, RootSource, SandboxError, SandboxSpec, ServeFuse, Stdio, Warning};
-
-/// Linux's bound on a host name.
-const MAX_HOSTNAME: usize = 64;
 
 /// A running sandbox. Dropped, it is killed and everything in it is gone, as it is when this
 /// process dies.
@@ -98,8 +97,8 @@ impl Sandbox {
         if let Some(status) = self.status {
             return Ok(status);
         }
-        let status = match wire::recv(&self.control).map_err(SandboxError::Talk)? {
-            Some((Report::Exited(status), _)) => status,
+        let status = match packet::recv(&self.control).map_err(SandboxError::Talk)? {
+            Some((FromInit::Report(Report::Exited(MAIN, status)), _)) => status,
             Some((report, _)) => return Err(unexpected(&report)),
             None => Signal::KILL.as_raw(),
         };
@@ -137,7 +136,7 @@ impl Sandbox {
         plan: &Plan,
         streams: [BorrowedFd<'_>; 3],
     ) -> Result<Self, SandboxError> {
-        let (ours, theirs) = wire::pair().map_err(SandboxError::Talk)?;
+        let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
         // The socket rides as standard input and the streams over it, so that nothing has to lose
         // its close-on-exec flag while other threads may be spawning, too. The environment stays
         // behind: pid 1's could be read from inside.
@@ -164,7 +163,7 @@ impl Sandbox {
         let [stdin, stdout, stderr] = streams;
         request(
             &sandbox.control,
-            &Request::Start,
+            &ToInit::Start,
             &[plan.as_fd(), stdin, stdout, stderr],
         )?;
         Ok(sandbox)
@@ -174,22 +173,22 @@ impl Sandbox {
     fn set_up(&mut self, ids: &IdMaps, serve: Option<Box<ServeFuse>>) -> Result<(), SandboxError> {
         let mut serve = serve;
         loop {
-            let message = wire::recv(&self.control).map_err(SandboxError::Talk)?;
+            let message = packet::recv(&self.control).map_err(SandboxError::Talk)?;
             let (report, mut fds) = message.ok_or(SandboxError::Killed)?;
             match report {
-                Report::Unshared => {
+                FromInit::Unshared => {
                     self.warnings.extend(ids.write(self.child.id())?);
-                    request(&self.control, &Request::MapsWritten, &[])?;
+                    request(&self.control, &ToInit::MapsWritten, &[])?;
                 }
-                Report::FuseMounted => {
+                FromInit::FuseMounted => {
                     // A probe has no server and lets go of the descriptor.
                     if let (Some(serve), Some(fd)) = (serve.take(), fds.pop()) {
                         self.server = Some(serve(fd).map_err(SandboxError::Server)?);
                     }
                 }
-                Report::Running => return Ok(()),
-                Report::Failed(failure) => return Err(failure.into()),
-                Report::Exited(_) => return Err(unexpected(&report)),
+                FromInit::Probed | FromInit::Report(Report::Running(MAIN)) => return Ok(()),
+                FromInit::Failed(failure) => return Err(failure.into()),
+                FromInit::Report(_) => return Err(unexpected(&report)),
             }
         }
     }
@@ -222,8 +221,8 @@ pub struct Controller {
 impl Controller {
     /// Sends `signal` to the command's process group, as a terminal would.
     pub fn signal(&self, signal: Signal) -> Result<(), SandboxError> {
-        let signal = signal.as_raw();
-        request(&self.control, &Request::Signal(signal), &[])
+        let signal = Request::Signal(MAIN, signal.as_raw());
+        request(&self.control, &ToInit::Request(signal), &[])
     }
 
     /// Ends the sandbox: `signal` to the command's process group; once the command has ended, to
@@ -231,16 +230,17 @@ impl Controller {
     /// can only shorten the grace.
     pub fn stop(&self, signal: Signal, grace: Duration) -> Result<(), SandboxError> {
         let signal = signal.as_raw();
-        request(&self.control, &Request::Stop { signal, grace }, &[])
+        let stop = Request::Stop { signal, grace };
+        request(&self.control, &ToInit::Request(stop), &[])
     }
 }
 
 fn request(
     control: &OwnedFd,
-    request: &Request,
+    request: &ToInit,
     fds: &[BorrowedFd<'_>],
 ) -> Result<(), SandboxError> {
-    match wire::send(control, request, fds) {
+    match packet::send(control, request, fds) {
         // The other side has ended, which the next `recv` tells.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(SandboxError::Talk),
@@ -265,13 +265,16 @@ pub fn probe(init: &Path) -> NamespaceSupport {
     let (ids, warning) = IdMaps::for_this_process();
     let plan = Plan {
         root: Root::Probe,
-        argv: Vec::new(),
-        env: Vec::new(),
-        cwd: String::new(),
-        user: String::new(),
         hostname: String::new(),
         mounts: Vec::new(),
         files: Vec::new(),
+        command: SandboxCommand {
+            argv: Vec::new(),
+            env: Vec::new(),
+            cwd: String::new(),
+            user: String::new(),
+            terminal: None,
+        },
         owns_output: false,
     };
     let mut warnings = Vec::from_iter(warning);
@@ -293,23 +296,15 @@ pub fn probe(init: &Path) -> NamespaceSupport {
 }
 
 fn plan(spec: &SandboxSpec) -> Plan {
-    let mut hostname = spec.hostname.clone();
-    while hostname.len() > MAX_HOSTNAME {
-        hostname.pop();
-    }
-    let mut env = spec.env.clone();
-    spec.host.extend_env(&mut env);
+    let hostname = spec.hostname();
     Plan {
         root: match &spec.root {
             RootSource::Fuse(_) => Root::Fuse,
             RootSource::Dir(path) => Root::Dir(path.into()),
         },
-        argv: spec.argv.clone(),
-        env,
-        cwd: spec.cwd.clone(),
-        user: spec.user.clone(),
         files: spec.host.files(&hostname),
         hostname,
+        command: spec.command(),
         mounts: spec
             .mounts
             .iter()
@@ -325,7 +320,7 @@ fn plan(spec: &SandboxSpec) -> Plan {
 
 fn plan_file(plan: &Plan) -> io::Result<File> {
     let mut file = File::from(memfd_create("iii-plan", MemfdFlags::CLOEXEC)?);
-    file.write_all(&encode(plan)?)?;
+    file.write_all(&packet::encode(plan)?)?;
     file.rewind()?;
     Ok(file)
 }
@@ -360,7 +355,7 @@ fn host(operation: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Erro
     }
 }
 
-fn unexpected(report: &Report) -> SandboxError {
+fn unexpected(report: &FromInit) -> SandboxError {
     let message = format!("{report:?} out of turn");
     SandboxError::Talk(io::Error::new(io::ErrorKind::InvalidData, message))
 }

@@ -4,20 +4,19 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use iii_init::failure::{At as _, Failure, Step};
+use iii_init::{mounts, packet};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
-    mount_remount, move_mount, open_tree, unmount,
+    move_mount, open_tree, unmount,
 };
 
-use super::error::Step;
-use super::init::At;
-use super::wire::{self, Failure, HostFile, Plan, Report, Root};
+use super::wire::{FromInit, Plan, Root};
 
 pub(super) const FUSE_DEVICE: &str = "/dev/fuse";
 
@@ -27,9 +26,6 @@ const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 /// A directory of every host; covered, in our mount namespace alone, while the root is put together.
 const SCRATCH: &str = "/tmp";
 const NEW_ROOT: &str = "/tmp/root";
-
-/// Symlinks followed on the way to a mount point.
-const MAX_SYMLINKS: usize = 40;
 
 /// Detached copies of the host's mounts, to be attached inside.
 pub(super) struct Sources {
@@ -89,12 +85,12 @@ pub(super) fn mount(
     mount_change("/", recursive).at(Step::Mount, "/")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let old_root = rustix::fs::open("/", flags, Mode::empty()).at(Step::MountRoot, "/")?;
-    filesystem("tmpfs", SCRATCH, MountFlags::empty(), "mode=700")?;
+    mounts::filesystem("tmpfs", "tmpfs", SCRATCH, MountFlags::empty(), "mode=700")?;
     fs::create_dir(NEW_ROOT).at(Step::MountRoot, NEW_ROOT)?;
     if let Some(fuse) = fuse {
         mount_fuse(&fuse).at(Step::MountFuse, "")?;
         // Our copy goes at once: the connection has to end with the tool.
-        wire::send(control, &Report::FuseMounted, &[fuse.as_fd()]).at(Step::Talk, "")?;
+        packet::send(control, &FromInit::FuseMounted, &[fuse.as_fd()]).at(Step::Talk, "")?;
     }
     if let (Root::Dir(path), Some(tree)) = (root, &sources.root) {
         attach(tree, NEW_ROOT).at(Step::MountRoot, &path.to_string_lossy())?;
@@ -137,18 +133,12 @@ pub(super) fn enter(plan: &Plan, sources: &Sources, old_root: OwnedFd) -> Result
     rustix::process::chdir("/").at(Step::Pivot, "")?;
     drop(old_root);
 
-    directory("/sys")
+    mounts::directory("/sys")
         .and_then(|()| attach(&sources.sys, "/sys"))
         .at(Step::Bind, "/sys")?;
     devices(&sources.devices)?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    filesystem("tmpfs", "/tmp", flags, "mode=1777")?;
-    filesystem("tmpfs", "/run", flags, "mode=755")?;
-    fs::DirBuilder::new()
-        .mode(0o1777)
-        .create("/run/lock")
-        .at(Step::Mount, "/run/lock")?;
-    host_files(&plan.files)?;
+    mounts::scratch()?;
+    mounts::host_files(&plan.files)?;
     for (mount, tree) in plan.mounts.iter().zip(&sources.mounts) {
         bind(tree, &mount.target).at(Step::Bind, &mount.target)?;
     }
@@ -156,8 +146,7 @@ pub(super) fn enter(plan: &Plan, sources: &Sources, old_root: OwnedFd) -> Result
 }
 
 fn proc(old_root: BorrowedFd<'_>) -> Result<(), Failure> {
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    match filesystem("proc", "/proc", flags, "") {
+    match mounts::proc() {
         // In a container that masks parts of proc. The container's own shows more processes, but
         // no more than the ids of the sandbox may see.
         Err(failure) if failure.errno == libc::EPERM => clone_tree(old_root, "proc".as_ref(), 0)
@@ -168,64 +157,15 @@ fn proc(old_root: BorrowedFd<'_>) -> Result<(), Failure> {
 }
 
 fn devices(devices: &[(&'static str, OwnedFd)]) -> Result<(), Failure> {
-    let flags = MountFlags::NOSUID;
-    filesystem("tmpfs", "/dev", flags, "mode=755,size=1m")?;
+    let options = "mode=755,size=1m";
+    mounts::filesystem("tmpfs", "tmpfs", "/dev", MountFlags::NOSUID, options)?;
     for (name, tree) in devices {
         let path = format!("/dev/{name}");
         File::create(&path)
             .and_then(|_| attach(tree, &path))
             .at(Step::Bind, &path)?;
     }
-    let flags = flags | MountFlags::NOEXEC;
-    let options = "newinstance,ptmxmode=666,mode=620";
-    // Group tty, unless one id is all there is.
-    filesystem("devpts", "/dev/pts", flags, &format!("{options},gid=5"))
-        .or_else(|_| filesystem("devpts", "/dev/pts", flags, options))?;
-    filesystem("tmpfs", "/dev/shm", flags | MountFlags::NODEV, "mode=1777")?;
-    for (link, target) in [
-        ("/dev/ptmx", "pts/ptmx"),
-        ("/dev/fd", "/proc/self/fd"),
-        ("/dev/stdin", "/proc/self/fd/0"),
-        ("/dev/stdout", "/proc/self/fd/1"),
-        ("/dev/stderr", "/proc/self/fd/2"),
-    ] {
-        symlink(target, link).at(Step::Mount, link)?;
-    }
-    Ok(())
-}
-
-/// The host's settings, on a tmpfs that ends up read-only.
-fn host_files(files: &[HostFile]) -> Result<(), Failure> {
-    const DIRECTORY: &str = "/run/iii";
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    filesystem("tmpfs", DIRECTORY, flags, "mode=755")?;
-    for file in files {
-        let path = format!("{DIRECTORY}/{}", file.name);
-        fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o644)
-            .open(&path)
-            .and_then(|mut opened| opened.write_all(file.contents.as_bytes()))
-            .at(Step::HostFile, &path)?;
-        if let Some(covers) = &file.covers {
-            clone_tree(CWD, path.as_ref(), 0)
-                .and_then(|tree| bind(&tree, covers))
-                .at(Step::HostFile, covers)?;
-        }
-    }
-    mount_remount(DIRECTORY, flags | MountFlags::RDONLY, "").at(Step::HostFile, DIRECTORY)
-}
-
-fn filesystem(kind: &str, target: &str, flags: MountFlags, options: &str) -> Result<(), Failure> {
-    directory(target).at(Step::Mount, target)?;
-    CString::new(options)
-        .map_err(io::Error::from)
-        .and_then(|options| {
-            rustix::mount::mount(kind, target, kind, flags, options.as_c_str())?;
-            Ok(())
-        })
-        .at(Step::Mount, target)
+    mounts::devices()
 }
 
 /// A private detached copy of what is mounted at `path` and below.
@@ -268,36 +208,8 @@ fn attach(tree: &OwnedFd, target: impl AsRef<Path>) -> io::Result<()> {
 /// Mounts `tree` at `target`, made if missing: a directory or an empty file, as the tree is.
 fn bind(tree: &OwnedFd, target: &str) -> io::Result<()> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(tree)?.st_mode);
-    if kind == FileType::Directory {
-        directory(target)?;
-        return attach(tree, target);
-    }
-    // A dangling symlink, as /etc/resolv.conf often is, counts as the name it stands for. It may
-    // lead to /run, and then not even the empty file reaches the image's layers.
-    let mut path = PathBuf::from(target);
-    for _ in 0..MAX_SYMLINKS {
-        match fs::read_link(&path) {
-            Ok(link) => path = path.parent().unwrap_or(Path::new("/")).join(link),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if let Some(parent) = path.parent() {
-                    directory(parent)?;
-                }
-                fs::OpenOptions::new()
-                    .write(true)
-                    .create_new(true)
-                    .mode(0o644)
-                    .open(&path)?;
-                return attach(tree, &path);
-            }
-            Err(_) => return attach(tree, &path),
-        }
-    }
-    Err(io::Error::from_raw_os_error(libc::ELOOP))
-}
-
-fn directory(path: impl AsRef<Path>) -> io::Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(path)
+    attach(
+        tree,
+        mounts::mount_point(target, kind == FileType::Directory)?,
+    )
 }

@@ -5,7 +5,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use iii_init::message::Command;
+
 use super::{HostSettings, SandboxError};
+
+/// Linux's bound on a host name.
+const MAX_HOSTNAME: usize = 64;
 
 /// Everything that a sandbox is made from.
 pub struct SandboxSpec {
@@ -49,6 +54,28 @@ impl SandboxSpec {
             host: HostSettings::detect(),
             init: "/proc/self/exe".into(),
         }
+    }
+
+    /// The command, with the host's part of its environment.
+    pub(super) fn command(&self) -> Command {
+        let mut env = self.env.clone();
+        self.host.extend_env(&mut env);
+        Command {
+            argv: self.argv.clone(),
+            env,
+            cwd: self.cwd.clone(),
+            user: self.user.clone(),
+            terminal: None,
+        }
+    }
+
+    /// The host name, no longer than it may be.
+    pub(super) fn hostname(&self) -> String {
+        let mut hostname = self.hostname.clone();
+        while hostname.len() > MAX_HOSTNAME {
+            hostname.pop();
+        }
+        hostname
     }
 
     pub(super) fn check(&self) -> Result<(), SandboxError> {

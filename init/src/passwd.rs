@@ -2,18 +2,21 @@
 
 /// Who the command runs as.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Identity {
+pub struct Identity {
+    /// User id.
     pub uid: u32,
+    /// Group id.
     pub gid: u32,
     /// Supplementary groups.
     pub groups: Vec<u32>,
+    /// Home directory, absolute.
     pub home: Option<String>,
 }
 
 /// Resolves `user` as container engines do: a name wins over a number, an unknown number is taken
 /// as it is with group 0, and a group named explicitly leaves no supplementary groups. `None` for a
 /// name that is not there.
-pub(super) fn resolve(user: &str, passwd: &str, group: &str) -> Option<Identity> {
+pub fn resolve(user: &str, passwd: &str, group: &str) -> Option<Identity> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (user, None),

@@ -1,0 +1,147 @@
+//! Messages over a byte stream: four bytes of length, little-endian, then the message.
+
+use std::io::{self, Read, Write};
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::packet::{decode, encode};
+
+/// Largest message: an environment, and the host's certificates.
+pub const MAX_FRAME: usize = 16 << 20;
+
+/// How much is read at once. A frame's buffer grows with what has come, not with what its length claims.
+const PIECE: usize = 64 << 10;
+
+/// Sends a message that is no longer than [`MAX_FRAME`].
+pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    let body = encode(message)?;
+    if body.len() > MAX_FRAME {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend((body.len() as u32).to_le_bytes());
+    frame.extend(body);
+    stream.write_all(&frame)
+}
+
+/// Puts messages together from what a stream brings.
+#[derive(Debug)]
+pub struct Receiver {
+    bytes: Vec<u8>,
+    limit: usize,
+}
+
+/// What [`Receiver::read`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received<T> {
+    /// A message.
+    Message(T),
+    /// A message is not complete yet, and reading on would block.
+    Nothing,
+    /// The stream has ended.
+    Closed,
+}
+
+impl Receiver {
+    /// For messages of at most `limit` bytes.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            bytes: Vec::new(),
+            limit,
+        }
+    }
+
+    /// The next message. Blocks where the stream does; where that would block, [`Received::Nothing`]. Fails on a message that is too
+    /// long or makes no sense: the stream has lost its place then.
+    pub fn read<T: DeserializeOwned>(&mut self, stream: &mut impl Read) -> io::Result<Received<T>> {
+        let mut piece = [0; PIECE];
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(Received::Message(message));
+            }
+            match stream.read(&mut piece) {
+                Ok(0) => return Ok(Received::Closed),
+                Ok(length) => self.bytes.extend(piece.iter().take(length)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Received::Nothing);
+                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(Received::Closed);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn take<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+        let Some((length, rest)) = self.bytes.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*length) as usize;
+        if length > self.limit {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let Some(body) = rest.get(..length) else {
+            return Ok(None);
+        };
+        let message = decode(body)?;
+        self.bytes.drain(..4 + length);
+        Ok(Some(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Report;
+
+    /// Gives one byte at a time, and between them nothing.
+    struct Trickle<'a>(&'a [u8], bool);
+
+    impl Read for Trickle<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.1 = !self.1;
+            if self.1 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let length = self.0.len().min(1);
+            buffer[..length].copy_from_slice(&self.0[..length]);
+            self.0 = &self.0[length..];
+            Ok(length)
+        }
+    }
+
+    #[test]
+    fn messages_arrive_whole_however_they_are_cut() {
+        let sent = [Report::Running(7), Report::Exited(7, 256)];
+        let mut bytes = Vec::new();
+        for report in &sent {
+            send(&mut bytes, report).expect("send");
+        }
+        let mut stream = Trickle(&bytes, false);
+        let (mut receiver, mut came) = (Receiver::new(100), Vec::new());
+        loop {
+            match receiver.read::<Report>(&mut stream).expect("read") {
+                Received::Message(report) => came.push(report),
+                Received::Nothing => {}
+                Received::Closed => break,
+            }
+        }
+        assert_eq!(came, sent);
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        for bytes in [
+            &[0xff; 4][..],
+            &[1, 0, 0, 0, 0xff],
+            &[0, 0, 0, 0],
+            &[101, 0, 0, 0, 0, 0],
+        ] {
+            let mut bytes = bytes;
+            let read = Receiver::new(100).read::<Report>(&mut bytes);
+            assert!(read.is_err(), "{bytes:?}");
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! Pid 1 of a sandbox, and what it says to the tool.
+//!
+//! ```text
+//! vm           boot in a microVM: mounts, network, clock, then supervise     the static program `iii-init`
+//! supervise    commands, their streams and their ends, signals, reaping      both runtimes
+//! process      user lookup, fork, becoming the command
+//! mounts       what every sandbox has mounted
+//! message      requests and reports        packet, frame    how they travel
+//! ```
+//!
+//! In a microVM this is a program of its own, [`vm::main`], that lies in no layer. In the namespace runtime the tool's own
+//! binary forks into pid 1 and uses the same modules, so that a command sees the same things either way.
+//!
+//! # Invariants
+//!
+//! - Single-threaded, so that a fork may do everything that a process may.
+//! - Whatever arrives is bounded before it is read, and garbage ends the conversation, not the sandbox's rules: no message
+//!   makes this side panic.
+//! - The tool's end is the sandbox's end: when the link closes, pid 1 goes, and all with it.
+
+#![cfg(target_os = "linux")]
+
+pub mod failure;
+pub mod frame;
+pub mod message;
+pub mod mounts;
+pub mod packet;
+pub mod passwd;
+pub mod process;
+pub mod pump;
+pub mod signals;
+pub mod supervise;
+pub mod vm;
