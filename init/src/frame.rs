@@ -10,7 +10,7 @@ use crate::packet::{decode, encode};
 pub const MAX_FRAME: usize = 16 << 20;
 
 /// How much is read at once. A frame's buffer grows with what has come, not with what its length claims.
-const PIECE: usize = 64 << 10;
+const PIECE: usize = 8 << 10;
 
 /// Sends a message that is no longer than [`MAX_FRAME`].
 pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {

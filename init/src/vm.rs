@@ -51,7 +51,7 @@ const OPEN_FILES: Rlimit = Rlimit {
 };
 
 /// What a connection is for. The first [`Hello::LEN`] bytes on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Hello {
     /// Messages.
     Control,
@@ -114,8 +114,6 @@ pub struct Volume {
     pub tag: String,
     /// Absolute path inside; created when missing.
     pub target: String,
-    /// Whether it may only be read.
-    pub read_only: bool,
 }
 
 /// From the tool to pid 1.
@@ -230,10 +228,7 @@ fn set_up(start: &Start) -> Result<(), Failure> {
     mounts::scratch()?;
     mounts::host_files(&start.files)?;
     for volume in &start.volumes {
-        let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-        if volume.read_only {
-            flags |= MountFlags::RDONLY;
-        }
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
         mounts::filesystem("virtiofs", &volume.tag, &volume.target, flags, "")?;
     }
     rustix::system::sethostname(start.hostname.as_bytes()).at(Step::Hostname, &start.hostname)?;
