@@ -1,6 +1,8 @@
 //! Ways to serve a [`crate::fs::Filesystem`].
 
 pub mod fuse;
+#[cfg(feature = "krun")]
+pub mod krun;
 mod linux;
 pub mod server;
 #[cfg(target_os = "linux")]

@@ -4,6 +4,8 @@
 
 mod cases;
 mod corpus;
+#[cfg(feature = "krun")]
+mod krun;
 #[path = "../../../fuzz/src/fuse.rs"]
 mod messages;
 mod model;
