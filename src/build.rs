@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use iii_overlay::adapter::fuse::Mode;
-use iii_overlay::{FreezeError, OpenError, Overlay, OverlayOptions, Project as ProjectAt};
+use iii_overlay::{FreezeError, OpenError, OverlayOptions, Project as ProjectAt};
 use iii_store::snapshot::{self, SnapshotError};
 use iii_store::{
     Fact, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError,
@@ -22,7 +22,7 @@ use iii_store::{
 use rustix::process::Signal;
 
 use crate::cache::{self, Caches as LayerCaches, Recorded, Wanted};
-use crate::compose;
+use crate::compose::{Composed, Composition, Isolation, Left};
 use crate::environment::Env;
 use crate::home::Home;
 use crate::oci::{self, Image, ImageError, Limits};
@@ -80,6 +80,12 @@ pub enum BuildError {
         kind: Kind,
         /// The signal.
         signal: Signal,
+    },
+    /// A step's microVM had to be killed, so that it is not known what the step looked at.
+    #[error("the microVM of {kind} did not go off, and took what {kind} looked at along")]
+    Unobserved {
+        /// The step.
+        kind: Kind,
     },
     /// What a step wrote could not be made a layer.
     #[error("storing what {kind} wrote failed")]
@@ -240,6 +246,8 @@ pub struct Builder<'a> {
     pub image: &'a Image,
     /// The environment of the steps.
     pub env: &'a Env,
+    /// What steps run in.
+    pub isolation: &'a Isolation,
     /// Runs setup and install whatever is stored, here or in a cache.
     pub rebuild: bool,
     /// Asked for what is not in the store.
@@ -537,24 +545,37 @@ impl Step<'_> {
             observe: true,
             volatile: true,
         };
-        let overlay = Overlay::open(self.builder.store, layers, &dir.upper(), options)
-            .map_err(|source| BuildError::Compose { kind, source })?;
-        let overlay = Arc::new(overlay);
-        self.execute(&overlay)?;
+        let composition = Composition {
+            store: self.builder.store,
+            layers,
+            upper: dir.upper(),
+            options,
+            mode: Mode::Observed,
+            console: dir.console(),
+        };
+        let broken = |source| BuildError::Compose { kind, source };
+        let composed = composition
+            .compose(self.builder.isolation)
+            .map_err(broken)?;
+        let mut sandbox = self.execute(&composed)?;
+        let Left { overlay, facts } = composition
+            .take_back(composed, &mut sandbox)
+            .map_err(broken)?
+            .ok_or(BuildError::Unobserved { kind })?;
         let freeze = |source| BuildError::Freeze { kind, source };
         let ingest = self.builder.store.ingest(self.builder.lease)?;
         let tree = overlay.freeze(&ingest).map_err(freeze)?;
         let published = ingest.finish(&tree)?;
-        Ok((overlay.facts(), published))
+        Ok((facts, published))
     }
 
-    /// Runs the script to its end.
-    fn execute(&self, overlay: &Arc<Overlay>) -> Result<(), BuildError> {
+    /// Runs the script to its end, and its sandbox's.
+    fn execute(&self, composed: &Composed) -> Result<Sandbox, BuildError> {
         let kind = self.kind;
         let broken = |source| BuildError::Sandbox { kind, source };
         let caches = self.caches()?;
         let argv = SHELL.into_iter().chain([self.script]).map(OsString::from);
-        let mut spec = SandboxSpec::new(compose::root(overlay, Mode::Observed), argv);
+        let mut spec = SandboxSpec::new(composed.root(), argv);
         spec.env = self.builder.env.clone().into_iter().collect();
         spec.user.clone_from(&self.builder.image.config.user);
         self.builder.name.clone_into(&mut spec.hostname);
@@ -582,7 +603,7 @@ impl Step<'_> {
             return Err(BuildError::Interrupted { kind, signal });
         }
         if status.success() {
-            return Ok(());
+            return Ok(sandbox);
         }
         let tail = tail.into_inner().unwrap_or_else(PoisonError::into_inner);
         Err(BuildError::Step {
@@ -610,12 +631,16 @@ impl Step<'_> {
     /// The caches of this step, locked as their tools need it.
     fn caches(&self) -> Result<Caches, BuildError> {
         let Builder {
-            home, project, env, ..
+            home,
+            project,
+            env,
+            isolation,
+            ..
         } = self.builder;
         // Only setup is expected to install packages of the distribution, and a lock on apt's caches would keep installs that
         // never use apt from running side by side.
         Caches::open(
-            home,
+            &home.cache(isolation.name()),
             project,
             env,
             |cache| self.kind == Kind::Setup || !cache.id.starts_with("apt-"),
@@ -632,10 +657,10 @@ pub struct Caches {
 }
 
 impl Caches {
-    /// Makes the directories of the project's caches that are `wanted`; with `lock`, waits for and holds the locks of those
+    /// Makes the directories, in `dir`, of the project's caches that are `wanted`; with `lock`, waits for and holds the locks of those
     /// that need one.
     pub fn open(
-        home: &Home,
+        dir: &Path,
         project: &Project,
         env: &Env,
         wanted: impl Fn(&CacheMount) -> bool,
@@ -654,10 +679,10 @@ impl Caches {
                 CacheScope::Shared => cache.id.to_owned(),
                 CacheScope::PerProject => format!("{}/{}", cache.id, project_id(project)),
             };
-            let dir = home.cache().join(&name);
+            let path = dir.join(format!("{name}.lock"));
+            let dir = dir.join(&name);
             fs::create_dir_all(&dir).map_err(at("create", &dir))?;
             if lock && cache.lock {
-                let path = home.cache().join(format!("{name}.lock"));
                 let file = File::create(&path).map_err(at("create", &path))?;
                 file.lock().map_err(at("lock", &path))?;
                 opened.held.push(file);
@@ -722,6 +747,10 @@ impl ScratchDir {
     /// Where the upper is to be.
     pub(crate) fn upper(&self) -> PathBuf {
         self.dir.join("upper")
+    }
+
+    fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
     }
 }
 

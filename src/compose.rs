@@ -1,15 +1,151 @@
 //! An overlay as the root of a sandbox.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use iii_overlay::Overlay;
 use iii_overlay::adapter::fuse::{self, FuseSession, Mode};
+use iii_overlay::{OpenError, Overlay, OverlayOptions};
+use iii_store::{Fact, Layer, Store};
 
-use crate::sandbox::{FuseServer, RootSource};
+#[cfg(feature = "libkrun")]
+use crate::sandbox::Machine;
+use crate::sandbox::{FuseServer, RootSource, Sandbox};
 
 /// Threads that serve one sandbox.
 const THREADS: usize = 4;
+
+/// How sandboxes are kept apart from the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Isolation {
+    /// Linux namespaces.
+    Namespace,
+    /// A microVM of its own.
+    #[cfg(feature = "libkrun")]
+    Machine(Hardware),
+}
+
+/// What a microVM is made of.
+#[cfg(feature = "libkrun")]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hardware {
+    /// The library with the guest's kernel.
+    pub libkrunfw: PathBuf,
+    /// Virtual cpus.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl Isolation {
+    /// As the worker is told, and as `--runtime` calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Namespace => "namespace",
+            #[cfg(feature = "libkrun")]
+            Self::Machine(_) => "libkrun",
+        }
+    }
+}
+
+/// Layers and an upper.
+pub struct Composition<'a> {
+    /// Where the layers are.
+    pub store: &'a Store,
+    /// The layers, bottom first. They and those that the upper stood on last are pinned.
+    pub layers: Vec<Arc<Layer>>,
+    /// The upper's directory.
+    pub upper: PathBuf,
+    /// How to open the overlay.
+    pub options: OverlayOptions,
+    /// How much a kernel may do without asking.
+    pub mode: Mode,
+    /// Where the console of a microVM is written to.
+    pub console: PathBuf,
+}
+
+/// What a sandbox has left behind.
+pub struct Left {
+    /// The overlay.
+    pub overlay: Arc<Overlay>,
+    /// What was observed of it.
+    pub facts: Vec<Fact>,
+}
+
+/// An overlay, and who serves it.
+pub enum Composed {
+    /// This process.
+    Here(Arc<Overlay>, Mode),
+    /// The process of a microVM.
+    #[cfg(feature = "libkrun")]
+    There(Machine),
+}
+
+impl Composition<'_> {
+    /// Opens the overlay, or has that done by the process that is to serve it.
+    pub fn compose(&self, isolation: &Isolation) -> Result<Composed, OpenError> {
+        match isolation {
+            Isolation::Namespace => {
+                let overlay = self.open(self.options.clone())?;
+                Ok(Composed::Here(Arc::new(overlay), self.mode))
+            }
+            #[cfg(feature = "libkrun")]
+            Isolation::Machine(hardware) => Ok(Composed::There(Machine {
+                store: self.store.dir().to_owned(),
+                layers: self.layers.iter().map(|layer| layer.layer_id()).collect(),
+                upper: self.upper.clone(),
+                overlay: self.options.clone(),
+                mode: self.mode,
+                cpus: hardware.cpus,
+                memory_mib: hardware.memory_mib,
+                libkrunfw: hardware.libkrunfw.clone(),
+                console: self.console.clone(),
+            })),
+        }
+    }
+
+    /// What is left once the sandbox that ran on `composed` has ended. `None` where what was observed is not known, as its microVM
+    /// did not go off by itself.
+    pub fn take_back(
+        &self,
+        composed: Composed,
+        sandbox: &mut Sandbox,
+    ) -> Result<Option<Left>, OpenError> {
+        match composed {
+            Composed::Here(overlay, _) => {
+                let facts = overlay.facts();
+                Ok(Some(Left { overlay, facts }))
+            }
+            #[cfg(feature = "libkrun")]
+            Composed::There(_) => {
+                let Some(facts) = sandbox.facts() else {
+                    return Ok(None);
+                };
+                let options = OverlayOptions {
+                    observe: false,
+                    ..self.options.clone()
+                };
+                let overlay = Arc::new(self.open(options)?);
+                Ok(Some(Left { overlay, facts }))
+            }
+        }
+    }
+
+    fn open(&self, options: OverlayOptions) -> Result<Overlay, OpenError> {
+        Overlay::open(self.store, self.layers.clone(), &self.upper, options)
+    }
+}
+
+impl Composed {
+    /// It as a root filesystem.
+    pub fn root(&self) -> RootSource {
+        match self {
+            Self::Here(overlay, mode) => served(overlay, *mode),
+            #[cfg(feature = "libkrun")]
+            Self::There(machine) => RootSource::Machine(Box::new(machine.clone())),
+        }
+    }
+}
 
 struct Server(FuseSession);
 
@@ -20,7 +156,7 @@ impl FuseServer for Server {
 }
 
 /// `overlay`, served over FUSE by this process, as a root filesystem.
-pub fn root(overlay: &Arc<Overlay>, mode: Mode) -> RootSource {
+fn served(overlay: &Arc<Overlay>, mode: Mode) -> RootSource {
     let overlay = Arc::clone(overlay);
     RootSource::Fuse(Box::new(move |device| {
         let session = fuse::serve(overlay, device, THREADS, mode)?;

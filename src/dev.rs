@@ -12,19 +12,29 @@ use std::thread;
 use std::time::Duration;
 
 use iii_overlay::adapter::fuse::Mode;
-use iii_overlay::{OpenError, Overlay, OverlayOptions};
+use iii_overlay::{OpenError, OverlayOptions};
 use iii_store::{Layer, LayerId, Lease, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::build::{self, BuildError, Builder, Caches, Event, Report, Stack, Status};
 use crate::cache::{self, CacheOptions, Caches as LayerCaches};
 use crate::collect;
-use crate::compose;
+#[cfg(feature = "libkrun")]
+use crate::compose::Hardware;
+use crate::compose::{Composition, Isolation};
 use crate::environment;
+use crate::firmware::FirmwareError;
+#[cfg(feature = "libkrun")]
+use crate::firmware::{Package, Places};
 use crate::home::{Home, HomeError};
+#[cfg(feature = "libkrun")]
+use crate::kvm;
+use crate::kvm::Unusable;
 use crate::oci::{self, Image, ImageError, Limits, Origin, Platform, Settings};
 use crate::plan::Kind;
-use crate::project::{DocumentError, NameError, Project, ProjectError, WorkerConfig, WorkerName};
+use crate::project::{
+    DocumentError, NameError, Project, ProjectError, Resources, WorkerConfig, WorkerName,
+};
 use crate::sandbox::{Sandbox, SandboxError, SandboxSpec};
 use crate::supervise::Signals;
 
@@ -77,6 +87,10 @@ pub enum DevError {
     NeverRun { name: String },
     #[error("the project at {} is not what the worker {name} last ran from", project.display())]
     Outdated { name: String, project: PathBuf },
+    #[error("libkrun cannot run a microVM here: {why}")]
+    NoKvm { why: Unusable },
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
 }
 
 fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DevError {
@@ -105,6 +119,17 @@ pub struct Target {
     pub limits: Limits,
     /// Where layers are fetched from, and where they are put for others.
     pub caches: CacheOptions,
+    /// What it runs in.
+    pub runtime: Runtime,
+}
+
+/// What a worker and its steps run in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// Linux namespaces.
+    Namespace,
+    /// A libkrun microVM.
+    Libkrun,
 }
 
 /// What to run.
@@ -167,6 +192,7 @@ struct Opened {
     image: Image,
     env: environment::Env,
     caches: LayerCaches,
+    isolation: Isolation,
 }
 
 impl Opened {
@@ -184,7 +210,9 @@ impl Opened {
         let wanted = target.base.as_deref().unwrap_or(&project.base_image);
         let image = base(&store, wanted, target.rebuild, &target.limits, events)?;
         let env = environment::for_steps(&image.config.env, project.tool_env());
+        let isolation = isolation(home, target.runtime, project.resources, events)?;
         Ok(Self {
+            isolation,
             project,
             name,
             store,
@@ -220,6 +248,7 @@ impl Opened {
             name: self.name.as_str(),
             image: &self.image,
             env: &self.env,
+            isolation: &self.isolation,
             rebuild: target.rebuild,
             caches: &self.caches,
             limits: &target.limits,
@@ -302,6 +331,46 @@ impl Opened {
             Ok(_) => {}
             Err(error) => events(Event::Note(format!("clearing the store failed: {error}"))),
         }
+    }
+}
+
+#[cfg(feature = "libkrun")]
+fn isolation(
+    home: &Home,
+    runtime: Runtime,
+    resources: Resources,
+    events: &dyn Fn(Event<'_>),
+) -> Result<Isolation, DevError> {
+    if runtime == Runtime::Namespace {
+        return Ok(Isolation::Namespace);
+    }
+    kvm::usable(&home.kvm()).map_err(|why| DevError::NoKvm { why })?;
+    let places = Places::from_environment(home.lib(), None);
+    let libkrunfw = if let Some((path, _)) = places.find()? {
+        path
+    } else {
+        events(Event::Note("fetching the guest's kernel, once".into()));
+        let settings = Settings::from_environment().map_err(ImageError::from)?;
+        places.find_or_fetch(Package::of_this_machine().as_ref(), &settings, &|_| ())?
+    };
+    Ok(Isolation::Machine(Hardware {
+        libkrunfw,
+        // The manifest allows what fits.
+        cpus: u8::try_from(resources.cpus).unwrap_or(u8::MAX),
+        memory_mib: resources.memory_mib,
+    }))
+}
+
+#[cfg(not(feature = "libkrun"))]
+fn isolation(
+    _: &Home,
+    runtime: Runtime,
+    _: Resources,
+    _: &dyn Fn(Event<'_>),
+) -> Result<Isolation, DevError> {
+    match runtime {
+        Runtime::Namespace => Ok(Isolation::Namespace),
+        Runtime::Libkrun => Err(DevError::NoLibkrun),
     }
 }
 
@@ -413,23 +482,22 @@ pub fn dev(
         last.retain(|id| opened.store.has_layer(id));
         opened.keep_layers([&last[..], &layers].concat())?;
     }
-    let options_of_overlay = OverlayOptions {
-        project: Some(build::project_at(&stack.layers)),
-        ..OverlayOptions::default()
+    let composition = Composition {
+        store: &opened.store,
+        layers: stack.layers.clone(),
+        upper: place.upper(),
+        options: OverlayOptions {
+            project: Some(build::project_at(&stack.layers)),
+            ..OverlayOptions::default()
+        },
+        mode: Mode::Quiet,
+        console: place.console(),
     };
-    let overlay = Overlay::open(
-        &opened.store,
-        stack.layers.clone(),
-        &place.upper(),
-        options_of_overlay,
-    )
-    .map_err(|source| DevError::Compose {
+    let composed = composition.compose(&opened.isolation);
+    let composed = composed.map_err(|source| DevError::Compose {
         name: opened.name.to_string(),
         source,
     })?;
-    if others {
-        opened.keep_layers(layers)?;
-    }
 
     let engine = options.engine.url();
     let env = environment::for_worker(
@@ -438,16 +506,15 @@ pub fn dev(
         &config.env,
         opened.name.as_str(),
         &engine,
-        "namespace",
+        opened.isolation.name(),
     );
-    let root = compose::root(&Arc::new(overlay), Mode::Quiet);
     let [entrypoint, command] = start_command(&opened.image, project);
-    let mut spec = SandboxSpec::new(root, entrypoint.into_iter().chain(command));
+    let mut spec = SandboxSpec::new(composed.root(), entrypoint.into_iter().chain(command));
     spec.env = env.into_iter().collect();
     spec.user.clone_from(&opened.image.config.user);
     spec.hostname = opened.name.to_string();
     spec.mounts = Caches::open(
-        home,
+        &home.cache(opened.isolation.name()),
         project,
         &opened.env,
         |cache| !cache.id.starts_with("apt-"),
@@ -455,6 +522,10 @@ pub fn dev(
     )?
     .mounts;
     let mut sandbox = Sandbox::start(spec)?;
+    // The overlay is open by now, wherever it is served.
+    if others {
+        opened.keep_layers(layers)?;
+    }
     for warning in sandbox.warnings() {
         events(Event::Note(warning.to_string()));
     }
@@ -666,6 +737,10 @@ impl Place {
 
     fn upper(&self) -> PathBuf {
         self.dir.join("upper")
+    }
+
+    fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
     }
 
     fn drop_upper(&self) -> Result<(), DevError> {

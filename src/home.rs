@@ -52,9 +52,12 @@ impl Home {
         self.root.join("dev").join(name)
     }
 
-    /// What package managers download.
-    pub fn cache(&self) -> PathBuf {
-        self.root.join("cache")
+    /// What package managers download in sandboxes of that runtime. Root inside is another user of the host in each.
+    pub fn cache(&self, runtime: &str) -> PathBuf {
+        match runtime {
+            "namespace" => self.root.join("cache"),
+            _ => self.root.join("cache").join(runtime),
+        }
     }
 
     /// Libraries that were fetched.

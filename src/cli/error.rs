@@ -249,6 +249,7 @@ impl CliError {
                 "name a directory that does not exist, and it is made".into()
             }
             Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
+            Self::Dev(DevError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
             _ if self.store().is_some_and(is_damage) => {

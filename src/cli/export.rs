@@ -66,6 +66,7 @@ pub fn worker(
             collect: image::may_collect(),
             limits: limits::with(&[])?,
             caches: caches(Vec::new(), None)?,
+            runtime: dev::Runtime::Namespace,
         };
         let printer = Printer::new(ui);
         dev::built(home, &target, signals, &|event| printer.show(&event))?

@@ -24,6 +24,8 @@ use error::CliError;
 /// The `iii` program.
 pub fn iii() -> ExitCode {
     sandbox::maybe_run_init();
+    #[cfg(feature = "libkrun")]
+    sandbox::maybe_run_vm();
     kvm::maybe_run();
     keep_large_buffers_mapped();
     let command = Iii::parse().command;
@@ -37,6 +39,8 @@ pub fn iii() -> ExitCode {
 /// The `iii-worker` program: `iii worker`, under the name that the engine calls.
 pub fn iii_worker() -> ExitCode {
     sandbox::maybe_run_init();
+    #[cfg(feature = "libkrun")]
+    sandbox::maybe_run_vm();
     kvm::maybe_run();
     keep_large_buffers_mapped();
     let command = IiiWorker::parse().command;

@@ -14,7 +14,7 @@ use super::image::{self, Bars};
 use super::{CliError, export, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
-use crate::dev::{self, DevError, Engine, Options, Target};
+use crate::dev::{self, Engine, Options, Target};
 use crate::doctor::{self, Diagnosis, State};
 use crate::home::Home;
 use crate::plan::Kind;
@@ -134,11 +134,14 @@ struct Layers {
 }
 
 fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
-    match args.runtime {
-        Runtime::Libkrun => return Err(DevError::NoLibkrun.into()),
-        Runtime::Auto => ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network"),
-        Runtime::Namespace => {}
-    }
+    let runtime = match args.runtime {
+        Runtime::Libkrun => dev::Runtime::Libkrun,
+        Runtime::Auto => {
+            ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network");
+            dev::Runtime::Namespace
+        }
+        Runtime::Namespace => dev::Runtime::Namespace,
+    };
     Ok(Target {
         caches: caches(args.cache_from, args.cache_to)?,
         path: args.path,
@@ -147,6 +150,7 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
         base: args.base,
         collect: image::may_collect(),
         limits: limits::with(&[])?,
+        runtime,
     })
 }
 

@@ -1,10 +1,14 @@
 //! What can go wrong, and what to do about it.
 
+use std::error::Error;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::time::Duration;
 
 use iii_init::failure::{Failure, Step};
+use serde::{Deserialize, Serialize};
 
 /// Why a sandbox did not start, or could not be waited for.
 #[derive(Debug, thiserror::Error)]
@@ -68,9 +72,86 @@ pub enum SandboxError {
     /// The socket to the init failed.
     #[error("sandbox: cannot talk to the init")]
     Talk(#[source] io::Error),
+    /// The process of a microVM could not run it.
+    #[error("the microVM cannot run")]
+    Machine(#[from] RemoteError),
+    /// A microVM's kernel or init said nothing.
+    #[error("the microVM's init did not start within {} s{}", limit.as_secs(), quoted(console))]
+    Boot {
+        /// How long it had.
+        limit: Duration,
+        /// The last lines of its console.
+        console: Vec<String>,
+    },
+    /// A microVM ended before its command did.
+    #[error(
+        "the microVM ended before its command did ({status}){}",
+        quoted(console)
+    )]
+    MachineEnded {
+        /// How its process ended.
+        status: ExitStatus,
+        /// The last lines of its console.
+        console: Vec<String>,
+    },
     /// The init was killed before the command ran.
     #[error("sandbox: killed before the command ran")]
     Killed,
+}
+
+/// The end of a console, as the end of a message.
+fn quoted(console: &[String]) -> String {
+    if console.is_empty() {
+        return "; its console is empty".into();
+    }
+    format!("; its console ends with\n  {}", console.join("\n  "))
+}
+
+/// An error of another process, and its causes.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RemoteError {
+    message: String,
+    cause: Option<Box<RemoteError>>,
+}
+
+impl RemoteError {
+    /// Most errors in a chain, and bytes of each.
+    const MAX: (usize, usize) = (8, 400);
+
+    /// What can be sent of `error`.
+    pub(super) fn new(error: &(dyn Error + 'static)) -> Self {
+        let mut chain: Vec<_> = std::iter::successors(Some(error), |error| (*error).source())
+            .take(Self::MAX.0)
+            .map(|error| {
+                let mut message = error.to_string();
+                while message.len() > Self::MAX.1 {
+                    message.pop();
+                }
+                message
+            })
+            .collect();
+        let mut remote = Self {
+            message: chain.pop().unwrap_or_default(),
+            cause: None,
+        };
+        while let Some(message) = chain.pop() {
+            let cause = Some(Box::new(remote));
+            remote = Self { message, cause };
+        }
+        remote
+    }
+}
+
+impl fmt::Display for RemoteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for RemoteError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_deref().map(|cause| cause as _)
+    }
 }
 
 impl From<Failure> for SandboxError {

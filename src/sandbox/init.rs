@@ -61,7 +61,7 @@ fn stage_1() -> i32 {
 }
 
 /// Moves the socket away from standard input, which becomes empty.
-fn take_control_socket() -> io::Result<OwnedFd> {
+pub(super) fn take_control_socket() -> io::Result<OwnedFd> {
     let control = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
     Ok(control)
@@ -204,6 +204,7 @@ fn furnish(
         return Ok(());
     }
     root::enter(plan, &sources, old_root)?;
+    drop(sources);
     rustix::system::sethostname(plan.hostname.as_bytes()).at(Step::Hostname, &plan.hostname)
 }
 

@@ -44,14 +44,20 @@ mod error;
 mod host;
 mod ids;
 mod init;
+#[cfg(feature = "libkrun")]
+mod krun;
 mod namespace;
 mod root;
+mod running;
 mod spec;
 mod wire;
 
-pub use error::{SandboxError, Warning};
+pub use error::{RemoteError, SandboxError, Warning};
 pub use host::{CA_BUNDLE, HostSettings};
 pub use iii_init::failure::Step;
 pub use init::maybe_run_init;
-pub use namespace::{Controller, NamespaceSupport, Sandbox, probe};
+#[cfg(feature = "libkrun")]
+pub use krun::{BOOT_LIMIT, Machine, maybe_run as maybe_run_vm};
+pub use namespace::{NamespaceSupport, probe};
+pub use running::{Controller, Sandbox};
 pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};

@@ -23,9 +23,8 @@ use super::init::MARKER;
 use super::wire::{FromInit, Mount, Plan, Root, ToInit};
 use super::{FuseServer, RootSource, SandboxError, SandboxSpec, ServeFuse, Stdio, Warning};
 
-/// A running sandbox. Dropped, it is killed and everything in it is gone, as it is when this
-/// process dies.
-pub struct Sandbox {
+/// A running sandbox of namespaces.
+pub(super) struct Namespace {
     child: Child,
     control: Arc<OwnedFd>,
     server: Option<Box<dyn FuseServer>>,
@@ -37,7 +36,7 @@ pub struct Sandbox {
     pub stderr: Option<PipeReader>,
 }
 
-impl Sandbox {
+impl Namespace {
     /// Starts the command and returns once it has been executed.
     pub fn start(spec: SandboxSpec) -> Result<Self, SandboxError> {
         spec.check()?;
@@ -45,7 +44,7 @@ impl Sandbox {
         if let Some((uid, gid)) = ids.foreign_root() {
             give_mounts_to(uid, gid, &spec)?;
         }
-        let plan = plan(&spec);
+        let plan = plan(&spec)?;
         let mut sandbox = match spec.stdio {
             Stdio::Inherit => {
                 let streams = [
@@ -68,27 +67,22 @@ impl Sandbox {
         sandbox.warnings.extend(warning);
         let serve = match spec.root {
             RootSource::Fuse(serve) => Some(serve),
-            RootSource::Dir(_) => None,
+            _ => None,
         };
         sandbox.set_up(&ids, serve)?;
         Ok(sandbox)
     }
 
-    /// The process, as the host sees it, whose end is the sandbox's end. Not the command.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What works worse than it could.
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
     }
 
-    /// A handle for other threads.
-    pub fn controller(&self) -> Controller {
-        Controller {
-            control: Arc::clone(&self.control),
-        }
+    pub fn link(&self) -> Link {
+        Link(Arc::clone(&self.control))
     }
 
     /// Waits until the sandbox is gone: every process reaped, everything written handed to the
@@ -108,27 +102,21 @@ impl Sandbox {
         Ok(status)
     }
 
-    /// As [`wait`](Self::wait), for at most `timeout`. `None` if the sandbox still runs then.
-    pub fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<ExitStatus>, SandboxError> {
+    /// Whether [`wait`](Self::wait) would not block on the command, asked for at most `timeout`.
+    pub fn ends_within(&self, timeout: Duration) -> Result<bool, SandboxError> {
         let deadline = Instant::now().checked_add(timeout);
         while self.status.is_none() {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let left = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds = [PollFd::new(&self.control, PollFlags::IN)];
             match poll(&mut fds, left.as_ref()) {
-                Ok(0) => return Ok(None),
+                Ok(0) => return Ok(false),
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(SandboxError::Talk(error.into())),
             }
         }
-        self.wait().map(Some)
-    }
-
-    /// [`Controller::stop`], then [`wait`](Self::wait).
-    pub fn stop(&mut self, signal: Signal, grace: Duration) -> Result<ExitStatus, SandboxError> {
-        self.controller().stop(signal, grace)?;
-        self.wait()
+        Ok(true)
     }
 
     fn spawn(
@@ -203,7 +191,7 @@ impl Sandbox {
     }
 }
 
-impl Drop for Sandbox {
+impl Drop for Namespace {
     fn drop(&mut self) {
         // The init takes the end of the socket for the end of the tool. Killed instead, stage 1
         // would be gone before those that it waits for. Nobody is left to tell of a failure.
@@ -212,26 +200,13 @@ impl Drop for Sandbox {
     }
 }
 
-/// Reaches a sandbox while another thread waits for it. Once the sandbox has ended, nothing happens.
+/// Reaches the init from other threads.
 #[derive(Clone)]
-pub struct Controller {
-    control: Arc<OwnedFd>,
-}
+pub(super) struct Link(Arc<OwnedFd>);
 
-impl Controller {
-    /// Sends `signal` to the command's process group, as a terminal would.
-    pub fn signal(&self, signal: Signal) -> Result<(), SandboxError> {
-        let signal = Request::Signal(MAIN, signal.as_raw());
-        request(&self.control, &ToInit::Request(signal), &[])
-    }
-
-    /// Ends the sandbox: `signal` to the command's process group; once the command has ended, to
-    /// whatever it left running; after `grace`, SIGKILL to all. Returns at once. Called again, it
-    /// can only shorten the grace.
-    pub fn stop(&self, signal: Signal, grace: Duration) -> Result<(), SandboxError> {
-        let signal = signal.as_raw();
-        let stop = Request::Stop { signal, grace };
-        request(&self.control, &ToInit::Request(stop), &[])
+impl Link {
+    pub fn request(&self, message: Request) -> Result<(), SandboxError> {
+        request(&self.0, &ToInit::Request(message), &[])
     }
 }
 
@@ -283,7 +258,7 @@ pub fn probe(init: &Path) -> NamespaceSupport {
         rustix::stdio::stdout(),
         rustix::stdio::stderr(),
     ];
-    let tried = Sandbox::spawn(init, &plan, streams).and_then(|mut sandbox| {
+    let tried = Namespace::spawn(init, &plan, streams).and_then(|mut sandbox| {
         sandbox.set_up(&ids, None)?;
         warnings.append(&mut sandbox.warnings);
         Ok(())
@@ -295,12 +270,16 @@ pub fn probe(init: &Path) -> NamespaceSupport {
     }
 }
 
-fn plan(spec: &SandboxSpec) -> Plan {
+fn plan(spec: &SandboxSpec) -> Result<Plan, SandboxError> {
     let hostname = spec.hostname();
-    Plan {
+    Ok(Plan {
         root: match &spec.root {
             RootSource::Fuse(_) => Root::Fuse,
             RootSource::Dir(path) => Root::Dir(path.into()),
+            #[cfg(feature = "libkrun")]
+            RootSource::Machine(_) => {
+                return Err(SandboxError::Spec("namespaces are no machine".into()));
+            }
         },
         files: spec.host.files(&hostname),
         hostname,
@@ -315,7 +294,7 @@ fn plan(spec: &SandboxSpec) -> Plan {
             })
             .collect(),
         owns_output: spec.stdio == Stdio::Piped,
-    }
+    })
 }
 
 fn plan_file(plan: &Plan) -> io::Result<File> {

@@ -113,6 +113,9 @@ pub enum RootSource {
     /// A directory of the host, bind-mounted writable. Its files keep their owners, so those that
     /// the sandbox's ids do not cover belong to `nobody` inside.
     Dir(PathBuf),
+    /// An overlay, served by the process of the microVM that the command runs in.
+    #[cfg(feature = "libkrun")]
+    Machine(Box<super::Machine>),
 }
 
 /// Starts serving on a `/dev/fuse` descriptor that is mounted already; answers `INIT` before or

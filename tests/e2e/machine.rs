@@ -18,22 +18,28 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub fn guest(cache: &Path) -> Result<&'static Path, &'static str> {
     static GUEST: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let made = GUEST.get_or_init(|| {
-        if !cfg!(target_arch = "x86_64") {
-            return Err("only for x86_64".into());
-        }
-        let version = Command::new("qemu-system-x86_64").arg("--version").output();
-        version.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
-        let run = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-guest"))
-            .arg(cache)
-            .output()
-            .map_err(|error| error.to_string())?;
-        if run.status.success() {
-            return Ok(String::from_utf8_lossy(&run.stdout).trim().into());
-        }
-        let stderr = String::from_utf8_lossy(&run.stderr);
-        Err(stderr.lines().last().unwrap_or("failed").to_owned())
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-guest");
+        make(script, cache)
     });
     made.as_deref().map_err(String::as_str)
+}
+
+/// Has `script` make a directory with vmlinuz and initrd below `cache`; says why where that cannot be.
+pub fn make(script: &str, cache: &Path) -> Result<PathBuf, String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Err("only for x86_64".into());
+    }
+    let version = Command::new("qemu-system-x86_64").arg("--version").output();
+    version.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+    let run = Command::new(script)
+        .arg(cache)
+        .output()
+        .map_err(|error| error.to_string())?;
+    if run.status.success() {
+        return Ok(String::from_utf8_lossy(&run.stdout).trim().into());
+    }
+    let stderr = String::from_utf8_lossy(&run.stderr);
+    Err(stderr.lines().last().unwrap_or("failed").to_owned())
 }
 
 /// An archive with one file, as the kernel takes it behind another.
@@ -71,28 +77,35 @@ pub struct Vm {
 impl Vm {
     /// Boots a machine whose root is served at `socket`, and which runs the shell script `job` there.
     pub fn boot(guest: &Path, socket: &Path, job: &str) -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = tempfile::tempdir().unwrap();
-        let initrd = dir.path().join("initrd");
-        let mut archives = fs::read(guest.join("initrd")).unwrap();
-        archives.extend(cpio("job", format!("set -eu\n{job}\n").as_bytes()));
-        fs::write(&initrd, archives).unwrap();
-        let mut qemu = Command::new("qemu-system-x86_64")
-            .args("-accel tcg -cpu qemu64 -m 384 -nodefaults -no-reboot -display none".split(' '))
-            .args("-M q35,memory-backend=mem,smbus=off,sata=off,hpet=off -serial stdio".split(' '))
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args("-accel tcg -cpu qemu64 -m 384".split(' '))
+            .args("-M q35,memory-backend=mem,smbus=off,sata=off,hpet=off".split(' '))
             .arg("-object")
             .arg("memory-backend-memfd,id=mem,size=384M,share=on")
             .arg("-append")
             .arg("console=ttyS0 quiet panic=-1 mitigations=off nokaslr")
-            .arg("-kernel")
-            .arg(guest.join("vmlinuz"))
-            .arg("-initrd")
-            .arg(&initrd)
             .arg("-chardev")
             .arg(format!("socket,id=fs,path={}", socket.display()))
             .arg("-device")
-            .arg("vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=root")
+            .arg("vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=root");
+        Self::start(qemu, guest, job, LIMIT)
+    }
+
+    /// Boots what is in `made` on the machine `qemu`, which runs the shell script `job` and may take as long as `limit`.
+    pub fn start(mut qemu: Command, made: &Path, job: &str, limit: Duration) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let initrd = dir.path().join("initrd");
+        let mut archives = fs::read(made.join("initrd")).unwrap();
+        archives.extend(cpio("job", format!("set -eu\n{job}\n").as_bytes()));
+        fs::write(&initrd, archives).unwrap();
+        let mut qemu = qemu
+            .args("-nodefaults -no-reboot -display none -serial stdio".split(' '))
+            .arg("-kernel")
+            .arg(made.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(&initrd)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -113,7 +126,7 @@ impl Vm {
             qemu,
             console,
             seen: Vec::new(),
-            until: Instant::now() + LIMIT,
+            until: Instant::now() + limit,
             _dir: dir,
             _alone: alone,
         }

@@ -11,6 +11,8 @@ mod export;
 mod fidelity;
 mod harness;
 mod kills;
+#[cfg(feature = "libkrun")]
+mod krun;
 mod layers;
 mod lifecycle;
 mod machine;

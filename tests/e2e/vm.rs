@@ -37,7 +37,7 @@ fn home(add: impl FnOnce(&Path)) -> Home {
 }
 
 /// Copies a program of this machine and its libraries into the root filesystem `root`, as /bin/`name`.
-fn install(program: &Path, root: &Path, name: &str) {
+pub fn install(program: &Path, root: &Path, name: &str) {
     fs::copy(program, root.join("bin").join(name)).unwrap();
     let libraries = Command::new("ldd").arg(program).output().unwrap();
     let libraries = String::from_utf8(libraries.stdout).unwrap();

@@ -1,0 +1,518 @@
+//! The libkrun runtime: a microVM, as the tool sees it.
+//!
+//! ```text
+//! tool                        vm process (tool's own binary)         guest
+//!  spawn self, socket = fd 0 ->
+//!  VmPlan                    ->
+//!                              open the store and the overlay
+//!                              enter the VM                       ->  kernel, init
+//!                             <- Stream(Control) + fd             <-  Hello(Control)
+//!  Start, over that          ------------------------------------->   mounts
+//!                             <- Stream(Input, ...) + fds         <-  Hello(...)
+//!  Request                   ------------------------------------->
+//!                            <------------------------------------    Report
+//!  closes the control stream ------------------------------------->   sync, power off
+//!                             <- Facts
+//!                              exit
+//! ```
+//!
+//! The process of the VM serves the guest's filesystem and holds its memory; the tool supervises and never touches either. What
+//! the guest sends to the tool are framed messages and the bytes that its commands print. When the tool goes, the socket
+//! closes, and the process goes with the VM in it.
+
+mod vm;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, PipeReader, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use iii_init::frame;
+use iii_init::message::{MAIN, Report, Request};
+use iii_init::packet::{self, MAX_MESSAGE};
+use iii_init::vm::{FromGuest, Hello, Start, ToGuest, Volume};
+use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::{MAX_FACTS, OverlayOptions};
+use iii_store::{Fact, LayerId};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::Signal;
+
+use super::{SandboxError, SandboxSpec, Stdio};
+use crate::tail::Tail;
+
+pub use vm::maybe_run;
+use vm::{FromVm, ToVm, VmPlan, VmVolume};
+
+/// How long a guest has from the start of its process until its init speaks. With hardware that is a fraction of a second; this is for
+/// machines that emulate it.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// What a guest has beyond the grace of a stop, to do what its init was told, and to go off once its command has ended.
+const GOING_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of facts that are taken from a VM's process.
+const MAX_FACT_BYTES: u64 = 256 << 20;
+/// Bytes at the end of a console log that are shown.
+const CONSOLE_TAIL: u64 = 16 << 10;
+/// Streams of commands that are kept until they are asked for.
+const MAX_STREAMS: usize = 16;
+
+/// The machine that a command runs in, and the overlay that is its root. The layers, and those that the upper stood on
+/// last, have to be pinned until the sandbox has ended.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// The store's directory.
+    pub store: PathBuf,
+    /// The layers, bottom first.
+    pub layers: Vec<LayerId>,
+    /// The upper's directory.
+    pub upper: PathBuf,
+    /// How to open the overlay.
+    pub overlay: OverlayOptions,
+    /// Whether the guest's kernel may keep what it knows.
+    pub mode: Mode,
+    /// Virtual cpus, at least 1.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The library with the guest's kernel.
+    pub libkrunfw: PathBuf,
+    /// Where the console's output is written; what was there goes.
+    pub console: PathBuf,
+}
+
+/// What happens to a VM.
+enum Event {
+    Vm(FromVm, Vec<OwnedFd>),
+    /// The VM's process is gone.
+    VmGone,
+    Guest(FromGuest),
+    /// The guest's init is gone, or talks nonsense.
+    GuestGone,
+    /// All that one of the main command's output streams brought is where it belongs.
+    Drained,
+    /// Nothing of it is to be left after that.
+    EndBy(Instant),
+}
+
+/// A running microVM. Dropped, it is killed.
+pub(super) struct Vm {
+    child: Child,
+    /// Closed by the tool's end, with which the VM's process ends.
+    control: Arc<OwnedFd>,
+    console: PathBuf,
+    events: Receiver<Event>,
+    sender: Sender<Event>,
+    guest: Arc<Mutex<Option<UnixStream>>>,
+    /// Connected by the guest, and not asked for yet.
+    streams: HashMap<Hello, OwnedFd>,
+    /// Output streams that are not drained.
+    draining: usize,
+    /// The main command's wait status, once it has ended.
+    exited: Option<i32>,
+    facts: Option<Vec<Fact>>,
+    end_by: Option<Instant>,
+    gone: bool,
+    pub stdout: Option<PipeReader>,
+    pub stderr: Option<PipeReader>,
+}
+
+impl Vm {
+    /// Boots the machine and returns once the command has been executed in it.
+    pub fn start(spec: &SandboxSpec, machine: &Machine) -> Result<Self, SandboxError> {
+        if let Some(mount) = spec.mounts.iter().find(|m| m.read_only || !m.host.is_dir()) {
+            let target = &mount.target;
+            return Err(SandboxError::Spec(format!(
+                "a microVM shares whole directories, to read and write; the mount at {target} is another"
+            )));
+        }
+        let volumes = spec.mounts.iter().enumerate();
+        let volumes = volumes.map(|(index, mount)| VmVolume {
+            tag: format!("volume{index}"),
+            host: mount.host.clone(),
+        });
+        let plan = VmPlan::new(machine, volumes.collect());
+        let mut vm = Self::spawn(&spec.init, &plan, &machine.console)?;
+        let deadline = Instant::now() + BOOT_LIMIT;
+        while !matches!(
+            vm.next_of_start(deadline)?,
+            Some(Event::Guest(FromGuest::Ready))
+        ) {}
+        vm.send(&ToGuest::Start(Box::new(start(spec, &plan))))?;
+        vm.connect(spec.stdio, deadline)?;
+        Ok(vm)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn link(&self) -> Link {
+        Link {
+            guest: Arc::clone(&self.guest),
+            events: self.sender.clone(),
+        }
+    }
+
+    /// Waits until the machine is off. The command's status; SIGKILL's where a stop took too long.
+    pub fn wait(&mut self) -> Result<ExitStatus, SandboxError> {
+        // What was printed has to be out of the guest before it goes off.
+        while self.exited.is_none() || self.draining > 0 {
+            match self.next(None) {
+                Ok(Some(Event::Vm(FromVm::Failed(cause), _))) => return Err(cause.into()),
+                Ok(Some(Event::VmGone)) if self.exited.is_none() => return Err(self.ended()),
+                // A guest that only lost its init goes off by itself.
+                Ok(Some(Event::GuestGone)) => self.end_within(GOING_LIMIT),
+                Ok(_) => {}
+                Err(_) => {
+                    self.kill();
+                    return Ok(ExitStatus::from_raw(Signal::KILL.as_raw()));
+                }
+            }
+        }
+        if let Some(guest) = lock(&self.guest).take() {
+            // The other thread that has it only sees the end.
+            let _ = guest.shutdown(std::net::Shutdown::Both);
+        }
+        self.end_within(GOING_LIMIT);
+        while !self.gone {
+            match self.next(None) {
+                Ok(Some(Event::Vm(FromVm::Facts, fds))) => self.facts = read_facts(fds),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        self.kill();
+        Ok(ExitStatus::from_raw(self.exited.unwrap_or_default()))
+    }
+
+    /// Whether [`wait`](Self::wait) would not block on the command, asked for at most `timeout`.
+    pub fn ends_within(&mut self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        while self.exited.is_none() && !self.gone {
+            if self.next(Some(deadline)).is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// What the overlay observed, once the machine is off; `None` if it did not go off by itself.
+    pub fn facts(&mut self) -> Option<Vec<Fact>> {
+        self.facts.take()
+    }
+
+    fn spawn(program: &Path, plan: &VmPlan, console: &Path) -> Result<Self, SandboxError> {
+        let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
+        let child = Command::new(program)
+            .arg(vm::MARKER)
+            .env_clear()
+            .stdin(theirs)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .map_err(|source| SandboxError::Spawn {
+                program: program.to_owned(),
+                source,
+            })?;
+        let (sender, events) = channel();
+        let vm = Self {
+            child,
+            control: Arc::new(ours),
+            console: console.to_owned(),
+            events,
+            sender,
+            guest: Arc::default(),
+            streams: HashMap::new(),
+            draining: 0,
+            exited: None,
+            facts: None,
+            end_by: None,
+            gone: false,
+            stdout: None,
+            stderr: None,
+        };
+        let plan = file_of(plan).map_err(SandboxError::Talk)?;
+        packet::send(&vm.control, &ToVm::Start, &[plan.as_fd()]).map_err(SandboxError::Talk)?;
+        let (control, sender) = (Arc::clone(&vm.control), vm.sender.clone());
+        spawn_thread("vm", move || {
+            while let Ok(Some((message, fds))) = packet::recv(&control) {
+                if sender.send(Event::Vm(message, fds)).is_err() {
+                    return;
+                }
+            }
+            let _ = sender.send(Event::VmGone);
+        })?;
+        Ok(vm)
+    }
+
+    /// The next event of the machine's start; what means that it will not run is an error.
+    fn next_of_start(&mut self, deadline: Instant) -> Result<Option<Event>, SandboxError> {
+        match self.next(Some(deadline)) {
+            Ok(Some(Event::Vm(FromVm::Failed(cause), _))) => Err(cause.into()),
+            Ok(Some(Event::Guest(FromGuest::Report(Report::Failed(MAIN, failure))))) => {
+                Err(failure.into())
+            }
+            Ok(Some(Event::VmGone)) => Err(self.ended()),
+            Ok(event) => Ok(event),
+            Err(RecvTimeoutError::Timeout) => {
+                self.kill();
+                Err(SandboxError::Boot {
+                    limit: BOOT_LIMIT,
+                    console: self.console_tail(),
+                })
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(SandboxError::Killed),
+        }
+    }
+
+    /// The next event, within what is left until `deadline` and the end that was set. `None` for what needs nothing more.
+    fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Event>, RecvTimeoutError> {
+        let event = if let Some(at) = deadline.into_iter().chain(self.end_by).min() {
+            let left = at.saturating_duration_since(Instant::now());
+            self.events.recv_timeout(left)?
+        } else {
+            let event = self.events.recv();
+            event.map_err(|_| RecvTimeoutError::Disconnected)?
+        };
+        match event {
+            Event::Vm(FromVm::Stream(hello), fds) => self.keep(hello, fds),
+            Event::EndBy(at) => self.end_at(at),
+            Event::Drained => self.draining = self.draining.saturating_sub(1),
+            Event::Guest(FromGuest::Report(Report::Exited(MAIN, status))) => {
+                self.exited.get_or_insert(status);
+            }
+            Event::VmGone => {
+                self.gone = true;
+                return Ok(Some(Event::VmGone));
+            }
+            event => return Ok(Some(event)),
+        }
+        Ok(None)
+    }
+
+    fn end_within(&mut self, limit: Duration) {
+        self.end_at(Instant::now() + limit);
+    }
+
+    fn end_at(&mut self, at: Instant) {
+        self.end_by = Some(self.end_by.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// Keeps a stream that the guest has connected; the first control stream is read from now on.
+    fn keep(&mut self, hello: [u8; Hello::LEN], mut fds: Vec<OwnedFd>) {
+        let (Some(hello), Some(fd)) = (Hello::from_bytes(hello), fds.pop()) else {
+            return;
+        };
+        if hello != Hello::Control {
+            if self.streams.len() < MAX_STREAMS {
+                self.streams.entry(hello).or_insert(fd);
+            }
+            return;
+        }
+        let stream = UnixStream::from(fd);
+        let mut guest = lock(&self.guest);
+        if guest.is_some() {
+            return;
+        }
+        let (Ok(mut reading), sender) = (stream.try_clone(), self.sender.clone()) else {
+            return;
+        };
+        let listening = spawn_thread("guest", move || {
+            let mut receiver = frame::Receiver::new(MAX_MESSAGE);
+            while let Ok(frame::Received::Message(message)) = receiver.read(&mut reading) {
+                if sender.send(Event::Guest(message)).is_err() {
+                    return;
+                }
+            }
+            let _ = sender.send(Event::GuestGone);
+        });
+        if listening.is_ok() {
+            *guest = Some(stream);
+        }
+    }
+
+    /// Waits for the main command to run, and connects its streams.
+    fn connect(&mut self, stdio: Stdio, deadline: Instant) -> Result<(), SandboxError> {
+        let wanted = [Hello::Input(MAIN), Hello::Output(MAIN), Hello::Errors(MAIN)];
+        let mut running = false;
+        // The guest connects them before it says that it runs, but they come another way.
+        let [input, output, errors] = loop {
+            if running && wanted.iter().all(|hello| self.streams.contains_key(hello)) {
+                let streams = wanted.map(|hello| self.streams.remove(&hello));
+                if let [Some(input), Some(output), Some(errors)] = streams {
+                    break [input, output, errors];
+                }
+            }
+            let event = self.next_of_start(deadline)?;
+            running |= matches!(
+                event,
+                Some(Event::Guest(FromGuest::Report(Report::Running(MAIN))))
+            );
+        };
+        let host = |source| SandboxError::Host {
+            operation: "connect",
+            path: "the standard streams".into(),
+            source,
+        };
+        let (to_output, to_errors) = match stdio {
+            Stdio::Inherit => {
+                let stdin = rustix::stdio::stdin().try_clone_to_owned().map_err(host)?;
+                let to = UnixStream::from(input);
+                spawn_thread("stdin", move || {
+                    let (mut from, mut to) = (File::from(stdin), to);
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(std::net::Shutdown::Write);
+                })?;
+                (
+                    rustix::stdio::stdout().try_clone_to_owned().map_err(host)?,
+                    rustix::stdio::stderr().try_clone_to_owned().map_err(host)?,
+                )
+            }
+            Stdio::Piped => {
+                drop(input);
+                let (stdout, to_output) = io::pipe().map_err(host)?;
+                let (stderr, to_errors) = io::pipe().map_err(host)?;
+                (self.stdout, self.stderr) = (Some(stdout), Some(stderr));
+                (to_output.into(), to_errors.into())
+            }
+        };
+        for (name, from, to) in [("stdout", output, to_output), ("stderr", errors, to_errors)] {
+            let sender = self.sender.clone();
+            spawn_thread(name, move || {
+                // When nobody reads any more, the guest's command is told by its pipe.
+                let _ = io::copy(&mut File::from(from), &mut File::from(to));
+                let _ = sender.send(Event::Drained);
+            })?;
+            self.draining += 1;
+        }
+        Ok(())
+    }
+
+    fn send(&self, message: &ToGuest) -> Result<(), SandboxError> {
+        match &mut *lock(&self.guest) {
+            Some(guest) => frame::send(guest, message).map_err(SandboxError::Talk),
+            None => Ok(()),
+        }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.gone = true;
+    }
+
+    /// Why the VM's process is gone while something was expected of it.
+    fn ended(&mut self) -> SandboxError {
+        match self.child.wait() {
+            Ok(status) => SandboxError::MachineEnded {
+                status,
+                console: self.console_tail(),
+            },
+            Err(error) => SandboxError::Talk(error),
+        }
+    }
+
+    /// The last lines of the console; it is the guest's, so they are made safe to show.
+    fn console_tail(&self) -> Vec<String> {
+        let mut bytes = Vec::new();
+        let read = File::open(&self.console).and_then(|mut file| {
+            let length = file.metadata()?.len();
+            file.seek(io::SeekFrom::Start(length.saturating_sub(CONSOLE_TAIL)))?;
+            file.take(CONSOLE_TAIL).read_to_end(&mut bytes)
+        });
+        if read.is_err() {
+            bytes.clear();
+        }
+        let mut tail = Tail::default();
+        tail.push(&bytes);
+        tail.into_lines()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if !self.gone {
+            self.kill();
+        }
+    }
+}
+
+/// Reaches the guest from other threads.
+#[derive(Clone)]
+pub(super) struct Link {
+    guest: Arc<Mutex<Option<UnixStream>>>,
+    events: Sender<Event>,
+}
+
+impl Link {
+    pub fn request(&self, request: Request) {
+        if let Request::Stop { grace, .. } = request
+            && let Some(end) = Instant::now().checked_add(grace.saturating_add(GOING_LIMIT))
+        {
+            // Whether or not the guest does as it is told.
+            let _ = self.events.send(Event::EndBy(end));
+        }
+        if let Some(guest) = &mut *lock(&self.guest) {
+            // Where it cannot be told, it has ended, or will be ended.
+            let _ = frame::send(guest, &ToGuest::Request(request));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn spawn_thread(
+    name: &str,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, SandboxError> {
+    let thread = thread::Builder::new().name(name.into()).spawn(run);
+    thread.map_err(|source| SandboxError::Host {
+        operation: "start",
+        path: "a thread".into(),
+        source,
+    })
+}
+
+fn start(spec: &SandboxSpec, plan: &VmPlan) -> Start {
+    let hostname = spec.hostname();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let volumes = spec.mounts.iter().zip(&plan.volumes);
+    Start {
+        now: now.unwrap_or_default(),
+        files: spec.host.files(&hostname),
+        hostname,
+        volumes: volumes
+            .map(|(mount, volume)| Volume {
+                tag: volume.tag.clone(),
+                target: mount.target.clone(),
+            })
+            .collect(),
+        command: spec.command(),
+    }
+}
+
+/// A message that does not fit a packet.
+fn file_of(message: &impl serde::Serialize) -> io::Result<File> {
+    let mut file = File::from(memfd_create("iii-vm", MemfdFlags::CLOEXEC)?);
+    file.write_all(&packet::encode(message)?)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// What the VM's process says that it saw, if it makes sense. That process is as trusted as its guest could not subvert it.
+fn read_facts(mut fds: Vec<OwnedFd>) -> Option<Vec<Fact>> {
+    let mut file = File::from(fds.pop()?);
+    file.rewind().ok()?;
+    let mut bytes = Vec::new();
+    file.take(MAX_FACT_BYTES).read_to_end(&mut bytes).ok()?;
+    let facts: Vec<Fact> = packet::decode(&bytes).ok()?;
+    (facts.len() <= MAX_FACTS).then_some(facts)
+}

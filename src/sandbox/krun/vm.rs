@@ -1,0 +1,317 @@
+//! The process of one microVM: opens the store and the overlay, enters the VM, and ends with it.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use iii_init::packet;
+use iii_init::vm::{Hello, PORT};
+use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::krun::{INIT_PATH, Krun};
+use iii_overlay::{OpenError, Overlay, OverlayOptions, Project};
+use iii_store::{LayerId, Store, StoreError};
+use msb_krun::backends::fs::DynFileSystem;
+use msb_krun::{
+    VmBuilder, VsockConnectRequest, VsockNotifier, VsockPortBackend, VsockShutdown,
+    VsockStreamBackend,
+};
+use rustix::process::setsid;
+use serde::{Deserialize, Serialize};
+
+use super::Machine;
+use crate::sandbox::RemoteError;
+use crate::sandbox::init::take_control_socket;
+
+/// The argument by which the program knows that it is to be a VM.
+pub(super) const MARKER: &str = "__sandbox-vm";
+
+/// The guest's init, which `build.rs` has built.
+static INIT: &[u8] = include_bytes!(env!("III_INIT"));
+
+/// Where a process finds its own descriptors by name.
+const DESCRIPTORS: &str = if cfg!(target_os = "linux") {
+    "/proc/self/fd"
+} else {
+    "/dev/fd"
+};
+
+/// Bytes of console output that are kept. A guest can print without end.
+const MAX_CONSOLE: u64 = 1 << 20;
+/// Bytes of a plan: its layers, above all.
+const MAX_PLAN: u64 = 1 << 20;
+/// Connections that a guest may make in its life. The tool keeps far fewer at once.
+const MAX_CONNECTIONS: u32 = 1 << 20;
+
+/// What the process is to do.
+#[derive(Serialize, Deserialize)]
+pub(super) struct VmPlan {
+    store: PathBuf,
+    layers: Vec<[u8; 32]>,
+    upper: PathBuf,
+    project: Option<(Vec<u8>, usize)>,
+    observe: bool,
+    volatile: bool,
+    quiet: bool,
+    cpus: u8,
+    memory_mib: u32,
+    libkrunfw: PathBuf,
+    console: PathBuf,
+    pub volumes: Vec<VmVolume>,
+}
+
+/// A directory of the host that the guest may mount.
+#[derive(Serialize, Deserialize)]
+pub(super) struct VmVolume {
+    pub tag: String,
+    pub host: PathBuf,
+}
+
+impl VmPlan {
+    pub fn new(machine: &Machine, volumes: Vec<VmVolume>) -> Self {
+        let options = &machine.overlay;
+        let project = options.project.as_ref();
+        Self {
+            store: machine.store.clone(),
+            layers: machine.layers.iter().map(|id| *id.as_bytes()).collect(),
+            upper: machine.upper.clone(),
+            project: project.map(|project| (project.path.clone(), project.slot)),
+            observe: options.observe,
+            volatile: options.volatile,
+            quiet: machine.mode == Mode::Quiet,
+            cpus: machine.cpus,
+            memory_mib: machine.memory_mib,
+            libkrunfw: machine.libkrunfw.clone(),
+            console: machine.console.clone(),
+            volumes,
+        }
+    }
+}
+
+/// From the tool to the process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum ToVm {
+    /// With the plan's file.
+    Start,
+}
+
+/// From the process to the tool.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FromVm {
+    /// The guest has connected, and begun with these bytes. With the other end.
+    Stream([u8; Hello::LEN]),
+    /// The guest has gone off. With a file of what the overlay has observed.
+    Facts,
+    /// There will be no VM.
+    Failed(RemoteError),
+}
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+enum VmError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("composing the guest's root filesystem failed")]
+    Compose(#[from] OpenError),
+    #[error("libkrun cannot run the microVM")]
+    Krun(#[source] msb_krun::Error),
+    #[error("cannot {0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+fn at(operation: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Io(operation, source)
+}
+
+/// To be called first in `main`. Returns unless this process was started to be a VM; then it never does.
+pub fn maybe_run() {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == MARKER)
+    {
+        std::process::exit(run());
+    }
+}
+
+fn run() -> i32 {
+    // SAFETY: nothing but the standard streams is owned yet.
+    unsafe { iii_init::process::close_others() };
+    let Ok(control) = take_control_socket() else {
+        return 1;
+    };
+    let Some(plan) = receive_plan(&control) else {
+        eprintln!("{MARKER} is how this program starts its own microVMs; it is not for people");
+        return 2;
+    };
+    let control = Arc::new(control);
+    let Err(error) = enter(&control, plan);
+    let failed = FromVm::Failed(RemoteError::new(&error));
+    // Where the tool is gone there is nobody to tell.
+    let _ = packet::send(&control, &failed, &[]);
+    1
+}
+
+fn receive_plan(control: &OwnedFd) -> Option<VmPlan> {
+    let (ToVm::Start, mut fds) = packet::recv(control).ok()??;
+    let mut bytes = Vec::new();
+    let file = File::from(fds.pop()?);
+    file.take(MAX_PLAN).read_to_end(&mut bytes).ok()?;
+    packet::decode(&bytes).ok()
+}
+
+fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
+    // A session of its own, so that the terminal's Ctrl-C reaches the tool alone.
+    setsid().map_err(|error| at("start a session")(error.into()))?;
+    end_with_the_tool(Arc::clone(control))?;
+    let console = console(&plan.console).map_err(at("open the console's log"))?;
+
+    let store = Store::open(&plan.store)?;
+    let layers = plan
+        .layers
+        .iter()
+        .map(|id| store.layer(&LayerId::from_bytes(*id)));
+    let layers = layers.collect::<Result<Vec<_>, _>>()?;
+    let options = OverlayOptions {
+        project: plan.project.map(|(path, slot)| Project { path, slot }),
+        observe: plan.observe,
+        volatile: plan.volatile,
+    };
+    let overlay = Arc::new(Overlay::open(&store, layers, &plan.upper, options)?);
+    let mode = if plan.quiet {
+        Mode::Quiet
+    } else {
+        Mode::Observed
+    };
+    let root = Krun::new(Arc::clone(&overlay), mode, INIT).map_err(at("make a buffer"))?;
+
+    let streams = Streams {
+        control: Arc::clone(control),
+        left: Mutex::new(MAX_CONNECTIONS),
+    };
+    let mut builder = VmBuilder::new()
+        .machine(|machine| {
+            machine
+                .vcpus(plan.cpus)
+                .memory_mib(plan.memory_mib as usize)
+                .enable_inet_hijack(true)
+        })
+        .kernel(|kernel| kernel.krunfw_path(&plan.libkrunfw).init_path(INIT_PATH))
+        .console(|out| out.output(format!("{DESCRIPTORS}/{}", console.as_raw_fd())))
+        .vsock(|vsock| vsock.custom(PORT, Arc::new(streams)))
+        .fs(|fs| fs.tag("/dev/root").custom(Box::new(root)))
+        .fs(|fs| fs.tag("nothing").custom(Box::new(Nothing)));
+    for volume in &plan.volumes {
+        builder = builder.fs(|fs| fs.tag(&volume.tag).path(&volume.host));
+    }
+    let facts_to = Arc::clone(control);
+    builder
+        .on_exit(move |_| {
+            let _ = send_facts(&facts_to, &overlay);
+        })
+        .build()
+        .and_then(msb_krun::Vm::enter)
+        .map_err(VmError::Krun)
+}
+
+/// A second filesystem, for libkrun forwards the guest's Unix sockets to the host's where the root is the only one.
+struct Nothing;
+
+impl DynFileSystem for Nothing {}
+
+/// Ends this process, and the VM in it, when the tool has gone.
+fn end_with_the_tool(control: Arc<OwnedFd>) -> Result<(), VmError> {
+    let watch = move || {
+        // The tool says nothing more.
+        while let Ok(Some((ToVm::Start, _))) = packet::recv(&control) {}
+        // SAFETY: nothing needs to be undone: what the guest was told to be written is written.
+        unsafe { libc::_exit(0) };
+    };
+    let thread = thread::Builder::new().name("tool".into()).spawn(watch);
+    thread.map(drop).map_err(at("start a thread"))
+}
+
+/// What is written to the pipe ends up in the log, as much as there is room for.
+fn console(log: &std::path::Path) -> io::Result<io::PipeWriter> {
+    let log = File::create(log)?;
+    let (mut reader, writer) = io::pipe()?;
+    rustix::stdio::dup2_stderr(&writer)?;
+    let copy = move || {
+        let _ = io::copy(&mut (&mut reader).take(MAX_CONSOLE), &mut &log);
+        let _ = io::copy(&mut reader, &mut io::sink());
+    };
+    thread::Builder::new().name("console".into()).spawn(copy)?;
+    Ok(writer)
+}
+
+fn send_facts(control: &OwnedFd, overlay: &Overlay) -> io::Result<()> {
+    let facts = super::file_of(&overlay.facts())?;
+    packet::send(control, &FromVm::Facts, &[facts.as_fd()])
+}
+
+/// The host's end of the guest's connections: each becomes a socket of the tool's.
+struct Streams {
+    control: Arc<OwnedFd>,
+    left: Mutex<u32>,
+}
+
+impl VsockPortBackend for Streams {
+    fn connect(
+        &self,
+        _: VsockConnectRequest,
+        _: VsockNotifier,
+    ) -> io::Result<Box<dyn VsockStreamBackend>> {
+        let mut left = super::lock(&self.left);
+        *left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok(Box::new(Stream {
+            ours,
+            control: Arc::clone(&self.control),
+            hello: Mutex::new(Some((Vec::new(), theirs))),
+        }))
+    }
+}
+
+/// One connection.
+struct Stream {
+    ours: UnixStream,
+    control: Arc<OwnedFd>,
+    /// What has come of its first bytes, and the tool's end, until it is handed over.
+    hello: Mutex<Option<(Vec<u8>, UnixStream)>>,
+}
+
+impl VsockStreamBackend for Stream {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.ours).read(buffer)
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut hello = super::lock(&self.hello);
+        let Some((come, theirs)) = &mut *hello else {
+            return (&self.ours).write(bytes);
+        };
+        let taken = bytes.len().min(Hello::LEN - come.len());
+        come.extend(bytes.iter().take(taken));
+        if let Ok(bytes) = <[u8; Hello::LEN]>::try_from(come.as_slice()) {
+            let theirs: BorrowedFd<'_> = theirs.as_fd();
+            packet::send(&self.control, &FromVm::Stream(bytes), &[theirs])?;
+            *hello = None;
+        }
+        Ok(taken)
+    }
+
+    fn shutdown(&self, how: VsockShutdown) -> io::Result<()> {
+        self.ours.shutdown(match how {
+            VsockShutdown::Read => std::net::Shutdown::Read,
+            VsockShutdown::Write => std::net::Shutdown::Write,
+            VsockShutdown::Both => std::net::Shutdown::Both,
+        })
+    }
+
+    fn pollable(&self) -> Option<i32> {
+        Some(self.ours.as_raw_fd())
+    }
+}

@@ -1,0 +1,155 @@
+//! Workers in libkrun microVMs, for real, wherever QEMU runs: its software emulation of AMD SVM gives the machine that it emulates
+//! a `/dev/kvm`, on which the tool boots libkrun's own kernel. Everything is some 20 times slower than on hardware.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use iii::firmware::{Package, Places};
+use iii::oci::Settings;
+use tempfile::TempDir;
+
+use crate::harness::{self, NODE_IMAGE, busybox_base, skip};
+use crate::machine::{self, Vm};
+use crate::vm;
+
+/// How long everything may take, of which the emulated machine's own boot is 15 s, and a microVM 4 to 15 s.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// The guest kernel's library, fetched once as the tool does; says why where it cannot be.
+fn libkrunfw() -> Result<PathBuf, String> {
+    let places = Places {
+        flag: None,
+        variable: std::env::var_os("III_LIBKRUNFW").map(PathBuf::from),
+        home: harness::cache().join("lib"),
+        system: Vec::new(),
+    };
+    let settings = Settings::from_environment().map_err(|error| error.to_string())?;
+    let package = Package::of_this_machine();
+    let library = places.find_or_fetch(package.as_ref(), &settings, &|_| ());
+    library.map_err(|error| error.to_string())
+}
+
+/// The root filesystem of the machine: busybox, the tool, and all that it needs.
+fn root(libkrunfw: &Path) -> TempDir {
+    let dir = TempDir::with_prefix("kvm-host-").unwrap();
+    let copied = Command::new("cp")
+        .arg("-a")
+        .arg(busybox_base().join("."))
+        .arg(dir.path())
+        .status();
+    assert!(copied.unwrap().success());
+    vm::install(Path::new(env!("CARGO_BIN_EXE_iii")), dir.path(), "iii");
+    fs::create_dir(dir.path().join("base")).unwrap();
+    let copied = Command::new("cp")
+        .arg("-a")
+        .arg(busybox_base().join("."))
+        .arg(dir.path().join("base"))
+        .status();
+    assert!(copied.unwrap().success());
+    fs::write(dir.path().join("etc/hosts"), "127.0.0.1 localhost\n").unwrap();
+    fs::copy(libkrunfw, dir.path().join("libkrunfw")).unwrap();
+    dir
+}
+
+/// Runs `job`, a shell script, on the machine. Returns what was on its console.
+fn on_kvm(job: &str) -> Result<Vec<String>, String> {
+    let libkrunfw = libkrunfw().map_err(|why| format!("libkrunfw: {why}"))?;
+    let script = harness::repository("scripts/make-kvm-host");
+    let made = machine::make(script.to_str().unwrap(), &harness::cache())?;
+    let root = root(&libkrunfw);
+    let mut qemu = Command::new("qemu-system-x86_64");
+    // The cpu's features that are missing are those that TCG gives to a guest's guest and does not emulate there.
+    qemu.args("-accel tcg,thread=multi -cpu max,+svm,-pku,-cx16,-erms,-fsrm -smp 1 -m 1536".split(' '))
+        .args("-M q35,smbus=off,sata=off,hpet=off -vga none".split(' '))
+        .arg("-append")
+        .arg("console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on audit=0 no_timer_check")
+        .arg("-fsdev")
+        .arg(format!(
+            "local,id=root,path={},security_model=none,readonly=on,multidevs=remap",
+            root.path().display()
+        ))
+        .args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
+    let job = format!(
+        r#"
+            export HOME=/root NO_COLOR=1 III_GC=off III_LIBKRUNFW=/libkrunfw
+            iii image import /base --as {NODE_IMAGE}
+            # The probe gives a guest a second, which is enough on hardware.
+            printf '{{"version":1,"boot":"%s","unusable":null}}' "$(cat /proc/sys/kernel/random/boot_id)" >/root/.iii/kvm.json
+            mkdir -p /project && cd /project
+            manifest() {{
+                printf 'name: box\nruntime: {{kind: javascript}}\nresources: {{memory: 256, cpus: 1}}\n' >iii.worker.yaml
+                printf 'env: {{GREETING: "good day"}}\n' >>iii.worker.yaml
+                printf 'scripts:\n  setup: "%s"\n  install: "%s"\n  start: "%s"\n' "$@" >>iii.worker.yaml
+            }}
+            dev="iii worker dev . --name box --runtime libkrun --port 49000"
+            # Says what went wrong where, since a shell that ends says nothing.
+            expect() {{ "$@" || {{ echo "FAILED: $*"; cat /tmp/out /tmp/err; cat /root/.iii/dev/box/console.log; exit 1; }}; }}
+            {job}
+        "#
+    );
+    Ok(Vm::start(qemu, &made, &job, LIMIT).finish())
+}
+
+#[test]
+fn workers_run_in_microvms() {
+    let result = on_kvm(
+        r#"
+            # The engine's place is taken by whatever listens on loopback here.
+            mkdir /tmp/www && echo "from outside" >/tmp/www/hello
+            httpd -p 127.0.0.1:49000 -h /tmp/www
+
+            manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
+                'id -u; pwd; echo $GREETING; cat /etc/setup out; hostname; read line; echo read $line; [ $(nproc) = 1 ]; echo $III_ISOLATION; wget -qO- http://${III_URL#ws://}/hello; echo to stderr >/dev/stderr; date +%Y; [ ! -e /.iii/init ] || echo init; ls -A / | grep -c iii || exit 7'
+            echo given >in
+            code=0
+            echo typed | $dev >/tmp/out 2>/tmp/err || code=$?
+            expect [ $code = 7 ]
+            printf '0\n/workspace\ngood day\ns\ngiven\nbox\nread typed\nlibkrun\nfrom outside\n%s\ninit\n0\n' $(date +%Y) >/tmp/wanted
+            expect cmp /tmp/out /tmp/wanted
+            expect grep -q 'setup │ in setup' /tmp/err
+            expect grep -q 'install │ ls: /nowhere' /tmp/err
+            expect grep -q '^to stderr' /tmp/err
+            expect grep -q 'ended: exit code 7' /tmp/err
+            echo "PASSED first run"
+
+            # What install did not look at changes nothing for it; what the worker wrote stays.
+            manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
+                'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started; while :; do sleep 1; done'
+            $dev >/tmp/out 2>/tmp/err &
+            until grep -q started /tmp/out; do sleep 1; done
+            expect grep -q 'install  cached' /tmp/err
+            kill -INT $!
+            expect wait $!
+            expect grep -q bye /tmp/out
+            expect grep -q stopped /tmp/err
+            echo "PASSED interrupt"
+
+            # Nothing outlives the tool.
+            $dev >/tmp/out 2>/tmp/err &
+            until grep -q started /tmp/out; do sleep 1; done
+            kill -KILL $!
+            wait $! || true
+            for try in 1 2 3 4 5 6 7 8 9 10; do pgrep iii >/dev/null || break; sleep 1; done
+            expect [ -z "$(pgrep iii)" ]
+            echo "PASSED kill"
+
+            manifest 'echo s >/etc/setup; echo in setup' 'cat in; echo first; exit 5' 'cat kept'
+            code=0
+            $dev >/tmp/out 2>/tmp/err || code=$?
+            expect grep -q 'install failed: exit code 5' /tmp/err
+            expect grep -q first /tmp/err
+            echo "PASSED failing step"
+        "#,
+    );
+    match result {
+        Ok(console) => {
+            for what in ["first run", "interrupt", "kill", "failing step"] {
+                let passed = format!("PASSED {what}");
+                assert!(console.contains(&passed), "{console:#?}");
+            }
+        }
+        Err(why) => skip("microVMs", &why),
+    }
+}
