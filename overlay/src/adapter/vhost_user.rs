@@ -386,6 +386,7 @@ impl<F: Filesystem> Session<F> {
 /// Memory for one request at a time.
 #[derive(Default)]
 struct Buffers {
+    /// What is in there behind the message is left from earlier ones.
     message: Vec<u8>,
     reply: Reply,
     /// Where in the guest's memory the reply goes.
@@ -397,9 +398,8 @@ impl Buffers {
     /// memory, and all after it, is as if it were not there.
     fn answer<F: Filesystem>(&mut self, server: &Server<F>, chain: &Chain) -> u32 {
         let memory = chain.memory();
-        self.message.clear();
         self.room.clear();
-        let mut room = 0;
+        let (mut read, mut room) = (0, 0);
         for segment in chain.clone().take(MAX_SEGMENTS) {
             let (at, len) = (segment.addr(), segment.len() as usize);
             if segment.is_write_only() {
@@ -410,19 +410,20 @@ impl Buffers {
                 self.room.push((at, len));
                 room += len;
             } else if self.room.is_empty() {
-                let start = self.message.len();
-                let len = len.min(Server::<F>::MAX_MESSAGE - start);
-                self.message.resize(start + len, 0);
-                if memory.read_slice(&mut self.message[start..], at).is_err() {
-                    self.message.truncate(start);
+                let end = read + len.min(Server::<F>::MAX_MESSAGE - read);
+                if self.message.len() < end {
+                    self.message.resize(end, 0);
+                }
+                if memory.read_slice(&mut self.message[read..end], at).is_err() {
                     break;
                 }
+                read = end;
             } else {
                 // The specification has no such order.
                 break;
             }
         }
-        let reply = server.handle(&self.message, room, &mut self.reply);
+        let reply = server.handle(&self.message[..read], room, &mut self.reply);
         let mut rest = reply;
         for &(at, len) in &self.room {
             let (part, after) = rest.split_at(len.min(rest.len()));
