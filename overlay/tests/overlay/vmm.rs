@@ -106,7 +106,7 @@ impl Machine {
             serving: Some(serving),
             overlay,
             stop,
-            dir: dir,
+            dir,
         };
         (0..QUEUES).for_each(|queue| machine.start(queue));
         machine
