@@ -47,6 +47,8 @@ mod init;
 #[cfg(feature = "libkrun")]
 mod krun;
 mod namespace;
+#[cfg(feature = "libkrun")]
+pub mod reach;
 mod root;
 mod running;
 mod spec;
