@@ -23,6 +23,7 @@ use crate::collect;
 use crate::compose::Hardware;
 use crate::compose::{Composition, Isolation};
 use crate::environment;
+use crate::exec::{self, ExecError};
 use crate::firmware::FirmwareError;
 #[cfg(feature = "libkrun")]
 use crate::firmware::{Package, Places};
@@ -91,6 +92,8 @@ pub enum DevError {
     NoKvm { why: Unusable },
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
+    #[error(transparent)]
+    Exec(#[from] ExecError),
 }
 
 fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DevError {
@@ -521,7 +524,9 @@ pub fn dev(
         false,
     )?
     .mounts;
+    let command = spec.command();
     let mut sandbox = Sandbox::start(spec)?;
+    let _commands = exec::serve(&place.dir, sandbox.controller(), command)?;
     // The overlay is open by now, wherever it is served.
     if others {
         opened.keep_layers(layers)?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! store/v1/         the store
-//! dev/<name>/       a sandbox of `worker dev`: lock, upper/, state.json
+//! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, exec.sock while it runs, console.log of its microVM
 //! managed/<name>/   a managed worker
 //! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
 //! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves

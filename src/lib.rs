@@ -14,6 +14,7 @@ pub mod compose;
 pub mod dev;
 pub mod doctor;
 pub mod environment;
+pub mod exec;
 pub mod export;
 pub mod firmware;
 pub mod home;

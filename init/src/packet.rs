@@ -1,19 +1,28 @@
-//! Messages over a `SOCK_SEQPACKET` pair: one message per packet, descriptors riding along.
+//! Messages over a `SOCK_SEQPACKET` pair: one message per packet, descriptors riding along. A message that is too long for
+//! a packet rides along, too, as a file.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Seek as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Largest message. What may be larger travels in a memfd of its own.
+/// Longest message in a packet of its own.
 pub const MAX_MESSAGE: usize = 4096;
-/// Most descriptors in a message: a memfd and three standard streams.
+/// Longest message in a file: what a build step can have looked at.
+const MAX_FILE: u64 = 256 << 20;
+/// Most descriptors in a message: its file and three standard streams.
 const MAX_FDS: usize = 4;
+/// The first byte of a packet: the message follows.
+const HERE: u8 = 0;
+/// The first byte of a packet: the message is in the first file.
+const IN_FILE: u8 = 1;
 
 /// A message's bytes.
 pub fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
@@ -36,12 +45,21 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pair?)
 }
 
-/// Sends a message that is no longer than [`MAX_MESSAGE`].
+/// Sends a message, with at most three descriptors.
 pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let bytes = encode(message)?;
+    let mut bytes = encode(message)?;
+    let mut fds = fds.to_vec();
+    let file;
+    if bytes.len() > MAX_MESSAGE {
+        file = file_of(&bytes)?;
+        fds.insert(0, file.as_fd());
+        bytes = vec![IN_FILE];
+    } else {
+        bytes.insert(0, HERE);
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
         return Err(io::ErrorKind::ArgumentListTooLong.into());
     }
     rustix::io::retry_on_intr(|| {
@@ -57,7 +75,7 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
 
 /// The next message; `None` once the other side is gone.
 pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut bytes = [0; MAX_MESSAGE];
+    let mut bytes = [0; 1 + MAX_MESSAGE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::io::retry_on_intr(|| {
@@ -81,8 +99,23 @@ pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec
     }
     match bytes.get(..length) {
         None | Some([]) => Ok(None),
-        Some(bytes) => Ok(Some((decode(bytes)?, fds))),
+        Some([HERE, bytes @ ..]) => Ok(Some((decode(bytes)?, fds))),
+        Some([IN_FILE]) if !fds.is_empty() => {
+            let mut bytes = Vec::new();
+            File::from(fds.remove(0))
+                .take(MAX_FILE)
+                .read_to_end(&mut bytes)?;
+            Ok(Some((decode(&bytes)?, fds)))
+        }
+        Some(_) => Err(io::ErrorKind::InvalidData.into()),
     }
+}
+
+fn file_of(bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create("iii-message", MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -90,6 +123,18 @@ mod tests {
     use super::*;
     use crate::failure::{Failure, Step};
     use crate::message::{MAIN, Report};
+
+    #[test]
+    fn a_long_message_rides_along() {
+        let (ours, theirs) = pair().expect("pair");
+        let long = "x".repeat(1 << 20);
+        let reader = std::io::pipe().expect("pipe").0;
+        send(&ours, &long, &[reader.as_fd()]).expect("send");
+        let (message, fds) = recv::<String>(&theirs).expect("recv").expect("a message");
+        assert!(message == long && fds.len() == 1);
+        drop(ours);
+        assert!(recv::<String>(&theirs).expect("recv").is_none());
+    }
 
     #[test]
     fn the_longest_failure_fits_a_message() {

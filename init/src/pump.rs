@@ -7,8 +7,9 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
-/// Bytes that are held between reading and writing.
-const BUFFER: usize = 64 << 10;
+/// Bytes that are held between reading and writing. A kernel that has no memory for more in one piece sends a longer write
+/// over vsock in several, which `msb_krun` 0.1 drops.
+const BUFFER: usize = 16 << 10;
 
 /// Buffers filled before others get their turn.
 const TURN: usize = 16;

@@ -1,5 +1,6 @@
 //! The command line, as people type it.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -93,6 +94,15 @@ Environment:
   SOURCE_DATE_EPOCH      the time at which the image was created, in seconds since 1970
                          [default: that of its newest file]")]
     Export(ExportWorker),
+    /// Run one more command in a worker's sandbox
+    ///
+    /// It runs beside the worker, as its user, with its environment and in its working directory, and ends with it at the latest.
+    /// Exits with what the command exits with, or 124 if it had no more time.
+    #[command(after_help = "Examples:
+  iii worker exec iii-dev-my-project -- ls -la
+  iii worker exec iii-dev-my-project -t -- sh          # a shell in a terminal
+  iii worker exec api -e DEBUG=1 -w /tmp --timeout 30 -- env")]
+    Exec(Exec),
     /// Say what this machine has of what workers need, and what to do where something is missing
     ///
     /// Exits with 1 if no worker can run here.
@@ -100,6 +110,34 @@ Environment:
   iii worker doctor
   iii worker doctor --json | jq -r .runtime      # what --runtime auto takes")]
     Doctor(Doctor),
+}
+
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// Name of the worker, as `worker dev` runs it
+    pub name: String,
+    /// A variable beside the worker's; can be given several times
+    #[arg(short, long = "env", value_name = "NAME=VALUE", value_parser = variable)]
+    pub env: Vec<(String, String)>,
+    /// Where to run, absolute [default: the worker's]
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Give the command a terminal, if this is run in one
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Kill the command after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("expected NAME=VALUE".into()),
+    }
 }
 
 #[derive(Debug, Args)]

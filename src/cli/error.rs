@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use crate::build::BuildError;
 use crate::cache::CacheNameError;
 use crate::dev::DevError;
+use crate::exec::ExecError;
 use crate::home::HomeError;
 use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
@@ -249,6 +250,9 @@ impl CliError {
                 "name a directory that does not exist, and it is made".into()
             }
             Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
+            Self::Dev(DevError::Exec(ExecError::NotRunning { .. })) => {
+                "the name is that of a `worker dev` that runs; for a project's directory, iii-dev-<directory>".into()
+            }
             Self::Dev(DevError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
@@ -289,6 +293,9 @@ impl CliError {
                 128 + signal.as_raw() as u8
             }
             Self::Dev(DevError::Sandbox(error)) => SandboxError::exit_code(error),
+            Self::Dev(DevError::Exec(ExecError::Refused { code, .. })) => *code,
+            // As timeout(1) has it.
+            Self::Dev(DevError::Exec(ExecError::Timeout { .. })) => 124,
             _ => 1,
         })
     }

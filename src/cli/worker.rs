@@ -14,10 +14,12 @@ use super::image::{self, Bars};
 use super::{CliError, export, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
-use crate::dev::{self, Engine, Options, Target};
+use crate::dev::{self, DevError, Engine, Options, Target};
 use crate::doctor::{self, Diagnosis, State};
+use crate::exec::{self, Asked};
 use crate::home::Home;
 use crate::plan::Kind;
+use crate::project::WorkerName;
 use crate::supervise::Signals;
 use crate::tail::inert;
 use crate::ui::{StepOutput, Ui, human_bytes, human_counted, human_duration};
@@ -29,8 +31,26 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
         Worker::Export(args) => export::worker(&home, &signals, &args, ui),
+        Worker::Exec(args) => exec(&home, args),
         Worker::Doctor(args) => doctor(&home, args),
     }
+}
+
+fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
+    let name: WorkerName = args.name.parse().map_err(DevError::from)?;
+    let asked = Asked {
+        argv: args.command,
+        env: args.env,
+        cwd: args.workdir,
+        terminal: args.tty.then(exec::terminal).flatten(),
+    };
+    let timeout = args.timeout.map(Duration::from_secs);
+    let dir = home.dev(name.as_str());
+    let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(DevError::from)?;
+    let code = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    Ok(ExitCode::from(code as u8))
 }
 
 fn engine(args: args::Engine) -> Engine {

@@ -119,7 +119,7 @@ impl RemoteError {
     const MAX: (usize, usize) = (8, 400);
 
     /// What can be sent of `error`.
-    pub(super) fn new(error: &(dyn Error + 'static)) -> Self {
+    pub(crate) fn new(error: &(dyn Error + 'static)) -> Self {
         let mut chain: Vec<_> = std::iter::successors(Some(error), |error| (*error).source())
             .take(Self::MAX.0)
             .map(|error| {

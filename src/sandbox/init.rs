@@ -1,11 +1,11 @@
 //! The inside: what runs between the tool and the command. Single-threaded throughout.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use iii_init::failure::{At as _, Failure, Step};
-use iii_init::message::{Command, CommandId, Report};
+use iii_init::message::{Command, CommandId, MAIN, Report};
 use iii_init::packet;
 use iii_init::process::{self, Kernel, fork, set_groups};
 use iii_init::supervise::{Connected, Link, Received, Supervisor};
@@ -44,18 +44,16 @@ fn stage_1() -> i32 {
         return 1;
     };
     let start = match packet::recv(&control) {
-        Ok(Some((ToInit::Start, fds))) => <[OwnedFd; 4]>::try_from(fds).ok(),
+        Ok(Some((ToInit::Start(plan), fds))) => Streams::try_from(fds).ok().zip(Some(plan)),
         _ => None,
     };
-    let Some([plan, streams @ ..]) = start else {
+    let Some((streams, plan)) = start else {
         eprintln!("{MARKER} is how this program starts its own sandboxes; it is not for people");
         return 2;
     };
-    match read_plan(plan)
-        .and_then(|plan| enter_namespaces(&control, &plan).map(|parts| (plan, parts)))
-    {
-        Ok((plan, Some((sources, fuse)))) => fork_pid_1(control, &plan, streams, sources, fuse),
-        Ok((_, None)) => 1,
+    match enter_namespaces(&control, &plan) {
+        Ok(Some((sources, fuse))) => fork_pid_1(control, &plan, streams, sources, fuse),
+        Ok(None) => 1,
         Err(failure) => report_failure(&control, failure),
     }
 }
@@ -71,14 +69,6 @@ fn report_failure(control: &OwnedFd, failure: Failure) -> i32 {
     // Where the tool is gone there is nobody to tell.
     let _ = packet::send(control, &FromInit::Failed(failure), &[]);
     1
-}
-
-fn read_plan(file: OwnedFd) -> Result<Plan, Failure> {
-    let mut bytes = Vec::new();
-    File::from(file)
-        .read_to_end(&mut bytes)
-        .and_then(|_| packet::decode(&bytes))
-        .at(Step::Talk, "")
 }
 
 /// Ends as root of a new user namespace, with pid 1 to be forked. `None` if the tool is gone.
@@ -222,7 +212,7 @@ impl Link for Control {
     fn receive(&mut self) -> io::Result<Received> {
         Ok(match packet::recv(&self.socket)? {
             Some((ToInit::Request(request), fds)) => Received::Request(request, fds),
-            Some((ToInit::Start | ToInit::MapsWritten, _)) => Received::Nothing,
+            Some((ToInit::Start(_) | ToInit::MapsWritten, _)) => Received::Nothing,
             None => Received::Closed,
         })
     }
@@ -231,9 +221,19 @@ impl Link for Control {
         packet::send(&self.socket, &FromInit::Report(report.clone()), &[])
     }
 
-    fn connect(&mut self, _: CommandId, _: &Command, fds: Vec<OwnedFd>) -> io::Result<Connected> {
+    fn connect(
+        &mut self,
+        id: CommandId,
+        command: &Command,
+        mut fds: Vec<OwnedFd>,
+    ) -> io::Result<Connected> {
+        if command.terminal.is_some() {
+            let end = fds.pop().ok_or(io::ErrorKind::InvalidInput)?;
+            return Ok(Connected::Terminal(end));
+        }
         let fds = fds.try_into().map_err(|_| io::ErrorKind::InvalidInput)?;
-        let owned = self.owns_output;
+        // Those of other commands are somebody else's.
+        let owned = self.owns_output && id == MAIN;
         Ok(Connected::Direct(process::Streams::Three { fds, owned }))
     }
 }

@@ -1,13 +1,14 @@
 //! Sandboxes: where a worker's steps and its start command run.
 //!
-//! A [`SandboxSpec`] says what to run on which root filesystem. The namespace runtime runs it as an
-//! ordinary process tree in Linux namespaces of its own (user, mount, pid, ipc, uts, cgroup).
+//! A [`SandboxSpec`] says what to run on which root filesystem. The libkrun runtime (`krun`) runs it in a microVM. The
+//! namespace runtime runs it as an ordinary process tree in Linux namespaces of its own (user, mount, pid, ipc, uts, cgroup);
+//! the rest of this page is about that one.
 //!
 //! What it isolates, and what not: files, processes, ids, System V ipc and host name are the
 //! sandbox's own; the **kernel and the network are the host's**. `localhost` inside is `localhost`
 //! outside, which is how a worker reaches the engine. Memory and cpus are not limited.
 //!
-//! # How a sandbox comes to life
+//! # How a sandbox of namespaces comes to life
 //!
 //! ```text
 //! tool                      stage 1 (tool's own binary)      pid 1 (fork of stage 1)    command
@@ -40,6 +41,7 @@
 //! - Root inside is never root outside. See [`IdMaps`](ids::IdMaps).
 //! - The host's DNS settings, `hosts` and certificates lie on a read-only tmpfs above the layers.
 
+mod commands;
 mod error;
 mod host;
 mod ids;
@@ -57,9 +59,10 @@ mod wire;
 pub use error::{RemoteError, SandboxError, Warning};
 pub use host::{CA_BUNDLE, HostSettings};
 pub use iii_init::failure::Step;
+pub use iii_init::message::{Command, Size};
 pub use init::maybe_run_init;
 #[cfg(feature = "libkrun")]
 pub use krun::{BOOT_LIMIT, Machine, maybe_run as maybe_run_vm};
 pub use namespace::{NamespaceSupport, probe};
-pub use running::{Controller, Sandbox};
+pub use running::{CommandController, Controller, Sandbox, Started};
 pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, PipeReader, Seek as _, Write as _};
+use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use iii_init::message::{Command as SandboxCommand, MAIN, Report, Request};
 use iii_init::packet;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::Signal;
 
+use super::commands::Commands;
 use super::ids::IdMaps;
 use super::init::MARKER;
 use super::wire::{FromInit, Mount, Plan, Root, ToInit};
@@ -29,6 +29,7 @@ pub(super) struct Namespace {
     control: Arc<OwnedFd>,
     server: Option<Box<dyn FuseServer>>,
     status: Option<ExitStatus>,
+    commands: Arc<Commands>,
     warnings: Vec<Warning>,
     /// The command's output, with [`Stdio::Piped`]. To be read, lest the command block.
     pub stdout: Option<PipeReader>,
@@ -52,14 +53,14 @@ impl Namespace {
                     rustix::stdio::stdout(),
                     rustix::stdio::stderr(),
                 ];
-                Self::spawn(&spec.init, &plan, streams)?
+                Self::spawn(&spec.init, plan, streams)?
             }
             Stdio::Piped => {
                 let null = File::open("/dev/null").map_err(host("open", "/dev/null"))?;
                 let (stdout, stdout_end) = pipe(&ids)?;
                 let (stderr, stderr_end) = pipe(&ids)?;
                 let streams = [null.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
-                let mut sandbox = Self::spawn(&spec.init, &plan, streams)?;
+                let mut sandbox = Self::spawn(&spec.init, plan, streams)?;
                 (sandbox.stdout, sandbox.stderr) = (Some(stdout), Some(stderr));
                 sandbox
             }
@@ -81,6 +82,10 @@ impl Namespace {
         &self.warnings
     }
 
+    pub fn commands(&self) -> Arc<Commands> {
+        Arc::clone(&self.commands)
+    }
+
     pub fn link(&self) -> Link {
         Link(Arc::clone(&self.control))
     }
@@ -91,11 +96,15 @@ impl Namespace {
         if let Some(status) = self.status {
             return Ok(status);
         }
-        let status = match packet::recv(&self.control).map_err(SandboxError::Talk)? {
-            Some((FromInit::Report(Report::Exited(MAIN, status)), _)) => status,
-            Some((report, _)) => return Err(unexpected(&report)),
-            None => Signal::KILL.as_raw(),
+        let status = loop {
+            match packet::recv(&self.control).map_err(SandboxError::Talk)? {
+                Some((FromInit::Report(Report::Exited(MAIN, status)), _)) => break status,
+                Some((FromInit::Report(report), _)) => self.commands.report(report),
+                Some((report, _)) => return Err(unexpected(&report)),
+                None => break Signal::KILL.as_raw(),
+            }
         };
+        self.commands.close();
         let status = ExitStatus::from_raw(status);
         self.status = Some(status);
         self.end()?;
@@ -121,7 +130,7 @@ impl Namespace {
 
     fn spawn(
         program: &Path,
-        plan: &Plan,
+        plan: Plan,
         streams: [BorrowedFd<'_>; 3],
     ) -> Result<Self, SandboxError> {
         let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
@@ -143,16 +152,16 @@ impl Namespace {
             control: Arc::new(ours),
             server: None,
             status: None,
+            commands: Arc::default(),
             warnings: Vec::new(),
             stdout: None,
             stderr: None,
         };
-        let plan = plan_file(plan).map_err(SandboxError::Talk)?;
         let [stdin, stdout, stderr] = streams;
         request(
             &sandbox.control,
-            &ToInit::Start,
-            &[plan.as_fd(), stdin, stdout, stderr],
+            &ToInit::Start(Box::new(plan)),
+            &[stdin, stdout, stderr],
         )?;
         Ok(sandbox)
     }
@@ -193,6 +202,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
+        self.commands.close();
         // The init takes the end of the socket for the end of the tool. Killed instead, stage 1
         // would be gone before those that it waits for. Nobody is left to tell of a failure.
         let _ = shutdown(&self.control, Shutdown::Both);
@@ -205,8 +215,8 @@ impl Drop for Namespace {
 pub(super) struct Link(Arc<OwnedFd>);
 
 impl Link {
-    pub fn request(&self, message: Request) -> Result<(), SandboxError> {
-        request(&self.0, &ToInit::Request(message), &[])
+    pub fn request(&self, message: Request, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        request(&self.0, &ToInit::Request(message), fds)
     }
 }
 
@@ -258,7 +268,7 @@ pub fn probe(init: &Path) -> NamespaceSupport {
         rustix::stdio::stdout(),
         rustix::stdio::stderr(),
     ];
-    let tried = Namespace::spawn(init, &plan, streams).and_then(|mut sandbox| {
+    let tried = Namespace::spawn(init, plan, streams).and_then(|mut sandbox| {
         sandbox.set_up(&ids, None)?;
         warnings.append(&mut sandbox.warnings);
         Ok(())
@@ -295,13 +305,6 @@ fn plan(spec: &SandboxSpec) -> Result<Plan, SandboxError> {
             .collect(),
         owns_output: spec.stdio == Stdio::Piped,
     })
-}
-
-fn plan_file(plan: &Plan) -> io::Result<File> {
-    let mut file = File::from(memfd_create("iii-plan", MemfdFlags::CLOEXEC)?);
-    file.write_all(&packet::encode(plan)?)?;
-    file.rewind()?;
-    Ok(file)
 }
 
 /// A pipe whose writing end the sandbox's root may reopen by name, as `/dev/stdout`.

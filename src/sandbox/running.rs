@@ -1,11 +1,21 @@
 //! A running sandbox, whatever it runs in.
 
-use std::io::PipeReader;
+use std::fs::File;
+use std::io::{self, PipeReader};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use iii_init::message::{MAIN, Request};
+use iii_init::message::{Command, CommandId, MAIN, Report, Request, Size};
+use iii_init::vm::Hello;
+use rustix::net::{Shutdown, shutdown};
 use rustix::process::Signal;
+
+use super::commands::{Commands, News};
 
 #[cfg(feature = "libkrun")]
 use super::RootSource;
@@ -72,11 +82,12 @@ impl Sandbox {
 
     /// A handle for other threads.
     pub fn controller(&self) -> Controller {
-        Controller(match &self.kind {
-            Kind::Namespace(namespace) => Link::Namespace(namespace.link()),
+        let (link, commands) = match &self.kind {
+            Kind::Namespace(namespace) => (Link::Namespace(namespace.link()), namespace.commands()),
             #[cfg(feature = "libkrun")]
-            Kind::Machine(vm) => Link::Machine(vm.link()),
-        })
+            Kind::Machine(vm) => (Link::Machine(vm.link()), vm.commands()),
+        };
+        Controller { link, commands }
     }
 
     /// Waits until the sandbox is gone: every process reaped, everything written handed to the
@@ -122,7 +133,10 @@ impl Sandbox {
 
 /// Reaches a sandbox while another thread waits for it. Once the sandbox has ended, nothing happens.
 #[derive(Clone)]
-pub struct Controller(Link);
+pub struct Controller {
+    link: Link,
+    commands: Arc<Commands>,
+}
 
 #[derive(Clone)]
 enum Link {
@@ -134,7 +148,7 @@ enum Link {
 impl Controller {
     /// Sends `signal` to the command's process group, as a terminal would.
     pub fn signal(&self, signal: Signal) -> Result<(), SandboxError> {
-        self.request(Request::Signal(MAIN, signal.as_raw()))
+        self.request(Request::Signal(MAIN, signal.as_raw()), &[])
     }
 
     /// Ends the sandbox: `signal` to the command's process group; once the command has ended, to
@@ -142,12 +156,43 @@ impl Controller {
     /// can only shorten the grace.
     pub fn stop(&self, signal: Signal, grace: Duration) -> Result<(), SandboxError> {
         let signal = signal.as_raw();
-        self.request(Request::Stop { signal, grace })
+        self.request(Request::Stop { signal, grace }, &[])
     }
 
-    fn request(&self, request: Request) -> Result<(), SandboxError> {
-        match &self.0 {
-            Link::Namespace(link) => link.request(request),
+    /// Runs one more command, on three streams, or on one socket where it is to have a terminal. It ends with the sandbox at
+    /// the latest. News of it come while another thread waits for the sandbox.
+    pub fn run(&self, command: Command, fds: Vec<OwnedFd>) -> Result<Started, SandboxError> {
+        if fds.len() != if command.terminal.is_some() { 1 } else { 3 } {
+            return Err(SandboxError::Spec(
+                "a command has three streams, or a terminal".into(),
+            ));
+        }
+        let (id, news) = self.commands.add();
+        let mut started = Started {
+            controller: self.clone(),
+            id,
+            news,
+            fds: Vec::new(),
+        };
+        let request = Request::Run(id, Box::new(command));
+        match self.link {
+            Link::Namespace(_) => {
+                let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                self.request(request, &fds)?;
+                Ok(started)
+            }
+            #[cfg(feature = "libkrun")]
+            Link::Machine(_) => {
+                self.request(request, &[])?;
+                started.fds = fds;
+                Ok(started)
+            }
+        }
+    }
+
+    fn request(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        match &self.link {
+            Link::Namespace(link) => link.request(request, fds),
             #[cfg(feature = "libkrun")]
             Link::Machine(link) => {
                 link.request(request);
@@ -155,4 +200,119 @@ impl Controller {
             }
         }
     }
+}
+
+/// A command beside the main one.
+pub struct Started {
+    controller: Controller,
+    id: CommandId,
+    news: Receiver<News>,
+    /// Where its streams lead, where the sandbox has not got them itself.
+    fds: Vec<OwnedFd>,
+}
+
+/// Reaches a command while another thread waits for it.
+#[derive(Clone)]
+pub struct CommandController {
+    controller: Controller,
+    id: CommandId,
+}
+
+impl CommandController {
+    /// Sends `signal` to the command's process group.
+    pub fn signal(&self, signal: Signal) -> Result<(), SandboxError> {
+        let request = Request::Signal(self.id, signal.as_raw());
+        self.controller.request(request, &[])
+    }
+
+    /// Changes the size of its terminal.
+    pub fn resize(&self, size: Size) -> Result<(), SandboxError> {
+        self.controller.request(Request::Resize(self.id, size), &[])
+    }
+}
+
+impl Started {
+    /// A handle for other threads.
+    pub fn controller(&self) -> CommandController {
+        CommandController {
+            controller: self.controller.clone(),
+            id: self.id,
+        }
+    }
+
+    /// Waits until the command has ended, and all that it printed is where its streams lead. The error is
+    /// [`SandboxError::Killed`] where the sandbox ended before it.
+    pub fn wait(self) -> Result<ExitStatus, SandboxError> {
+        let (mut outputs, mut connected, mut ended) = (Vec::new(), 0, None);
+        loop {
+            // The streams come another way than the reports, and may be late.
+            if let Some(status) = ended.filter(|_| connected == self.fds.len()) {
+                for output in outputs {
+                    // It ended, if only for want of a reader.
+                    let _ = JoinHandle::join(output);
+                }
+                return Ok(ExitStatus::from_raw(status));
+            }
+            match self.news.recv() {
+                Err(_) => return Err(SandboxError::Killed),
+                Ok(News::Report(Report::Running(_))) => {}
+                Ok(News::Report(Report::Failed(_, failure))) => return Err(failure.into()),
+                Ok(News::Report(Report::Exited(_, status))) => ended = Some(status),
+                Ok(News::Stream(hello, stream)) => {
+                    self.connect(hello, stream, &mut outputs)?;
+                    connected += 1;
+                }
+            }
+        }
+    }
+
+    /// Has a stream of the command lead to where it belongs.
+    fn connect(
+        &self,
+        hello: Hello,
+        stream: OwnedFd,
+        outputs: &mut Vec<JoinHandle<()>>,
+    ) -> Result<(), SandboxError> {
+        let broken = |source| SandboxError::Host {
+            operation: "connect",
+            path: "the streams of a command".into(),
+            source,
+        };
+        let is_terminal = self.fds.len() == 1;
+        let index = match hello {
+            Hello::Input(_) => 0,
+            Hello::Output(_) => 1,
+            Hello::Errors(_) => 2,
+            Hello::Control => return Ok(()),
+        };
+        let Some(fd) = self.fds.get(index) else {
+            return Ok(());
+        };
+        let ours = fd.try_clone().map_err(broken)?;
+        if index == 0 {
+            let (from, to) = (ours.try_clone(), stream.try_clone());
+            copy(from.map_err(broken)?, to.map_err(broken)?).map_err(broken)?;
+        }
+        if index > 0 || is_terminal {
+            outputs.push(copy(stream, ours).map_err(broken)?);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        self.controller.commands.remove(self.id);
+    }
+}
+
+/// Moves bytes until none come, and says so.
+fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<JoinHandle<()>> {
+    let copy = move || {
+        let to = File::from(to);
+        let _ = io::copy(&mut File::from(from), &mut &to);
+        // What is no socket is told when it closes.
+        let _ = shutdown(&to, Shutdown::Write);
+    };
+    thread::Builder::new().name("stream".into()).spawn(copy)
 }

@@ -57,7 +57,7 @@ impl SandboxSpec {
     }
 
     /// The command, with the host's part of its environment.
-    pub(super) fn command(&self) -> Command {
+    pub fn command(&self) -> Command {
         let mut env = self.env.clone();
         self.host.extend_env(&mut env);
         Command {

@@ -35,10 +35,10 @@ pub(super) struct Mount {
 }
 
 /// From the tool to the init.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) enum ToInit {
-    /// With the plan's memfd and the three standard streams.
-    Start,
+    /// With the three standard streams.
+    Start(Box<Plan>),
     MapsWritten,
     Request(Request),
 }

@@ -85,7 +85,7 @@ fn on_kvm(job: &str) -> Result<Vec<String>, String> {
             }}
             dev="iii worker dev . --name box --runtime libkrun --port 49000"
             # Says what went wrong where, since a shell that ends says nothing.
-            expect() {{ "$@" || {{ echo "FAILED: $*"; cat /tmp/out /tmp/err; cat /root/.iii/dev/box/console.log; exit 1; }}; }}
+            expect() {{ "$@" || {{ echo "FAILED: $*"; cat /tmp/out /tmp/err /tmp/exec-err; cat /root/.iii/dev/box/console.log; exit 1; }}; }}
             {job}
         "#
     );
@@ -118,10 +118,26 @@ fn workers_run_in_microvms() {
             manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
                 'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started; while :; do sleep 1; done'
             $dev >/tmp/out 2>/tmp/err &
+            dev_pid=$!
             until grep -q started /tmp/out; do sleep 1; done
             expect grep -q 'install  cached' /tmp/err
-            kill -INT $!
+            code=0
+            echo typed | iii worker exec box -e A=b -- sh -c 'cat; echo $A; pwd; echo to stderr >&2; exit 6' >/tmp/exec 2>/tmp/exec-err || code=$?
+            expect [ $code = 6 ]
+            printf 'typed\nb\n/workspace\n' >/tmp/wanted
+            expect cmp /tmp/exec /tmp/wanted
+            expect grep -q '^to stderr' /tmp/exec-err
+            code=0
+            iii worker exec box -- not-there 2>/tmp/exec-err || code=$?
+            expect [ $code = 127 ]
+            # Much of it, while others talk.
+            iii worker exec box -- sh -c 'cat /bin/busybox /bin/busybox' >/tmp/exec &
+            expect iii worker exec box -- true
             expect wait $!
+            expect [ $(wc -c </tmp/exec) = $((2 * $(wc -c </bin/busybox))) ]
+            echo "PASSED exec"
+            kill -INT $dev_pid
+            expect wait $dev_pid
             expect grep -q bye /tmp/out
             expect grep -q stopped /tmp/err
             echo "PASSED interrupt"
@@ -145,7 +161,7 @@ fn workers_run_in_microvms() {
     );
     match result {
         Ok(console) => {
-            for what in ["first run", "interrupt", "kill", "failing step"] {
+            for what in ["first run", "exec", "interrupt", "kill", "failing step"] {
                 let passed = format!("PASSED {what}");
                 assert!(console.contains(&passed), "{console:#?}");
             }

@@ -7,6 +7,7 @@ mod bad_input;
 mod cache;
 mod doctor;
 mod engine;
+mod exec;
 mod export;
 mod fidelity;
 mod harness;

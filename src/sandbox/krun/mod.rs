@@ -24,8 +24,8 @@ mod vm;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, PipeReader, Read as _, Seek as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io::{self, PipeReader, Read as _, Seek as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -42,9 +42,9 @@ use iii_init::vm::{FromGuest, Hello, Start, ToGuest, Volume};
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{MAX_FACTS, OverlayOptions};
 use iii_store::{Fact, LayerId};
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Signal;
 
+use super::commands::{Commands, News};
 use super::{SandboxError, SandboxSpec, Stdio};
 use crate::tail::Tail;
 
@@ -56,8 +56,6 @@ use vm::{FromVm, ToVm, VmPlan, VmVolume};
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest has beyond the grace of a stop, to do what its init was told, and to go off once its command has ended.
 const GOING_LIMIT: Duration = Duration::from_secs(30);
-/// Bytes of facts that are taken from a VM's process.
-const MAX_FACT_BYTES: u64 = 256 << 20;
 /// Bytes at the end of a console log that are shown.
 const CONSOLE_TAIL: u64 = 16 << 10;
 /// Streams of commands that are kept until they are asked for.
@@ -110,6 +108,7 @@ pub(super) struct Vm {
     events: Receiver<Event>,
     sender: Sender<Event>,
     guest: Arc<Mutex<Option<UnixStream>>>,
+    commands: Arc<Commands>,
     /// Connected by the guest, and not asked for yet.
     streams: HashMap<Hello, OwnedFd>,
     /// Output streams that are not drained.
@@ -138,19 +137,26 @@ impl Vm {
             host: mount.host.clone(),
         });
         let plan = VmPlan::new(machine, volumes.collect());
-        let mut vm = Self::spawn(&spec.init, &plan, &machine.console)?;
+        let mut start = start(spec, &plan);
+        let mut vm = Self::spawn(&spec.init, plan, &machine.console)?;
         let deadline = Instant::now() + BOOT_LIMIT;
         while !matches!(
             vm.next_of_start(deadline)?,
             Some(Event::Guest(FromGuest::Ready))
         ) {}
-        vm.send(&ToGuest::Start(Box::new(start(spec, &plan))))?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        start.now = now.unwrap_or_default();
+        vm.send(&ToGuest::Start(Box::new(start)))?;
         vm.connect(spec.stdio, deadline)?;
         Ok(vm)
     }
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    pub fn commands(&self) -> Arc<Commands> {
+        Arc::clone(&self.commands)
     }
 
     pub fn link(&self) -> Link {
@@ -176,6 +182,7 @@ impl Vm {
                 }
             }
         }
+        self.commands.close();
         if let Some(guest) = lock(&self.guest).take() {
             // The other thread that has it only sees the end.
             let _ = guest.shutdown(std::net::Shutdown::Both);
@@ -183,7 +190,10 @@ impl Vm {
         self.end_within(GOING_LIMIT);
         while !self.gone {
             match self.next(None) {
-                Ok(Some(Event::Vm(FromVm::Facts, fds))) => self.facts = read_facts(fds),
+                // Its process is as trusted as its guest could not subvert it.
+                Ok(Some(Event::Vm(FromVm::Facts(facts), _))) if facts.len() <= MAX_FACTS => {
+                    self.facts = Some(facts);
+                }
                 Ok(_) => {}
                 Err(_) => break,
             }
@@ -208,7 +218,7 @@ impl Vm {
         self.facts.take()
     }
 
-    fn spawn(program: &Path, plan: &VmPlan, console: &Path) -> Result<Self, SandboxError> {
+    fn spawn(program: &Path, plan: VmPlan, console: &Path) -> Result<Self, SandboxError> {
         let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
         let child = Command::new(program)
             .arg(vm::MARKER)
@@ -228,6 +238,7 @@ impl Vm {
             events,
             sender,
             guest: Arc::default(),
+            commands: Arc::default(),
             streams: HashMap::new(),
             draining: 0,
             exited: None,
@@ -237,8 +248,8 @@ impl Vm {
             stdout: None,
             stderr: None,
         };
-        let plan = file_of(plan).map_err(SandboxError::Talk)?;
-        packet::send(&vm.control, &ToVm::Start, &[plan.as_fd()]).map_err(SandboxError::Talk)?;
+        let start = ToVm::Start(Box::new(plan));
+        packet::send(&vm.control, &start, &[]).map_err(SandboxError::Talk)?;
         let (control, sender) = (Arc::clone(&vm.control), vm.sender.clone());
         spawn_thread("vm", move || {
             while let Ok(Some((message, fds))) = packet::recv(&control) {
@@ -287,6 +298,9 @@ impl Vm {
             Event::Guest(FromGuest::Report(Report::Exited(MAIN, status))) => {
                 self.exited.get_or_insert(status);
             }
+            Event::Guest(FromGuest::Report(report)) if !is_main(&report) => {
+                self.commands.report(report);
+            }
             Event::VmGone => {
                 self.gone = true;
                 return Ok(Some(Event::VmGone));
@@ -309,8 +323,10 @@ impl Vm {
         let (Some(hello), Some(fd)) = (Hello::from_bytes(hello), fds.pop()) else {
             return;
         };
-        if hello != Hello::Control {
-            if self.streams.len() < MAX_STREAMS {
+        if let Hello::Input(id) | Hello::Output(id) | Hello::Errors(id) = hello {
+            if id != MAIN {
+                self.commands.tell(id, News::Stream(hello, fd));
+            } else if self.streams.len() < MAX_STREAMS {
                 self.streams.entry(hello).or_insert(fd);
             }
             return;
@@ -402,6 +418,7 @@ impl Vm {
     }
 
     fn kill(&mut self) {
+        self.commands.close();
         let _ = self.child.kill();
         let _ = self.child.wait();
         self.gone = true;
@@ -465,6 +482,13 @@ impl Link {
     }
 }
 
+fn is_main(report: &Report) -> bool {
+    matches!(
+        report,
+        Report::Running(MAIN) | Report::Exited(MAIN, _) | Report::Failed(MAIN, _)
+    )
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -481,12 +505,12 @@ fn spawn_thread(
     })
 }
 
+/// What the guest is told first, but for the time.
 fn start(spec: &SandboxSpec, plan: &VmPlan) -> Start {
     let hostname = spec.hostname();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let volumes = spec.mounts.iter().zip(&plan.volumes);
     Start {
-        now: now.unwrap_or_default(),
+        now: Duration::ZERO,
         files: spec.host.files(&hostname),
         hostname,
         volumes: volumes
@@ -497,22 +521,4 @@ fn start(spec: &SandboxSpec, plan: &VmPlan) -> Start {
             .collect(),
         command: spec.command(),
     }
-}
-
-/// A message that does not fit a packet.
-fn file_of(message: &impl serde::Serialize) -> io::Result<File> {
-    let mut file = File::from(memfd_create("iii-vm", MemfdFlags::CLOEXEC)?);
-    file.write_all(&packet::encode(message)?)?;
-    file.rewind()?;
-    Ok(file)
-}
-
-/// What the VM's process says that it saw, if it makes sense. That process is as trusted as its guest could not subvert it.
-fn read_facts(mut fds: Vec<OwnedFd>) -> Option<Vec<Fact>> {
-    let mut file = File::from(fds.pop()?);
-    file.rewind().ok()?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FACT_BYTES).read_to_end(&mut bytes).ok()?;
-    let facts: Vec<Fact> = packet::decode(&bytes).ok()?;
-    (facts.len() <= MAX_FACTS).then_some(facts)
 }

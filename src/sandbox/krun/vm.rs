@@ -13,7 +13,7 @@ use iii_init::vm::{Hello, PORT};
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::adapter::krun::{INIT_PATH, Krun};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, Project};
-use iii_store::{LayerId, Store, StoreError};
+use iii_store::{Fact, LayerId, Store, StoreError};
 use msb_krun::backends::fs::DynFileSystem;
 use msb_krun::{
     VmBuilder, VsockConnectRequest, VsockNotifier, VsockPortBackend, VsockShutdown,
@@ -41,8 +41,6 @@ const DESCRIPTORS: &str = if cfg!(target_os = "linux") {
 
 /// Bytes of console output that are kept. A guest can print without end.
 const MAX_CONSOLE: u64 = 1 << 20;
-/// Bytes of a plan: its layers, above all.
-const MAX_PLAN: u64 = 1 << 20;
 /// Connections that a guest may make in its life. The tool keeps far fewer at once.
 const MAX_CONNECTIONS: u32 = 1 << 20;
 
@@ -92,10 +90,9 @@ impl VmPlan {
 }
 
 /// From the tool to the process.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) enum ToVm {
-    /// With the plan's file.
-    Start,
+    Start(Box<VmPlan>),
 }
 
 /// From the process to the tool.
@@ -103,8 +100,8 @@ pub(super) enum ToVm {
 pub(super) enum FromVm {
     /// The guest has connected, and begun with these bytes. With the other end.
     Stream([u8; Hello::LEN]),
-    /// The guest has gone off. With a file of what the overlay has observed.
-    Facts,
+    /// The guest has gone off, and this is what the overlay has observed.
+    Facts(Vec<Fact>),
     /// There will be no VM.
     Failed(RemoteError),
 }
@@ -142,24 +139,16 @@ fn run() -> i32 {
     let Ok(control) = take_control_socket() else {
         return 1;
     };
-    let Some(plan) = receive_plan(&control) else {
+    let Ok(Some((ToVm::Start(plan), _))) = packet::recv(&control) else {
         eprintln!("{MARKER} is how this program starts its own microVMs; it is not for people");
         return 2;
     };
     let control = Arc::new(control);
-    let Err(error) = enter(&control, plan);
+    let Err(error) = enter(&control, *plan);
     let failed = FromVm::Failed(RemoteError::new(&error));
     // Where the tool is gone there is nobody to tell.
     let _ = packet::send(&control, &failed, &[]);
     1
-}
-
-fn receive_plan(control: &OwnedFd) -> Option<VmPlan> {
-    let (ToVm::Start, mut fds) = packet::recv(control).ok()??;
-    let mut bytes = Vec::new();
-    let file = File::from(fds.pop()?);
-    file.take(MAX_PLAN).read_to_end(&mut bytes).ok()?;
-    packet::decode(&bytes).ok()
 }
 
 fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
@@ -209,7 +198,7 @@ fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallibl
     let facts_to = Arc::clone(control);
     builder
         .on_exit(move |_| {
-            let _ = send_facts(&facts_to, &overlay);
+            let _ = packet::send(&facts_to, &FromVm::Facts(overlay.facts()), &[]);
         })
         .build()
         .and_then(msb_krun::Vm::enter)
@@ -225,7 +214,7 @@ impl DynFileSystem for Nothing {}
 fn end_with_the_tool(control: Arc<OwnedFd>) -> Result<(), VmError> {
     let watch = move || {
         // The tool says nothing more.
-        while let Ok(Some((ToVm::Start, _))) = packet::recv(&control) {}
+        while let Ok(Some((ToVm::Start(_), _))) = packet::recv(&control) {}
         // SAFETY: nothing needs to be undone: what the guest was told to be written is written.
         unsafe { libc::_exit(0) };
     };
@@ -244,11 +233,6 @@ fn console(log: &std::path::Path) -> io::Result<io::PipeWriter> {
     };
     thread::Builder::new().name("console".into()).spawn(copy)?;
     Ok(writer)
-}
-
-fn send_facts(control: &OwnedFd, overlay: &Overlay) -> io::Result<()> {
-    let facts = super::file_of(&overlay.facts())?;
-    packet::send(control, &FromVm::Facts, &[facts.as_fd()])
 }
 
 /// The host's end of the guest's connections: each becomes a socket of the tool's.

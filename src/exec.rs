@@ -1,0 +1,371 @@
+//! One more command in a sandbox that runs: `worker exec`.
+//!
+//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory, for its own user alone. Whoever connects
+//! sends a command with its streams, then signals and sizes of its terminal, and is told how it ended. When it goes, the
+//! command is killed.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, IsTerminal as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use iii_init::packet;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen, shutdown, socket_with,
+};
+use rustix::process::Signal;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use serde::{Deserialize, Serialize};
+
+use crate::sandbox::{Command, CommandController, Controller, RemoteError, SandboxError, Size};
+
+/// The socket's name.
+const SOCKET: &str = "exec.sock";
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// Why a command did not run in a sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// No process listens for it.
+    #[error("the sandbox {name} does not run")]
+    NotRunning {
+        /// The sandbox.
+        name: String,
+    },
+    /// The sandbox could not run it.
+    #[error("the sandbox did not run the command")]
+    Refused {
+        /// Why.
+        source: RemoteError,
+        /// The exit code that shells and container engines give to that.
+        code: u8,
+    },
+    /// The sandbox ended before the command did.
+    #[error("the sandbox ended before the command did")]
+    Ended,
+    /// The command had no more time.
+    #[error("the command did not end within {} s, and was killed", limit.as_secs())]
+    Timeout {
+        /// How long it had.
+        limit: Duration,
+    },
+    /// A socket, a stream or a terminal of the tool's own.
+    #[error("cannot {operation}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn at<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> ExecError {
+    move |error| ExecError::Io {
+        operation,
+        source: error.into(),
+    }
+}
+
+/// What to run. What is not given is the worker's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// The program and its arguments.
+    pub argv: Vec<OsString>,
+    /// Variables beside the worker's, or in their place.
+    pub env: Vec<(String, String)>,
+    /// Working directory, absolute.
+    pub cwd: Option<String>,
+    /// The size of its terminal, if it is to have one.
+    pub terminal: Option<Size>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum FromClient {
+    /// With three streams, or a socket in the place of a terminal.
+    Run(Asked),
+    Signal(i32),
+    Resize(Size),
+}
+
+#[derive(Serialize, Deserialize)]
+enum ToClient {
+    Exited(i32),
+    Refused(RemoteError, u8),
+    Ended,
+}
+
+/// Serves a sandbox's socket until it is dropped.
+pub struct Serving {
+    listener: Arc<OwnedFd>,
+    path: PathBuf,
+}
+
+/// Runs what comes to the socket in `dir` by way of `controller`, like `worker` where nothing else is asked.
+pub fn serve(dir: &Path, controller: Controller, worker: Command) -> Result<Serving, ExecError> {
+    let path = dir.join(SOCKET);
+    // The lock of the sandbox is held: whoever made it is gone.
+    let _ = fs::remove_file(&path);
+    let listener = socket().map_err(at("make a socket"))?;
+    with_address(dir, |address| bind(&listener, address)).map_err(at("listen for commands"))?;
+    listen(&listener, BACKLOG).map_err(at("listen for commands"))?;
+    let listener = Arc::new(listener);
+    let accepting = Arc::clone(&listener);
+    let accept = move || {
+        while let Ok(client) = accept_with(&accepting, SocketFlags::CLOEXEC) {
+            let (controller, worker) = (controller.clone(), worker.clone());
+            let attend = move || attend(&client, &controller, worker);
+            let _ = thread::Builder::new().name("exec".into()).spawn(attend);
+        }
+    };
+    let thread = thread::Builder::new().name("exec".into()).spawn(accept);
+    thread.map_err(at("start a thread"))?;
+    Ok(Serving { listener, path })
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        let _ = shutdown(&self.listener, Shutdown::Both);
+    }
+}
+
+fn attend(client: &OwnedFd, controller: &Controller, worker: Command) {
+    let me = rustix::process::geteuid();
+    if !socket_peercred(client).is_ok_and(|peer| peer.uid == me || peer.uid.is_root()) {
+        return;
+    }
+    let Ok(Some((FromClient::Run(asked), fds))) = packet::recv(client) else {
+        return;
+    };
+    let answer = match run(client, controller, merged(worker, asked), fds) {
+        Ok(status) => ToClient::Exited(status.into_raw()),
+        Err(SandboxError::Killed) => ToClient::Ended,
+        Err(error) => ToClient::Refused(RemoteError::new(&error), error.exit_code()),
+    };
+    // Where nobody is there any more, nobody wants to know.
+    let _ = packet::send(client, &answer, &[]);
+}
+
+/// The command that was asked for, as the worker's would be.
+fn merged(mut command: Command, asked: Asked) -> Command {
+    for (name, value) in asked.env {
+        command.env.retain(|(known, _)| *known != name);
+        command.env.push((name, value));
+    }
+    Command {
+        argv: asked.argv,
+        cwd: asked.cwd.unwrap_or(command.cwd),
+        terminal: asked.terminal,
+        ..command
+    }
+}
+
+fn run(
+    client: &OwnedFd,
+    controller: &Controller,
+    command: Command,
+    fds: Vec<OwnedFd>,
+) -> Result<ExitStatus, SandboxError> {
+    let started = controller.run(command, fds)?;
+    let controller = started.controller();
+    thread::scope(|scope| {
+        scope.spawn(|| heed(client, &controller));
+        let status = started.wait();
+        // Only what is to be read: the answer is still to be written.
+        let _ = shutdown(client, Shutdown::Read);
+        status
+    })
+}
+
+/// Does with the command what its client says, until it says no more.
+fn heed(client: &OwnedFd, command: &CommandController) {
+    loop {
+        let done = match packet::recv(client) {
+            Ok(Some((FromClient::Signal(signal), _))) => {
+                Signal::from_named_raw(signal).map_or(Ok(()), |signal| command.signal(signal))
+            }
+            Ok(Some((FromClient::Resize(size), _))) => command.resize(size),
+            Ok(Some((FromClient::Run(_), _))) => Ok(()),
+            Ok(None) | Err(_) => {
+                let _ = command.signal(Signal::KILL);
+                return;
+            }
+        };
+        if done.is_err() {
+            return;
+        }
+    }
+}
+
+/// Runs a command in the sandbox `name`, whose directory is `dir`, on this process's streams.
+pub fn exec(
+    dir: &Path,
+    name: &str,
+    asked: Asked,
+    timeout: Option<Duration>,
+) -> Result<ExitStatus, ExecError> {
+    let server = socket().map_err(at("make a socket"))?;
+    with_address(dir, |address| connect(&server, address)).map_err(|_| ExecError::NotRunning {
+        name: name.to_owned(),
+    })?;
+    let server = Arc::new(server);
+    let answer = if asked.terminal.is_some() {
+        in_terminal(&server, asked, timeout)
+    } else {
+        on_streams(&server, asked, timeout)
+    };
+    match answer? {
+        ToClient::Exited(status) => Ok(ExitStatus::from_raw(status)),
+        ToClient::Refused(source, code) => Err(ExecError::Refused { source, code }),
+        ToClient::Ended => Err(ExecError::Ended),
+    }
+}
+
+/// The size of the terminal that this process runs in; `None` if its input and output are none.
+pub fn terminal() -> Option<Size> {
+    if !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
+        return None;
+    }
+    let size = tcgetwinsize(rustix::stdio::stdout()).ok()?;
+    Some(Size {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
+}
+
+fn on_streams(
+    server: &OwnedFd,
+    asked: Asked,
+    timeout: Option<Duration>,
+) -> Result<ToClient, ExecError> {
+    // Not our own: whoever reads it over there must not go on when we have ended.
+    let (reader, writer) = io::pipe().map_err(at("make a pipe"))?;
+    let fds = [
+        reader.as_fd(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    packet::send(server, &FromClient::Run(asked), &fds).map_err(at("ask for the command"))?;
+    drop(reader);
+    let stdin = rustix::stdio::stdin().try_clone_to_owned();
+    copy(stdin.map_err(at("read standard input"))?, writer.into())?;
+    answer(server, timeout)
+}
+
+fn in_terminal(
+    server: &Arc<OwnedFd>,
+    asked: Asked,
+    timeout: Option<Duration>,
+) -> Result<ToClient, ExecError> {
+    let (ours, theirs) = UnixStream::pair().map_err(at("make a socket"))?;
+    packet::send(server, &FromClient::Run(asked), &[theirs.as_fd()])
+        .map_err(at("ask for the command"))?;
+    drop(theirs);
+    let raw = Raw::enter().map_err(at("set up the terminal"))?;
+    let ours = OwnedFd::from(ours);
+    let to = ours.try_clone().map_err(at("make a socket"))?;
+    let stdin = rustix::stdio::stdin().try_clone_to_owned();
+    copy(stdin.map_err(at("read standard input"))?, to)?;
+    let stdout = rustix::stdio::stdout().try_clone_to_owned();
+    let output = copy(ours, stdout.map_err(at("write to standard output"))?)?;
+    let resized = Arc::clone(server);
+    let mut changes = signal_hook::iterator::Signals::new([signal_hook::consts::SIGWINCH])
+        .map_err(at("watch the terminal"))?;
+    let follow = move || {
+        for _ in changes.forever() {
+            let told = terminal().map(FromClient::Resize);
+            if told.is_some_and(|told| packet::send(&resized, &told, &[]).is_err()) {
+                return;
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("terminal".into()).spawn(follow);
+    thread.map_err(at("start a thread"))?;
+    let answer = answer(server, timeout);
+    if answer.is_ok() {
+        let _ = output.join();
+    }
+    drop(raw);
+    answer
+}
+
+/// What becomes of the command, within `timeout`.
+fn answer(server: &OwnedFd, timeout: Option<Duration>) -> Result<ToClient, ExecError> {
+    let limit = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    loop {
+        let mut fds = [PollFd::new(server, PollFlags::IN)];
+        match (poll(&mut fds, limit.as_ref()), timeout) {
+            (Ok(0), Some(limit)) => {
+                let kill = FromClient::Signal(Signal::KILL.as_raw());
+                packet::send(server, &kill, &[]).map_err(at("end the command"))?;
+                return Err(ExecError::Timeout { limit });
+            }
+            (Err(rustix::io::Errno::INTR), _) => {}
+            (Err(error), _) => return Err(at("wait for the command")(error)),
+            (Ok(_), _) => break,
+        }
+    }
+    match packet::recv(server).map_err(at("hear of the command"))? {
+        Some((answer, _)) => Ok(answer),
+        None => Err(ExecError::Ended),
+    }
+}
+
+/// This process's terminal, handing on what is typed as it is typed, until it is dropped.
+struct Raw(Termios);
+
+impl Raw {
+    fn enter() -> rustix::io::Result<Self> {
+        let before = tcgetattr(rustix::stdio::stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &raw)?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Drain, &self.0);
+    }
+}
+
+fn copy(from: OwnedFd, to: OwnedFd) -> Result<JoinHandle<()>, ExecError> {
+    let copy = move || {
+        let _ = io::copy(&mut File::from(from), &mut File::from(to));
+    };
+    let thread = thread::Builder::new().name("stream".into()).spawn(copy);
+    thread.map_err(at("start a thread"))
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+}
+
+/// The socket in `dir` by a short name: an address has room for 108 bytes.
+fn with_address(
+    dir: &Path,
+    call: impl FnOnce(&SocketAddrUnix) -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(dir, flags, Mode::empty())?;
+    let name = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+    call(&SocketAddrUnix::new(name)?)
+}
