@@ -27,17 +27,20 @@ pub enum RefKind {
     Image,
     /// A worker's sandbox, by the worker's name.
     Worker,
+    /// A managed worker, by its name.
+    Managed,
 }
 
 impl RefKind {
     /// All kinds.
-    pub const ALL: [Self; 2] = [Self::Image, Self::Worker];
+    pub const ALL: [Self; 3] = [Self::Image, Self::Worker, Self::Managed];
 
     /// Where its refs are, relative to the store.
     pub(crate) fn path(self) -> &'static str {
         match self {
             Self::Image => "refs/image",
             Self::Worker => "refs/worker",
+            Self::Managed => "refs/managed",
         }
     }
 }

@@ -25,7 +25,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-pub(crate) const DIRS: [&str; 12] = [
+pub(crate) const DIRS: [&str; 13] = [
     "packs",
     "loose",
     "layers",
@@ -33,12 +33,15 @@ pub(crate) const DIRS: [&str; 12] = [
     "refs",
     "refs/image",
     "refs/worker",
+    MANAGED_REFS,
     "leases",
     "locks",
     "tmp",
     "stat",
     "trash",
 ];
+/// Where the refs of managed workers are, which stores of earlier programs do not have.
+const MANAGED_REFS: &str = "refs/managed";
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
@@ -178,6 +181,10 @@ impl Store {
             Some(format!("{}: {}", tmp.display(), io::Error::from(err)))
         };
         let read_only = format.read_only().or_else(refused);
+        let managed = dir.join(MANAGED_REFS);
+        if read_only.is_none() && disk.metadata(&managed).is_err() {
+            disk.create_dir(&managed).at("making", &managed)?;
+        }
         Ok(Self::assemble(dir, disk, read_only))
     }
 

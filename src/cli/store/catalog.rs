@@ -40,7 +40,7 @@ impl Catalog {
         let mut projects: BTreeSet<LayerId> = store.snapshot_layers()?.into_iter().collect();
         for kind in RefKind::ALL {
             for (name, content) in store.list_refs(kind)? {
-                if kind == RefKind::Worker {
+                if kind != RefKind::Image {
                     projects.extend(content.layers.last());
                 }
                 refs.push((kind, name, content.layers));
@@ -142,6 +142,7 @@ pub fn ref_kind_text(kind: RefKind) -> &'static str {
     match kind {
         RefKind::Image => "image",
         RefKind::Worker => "worker",
+        RefKind::Managed => "managed worker",
     }
 }
 
