@@ -4,6 +4,7 @@
 //! SIGINT, SIGTERM or SIGHUP asks what runs to end and gives it [`GRACE`], the second kills it. While nothing runs in a sandbox
 //! the process just ends: whatever it was doing is made so that it can end anywhere.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,7 +25,9 @@ pub struct Signals {
 
 #[derive(Default)]
 struct State {
-    running: Option<Controller>,
+    running: BTreeMap<u64, Controller>,
+    next: u64,
+    /// The first signal that came. What is attended to after it is asked to end at once.
     received: Option<Signal>,
 }
 
@@ -45,17 +48,27 @@ impl Signals {
     }
 
     /// Calls `wait`, and meanwhile passes signals on to what `controller` reaches. Returns what `wait` did and the first
-    /// signal, if one came.
+    /// signal, if one came. Several threads may do so at once.
     pub fn attend<R>(
         &self,
         controller: Controller,
         wait: impl FnOnce() -> R,
     ) -> (R, Option<Signal>) {
-        lock(&self.state).running = Some(controller);
+        let number = {
+            let mut state = lock(&self.state);
+            if let Some(signal) = state.received {
+                // It can only fail when the sandbox is gone, which is what is wanted.
+                let _ = controller.stop(signal, GRACE);
+            }
+            let number = state.next;
+            state.next += 1;
+            state.running.insert(number, controller);
+            number
+        };
         let result = wait();
         let mut state = lock(&self.state);
-        state.running = None;
-        (result, state.received.take())
+        state.running.remove(&number);
+        (result, state.received)
     }
 }
 
@@ -64,19 +77,21 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
 }
 
 fn receive(state: &mut State, number: i32) {
-    let Some(controller) = &state.running else {
+    if state.running.is_empty() {
         std::process::exit(128 + number);
-    };
+    }
     let signal = match number {
         SIGINT => Signal::INT,
         SIGHUP => Signal::HUP,
         _ => Signal::TERM,
     };
-    // It can only fail when the sandbox is gone, which is what is wanted.
-    let _ = if state.received.is_none() {
-        controller.stop(signal, GRACE)
-    } else {
-        controller.stop(Signal::KILL, Duration::ZERO)
-    };
+    for controller in state.running.values() {
+        // It can only fail when the sandbox is gone, which is what is wanted.
+        let _ = if state.received.is_none() {
+            controller.stop(signal, GRACE)
+        } else {
+            controller.stop(Signal::KILL, Duration::ZERO)
+        };
+    }
     state.received.get_or_insert(signal);
 }

@@ -31,7 +31,7 @@ pub(super) struct Namespace {
     status: Option<ExitStatus>,
     commands: Arc<Commands>,
     warnings: Vec<Warning>,
-    /// The command's output, with [`Stdio::Piped`]. To be read, lest the command block.
+    /// The command's output, with [`Stdio::Piped`] or [`Stdio::Joined`]. To be read, lest the command block.
     pub stdout: Option<PipeReader>,
     /// The command's error output, with [`Stdio::Piped`]. To be read, lest the command block.
     pub stderr: Option<PipeReader>,
@@ -54,6 +54,14 @@ impl Namespace {
                     rustix::stdio::stderr(),
                 ];
                 Self::spawn(&spec.init, plan, streams)?
+            }
+            Stdio::Joined => {
+                let null = File::open("/dev/null").map_err(host("open", "/dev/null"))?;
+                let (output, end) = pipe(&ids)?;
+                let streams = [null.as_fd(), end.as_fd(), end.as_fd()];
+                let mut sandbox = Self::spawn(&spec.init, plan, streams)?;
+                sandbox.stdout = Some(output);
+                sandbox
             }
             Stdio::Piped => {
                 let null = File::open("/dev/null").map_err(host("open", "/dev/null"))?;
@@ -303,7 +311,7 @@ fn plan(spec: &SandboxSpec) -> Result<Plan, SandboxError> {
                 read_only: mount.read_only,
             })
             .collect(),
-        owns_output: spec.stdio == Stdio::Piped,
+        owns_output: spec.stdio != Stdio::Inherit,
     })
 }
 

@@ -28,7 +28,8 @@ use super::{SandboxError, SandboxSpec, Warning};
 /// process dies.
 pub struct Sandbox {
     kind: Kind,
-    /// The command's output, with [`Stdio::Piped`](super::Stdio::Piped). To be read, lest the command block.
+    /// The command's output, with [`Stdio::Piped`](super::Stdio::Piped) or [`Joined`](super::Stdio::Joined). To be read, lest the
+    /// command block.
     pub stdout: Option<PipeReader>,
     /// The command's error output, with [`Stdio::Piped`](super::Stdio::Piped). To be read, lest the command block.
     pub stderr: Option<PipeReader>,

@@ -151,4 +151,7 @@ pub enum Stdio {
     /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox), which the
     /// command's user may open by name as well.
     Piped,
+    /// As [`Piped`](Self::Piped), but output and error are one pipe, [`Sandbox::stdout`](super::Sandbox), so that their order is
+    /// kept; in a microVM, whose streams come apart, only roughly.
+    Joined,
 }

@@ -390,6 +390,13 @@ impl Vm {
                     rustix::stdio::stderr().try_clone_to_owned().map_err(host)?,
                 )
             }
+            Stdio::Joined => {
+                drop(input);
+                let (stdout, output) = io::pipe().map_err(host)?;
+                let errors = output.try_clone().map_err(host)?;
+                self.stdout = Some(stdout);
+                (output.into(), errors.into())
+            }
             Stdio::Piped => {
                 drop(input);
                 let (stdout, to_output) = io::pipe().map_err(host)?;
