@@ -202,6 +202,7 @@ pub enum Stream {
 }
 
 /// The realised layers, bottom first.
+#[derive(Default)]
 pub struct Stack {
     /// What became of each.
     pub reports: Vec<Report>,
@@ -212,9 +213,12 @@ pub struct Stack {
 }
 
 /// What a step came to.
-struct Outcome {
-    report: Report,
-    layer: Arc<Layer>,
+#[derive(Clone)]
+pub struct Outcome {
+    /// What became of its layer.
+    pub report: Report,
+    /// The layer.
+    pub layer: Arc<Layer>,
     record: Record,
 }
 
@@ -224,7 +228,21 @@ impl Stack {
         self.reports.iter().map(|report| report.layer_id).collect()
     }
 
-    fn push(&mut self, report: Report, layer: Arc<Layer>) {
+    /// Puts what a step came to on top.
+    pub fn put(&mut self, outcome: Outcome) {
+        if let Some(key) = outcome.report.key {
+            self.recorded.push(Recorded {
+                kind: outcome.report.kind,
+                key,
+                record: outcome.record,
+                is_new: outcome.report.status == Status::Built,
+            });
+        }
+        self.push(outcome.report, outcome.layer);
+    }
+
+    /// Puts a layer on top.
+    pub fn push(&mut self, report: Report, layer: Arc<Layer>) {
         self.reports.push(report);
         self.layers.push(layer);
     }
@@ -261,45 +279,20 @@ pub struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// Realises base, setup, install and project.
-    pub fn realise(&self) -> Result<Stack, BuildError> {
-        let mut stack = Stack {
-            reports: Vec::new(),
-            layers: Vec::new(),
-            recorded: Vec::new(),
-        };
+    /// The layers of the base image, bottom first, pinned.
+    pub fn base(&self) -> Result<Stack, BuildError> {
+        let mut stack = Stack::default();
         self.lease.pin(&self.image.layers)?;
         for id in &self.image.layers {
             let layer = self.store.layer(id)?;
             let report = Report::hit(Kind::Base, None, &layer);
             stack.push(report, layer);
         }
-        (self.events)(Event::Base(self.image));
-        let (report, project) = self.snapshot()?;
-        let scripts = &self.project.scripts;
-        for (kind, script) in [
-            (Kind::Setup, &scripts.setup),
-            (Kind::Install, &scripts.install),
-        ] {
-            if let Some(script) = script {
-                let key = self.recipe(kind, script, &stack.layers).key();
-                let outcome = self.step(kind, script, key, &stack.layers, &project)?;
-                (self.events)(Event::Ready(&outcome.report));
-                stack.recorded.push(Recorded {
-                    kind,
-                    key,
-                    record: outcome.record,
-                    is_new: outcome.report.status == Status::Built,
-                });
-                stack.push(outcome.report, outcome.layer);
-            }
-        }
-        (self.events)(Event::Ready(&report));
-        stack.push(report, project);
         Ok(stack)
     }
 
-    fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
+    /// The project's layer as it is now.
+    pub fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
         let start = Instant::now();
         let name = project_id(self.project);
         // Two at once would each store what is new of the project.
@@ -341,8 +334,9 @@ impl Builder<'_> {
         Ok((report, layer))
     }
 
-    fn recipe(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> Recipe {
-        Recipe {
+    /// What a step is stored under.
+    pub fn key(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> KeyId {
+        let recipe = Recipe {
             kind,
             below: below.iter().map(|layer| layer.tree_id()).collect(),
             script: script.to_owned(),
@@ -350,7 +344,8 @@ impl Builder<'_> {
             arch: std::env::consts::ARCH.to_owned(),
             user: self.image.config.user.clone(),
             env: self.env.clone(),
-        }
+        };
+        recipe.key()
     }
 
     /// The layer that still holds for this project, or why there is none.
@@ -426,7 +421,8 @@ impl Builder<'_> {
         }))
     }
 
-    fn step(
+    /// The layer of a step: the one that still holds, or a new one.
+    pub fn step(
         &self,
         kind: Kind,
         script: &str,

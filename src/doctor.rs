@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use iii_store::Store;
 use serde::Serialize;
 
-use crate::dev::Engine;
 use crate::firmware::{self, FirmwareError, Package, Source};
 use crate::home::Home;
 use crate::kvm::{self, Unusable};
+use crate::run::Engine;
 use crate::sandbox::{self, SandboxError, Warning};
 use crate::ui::human_bytes;
 

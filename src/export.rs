@@ -5,11 +5,12 @@
 
 use std::collections::HashMap;
 
-use crate::dev::{Built, start_command};
+use crate::dev::Built;
 use crate::environment::{anywhere, looks_secret};
 use crate::oci::ImageConfig;
 use crate::plan::WORKSPACE;
 use crate::project::{CacheScope, MANIFEST_NAME, Project, WorkerName, config};
+use crate::run::start_command;
 
 /// Longest text of a label.
 const MAX_LABEL: usize = 1024;

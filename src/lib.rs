@@ -17,12 +17,15 @@ pub mod environment;
 pub mod exec;
 pub mod export;
 pub mod firmware;
+pub mod graph;
 pub mod home;
 pub mod kvm;
 pub mod logs;
 pub mod oci;
 pub mod plan;
 pub mod project;
+pub mod realise;
+pub mod run;
 pub mod sandbox;
 #[cfg(target_os = "linux")]
 pub mod serve;

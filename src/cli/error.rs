@@ -15,11 +15,11 @@ use std::process::ExitCode;
 
 use crate::build::BuildError;
 use crate::cache::CacheNameError;
-use crate::dev::DevError;
 use crate::exec::ExecError;
 use crate::home::HomeError;
 use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
+use crate::run::RunError;
 use crate::sandbox::SandboxError;
 #[cfg(target_os = "linux")]
 use crate::serve::ServeError;
@@ -38,7 +38,7 @@ use super::store::MIN_PREFIX;
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
     #[error(transparent)]
-    Dev(#[from] DevError),
+    Run(#[from] RunError),
     #[error(transparent)]
     Home(#[from] HomeError),
     #[error(transparent)]
@@ -201,7 +201,7 @@ impl CliError {
     /// Says what failed, why, and what to do.
     pub fn report(&self, ui: &Ui) {
         ui.error(with_causes(self));
-        if let Self::Dev(DevError::Build(BuildError::Step { kind, tail, .. })) = self {
+        if let Self::Run(RunError::Build(BuildError::Step { kind, tail, .. })) = self {
             ui.note(format_args!("the last lines of {kind}:"));
             for line in tail {
                 ui.output_line(&kind.to_string(), line.as_bytes());
@@ -214,7 +214,7 @@ impl CliError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Dev(DevError::NoBase { name, source }) => {
+            Self::Run(RunError::NoBase { name, source }) => {
                 let import = format!(
                     "without a registry: export the image from a container engine, or make one with `scripts/make-base`, then: iii image import PATH --as {name}"
                 );
@@ -227,21 +227,21 @@ impl CliError {
                 limit_hint(error, true).or_else(|| pull_hint(error))?
             }
             Self::NoImage { name } => format!("`iii image list` shows what is there; to bring it in: iii image pull {name}"),
-            Self::Dev(DevError::Build(BuildError::Step { .. })) => {
+            Self::Run(RunError::Build(BuildError::Step { .. })) => {
                 "nothing of this step was kept; mend the script or the project and run again".into()
             }
-            Self::Dev(DevError::Busy { .. }) => "stop that process, or give this one another --name".into(),
-            Self::Dev(DevError::Taken { .. }) => {
+            Self::Run(RunError::Busy { .. }) => "stop that process, or give this one another --name".into(),
+            Self::Run(RunError::Taken { .. }) => {
                 "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
             }
-            Self::Dev(DevError::Compose {
+            Self::Run(RunError::Compose {
                 source: OpenError::Upper(UpperError::Chain { .. } | UpperError::NotAnUpper(_)),
                 ..
             }) => "--fresh drops what the sandbox wrote, and keeps the layers".into(),
-            Self::Dev(DevError::NeverRun { .. }) => {
+            Self::Run(RunError::NeverRun { .. }) => {
                 "only what `iii worker dev` has run has a name; export its project by its path, as in: iii worker export ./my-project".into()
             }
-            Self::Dev(DevError::Outdated { project, .. }) => format!(
+            Self::Run(RunError::Outdated { project, .. }) => format!(
                 "to build and export what it is now: iii worker export {}",
                 project.display()
             ),
@@ -249,11 +249,11 @@ impl CliError {
             Self::Export { source: ExportError::NotALayout { .. }, .. } => {
                 "name a directory that does not exist, and it is made".into()
             }
-            Self::Dev(DevError::NoLibkrun) => "use --runtime namespace, or auto".into(),
-            Self::Dev(DevError::Exec(ExecError::NotRunning { .. })) => {
+            Self::Run(RunError::NoLibkrun) => "use --runtime namespace, or auto".into(),
+            Self::Run(RunError::Exec(ExecError::NotRunning { .. })) => {
                 "the name is that of a `worker dev` that runs; for a project's directory, iii-dev-<directory>".into()
             }
-            Self::Dev(DevError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
+            Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
             _ if self.store().is_some_and(is_damage) => {
@@ -261,7 +261,7 @@ impl CliError {
             }
             #[cfg(target_os = "linux")]
             Self::Serve(error) => serve_hint(error)?,
-            Self::Dev(DevError::Sandbox(error) | DevError::Build(BuildError::Sandbox { source: error, .. })) => error.hint()?,
+            Self::Run(RunError::Sandbox(error) | RunError::Build(BuildError::Sandbox { source: error, .. })) => error.hint()?,
             _ => return None,
         })
     }
@@ -275,10 +275,10 @@ impl CliError {
                 ..
             }
             | Self::Image(ImageError::Store(error))
-            | Self::Dev(
-                DevError::Store(error)
-                | DevError::Image(ImageError::Store(error))
-                | DevError::Build(BuildError::Store(error)),
+            | Self::Run(
+                RunError::Store(error)
+                | RunError::Image(ImageError::Store(error))
+                | RunError::Build(BuildError::Store(error)),
             ) => Some(error),
             #[cfg(target_os = "linux")]
             Self::Serve(ServeError::Store(error)) => Some(error),
@@ -289,13 +289,13 @@ impl CliError {
     /// What the shell gets.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Self::Dev(DevError::Build(BuildError::Interrupted { signal, .. })) => {
+            Self::Run(RunError::Build(BuildError::Interrupted { signal, .. })) => {
                 128 + signal.as_raw() as u8
             }
-            Self::Dev(DevError::Sandbox(error)) => SandboxError::exit_code(error),
-            Self::Dev(DevError::Exec(ExecError::Refused { code, .. })) => *code,
+            Self::Run(RunError::Sandbox(error)) => SandboxError::exit_code(error),
+            Self::Run(RunError::Exec(ExecError::Refused { code, .. })) => *code,
             // As timeout(1) has it.
-            Self::Dev(DevError::Exec(ExecError::Timeout { .. })) => 124,
+            Self::Run(RunError::Exec(ExecError::Timeout { .. })) => 124,
             _ => 1,
         })
     }

@@ -11,13 +11,14 @@ use serde::Serialize;
 use super::args::{ExportImage, ExportWorker, Where};
 use super::worker::{Printer, caches};
 use super::{CliError, image, limits, print_json};
-use crate::dev::{self, Target};
+use crate::dev;
 use crate::export::{LeftOut, WorkerImage};
 use crate::home::Home;
 use crate::oci::export::{Destination, Event, Export, ExportedLayer, Part};
 use crate::oci::reference::DEFAULT_TAG;
 use crate::oci::{Digest, Platform, Reference, Settings};
 use crate::plan::Kind;
+use crate::run::{RunError, Runtime, Target};
 use crate::supervise::Signals;
 use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
 
@@ -66,12 +67,12 @@ pub fn worker(
             collect: image::may_collect(),
             limits: limits::with(&[])?,
             caches: caches(Vec::new(), None)?,
-            runtime: dev::Runtime::Namespace,
+            runtime: Runtime::Namespace,
         };
         let printer = Printer::new(ui);
         dev::built(home, &target, signals, &|event| printer.show(&event))?
     } else {
-        let name = args.worker.parse().map_err(dev::DevError::from)?;
+        let name = args.worker.parse().map_err(RunError::from)?;
         dev::last_run(home, name, args.base.as_deref())?
     };
     let made = WorkerImage::of(&worker, &args.env);

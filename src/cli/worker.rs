@@ -14,12 +14,13 @@ use super::image::{self, Bars};
 use super::{CliError, export, limits, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
-use crate::dev::{self, DevError, Engine, Options, Target};
+use crate::dev::{self, Options};
 use crate::doctor::{self, Diagnosis, State};
 use crate::exec::{self, Asked};
 use crate::home::Home;
 use crate::plan::Kind;
 use crate::project::WorkerName;
+use crate::run::{self, Engine, RunError, Target};
 use crate::supervise::Signals;
 use crate::tail::inert;
 use crate::ui::{StepOutput, Ui, human_bytes, human_counted, human_duration};
@@ -37,7 +38,7 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
 }
 
 fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
-    let name: WorkerName = args.name.parse().map_err(DevError::from)?;
+    let name: WorkerName = args.name.parse().map_err(RunError::from)?;
     let asked = Asked {
         argv: args.command,
         env: args.env,
@@ -46,7 +47,7 @@ fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
     };
     let timeout = args.timeout.map(Duration::from_secs);
     let dir = home.dev(name.as_str());
-    let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(DevError::from)?;
+    let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(RunError::from)?;
     let code = status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
@@ -155,12 +156,12 @@ struct Layers {
 
 fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
     let runtime = match args.runtime {
-        Runtime::Libkrun => dev::Runtime::Libkrun,
+        Runtime::Libkrun => run::Runtime::Libkrun,
         Runtime::Auto => {
             ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network");
-            dev::Runtime::Namespace
+            run::Runtime::Namespace
         }
-        Runtime::Namespace => dev::Runtime::Namespace,
+        Runtime::Namespace => run::Runtime::Namespace,
     };
     Ok(Target {
         caches: caches(args.cache_from, args.cache_to)?,

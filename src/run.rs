@@ -1,0 +1,548 @@
+//! What a worker in the foreground and a managed one have in common: where its state is, and how its sandbox comes to run.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::{OpenError, OverlayOptions};
+use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
+use rustix::process::Signal;
+
+use crate::build::{self, BuildError, Caches, Event};
+use crate::cache::CacheOptions;
+#[cfg(feature = "libkrun")]
+use crate::compose::Hardware;
+use crate::compose::{Composition, Isolation};
+use crate::environment;
+use crate::exec::{self, ExecError};
+use crate::firmware::FirmwareError;
+#[cfg(feature = "libkrun")]
+use crate::firmware::{Package, Places};
+use crate::home::{Home, HomeError};
+#[cfg(feature = "libkrun")]
+use crate::kvm;
+use crate::kvm::Unusable;
+use crate::oci::{Image, ImageError, Limits, Settings};
+use crate::plan::Kind;
+use crate::project::{
+    DocumentError, NameError, Project, ProjectError, Resources, WorkerConfig, WorkerName,
+};
+use crate::realise::Worker;
+use crate::sandbox::{Sandbox, SandboxError, SandboxSpec, Stdio};
+
+/// How long the engine has to accept a connection before it counts as not listening.
+const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// Time between two tries to take a lock that somebody may only be looking at.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// Why a worker did not run.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "their messages say it")]
+pub enum RunError {
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    #[error(transparent)]
+    Project(#[from] ProjectError),
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error(transparent)]
+    Config(#[from] DocumentError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("the base image {name} is not in the store, and it cannot be had")]
+    NoBase {
+        name: String,
+        source: Box<ImageError>,
+    },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error("the sandbox {name} is in use by process {holder}")]
+    Busy { name: String, holder: String },
+    #[error("the sandbox {name} belongs to the project at {}", owner.display())]
+    Taken { name: String, owner: PathBuf },
+    #[error("composing the root filesystem of {name} failed")]
+    Compose { name: String, source: OpenError },
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        operation: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{kind} of {name} is the same as that of {with}, which failed")]
+    AlsoFailed {
+        name: String,
+        with: String,
+        kind: Kind,
+    },
+    #[error("the build went out of turn, which is a fault of this program")]
+    OutOfTurn,
+    #[error("this build of iii has no libkrun runtime")]
+    NoLibkrun,
+    #[error("there is no worker called {name}")]
+    NeverRun { name: String },
+    #[error("the project at {} is not what the worker {name} last ran from", project.display())]
+    Outdated { name: String, project: PathBuf },
+    #[error("libkrun cannot run a microVM here: {why}")]
+    NoKvm { why: Unusable },
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+}
+
+pub(crate) fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RunError {
+    let path = path.to_owned();
+    move |source| RunError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+/// What to realise.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The project's directory.
+    pub path: PathBuf,
+    /// Runs setup and install again and forgets what the sandbox wrote.
+    pub rebuild: bool,
+    /// The sandbox's name, unless it follows from the directory.
+    pub name: Option<String>,
+    /// The base image, unless it follows from the project.
+    pub base: Option<String>,
+    /// Lets the store be cleared after a build that leaves it or the disk too full.
+    pub collect: bool,
+    /// How much of anything what is pulled or fetched may bring.
+    pub limits: Limits,
+    /// Where layers are fetched from, and where they are put for others.
+    pub caches: CacheOptions,
+    /// What it runs in.
+    pub runtime: Runtime,
+}
+
+/// What a worker and its steps run in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// Linux namespaces.
+    Namespace,
+    /// A libkrun microVM.
+    Libkrun,
+}
+
+/// Where the engine listens.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Engine {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+impl Engine {
+    /// Its URL.
+    pub fn url(&self) -> String {
+        if self.host.contains(':') {
+            format!("ws://[{}]:{}", self.host, self.port)
+        } else {
+            format!("ws://{}:{}", self.host, self.port)
+        }
+    }
+
+    /// The engine at `url`, as in `ws://127.0.0.1:49134`; `None` where that is nothing of the kind.
+    pub fn of_url(url: &str) -> Option<Self> {
+        let authority = url.trim().strip_prefix("ws://")?;
+        let authority = authority.split(['/', '?', '#']).next()?;
+        let (host, port) = authority.rsplit_once(':')?;
+        let host = host
+            .strip_prefix('[')
+            .map_or(Some(host), |v6| v6.strip_suffix(']'))?;
+        (!host.is_empty())
+            .then(|| port.parse().ok())?
+            .map(|port| Self {
+                host: host.to_owned(),
+                port,
+            })
+    }
+
+    /// Whether anybody accepts connections there within a quarter of a second.
+    pub fn listens(&self) -> bool {
+        let Ok(addresses) = (self.host.as_str(), self.port).to_socket_addrs() else {
+            return false;
+        };
+        addresses
+            .into_iter()
+            .any(|address| TcpStream::connect_timeout(&address, ENGINE_TIMEOUT).is_ok())
+    }
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    /// How its start command ended.
+    pub status: ExitStatus,
+    /// The signal that asked it to end, if one did.
+    pub signal: Option<Signal>,
+}
+
+/// How sandboxes are to be kept apart from the host: where `runtime` wants microVMs, the guest's kernel is fetched if it is missing.
+#[cfg(feature = "libkrun")]
+pub(crate) fn isolation(
+    home: &Home,
+    runtime: Runtime,
+    resources: Resources,
+    events: &dyn Fn(Event<'_>),
+) -> Result<Isolation, RunError> {
+    if runtime == Runtime::Namespace {
+        return Ok(Isolation::Namespace);
+    }
+    kvm::usable(&home.kvm()).map_err(|why| RunError::NoKvm { why })?;
+    let places = Places::from_environment(home.lib(), None);
+    let libkrunfw = if let Some((path, _)) = places.find()? {
+        path
+    } else {
+        events(Event::Note("fetching the guest's kernel, once".into()));
+        let settings = Settings::from_environment().map_err(ImageError::from)?;
+        places.find_or_fetch(Package::of_this_machine().as_ref(), &settings, &|_| ())?
+    };
+    Ok(Isolation::Machine(Hardware {
+        libkrunfw,
+        // The manifest allows what fits.
+        cpus: u8::try_from(resources.cpus).unwrap_or(u8::MAX),
+        memory_mib: resources.memory_mib,
+    }))
+}
+
+#[cfg(not(feature = "libkrun"))]
+pub(crate) fn isolation(
+    _: &Home,
+    runtime: Runtime,
+    _: Resources,
+    _: &dyn Fn(Event<'_>),
+) -> Result<Isolation, RunError> {
+    match runtime {
+        Runtime::Namespace => Ok(Isolation::Namespace),
+        Runtime::Libkrun => Err(RunError::NoLibkrun),
+    }
+}
+
+/// The layers that a worker's name keeps.
+fn kept_layers(store: &Store, kind: RefKind, name: &str) -> Result<Vec<LayerId>, StoreError> {
+    let kept = match store.get_ref(kind, name) {
+        // It is about to be written anew.
+        Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
+        other => other?,
+    };
+    Ok(kept.map(|kept| kept.layers).unwrap_or_default())
+}
+
+/// Has a worker's name keep these layers, bottom first, and no others. They are pinned.
+fn keep_layers(
+    store: &Store,
+    kind: RefKind,
+    name: &str,
+    layers: Vec<LayerId>,
+) -> Result<(), StoreError> {
+    let info = serde_json::Value::Null;
+    store.set_ref(kind, name, &Ref { layers, info })
+}
+
+/// Has a worker's name keep these layers, which are pinned, besides those that its upper stands on. Returns whether it did not keep
+/// just these before.
+pub(crate) fn keep_also(
+    store: &Store,
+    kind: RefKind,
+    name: &str,
+    layers: &[LayerId],
+) -> Result<bool, StoreError> {
+    let mut last = kept_layers(store, kind, name)?;
+    if last == layers {
+        return Ok(false);
+    }
+    last.retain(|id| store.has_layer(id));
+    if !last.ends_with(layers) {
+        keep_layers(store, kind, name, [&last[..], layers].concat())?;
+    }
+    Ok(true)
+}
+
+/// A worker's sandbox as it is to be started.
+pub(crate) struct Start<'a> {
+    /// Where caches are.
+    pub home: &'a Home,
+    /// The store.
+    pub store: &'a Store,
+    /// The worker; its layers are pinned.
+    pub worker: &'a Worker,
+    /// Where its upper is.
+    pub place: &'a Place,
+    /// Whose name keeps its layers.
+    pub keeper: RefKind,
+    /// Where the engine listens.
+    pub engine: &'a Engine,
+    /// What config.yaml says.
+    pub config: &'a WorkerConfig,
+    /// Where its output goes.
+    pub stdio: Stdio,
+}
+
+impl Start<'_> {
+    /// Composes the root filesystem and starts the command on it.
+    pub fn run(self, events: &dyn Fn(Event<'_>)) -> Result<Sandbox, RunError> {
+        let worker = self.worker;
+        let (project, name) = (&worker.project, worker.name.as_str());
+        // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
+        // in between loses neither.
+        let layers = worker.stack.ids();
+        let others = keep_also(self.store, self.keeper, name, &layers)?;
+        let composition = Composition {
+            store: self.store,
+            layers: worker.stack.layers.clone(),
+            upper: self.place.upper(),
+            options: OverlayOptions {
+                project: Some(build::project_at(&worker.stack.layers)),
+                ..OverlayOptions::default()
+            },
+            mode: Mode::Quiet,
+            console: self.place.console(),
+        };
+        let composed = composition.compose(&worker.isolation);
+        let composed = composed.map_err(|source| RunError::Compose {
+            name: name.to_owned(),
+            source,
+        })?;
+        let env = environment::for_worker(
+            &worker.env,
+            &project.env,
+            &self.config.env,
+            name,
+            &self.engine.url(),
+            worker.isolation.name(),
+        );
+        let [entrypoint, command] = start_command(&worker.image, project);
+        let mut spec = SandboxSpec::new(composed.root(), entrypoint.into_iter().chain(command));
+        spec.env = env.into_iter().collect();
+        spec.user.clone_from(&worker.image.config.user);
+        name.clone_into(&mut spec.hostname);
+        spec.stdio = self.stdio;
+        spec.mounts = Caches::open(
+            &self.home.cache(worker.isolation.name()),
+            project,
+            &worker.env,
+            |cache| !cache.id.starts_with("apt-"),
+            false,
+        )?
+        .mounts;
+        let command = spec.command();
+        let sandbox = Sandbox::start(spec)?;
+        // The overlay is open by now, wherever it is served.
+        if others {
+            keep_layers(self.store, self.keeper, name, layers)?;
+        }
+        for warning in sandbox.warnings() {
+            events(Event::Note(warning.to_string()));
+        }
+        Ok(sandbox)
+    }
+}
+
+/// What starts a worker: the image's entrypoint, and the command that goes by way of it, as a container engine runs them. The
+/// steps do without an entrypoint, as those of a Dockerfile.
+pub fn start_command(image: &Image, project: &Project) -> [Vec<String>; 2] {
+    let mut command = build::SHELL.map(str::to_owned).to_vec();
+    command.push(project.scripts.start.clone());
+    [image.config.entrypoint.clone(), command]
+}
+
+/// What config.yaml says of the worker, with what is odd about it told.
+pub(crate) fn worker_config(
+    path: &Path,
+    name: &WorkerName,
+    events: &dyn Fn(Event<'_>),
+) -> Result<WorkerConfig, RunError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let config = crate::project::config::read(path, name.as_str(), &variable)?.unwrap_or_default();
+    for warning in &config.warnings {
+        events(Event::Note(warning.clone()));
+    }
+    Ok(config)
+}
+
+/// Where a sandbox's directory says which project it belongs to.
+const OWNER: &str = "project";
+
+/// The project that the sandbox in `dir` belongs to, if there is one.
+pub(crate) fn owner(dir: &Path) -> Result<Option<PathBuf>, RunError> {
+    use std::os::unix::ffi::OsStringExt as _;
+    let path = dir.join(OWNER);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(std::ffi::OsString::from_vec(bytes).into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(at("read", &path)(source)),
+    }
+}
+
+/// A sandbox's directory, held by one process at a time.
+pub(crate) struct Place {
+    dir: PathBuf,
+    lock: File,
+}
+
+/// The file that whoever holds a sandbox has locked. It says who that is, if that is somebody who runs it.
+pub(crate) const LOCK: &str = "lock";
+
+impl Place {
+    /// Takes the sandbox `name` for the project at `root`. It belongs to the project that it was first used for, for as long
+    /// as that exists or until `take_over`.
+    pub fn claim(
+        dir: PathBuf,
+        name: &WorkerName,
+        root: &Path,
+        take_over: bool,
+    ) -> Result<Self, RunError> {
+        let mut place = Self::hold(dir, name, Duration::ZERO)?;
+        place.sign()?;
+        place.claim_for(name, root, take_over)?;
+        Ok(place)
+    }
+
+    /// Takes the sandbox `name`, whoever it belongs to, and makes its directory. Somebody who has it may let go for as long as
+    /// `patience`.
+    pub fn hold(dir: PathBuf, name: &WorkerName, patience: Duration) -> Result<Self, RunError> {
+        let deadline = Instant::now() + patience;
+        let path = dir.join(LOCK);
+        loop {
+            fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+            let mut options = File::options();
+            let options = options.read(true).write(true).create(true).truncate(false);
+            let lock = match options.open(&path) {
+                // Its directory was removed just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                lock => lock.map_err(at("open", &path))?,
+            };
+            match lock.try_lock() {
+                Ok(()) if is_at(&lock, &path) => {
+                    lock.set_len(0).map_err(at("write", &path))?;
+                    return Ok(Self { dir, lock });
+                }
+                // Whoever had it has removed it.
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    thread::sleep(LOCK_PAUSE);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let mut holder = String::new();
+                    let _ = lock.take(20).read_to_string(&mut holder);
+                    return Err(RunError::Busy {
+                        name: name.to_string(),
+                        holder: holder.trim().to_owned(),
+                    });
+                }
+                Err(TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
+            }
+        }
+    }
+
+    /// Says that this process runs it.
+    pub fn sign(&mut self) -> Result<(), RunError> {
+        let path = self.dir.join(LOCK);
+        let text = format!("{}\n", std::process::id());
+        self.lock
+            .rewind()
+            .and_then(|()| self.lock.write_all(text.as_bytes()))
+            .map_err(at("write", &path))
+    }
+
+    /// Has it belong to the project at `root`, as in [`claim`](Self::claim).
+    pub fn claim_for(
+        &self,
+        name: &WorkerName,
+        root: &Path,
+        take_over: bool,
+    ) -> Result<(), RunError> {
+        use std::os::unix::ffi::OsStrExt as _;
+        let owner = owner(&self.dir)?.unwrap_or_default();
+        if owner == root {
+            return Ok(());
+        }
+        if owner.is_dir() && !take_over {
+            return Err(RunError::Taken {
+                name: name.to_string(),
+                owner,
+            });
+        }
+        let path = self.dir.join(OWNER);
+        fs::write(&path, root.as_os_str().as_bytes()).map_err(at("write", &path))
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where what the worker writes is.
+    pub fn upper(&self) -> PathBuf {
+        self.dir.join("upper")
+    }
+
+    fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// Forgets what the worker wrote.
+    pub fn drop_upper(&self) -> Result<(), RunError> {
+        remove_all(&self.upper())
+    }
+
+    /// Removes it. Somebody who waits for it makes it anew.
+    pub fn remove(self) -> Result<(), RunError> {
+        remove_all(&self.dir)
+    }
+}
+
+fn remove_all(path: &Path) -> Result<(), RunError> {
+    match fs::remove_dir_all(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(source)),
+        _ => Ok(()),
+    }
+}
+
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(held), Ok(named)) => (held.dev(), held.ino()) == (named.dev(), named.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_named_by_urls() {
+        for (url, same) in [
+            ("ws://127.0.0.1:49134", Some("ws://127.0.0.1:49134")),
+            ("ws://localhost:1/", Some("ws://localhost:1")),
+            ("ws://[::1]:2/x?y", Some("ws://[::1]:2")),
+            ("ws://:2", None),
+            ("ws://[::1:2", None),
+            ("ws://host", None),
+            ("ws://host:port", None),
+            ("http://host:1", None),
+            ("", None),
+        ] {
+            let engine = Engine::of_url(url).map(|engine| engine.url());
+            assert_eq!(engine.as_deref(), same, "{url}");
+        }
+    }
+}
