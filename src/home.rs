@@ -3,7 +3,8 @@
 //! ```text
 //! store/v1/         the store
 //! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, exec.sock while it runs, console.log of its microVM
-//! managed/<name>/   a managed worker
+//! managed/<name>/   a managed worker: the same, start.json, and vm.pid while it runs
+//! logs/<name>/      what a managed worker prints
 //! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
 //! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
 //! ```
@@ -50,6 +51,21 @@ impl Home {
     /// The sandbox of `worker dev` called `name`.
     pub fn dev(&self, name: &str) -> PathBuf {
         self.root.join("dev").join(name)
+    }
+
+    /// All managed workers.
+    pub fn all_managed(&self) -> PathBuf {
+        self.root.join("managed")
+    }
+
+    /// The managed worker called `name`.
+    pub fn managed(&self, name: &str) -> PathBuf {
+        self.all_managed().join(name)
+    }
+
+    /// What the managed worker called `name` prints.
+    pub fn logs(&self, name: &str) -> PathBuf {
+        self.root.join("logs").join(name)
     }
 
     /// What package managers download in sandboxes of that runtime. Root inside is another user of the host in each.

@@ -108,6 +108,21 @@ impl Write for Log {
     }
 }
 
+/// Removes the log in `dir`, and `dir` if nothing else is in it.
+pub fn remove(dir: &Path) -> io::Result<()> {
+    let gone = |removed: io::Result<()>| match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    };
+    for age in 0..=OLDER {
+        gone(fs::remove_file(path(dir, age)))?;
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        removed => gone(removed),
+    }
+}
+
 /// Reads a worker's log while it is being written.
 #[derive(Debug)]
 pub struct Reader {

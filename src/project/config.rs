@@ -61,6 +61,37 @@ pub fn read(
     Ok(Some(config))
 }
 
+/// One entry under `workers:`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name, as written.
+    pub name: String,
+    /// Its `worker_path`, which only local workers have, as written.
+    pub worker_path: Option<PathBuf>,
+}
+
+/// The workers in the file at `path`, in its order; those without a name are left out. There are none in a file that is missing.
+pub fn list(path: &Path) -> Result<Vec<Listed>, DocumentError> {
+    let document = match Document::read(path, MAX_CONFIG_BYTES) {
+        Err(DocumentError::Read { source, .. })
+            if source.kind() == std::io::ErrorKind::NotFound =>
+        {
+            return Ok(Vec::new());
+        }
+        document => document?,
+    };
+    let mut listed = Vec::new();
+    for table in document.table().list("workers")? {
+        if let Some(Kind::Scalar { text, .. }) = table.get("name").map(|entry| &entry.value.kind) {
+            listed.push(Listed {
+                name: text.clone(),
+                worker_path: table.string("worker_path")?.map(PathBuf::from),
+            });
+        }
+    }
+    Ok(listed)
+}
+
 fn flatten(
     table: &Table<'_>,
     prefix: &str,

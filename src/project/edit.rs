@@ -4,7 +4,7 @@
 //! text before said, with just the intended change, nothing is changed and the caller is told what to write by hand. So however
 //! strange the YAML, it is edited rightly or not at all.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -199,67 +199,99 @@ pub fn edit(path: &Path, text: &str, change: &Change<'_>) -> Result<Option<Strin
     }
 }
 
-/// Makes `change` in the file at `path`, which is created if it is missing. Returns whether there was anything to change.
-///
-/// Another process that does the same waits. The file is replaced in one step, durably, with its owner and mode; a symlink
-/// stays, and what it leads to is replaced.
-pub fn edit_file(path: &Path, change: &Change<'_>) -> Result<bool, EditError> {
-    let at = |operation| {
-        move |source| EditError::Io {
-            operation,
-            path: path.to_owned(),
-            source,
-        }
-    };
-    let real = match fs::canonicalize(path) {
-        Ok(real) => real,
+/// What a file is to become.
+struct Edit {
+    /// The file itself, past symlinks.
+    real: PathBuf,
+    before: Option<Metadata>,
+    text: String,
+}
+
+/// The file at `path`, past symlinks; it need not exist.
+fn real(path: &Path) -> Result<PathBuf, EditError> {
+    match fs::canonicalize(path) {
+        Ok(real) => Ok(real),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_symlink() => {
             let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-            let dir = fs::canonicalize(dir.unwrap_or(Path::new("."))).map_err(at("find"))?;
-            dir.join(path.file_name().unwrap_or_default())
+            let dir = fs::canonicalize(dir.unwrap_or(Path::new("."))).map_err(at(path, "find"))?;
+            Ok(dir.join(path.file_name().unwrap_or_default()))
         }
-        Err(error) => return Err(at("open")(error)),
-    };
-    let dir = real.parent().unwrap_or(Path::new("/"));
-    let lock = File::open(dir).map_err(at("lock"))?;
-    lock.lock().map_err(at("lock"))?;
+        Err(error) => Err(at(path, "open")(error)),
+    }
+}
+
+fn at(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> EditError {
+    move |source| EditError::Io {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Finds out what the file at `path` is to become; `None` if it says so already.
+fn prepare(path: &Path, change: &Change<'_>) -> Result<Option<Edit>, EditError> {
+    let real = real(path)?;
     let before = match fs::metadata(&real) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        metadata => Some(metadata.map_err(at("look at"))?),
+        metadata => Some(metadata.map_err(at(path, "look at"))?),
     };
     let text = match &before {
         None => String::new(),
         Some(_) => super::yaml::read_text(path, super::config::MAX_CONFIG_BYTES)?,
     };
-    let Some(edited) = edit(path, &text, change)? else {
+    let Some(text) = edit(path, &text, change)? else {
+        return Ok(None);
+    };
+    // Renaming would get around it.
+    if before
+        .as_ref()
+        .is_some_and(|before| before.mode() & 0o222 == 0)
+    {
+        return Err(at(path, "change")(io::ErrorKind::PermissionDenied.into()));
+    }
+    Ok(Some(Edit { real, before, text }))
+}
+
+/// Finds out whether [`edit_file`] could make `change`, as things are. Returns whether there is anything to change.
+pub fn check_file(path: &Path, change: &Change<'_>) -> Result<bool, EditError> {
+    Ok(prepare(path, change)?.is_some())
+}
+
+/// Makes `change` in the file at `path`, which is created if it is missing. Returns whether there was anything to change.
+///
+/// Another process that does the same waits. The file is replaced in one step, durably, with its owner and mode; a symlink
+/// stays, and what it leads to is replaced.
+pub fn edit_file(path: &Path, change: &Change<'_>) -> Result<bool, EditError> {
+    let dir = real(path)?;
+    let dir = dir.parent().unwrap_or(Path::new("/"));
+    let lock = File::open(dir).map_err(at(path, "lock"))?;
+    lock.lock().map_err(at(path, "lock"))?;
+    let Some(edit) = prepare(path, change)? else {
         return Ok(false);
     };
-    let mode = before
+    let mode = edit
+        .before
         .as_ref()
         .map_or(0o644, |before| before.mode() & 0o7777);
-    // Renaming would get around it.
-    if mode & 0o222 == 0 {
-        return Err(at("change")(io::ErrorKind::PermissionDenied.into()));
-    }
     let mut file = tempfile::Builder::new()
         .prefix(".config.yaml.")
         .permissions(fs::Permissions::from_mode(mode))
         .tempfile_in(dir)
-        .map_err(at("write beside"))?;
-    if let Some(before) = &before {
+        .map_err(at(path, "write beside"))?;
+    if let Some(before) = &edit.before {
         // Only root can, and only root needs to.
         let _ = std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()));
     }
-    file.write_all(edited.as_bytes())
+    file.write_all(edit.text.as_bytes())
         .and_then(|()| {
             file.as_file()
                 .set_permissions(fs::Permissions::from_mode(mode))
         })
         .and_then(|()| file.as_file().sync_all())
-        .map_err(at("write beside"))?;
-    file.persist(&real)
-        .map_err(|error| at("replace")(error.error))?;
-    lock.sync_all().map_err(at("sync the directory of"))?;
+        .map_err(at(path, "write beside"))?;
+    file.persist(&edit.real)
+        .map_err(|error| at(path, "replace")(error.error))?;
+    lock.sync_all().map_err(at(path, "sync the directory of"))?;
     Ok(true)
 }
 

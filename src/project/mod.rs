@@ -274,6 +274,13 @@ impl Project {
         WorkerName::for_directory(self.root.file_name().unwrap_or(OsStr::new("root")))
     }
 
+    /// The name under which it is added, unless one is given: the manifest's, or else the directory's.
+    pub fn managed_name(&self) -> WorkerName {
+        let dir = self.root.file_name().unwrap_or(OsStr::new("root"));
+        let own = self.name.clone().or_else(|| WorkerName::of_directory(dir));
+        own.unwrap_or_else(|| self.dev_name())
+    }
+
     /// The package managers' directories to mount over the sandbox; `cargo_home` is the base image's `CARGO_HOME`.
     pub fn caches(&self, cargo_home: Option<&str>) -> Vec<CacheMount> {
         caches::caches(self.language, self.package_manager, cargo_home)

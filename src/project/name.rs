@@ -54,8 +54,19 @@ impl WorkerName {
     /// `iii-dev-<dir>`, with what a name cannot hold replaced by `-` and cut to length. Different directories may get the
     /// same name; what is kept under it has to say which directory it is for.
     pub fn for_directory(dir: &OsStr) -> Self {
-        let mut name = String::from(DEV_PREFIX);
-        for c in dir.to_string_lossy().chars() {
+        Self::cleaned(DEV_PREFIX, &dir.to_string_lossy())
+    }
+
+    /// `<dir>`, made a name in the same way; `None` if no letter or digit is in it.
+    pub fn of_directory(dir: &OsStr) -> Option<Self> {
+        let dir = dir.to_string_lossy();
+        let start = dir.find(|c: char| c.is_ascii_alphanumeric())?;
+        Some(Self::cleaned("", dir.get(start..)?))
+    }
+
+    fn cleaned(prefix: &str, dir: &str) -> Self {
+        let mut name = String::from(prefix);
+        for c in dir.chars() {
             if name.len() == MAX_NAME {
                 break;
             }
@@ -157,6 +168,17 @@ mod tests {
             let name = WorkerName::for_directory(OsStr::from_bytes(dir));
             assert_eq!(name.as_str(), expected);
             assert_eq!(name.as_str().parse::<WorkerName>().unwrap(), name);
+        }
+        for (dir, expected) in [
+            ("my-project", Some("my-project")),
+            (".config", Some("config")),
+            ("-a b..c", Some("a-b.-c")),
+            ("é", None),
+            ("", None),
+        ] {
+            let name = WorkerName::of_directory(OsStr::new(dir));
+            assert_eq!(name.as_ref().map(WorkerName::as_str), expected);
+            assert!(name.is_none_or(|name| name.as_str().parse::<WorkerName>().is_ok()));
         }
         let long = WorkerName::for_directory(OsStr::new(&"d".repeat(255)));
         assert_eq!(long.as_str().len(), MAX_NAME);

@@ -83,6 +83,11 @@ impl Ui {
         Self::new(Box::new(io::stderr()), colour, bars, PROGRESS_DELAY)
     }
 
+    /// Writes to `out`, as it would to a file.
+    pub fn to(out: impl Write + Send + 'static) -> Self {
+        Self::new(Box::new(out), false, None, PROGRESS_DELAY)
+    }
+
     /// Writes to the returned buffer, as it would to a file, or with `colour` as to a terminal without bars.
     pub fn for_test(colour: bool) -> (Self, TestOutput) {
         let output = TestOutput::default();
@@ -124,6 +129,11 @@ impl Ui {
     /// `error: message`
     pub fn error(&self, message: impl Display) {
         self.message(&format!("{} ", self.paint(Style::Red, "error:")), &message);
+    }
+
+    /// A line that another process of ours has made as it is to be shown.
+    pub fn line(&self, line: &str) {
+        self.write(&format!("{}\n", inert(line)));
     }
 
     /// `  ✓ kind     text`: what became of one layer, in columns.
