@@ -21,12 +21,14 @@ pub mod graph;
 pub mod home;
 pub mod kvm;
 pub mod logs;
+pub mod managed;
 pub mod oci;
 pub mod plan;
 pub mod project;
 pub mod realise;
 pub mod run;
 pub mod sandbox;
+pub mod scaffold;
 #[cfg(target_os = "linux")]
 pub mod serve;
 pub mod supervise;

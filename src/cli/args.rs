@@ -103,6 +103,82 @@ Environment:
   iii worker exec iii-dev-my-project -t -- sh          # a shell in a terminal
   iii worker exec api -e DEBUG=1 -w /tmp --timeout 30 -- env")]
     Exec(Exec),
+    /// Add projects to the engine's config.yaml as managed workers
+    ///
+    /// All their layers are built first, equal ones once and different ones at once. Their names are those of their manifests, or
+    /// else of their directories. An engine that runs starts them.
+    #[command(after_help = "Examples:
+  iii worker add ./api ./mailer ../shared/cron
+  iii worker add ./api --force                  # forget what it wrote, run setup and install again
+  iii worker add api --force --reset-config     # the same, by its name, and drop `config:` of its entry
+
+Environment:
+  III_CONFIG_PATH=PATH     the engine's config.yaml, if not ./config.yaml")]
+    Add(Add),
+    /// Start a worker in the background
+    ///
+    /// It ends with its start command, with `stop`, or with the engine that started it.
+    #[command(after_help = "Examples:
+  iii worker start api
+  iii worker start api --no-wait --port 49200
+
+Environment:
+  III_URL=ws://HOST:PORT   where the engine listens, if not --port and --address say
+  III_ENGINE_PID=PID       the engine's process: the worker ends with it
+  III_CONFIG_PATH=PATH     the engine's config.yaml, if not ./config.yaml")]
+    Start(StartWorker),
+    /// Stop workers: SIGTERM, and SIGKILL ten seconds later
+    #[command(after_help = "Examples:
+  iii worker stop api
+  iii worker stop api mailer")]
+    Stop(StopWorkers),
+    /// Stop a worker, and start it as it was started
+    #[command(after_help = "Examples:
+  iii worker restart api
+  iii worker restart api --port 49200")]
+    Restart(StartWorker),
+    /// Remove workers from config.yaml, with all that is kept for them
+    ///
+    /// One that runs is stopped. What it wrote and its log are gone; its layers stay in the store while others need them.
+    #[command(after_help = "Examples:
+  iii worker remove api
+  iii worker remove -y api mailer      # also if they run")]
+    Remove(RemoveWorkers),
+    /// List the workers
+    #[command(after_help = "Examples:
+  iii worker list
+  iii worker list --json | jq -r '.workers[] | select(.status == \"running\") | .name'")]
+    List(ListWorkers),
+    /// Say how a worker is
+    #[command(after_help = "Examples:
+  iii worker status api
+  iii worker status api --json | jq .pid")]
+    Status(StatusOfWorker),
+    /// Show what a worker prints
+    #[command(after_help = "Examples:
+  iii worker logs api
+  iii worker logs api -f -n 20")]
+    Logs(Logs),
+    /// Forget what workers wrote and printed; they stay workers, with their layers
+    ///
+    /// Without a name, all of them. One that runs is stopped.
+    #[command(after_help = "Examples:
+  iii worker clear api
+  iii worker clear -y")]
+    Clear(Clear),
+    /// Make a small project that works
+    #[command(after_help = "Examples:
+  iii worker init ./hello
+  iii worker init ./hello --language python && iii worker dev ./hello")]
+    Init(Init),
+    /// Live as long as the engine
+    #[command(
+        name = "worker-manager-daemon",
+        hide = true,
+        after_help = "Examples:
+  III_LIFELINE_FD=3 iii worker worker-manager-daemon"
+    )]
+    ManagerDaemon,
     /// Say what this machine has of what workers need, and what to do where something is missing
     ///
     /// Exits with 1 if no worker can run here.
@@ -110,6 +186,149 @@ Environment:
   iii worker doctor
   iii worker doctor --json | jq -r .runtime      # what --runtime auto takes")]
     Doctor(Doctor),
+}
+
+/// The engine of managed workers.
+#[derive(Debug, Args)]
+pub struct ItsEngine {
+    /// Port of the engine [default: that of `III_URL`, or 49134]
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Host name or address of the engine [default: that of `III_URL`, or localhost]
+    #[arg(long)]
+    pub address: Option<String>,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct ItsConfig {
+    /// The engine's config.yaml [default: `III_CONFIG_PATH`, or ./config.yaml]
+    #[arg(long, value_name = "PATH")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of its own"
+)]
+pub struct Add {
+    /// Directories of projects, which begin with `.`, `/` or `~`, or names of workers that were added before
+    #[arg(value_name = "PATH|NAME", required = true)]
+    pub workers: Vec<String>,
+    /// Stop the worker, delete all that is kept for it, and run setup and install again
+    #[arg(short, long)]
+    pub force: bool,
+    /// Drop `config:` of its entry, too
+    #[arg(long, requires = "force")]
+    pub reset_config: bool,
+    /// Do not wait until the engine has started it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Accepted for scripts; nothing is asked
+    #[arg(short, long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub engine: ItsEngine,
+}
+
+#[derive(Debug, Args)]
+pub struct StartWorker {
+    /// The worker's name
+    pub name: String,
+    /// Return before it runs; what goes wrong then is in its log
+    #[arg(long)]
+    pub no_wait: bool,
+    #[command(flatten)]
+    pub engine: ItsEngine,
+}
+
+#[derive(Debug, Args)]
+pub struct StopWorkers {
+    /// The workers' names
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+    /// Accepted for scripts; nothing is asked
+    #[arg(short, long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct RemoveWorkers {
+    /// The workers' names
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+    /// Stop what runs without asking
+    #[arg(short, long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct ListWorkers {
+    #[command(flatten)]
+    pub config: ItsConfig,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusOfWorker {
+    /// The worker's name
+    pub name: String,
+    #[command(flatten)]
+    pub config: ItsConfig,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The worker's name
+    pub name: String,
+    /// Show what comes, too, until the worker ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// How many lines
+    #[arg(short = 'n', long, default_value_t = 100)]
+    pub lines: usize,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct Clear {
+    /// The worker's name [default: all workers]
+    pub name: Option<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Where; made if it is missing
+    #[arg(default_value = ".")]
+    pub dir: PathBuf,
+    /// What it is written in
+    #[arg(long, value_enum, default_value_t = ProjectLanguage::Typescript)]
+    pub language: ProjectLanguage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProjectLanguage {
+    Typescript,
+    Javascript,
+    Python,
+    Rust,
 }
 
 #[derive(Debug, Args)]

@@ -17,10 +17,13 @@ use crate::build::BuildError;
 use crate::cache::CacheNameError;
 use crate::exec::ExecError;
 use crate::home::HomeError;
+use crate::managed::ManagedError;
 use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
+use crate::project::NameError;
 use crate::run::RunError;
 use crate::sandbox::SandboxError;
+use crate::scaffold::ScaffoldError;
 #[cfg(target_os = "linux")]
 use crate::serve::ServeError;
 use crate::ui::Ui;
@@ -66,6 +69,18 @@ pub enum CliError {
     Export { to: String, source: ExportError },
     #[error("the variable SOURCE_DATE_EPOCH has {text:?}, which is not a number of seconds")]
     SourceDateEpoch { text: String },
+    #[error(transparent)]
+    Managed(ManagedError),
+    #[error(transparent)]
+    Scaffold(#[from] ScaffoldError),
+    #[error("{what}; nothing was done")]
+    NeedsYes { what: String },
+    #[error("III_LIFELINE_FD has {text:?}, which is no open file descriptor")]
+    Lifeline { text: String },
+    #[error("cannot read the log of {name}")]
+    Log { name: String, source: io::Error },
+    #[error("the working directory is gone")]
+    Here(#[source] io::Error),
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
@@ -75,6 +90,22 @@ pub enum CliError {
         variable: &'static str,
         source: CacheNameError,
     },
+}
+
+impl From<ManagedError> for CliError {
+    fn from(error: ManagedError) -> Self {
+        match error {
+            ManagedError::Run(error) => Self::Run(error),
+            ManagedError::Store(error) => Self::Store(error),
+            error => Self::Managed(error),
+        }
+    }
+}
+
+impl From<NameError> for CliError {
+    fn from(error: NameError) -> Self {
+        Self::Run(error.into())
+    }
 }
 
 /// An error and what caused it, on one line.
@@ -183,6 +214,26 @@ fn pull_hint(error: &ImageError) -> Option<String> {
     })
 }
 
+fn managed_hint(error: &ManagedError) -> Option<String> {
+    Some(match error {
+        ManagedError::Unknown { .. } => {
+            "`iii worker list` shows the workers; a project is added by its path, as in: iii worker add ./my-project".into()
+        }
+        ManagedError::Moved { name, .. } => format!(
+            "add it from where it is now: iii worker add PATH; or forget it: iii worker remove {name}"
+        ),
+        ManagedError::Twice { .. } => "give one of them another `name` in its iii.worker.yaml".into(),
+        ManagedError::NotLocal { .. } | ManagedError::Elsewhere { .. } => {
+            "give this one another `name` in its iii.worker.yaml, or remove that one first".into()
+        }
+        ManagedError::NotStarted { name } | ManagedError::Speechless { name } => {
+            format!("`iii worker logs {name}` shows what was said")
+        }
+        ManagedError::EngineGone { .. } => "unset it to run the worker without the engine".into(),
+        _ => return None,
+    })
+}
+
 #[cfg(target_os = "linux")]
 fn serve_hint(error: &ServeError) -> Option<String> {
     Some(match error {
@@ -254,6 +305,8 @@ impl CliError {
                 "the name is that of a `worker dev` that runs; for a project's directory, iii-dev-<directory>".into()
             }
             Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
+            Self::NeedsYes { .. } => "-y says yes".into(),
+            Self::Managed(error) => managed_hint(error)?,
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
             _ if self.store().is_some_and(is_damage) => {

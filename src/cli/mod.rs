@@ -5,6 +5,7 @@ mod error;
 mod export;
 mod image;
 mod limits;
+mod managed;
 mod quantity;
 mod store;
 mod table;
@@ -28,6 +29,7 @@ pub fn iii() -> ExitCode {
     sandbox::maybe_run_vm();
     kvm::maybe_run();
     keep_large_buffers_mapped();
+    managed::maybe_supervise();
     let command = Iii::parse().command;
     finish(|ui| match command {
         Command::Worker(command) => worker::run(command, ui),
@@ -43,6 +45,7 @@ pub fn iii_worker() -> ExitCode {
     sandbox::maybe_run_vm();
     kvm::maybe_run();
     keep_large_buffers_mapped();
+    managed::maybe_supervise();
     let command = IiiWorker::parse().command;
     finish(|ui| worker::run(command, ui))
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::args::{self, Runtime, Worker};
 use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
-use super::{CliError, export, limits, print, print_json};
+use super::{CliError, export, limits, managed, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
 use crate::dev::{self, Options};
@@ -31,6 +31,17 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
+        Worker::Add(args) => managed::add(&home, &signals, args, ui),
+        Worker::Start(args) => managed::start(&home, &args, ui),
+        Worker::Stop(args) => managed::stop(&home, &args, ui),
+        Worker::Restart(args) => managed::restart(&home, &args, ui),
+        Worker::Remove(args) => managed::remove(&home, &args, ui),
+        Worker::List(args) => managed::list(&home, &args),
+        Worker::Status(args) => managed::status(&home, &args),
+        Worker::Logs(args) => managed::logs(&home, &args),
+        Worker::Clear(args) => managed::clear(&home, &args, ui),
+        Worker::Init(args) => managed::init(&args, ui),
+        Worker::ManagerDaemon => managed::daemon(),
         Worker::Export(args) => export::worker(&home, &signals, &args, ui),
         Worker::Exec(args) => exec(&home, args),
         Worker::Doctor(args) => doctor(&home, args),
@@ -266,7 +277,7 @@ fn cache_failure(name: &CacheName, error: &CacheError) -> String {
     format!("the cache {name}: {}{hint}", with_causes(error))
 }
 
-fn outcome(report: &Report) -> String {
+pub fn outcome(report: &Report) -> String {
     let size = || {
         let took = human_duration(Duration::from_secs_f64(report.seconds));
         format!("{took}, {} new", human_bytes(report.bytes))

@@ -17,6 +17,7 @@ mod krun;
 mod layers;
 mod lifecycle;
 mod machine;
+mod managed;
 mod network;
 mod ordinary_user;
 mod posix;

@@ -1,0 +1,592 @@
+//! The commands about managed workers.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::{BorrowedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::args::{
+    Add, Clear, Init, ItsConfig, ItsEngine, ListWorkers, Logs, ProjectLanguage, RemoveWorkers,
+    StartWorker, StatusOfWorker, StopWorkers,
+};
+use super::table::{Align, Table};
+use super::worker::{Printer, caches, outcome};
+use super::{CliError, image, limits, print, print_json};
+use crate::build::{Event, Status, Stream};
+use crate::home::Home;
+use crate::logs::Reader;
+use crate::managed::supervisor::{self, EngineProcess, MARKER, Orders, Started, Told, Voice};
+use crate::managed::{self, State, add as adding};
+use crate::plan::Kind;
+use crate::project::{Language, WorkerName};
+use crate::realise::With;
+use crate::run::{Ended, Engine, Runtime};
+use crate::scaffold;
+use crate::supervise::Signals;
+use crate::tail::inert;
+use crate::ui::{ProgressHandle, StepOutput, Ui, Unit};
+
+/// Where an engine listens that nobody says anything about.
+const ENGINE: (&str, u16) = ("localhost", 49134);
+
+/// How long an engine may take to start a worker that was added; it looks at its file every few seconds.
+const ALIVE: Duration = Duration::from_secs(30);
+
+/// Time between two looks at a worker that is about to start.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Time between two looks at whether a worker whose log is followed still runs.
+const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// The engine's config.yaml, as an absolute path: the supervisor stands elsewhere.
+fn config_path(args: &ItsConfig) -> Result<PathBuf, CliError> {
+    let named = args.config.clone();
+    let named = named.or_else(|| env::var_os("III_CONFIG_PATH").map(PathBuf::from));
+    let path = named.unwrap_or_else(|| "config.yaml".into());
+    std::path::absolute(path).map_err(CliError::Here)
+}
+
+/// Where the engine listens: what the options say, or the variables that it sets, or its default.
+fn engine(args: &ItsEngine) -> Engine {
+    let url = ["III_URL", "III_ENGINE_URL"]
+        .into_iter()
+        .find_map(|name| Engine::of_url(&env::var(name).ok()?));
+    let url = url.unwrap_or(Engine {
+        host: ENGINE.0.to_owned(),
+        port: ENGINE.1,
+    });
+    Engine {
+        host: args.address.clone().unwrap_or(url.host),
+        port: args.port.unwrap_or(url.port),
+    }
+}
+
+fn orders(name: &WorkerName, args: &ItsEngine) -> Result<Orders, CliError> {
+    Ok(Orders {
+        name: name.to_string(),
+        path: PathBuf::new(),
+        engine: engine(args),
+        config: config_path(&args.config)?,
+        engine_process: EngineProcess::from_environment()?,
+    })
+}
+
+pub fn start(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
+    let name = args.name.parse()?;
+    let orders = orders(&name, &args.engine)?;
+    run(home, &name, orders, args.no_wait, ui)
+}
+
+fn run(
+    home: &Home,
+    name: &WorkerName,
+    orders: Orders,
+    no_wait: bool,
+    ui: &Ui,
+) -> Result<ExitCode, CliError> {
+    let mut show = |line: &str| ui.line(line);
+    let show: Option<&mut dyn FnMut(&str)> = if no_wait { None } else { Some(&mut show) };
+    match supervisor::start(home, name, orders, show)? {
+        Started::Already(Some(pid)) => {
+            ui.ok(format_args!("{name} is already running (pid: {pid})"));
+        }
+        Started::Already(None) => ui.ok(format_args!("{name} is already running")),
+        Started::Launched => ui.ok(format_args!("{name} is starting")),
+        Started::Ready(pid) => ui.ok(format_args!("{name} started (pid: {pid})")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn stop(home: &Home, args: &StopWorkers, ui: &Ui) -> Result<ExitCode, CliError> {
+    let config = config_path(&args.config)?;
+    let names = known(home, &config, &args.names)?;
+    // All are asked before any is waited for.
+    let stopping: Vec<_> = names
+        .iter()
+        .map(|name| managed::begin_stop(home, name))
+        .collect();
+    let mut code = ExitCode::SUCCESS;
+    for (name, stopping) in names.iter().zip(stopping) {
+        let stopped = stopping.and_then(|stopping| match stopping {
+            Some(stopping) => stopping.finish(home).map(Some),
+            None => Ok(None),
+        });
+        match stopped {
+            Ok(Some(_)) => ui.ok(format_args!("{name} stopped")),
+            Ok(None) => ui.ok(format_args!("{name} is already stopped")),
+            Err(error) => code = fail(&error.into(), ui),
+        }
+    }
+    Ok(code)
+}
+
+/// Reports an error that does not end the command.
+fn fail(error: &CliError, ui: &Ui) -> ExitCode {
+    error.report(ui);
+    error.exit_code()
+}
+
+/// The names of workers, all of which are there.
+fn known(
+    home: &Home,
+    config: &std::path::Path,
+    names: &[String],
+) -> Result<Vec<WorkerName>, CliError> {
+    let mut known = Vec::new();
+    for name in names {
+        let name: WorkerName = name.parse()?;
+        if managed::path_of(home, config, &name)?.is_none() {
+            let name = name.to_string();
+            return Err(managed::ManagedError::Unknown { name }.into());
+        }
+        if !known.contains(&name) {
+            known.push(name);
+        }
+    }
+    Ok(known)
+}
+
+pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
+    let name: WorkerName = args.name.parse()?;
+    let last = supervisor::last_orders(home, &name);
+    let is_asked = |variable: &str| env::var_os(variable).is_some();
+    let mut now = orders(&name, &args.engine)?;
+    if let Some(last) = last {
+        if args.engine.config.config.is_none() && !is_asked("III_CONFIG_PATH") {
+            now.config = last.config;
+        }
+        if !is_asked("III_URL") && !is_asked("III_ENGINE_URL") {
+            let (host, port) = (args.engine.address.clone(), args.engine.port);
+            now.engine = Engine {
+                host: host.unwrap_or(last.engine.host),
+                port: port.unwrap_or(last.engine.port),
+            };
+        }
+        // An engine that has ended meanwhile is none to end with.
+        let engine = last.engine_process.filter(|engine| engine.is_alive());
+        now.engine_process = now.engine_process.or(engine);
+    }
+    known(home, &now.config, std::slice::from_ref(&args.name))?;
+    if managed::stop(home, &name)?.is_some() {
+        ui.ok(format_args!("{name} stopped"));
+    }
+    run(home, &name, now, args.no_wait, ui)
+}
+
+pub fn remove(home: &Home, args: &RemoveWorkers, ui: &Ui) -> Result<ExitCode, CliError> {
+    let config = config_path(&args.config)?;
+    let names = known(home, &config, &args.names)?;
+    if !args.yes {
+        for name in &names {
+            if managed::state(home, name)?.0 != State::Stopped {
+                confirm(&format!("{name} runs"), "stop and remove it", ui)?;
+            }
+        }
+    }
+    let mut code = ExitCode::SUCCESS;
+    for name in &names {
+        match managed::remove(home, &config, name) {
+            Ok(true) => ui.ok(format_args!("{name} removed from config.yaml")),
+            Ok(false) => ui.ok(format_args!(
+                "{name} removed; config.yaml had no such worker"
+            )),
+            Err(error) => code = fail(&error.into(), ui),
+        }
+    }
+    Ok(code)
+}
+
+/// Asks for a yes on a terminal; elsewhere there is none.
+fn confirm(what: &str, to_do: &str, ui: &Ui) -> Result<(), CliError> {
+    let needed = || CliError::NeedsYes {
+        what: what.to_owned(),
+    };
+    if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+        return Err(needed());
+    }
+    ui.warn(format_args!("{what}; {to_do}? [y/N]"));
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).map_err(|_| needed())?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(needed())
+}
+
+pub fn clear(home: &Home, args: &Clear, ui: &Ui) -> Result<ExitCode, CliError> {
+    let config = config_path(&args.config)?;
+    let names = if let Some(name) = &args.name {
+        known(home, &config, std::slice::from_ref(name))?
+    } else {
+        let all = managed::list(home, &config)?;
+        let names = all.into_iter().map(|worker| worker.name.parse());
+        names.collect::<Result<Vec<WorkerName>, _>>()?
+    };
+    if names.is_empty() {
+        ui.ok("there are no workers");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.yes {
+        let listed: Vec<&str> = names.iter().map(WorkerName::as_str).collect();
+        let what = format!("what {} wrote would be gone", listed.join(", "));
+        confirm(&what, "go on", ui)?;
+    }
+    let mut code = ExitCode::SUCCESS;
+    for name in &names {
+        match managed::clear(home, name) {
+            Ok(()) => ui.ok(format_args!("{name} cleared")),
+            Err(error) => code = fail(&error.into(), ui),
+        }
+    }
+    Ok(code)
+}
+
+/// What `worker list --json` prints.
+#[derive(serde::Serialize)]
+struct Workers {
+    workers: Vec<managed::Status>,
+}
+
+pub fn list(home: &Home, args: &ListWorkers) -> Result<ExitCode, CliError> {
+    let workers = managed::list(home, &config_path(&args.config)?)?;
+    if args.json {
+        print_json(&Workers { workers })?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = Table::new([
+        ("NAME", Align::Left),
+        ("TYPE", Align::Left),
+        ("STATUS", Align::Left),
+    ]);
+    for worker in workers {
+        table.row([
+            worker.name,
+            worker.kind.to_owned(),
+            worker.status.text().to_owned(),
+        ]);
+    }
+    print(&table.text())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn status(home: &Home, args: &StatusOfWorker) -> Result<ExitCode, CliError> {
+    let name: WorkerName = args.name.parse()?;
+    let status = managed::status(home, &config_path(&args.config)?, &name)?;
+    if args.json {
+        print_json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = String::new();
+    let mut row = |what: &str, value: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{what:<8}{}", inert(value));
+    };
+    row("name", &status.name);
+    row("status", status.status.text());
+    if let Some(pid) = status.pid {
+        row("pid", &pid.to_string());
+    }
+    if let Some(since) = &status.since {
+        row("since", since);
+    }
+    if let Some(path) = &status.path {
+        row("path", &path.display().to_string());
+    }
+    row("layers", &status.layers.len().to_string());
+    row("log", &home.logs(name.as_str()).display().to_string());
+    if !status.configured {
+        row("note", "config.yaml has no such worker");
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn logs(home: &Home, args: &Logs) -> Result<ExitCode, CliError> {
+    let config = config_path(&args.config)?;
+    let names = known(home, &config, std::slice::from_ref(&args.name))?;
+    let dir = home.logs(&args.name);
+    let cannot = |source| CliError::Log {
+        name: args.name.clone(),
+        source,
+    };
+    let mut out = io::stdout().lock();
+    let mut show = |piece: &[u8]| out.write_all(piece).and_then(|()| out.flush());
+    let mut read = || -> io::Result<()> {
+        if args.follow {
+            std::fs::create_dir_all(&dir)?;
+        }
+        let reader = Reader::last(&dir, args.lines, &mut show)?;
+        if !args.follow {
+            return Ok(());
+        }
+        let mut is_over = || {
+            let mut states = names.iter().map(|name| managed::state(home, name));
+            !states.any(|state| matches!(state, Ok((State::Starting | State::Running, _))))
+        };
+        reader.follow(FOLLOW_PAUSE, &mut is_over, &mut show)
+    };
+    match read() {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(cannot(error)),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+pub fn init(args: &Init, ui: &Ui) -> Result<ExitCode, CliError> {
+    let language = match args.language {
+        ProjectLanguage::Typescript => Language::TypeScript,
+        ProjectLanguage::Javascript => Language::JavaScript,
+        ProjectLanguage::Python => Language::Python,
+        ProjectLanguage::Rust => Language::Rust,
+    };
+    let dir = std::path::absolute(&args.dir).map_err(CliError::Here)?;
+    let own = dir.file_name().unwrap_or(std::ffi::OsStr::new("worker"));
+    let name = WorkerName::of_directory(own).unwrap_or_else(|| WorkerName::for_directory(own));
+    let files = scaffold::init(&dir, language, &name)?;
+    ui.ok(format_args!(
+        "{name} is in {}: {}",
+        args.dir.display(),
+        files.join(", ")
+    ));
+    ui.note(format_args!(
+        "run it: iii worker dev {}",
+        args.dir.display()
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Stays until the other end of the lifeline is closed; without one, until a signal ends it.
+pub fn daemon() -> Result<ExitCode, CliError> {
+    let Some(text) = env::var_os("III_LIFELINE_FD") else {
+        loop {
+            thread::park();
+        }
+    };
+    let text = text.to_string_lossy().into_owned();
+    let number: Option<RawFd> = text.parse().ok().filter(|number| *number >= 0);
+    let number = number.ok_or_else(|| CliError::Lifeline { text: text.clone() })?;
+    // SAFETY: nothing in this process closes it: it came from outside, and nobody else here knows of it. Where it is no open
+    // descriptor, each call says so.
+    let lifeline = unsafe { BorrowedFd::borrow_raw(number) };
+    let mut buffer = [0; 256];
+    loop {
+        let mut fds = [PollFd::new(&lifeline, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return Err(CliError::Lifeline { text }),
+            Ok(_) => {}
+        }
+        let events = fds.first().map_or(PollFlags::NVAL, PollFd::revents);
+        if events.contains(PollFlags::NVAL) {
+            return Err(CliError::Lifeline { text });
+        }
+        if !events.contains(PollFlags::IN) {
+            return Ok(ExitCode::SUCCESS);
+        }
+        // What is said on it does not matter.
+        match rustix::io::read(lifeline, &mut buffer) {
+            Ok(1..) | Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            _ => return Ok(ExitCode::SUCCESS),
+        }
+    }
+}
+
+pub fn add(home: &Home, signals: &Signals, args: Add, ui: &Ui) -> Result<ExitCode, CliError> {
+    let engine = engine(&args.engine);
+    let config = config_path(&args.engine.config)?;
+    let options = adding::Options {
+        workers: args.workers,
+        force: args.force,
+        reset_config: args.reset_config,
+        config: config.clone(),
+        limits: limits::with(&[])?,
+        caches: caches(Vec::new(), None)?,
+        runtime: Runtime::Namespace,
+        collect: image::may_collect(),
+    };
+    let show = Many::new(ui, options.workers.len());
+    let events = |name: Option<&WorkerName>, event: Event<'_>| show.show(name, &event);
+    let mut told = |added: &adding::Added| match &added.result {
+        Ok(true) => ui.ok(format_args!("Worker {} added to config.yaml", added.name)),
+        Ok(false) => ui.ok(format_args!(
+            "Worker {} is in config.yaml already",
+            added.name
+        )),
+        Err(_) => ui.warn(format_args!("Worker {} was not added", added.name)),
+    };
+    let added = adding::add(home, &options, signals, &events, &mut told)?;
+    drop(show);
+    let mut code = ExitCode::SUCCESS;
+    let mut there = Vec::new();
+    for worker in added {
+        match worker.result {
+            Ok(changed) => there.push((worker.name, changed)),
+            Err(error) => code = fail(&error.into(), ui),
+        }
+    }
+    if there.is_empty() {
+        return Ok(code);
+    }
+    if !engine.listens() {
+        ui.note(format_args!(
+            "no engine listens at {}; it starts its workers when it starts, or by hand: iii worker start {}",
+            engine.url(),
+            there.first().map_or("NAME", |(name, _)| name.as_str())
+        ));
+    } else if !args.no_wait {
+        wait_until_alive(home, &there, &args.engine, ui)?;
+    }
+    Ok(code)
+}
+
+/// Waits until the engine has started what was added. A worker whose entry is as it was gives the engine nothing to do, so it is
+/// started here.
+fn wait_until_alive(
+    home: &Home,
+    added: &[(WorkerName, bool)],
+    args: &ItsEngine,
+    ui: &Ui,
+) -> Result<(), CliError> {
+    let deadline = Instant::now() + ALIVE;
+    for (name, changed) in added {
+        if !changed && managed::state(home, name)?.0 == State::Stopped {
+            run(home, name, orders(name, args)?, false, ui)?;
+            continue;
+        }
+        loop {
+            if let (State::Running, Some(pid)) = managed::state(home, name)? {
+                ui.ok(format_args!("{name} started (pid: {pid})"));
+                break;
+            }
+            if Instant::now() > deadline {
+                ui.warn(format_args!(
+                    "the engine has not started {name}; `iii worker logs {name}` may say why, `iii worker start {name}` starts it"
+                ));
+                break;
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+    Ok(())
+}
+
+/// Draws what happens to several workers at once.
+struct Many<'a> {
+    ui: &'a Ui,
+    one: Printer<'a>,
+    count: usize,
+    /// Workers whose layers are all there.
+    whole: ProgressHandle,
+    output: Mutex<BTreeMap<(String, Kind, Stream), StepOutput>>,
+}
+
+impl<'a> Many<'a> {
+    fn new(ui: &'a Ui, count: usize) -> Self {
+        let whole = ui.progress("building workers", Unit::Count);
+        whole.set_length(count as u64);
+        Self {
+            ui,
+            one: Printer::new(ui),
+            count,
+            whole,
+            output: Mutex::default(),
+        }
+    }
+
+    fn show(&self, name: Option<&WorkerName>, event: &Event<'_>) {
+        if let Event::Ready(report) = event
+            && report.kind == Kind::Project
+        {
+            self.whole.inc(1);
+        }
+        let name = match name {
+            Some(name) if self.count > 1 => name,
+            _ => return self.one.show(event),
+        };
+        let ui = self.ui;
+        match event {
+            // Of many workers only what had to be done is told.
+            Event::Base(_) => {}
+            Event::Ready(report) => {
+                let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+                // Shows what was left without a newline.
+                output.retain(|(own, kind, _), _| {
+                    (own.as_str(), *kind) != (name.as_str(), report.kind)
+                });
+                if report.status != Status::Hit && report.kind != Kind::Project {
+                    ui.step_line(report.kind, format_args!("{name}: {}", outcome(report)));
+                }
+            }
+            Event::Waiting(kind) => ui.note(format_args!(
+                "{kind} of {name}: another process is building it; waiting"
+            )),
+            Event::Running(kind, reason) => {
+                ui.note(format_args!("{kind} of {name}: running ({reason})"));
+            }
+            Event::Output(kind, stream, bytes) => {
+                let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+                output
+                    .entry((name.to_string(), *kind, *stream))
+                    .or_insert_with(|| ui.output(format!("{name} {kind}")))
+                    .push(bytes);
+            }
+            Event::Note(text) => ui.warn(format_args!("{name}: {text}")),
+            other => self.one.show(other),
+        }
+    }
+}
+
+/// Becomes the supervisor of a worker, if this process was started to be one; then it never returns.
+pub fn maybe_supervise() {
+    if env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == MARKER)
+    {
+        std::process::exit(supervise());
+    }
+}
+
+fn supervise() -> i32 {
+    let Ok((voice, orders)) = Voice::take_over() else {
+        return 2;
+    };
+    let ui = Ui::to(voice.clone());
+    let run = || -> Result<Ended, CliError> {
+        let home = Home::of_user()?;
+        let signals = Signals::install().map_err(CliError::Signals)?;
+        let (limits, caches) = (limits::with(&[])?, caches(Vec::new(), None)?);
+        let with = With {
+            rebuild: false,
+            limits: &limits,
+            caches: &caches,
+            runtime: Runtime::Namespace,
+        };
+        let collect = image::may_collect();
+        let printer = Printer::new(&ui);
+        let events = |event: Event<'_>| printer.show(&event);
+        Ok(supervisor::supervise(
+            &home, &orders, with, collect, &voice, &signals, &events,
+        )?)
+    };
+    match run() {
+        Ok(ended) if ended.signal.is_some() => ui.ok("stopped"),
+        Ok(ended) if ended.status.success() => ui.ok("the start command ended"),
+        Ok(ended) => ui.warn(format_args!(
+            "the start command ended: {}",
+            crate::build::describe(ended.status)
+        )),
+        Err(error) => {
+            error.report(&ui);
+            voice.tell(&Told::Failed);
+            return 1;
+        }
+    }
+    0
+}
