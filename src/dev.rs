@@ -14,7 +14,7 @@ use crate::plan::Kind;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, Worker};
 use crate::run::{Ended, Engine, Place, RunError, Start, Target, owner, worker_config};
-use crate::sandbox::Stdio;
+use crate::sandbox::{Sandbox, Stdio};
 use crate::supervise::Signals;
 
 /// What to run.
@@ -122,21 +122,19 @@ pub fn dev(
         config: &config,
         stdio: Stdio::Inherit,
     };
-    let mut sandbox = start.run(events)?;
-    started();
-    let wait = || {
-        signals.attend(sandbox.controller(), || {
-            // Asked while signals are attended to: a name may take long to resolve.
-            if !options.engine.listens() {
-                let engine = options.engine.url();
-                events(Event::Note(format!(
-                    "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
-                )));
-            }
-            sandbox.wait()
-        })
+    let attend = |sandbox: &mut Sandbox| {
+        started();
+        // Asked while signals are attended to: a name may take long to resolve.
+        if !options.engine.listens() {
+            let engine = options.engine.url();
+            events(Event::Note(format!(
+                "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
+            )));
+        }
+        sandbox.wait()
     };
-    let (status, signal) = realiser.share_during(&worker, wait);
+    let run = || start.run(signals, events, attend);
+    let (status, signal) = realiser.share_during(&worker, run)?;
     let status = status?;
     if target.collect && worker.has_grown() {
         realiser.collect();

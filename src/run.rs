@@ -35,6 +35,7 @@ use crate::project::{
 };
 use crate::realise::Worker;
 use crate::sandbox::{Sandbox, SandboxError, SandboxSpec, Stdio};
+use crate::supervise::Signals;
 
 /// How long the engine has to accept a connection before it counts as not listening.
 const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
@@ -297,8 +298,14 @@ pub(crate) struct Start<'a> {
 }
 
 impl Start<'_> {
-    /// Composes the root filesystem and starts the command on it.
-    pub fn run(self, events: &dyn Fn(Event<'_>)) -> Result<Sandbox, RunError> {
+    /// Composes the root filesystem, starts the command on it, and calls `attend`, which waits for its end. From the start on, signals
+    /// are for the command. Returns what `attend` did and the first signal, if one came.
+    pub fn run<R>(
+        self,
+        signals: &Signals,
+        events: &dyn Fn(Event<'_>),
+        attend: impl FnOnce(&mut Sandbox) -> R,
+    ) -> Result<(R, Option<Signal>), RunError> {
         let worker = self.worker;
         let (project, name) = (&worker.project, worker.name.as_str());
         // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
@@ -344,15 +351,19 @@ impl Start<'_> {
         )?
         .mounts;
         let command = spec.command();
-        let sandbox = Sandbox::start(spec)?;
-        // The overlay is open by now, wherever it is served.
-        if others {
-            keep_layers(self.store, self.keeper, name, layers)?;
-        }
-        for warning in sandbox.warnings() {
-            events(Event::Note(warning.to_string()));
-        }
-        Ok(sandbox)
+        let mut sandbox = Sandbox::start(spec)?;
+        let (result, signal) = signals.attend(sandbox.controller(), || {
+            let _commands = exec::serve(self.place.dir(), sandbox.controller(), command)?;
+            // The overlay is open by now, wherever it is served.
+            if others {
+                keep_layers(self.store, self.keeper, name, layers)?;
+            }
+            for warning in sandbox.warnings() {
+                events(Event::Note(warning.to_string()));
+            }
+            Ok::<_, RunError>(attend(&mut sandbox))
+        });
+        Ok((result?, signal))
     }
 }
 

@@ -57,7 +57,10 @@ fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
         terminal: args.tty.then(exec::terminal).flatten(),
     };
     let timeout = args.timeout.map(Duration::from_secs);
-    let dir = home.dev(name.as_str());
+    let dir = match crate::managed::state(home, &name)?.0 {
+        crate::managed::State::Running => home.managed(name.as_str()),
+        _ => home.dev(name.as_str()),
+    };
     let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(RunError::from)?;
     let code = status
         .code()

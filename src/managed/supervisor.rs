@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use iii_store::{RefKind, Store};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,8 +29,8 @@ use crate::home::Home;
 use crate::logs::Log;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, With};
-use crate::run::{Ended, Engine, Place, Start, worker_config};
-use crate::sandbox;
+use crate::run::{Ended, Engine, Place, RunError, Start, worker_config};
+use crate::sandbox::{self, Sandbox};
 use crate::supervise::Signals;
 
 /// The argument by which the program knows that it is to be a supervisor.
@@ -346,32 +346,37 @@ pub fn supervise(
         config: &config,
         stdio: sandbox::Stdio::Joined,
     };
-    let mut sandbox = start.run(events)?;
-    let output = sandbox.stdout.take();
-    let recorder = voice.clone();
-    let recorder = thread::Builder::new()
-        .name("log".into())
-        .stack_size(64 << 10)
-        .spawn(move || output.map(|output| recorder.record(output)))
-        .map_err(at("follow the output of", Path::new(&orders.name)))?;
-    let (result, signal) = realiser.share_during(&worker, || {
-        signals.attend(sandbox.controller(), || {
-            write_pid(place.dir(), &pid_file)?;
-            voice.ready(std::process::id());
-            Ok::<_, ManagedError>(sandbox.wait())
-        })
-    });
-    // Where it ends here, the sandbox does, too.
-    let status = result.and_then(|status| Ok(status.map_err(crate::run::RunError::from)?));
-    remove_file(&pid_file)?;
-    drop(sandbox);
-    // Everything that was printed is in the log before it says that the worker has ended.
-    let _ = recorder.join();
+    let attend = |sandbox: &mut Sandbox| {
+        let recorder = record(voice, sandbox)?;
+        write_pid(place.dir(), &pid_file)?;
+        voice.ready(std::process::id());
+        let status = sandbox.wait();
+        remove_file(&pid_file)?;
+        // Everything that was printed is in the log before it says that the worker has ended.
+        let _ = recorder.join();
+        Ok::<_, ManagedError>(status.map_err(RunError::from)?)
+    };
+    let run = || start.run(signals, events, attend);
+    let (status, signal) = realiser.share_during(&worker, run)?;
     let status = status?;
     if collect && worker.has_grown() {
         realiser.collect();
     }
     Ok(Ended { status, signal })
+}
+
+/// Has what the worker prints written into the log, by a thread that ends with its output.
+fn record(voice: &Voice, sandbox: &mut Sandbox) -> Result<JoinHandle<()>, ManagedError> {
+    let (voice, output) = (voice.clone(), sandbox.stdout.take());
+    thread::Builder::new()
+        .name("log".into())
+        .stack_size(64 << 10)
+        .spawn(move || {
+            if let Some(output) = output {
+                voice.record(output);
+            }
+        })
+        .map_err(at("make a thread for", Path::new("the worker's output")))
 }
 
 fn remember(dir: &Path, orders: &Orders) -> Result<(), ManagedError> {
