@@ -260,6 +260,25 @@ workers:
     }
 
     #[test]
+    fn workers_are_listed_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.yaml");
+        assert_eq!(list(&path).unwrap(), []);
+        std::fs::write(
+            &path,
+            "workers:\n  - name: 7\n  - name: b\n    worker_path: /b\n  - {}\n",
+        )
+        .unwrap();
+        let one = |name: &str, path: Option<&str>| Listed {
+            name: name.into(),
+            worker_path: path.map(PathBuf::from),
+        };
+        assert_eq!(list(&path).unwrap(), [one("7", None), one("b", Some("/b"))]);
+        std::fs::write(&path, "workers: 7\n").unwrap();
+        assert!(list(&path).is_err());
+    }
+
+    #[test]
     fn absent_is_none() {
         assert_eq!(read_text(SAMPLE, "other").unwrap(), None);
         assert_eq!(read_text("", "other").unwrap(), None);
