@@ -571,7 +571,7 @@ impl Running<'_> {
 
     /// Everything said until the pipes closed, or until now where something still holds them open.
     fn drain(&mut self) -> String {
-        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(500)) {
+        while let Ok(line) = self.lines.recv_timeout(SETTLE) {
             self.seen.push(line);
         }
         self.transcript()
