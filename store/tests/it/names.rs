@@ -297,7 +297,10 @@ fn refs() {
     expected.sort_by(|a, b| a.0.cmp(&b.0));
     assert_eq!(store.list_refs(RefKind::Image).unwrap(), expected);
     assert_eq!(store.list_refs(RefKind::Worker).unwrap(), []);
-    assert_eq!(names(&dir.path().join("refs")), ["image", "worker"]);
+    assert_eq!(
+        names(&dir.path().join("refs")),
+        ["image", "managed", "worker"]
+    );
     assert!(store.remove_ref(RefKind::Image, "..").unwrap());
     assert!(!store.remove_ref(RefKind::Image, "..").unwrap());
     assert_eq!(

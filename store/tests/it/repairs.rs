@@ -403,7 +403,16 @@ fn a_store_of_somebody_else() {
         allow(&path, 0o644);
         allow(path.parent().unwrap(), 0o755);
     }
-    for name in ["leases", "locks", "tmp", "trash", "refs", ""] {
+    // Those that have no files.
+    for name in [
+        "leases",
+        "locks",
+        "tmp",
+        "trash",
+        "refs",
+        "refs/managed",
+        "",
+    ] {
         allow(&store.join(name), 0o755);
     }
     allow(dir.path(), 0o755);
