@@ -302,7 +302,7 @@ impl CliError {
             }
             Self::Run(RunError::NoLibkrun) => "use --runtime namespace, or auto".into(),
             Self::Run(RunError::Exec(ExecError::NotRunning { .. })) => {
-                "the name is that of a `worker dev` that runs; for a project's directory, iii-dev-<directory>".into()
+                "the name is that of a worker that runs: a managed one, or of `worker dev`, which is iii-dev-<directory> unless it was given another".into()
             }
             Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
             Self::NeedsYes { .. } => "-y says yes".into(),
