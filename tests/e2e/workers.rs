@@ -179,4 +179,19 @@ fn journey(example: &Example) {
     let layers = build(&project, &["--rebuild"]);
     assert!(layers.built().contains("install"), "{layers:#?}");
     assert_eq!(greeting(&project, &[]), with_dependency);
+
+    // The same as a managed worker, which finds every layer there.
+    let name = format!("hello-{}", example.language);
+    let worker = |args: &[&str]| {
+        let args = [&["worker"], args].concat();
+        home.start(&args).finish(INSTALL).ok()
+    };
+    worker(&["add", "--no-wait", project.arg(), "--port", &port]).says(&["install  cached"]);
+    worker(&["start", &name, "--port", &port]);
+    engine.wait_for(&function, INSTALL);
+    let reply = engine.invoke(&function, &json!({ "name": "test" }));
+    assert_eq!(reply["result"]["message"], with_dependency);
+    worker(&["remove", "-y", &name]);
+    engine.wait_gone(&function, Duration::from_secs(10));
+    home.assert_nothing_left();
 }
