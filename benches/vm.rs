@@ -14,7 +14,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use machine::Vm;
+use machine::{Kernel, Vm};
 use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
 
@@ -22,12 +22,13 @@ use tempfile::TempDir;
 const IMAGE: &str = "bench:latest";
 const PACKAGES: usize = 150;
 const FILES: usize = 18;
-/// Bytes of the file that is read and written at once.
-const LARGE: usize = 64 << 20;
+const MADE: usize = 1000;
+/// MiB of the file that is read and written at once.
+const LARGE: usize = 64;
 /// Longest wait for a server to listen.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// What the guest does, and whether that is bound by metadata.
+/// What the guest does, and whether that is bound by metadata. It knows how many files to make.
 const PHASES: [(&str, &str, bool); 8] = [
     ("stat walk, 1st", "find /node_modules -size +100000", true),
     ("stat walk, 2nd", "find /node_modules -size +100000", true),
@@ -42,14 +43,14 @@ const PHASES: [(&str, &str, bool); 8] = [
         false,
     ),
     (
-        "create 1000 files",
-        "for i in $(seq 1000); do echo $i >/made/$i; done",
+        "create files",
+        "for i in $(seq $made); do echo $i >/made/$i; done",
         true,
     ),
-    ("delete 1000 files", "rm -r /made", true),
-    ("write 64 MiB", "dd if=/large of=/copy bs=1M", false),
+    ("delete them", "rm -r /made", true),
+    ("write a large file", "dd if=/large of=/copy bs=1M", false),
     (
-        "read 64 MiB",
+        "read it",
         "echo 3 >/proc/sys/vm/drop_caches; dd if=/copy of=/dev/null bs=1M",
         false,
     ),
@@ -77,11 +78,19 @@ fn virtiofsd(cache: &Path) -> Option<PathBuf> {
     [installed, packaged].into_iter().find(|path| path.exists())
 }
 
+/// How many times as much work a kernel is given: its clock has hundredths of a second.
+fn scale(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::Emulated => 1,
+        Kernel::UserMode => 4,
+    }
+}
+
 /// A root filesystem of busybox and a tree as npm leaves one.
-fn make_root(root: &Path) -> Result<()> {
+fn make_root(root: &Path, scale: usize) -> Result<()> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-busybox-base");
     run(Command::new(script).arg(root))?;
-    for package in 0..PACKAGES {
+    for package in 0..PACKAGES * scale {
         let dir = root.join(format!("node_modules/package-{package}/lib"));
         fs::create_dir_all(&dir).map_err(failed("making", &dir))?;
         for file in 0..FILES {
@@ -92,7 +101,9 @@ fn make_root(root: &Path) -> Result<()> {
     }
     let made = root.join("made");
     fs::create_dir(&made).map_err(failed("making", &made))?;
-    let large: Vec<u8> = (0..LARGE).map(|at| ((at * at) >> 7) as u8).collect();
+    let large: Vec<u8> = (0..(LARGE * scale) << 20)
+        .map(|at| ((at * at) >> 7) as u8)
+        .collect();
     let path = root.join("large");
     fs::write(&path, large).map_err(failed("writing", &path))
 }
@@ -106,6 +117,7 @@ fn iii(home: &Path) -> Command {
 /// Boots one machine on `server` and returns what each phase took there, by the guest's clock.
 fn measure(
     server: Server,
+    kernel: Kernel,
     guest: &Path,
     home: &Path,
     root: &Path,
@@ -119,7 +131,7 @@ fn measure(
         let mut command = Command::new(virtiofsd);
         command.arg("--socket-path").arg(&socket);
         command.arg("--shared-dir").arg(&copy);
-        command.args(["--cache", "always", "--sandbox", "none"]);
+        command.args(["--cache", "always", "--sandbox", "none", "--tag", "root"]);
         command
     } else {
         let mut command = iii(home);
@@ -139,13 +151,14 @@ fn measure(
         }
         thread::sleep(Duration::from_millis(10));
     }
-    let mut job = String::from("now() { read -r now _ </proc/uptime; }\n");
+    let made = MADE * scale(kernel);
+    let mut job = format!("made={made}; now() {{ read -r now _ </proc/uptime; }}\n");
     for (_, command, _) in PHASES {
         job.push_str("sync; now; begin=$now\n{ ");
         job.push_str(command);
         job.push_str("; } >/dev/null 2>&1\nnow; echo \"TOOK $begin $now\"\n");
     }
-    let mut vm = Vm::boot(guest, &socket, &job);
+    let mut vm = Vm::boot(kernel, guest, &socket, &job);
     let mut taken = Vec::new();
     for _ in PHASES {
         let line = vm.wait_for("TOOK ");
@@ -166,17 +179,26 @@ fn measure(
 fn bench(rounds: usize) -> Result<bool> {
     let interrupt = Interrupt::catch()?;
     let cache = corpus::cache()?;
-    let guest = match machine::guest(&cache) {
-        Ok(guest) => guest,
-        Err(why) => {
-            skip("everything", why);
-            return Ok(true);
-        }
+    // The first that can be had, unless one is asked for.
+    let asked = std::env::args().any(|arg| arg == "--emulated");
+    let kernels = Kernel::ALL.into_iter();
+    let made = kernels
+        .filter(|kernel| !asked || *kernel == Kernel::Emulated)
+        .find_map(|kernel| match kernel.made(&cache) {
+            Ok(made) => Some((kernel, made)),
+            Err(why) => {
+                skip(kernel.name(), why);
+                None
+            }
+        });
+    let Some((kernel, guest)) = made else {
+        return Ok(true);
     };
+    println!("In {}.", kernel.name());
     let scratch = TempDir::with_prefix_in("vm-", &cache).map_err(failed("making", &cache))?;
     let (home, root) = (scratch.path().join("home"), scratch.path().join("root"));
     fs::create_dir(&home).map_err(failed("making", &home))?;
-    make_root(&root)?;
+    make_root(&root, scale(kernel))?;
     run(iii(&home)
         .args(["image", "import"])
         .arg(&root)
@@ -192,7 +214,7 @@ fn bench(rounds: usize) -> Result<bool> {
         for turn in 0..servers.len() {
             interrupt.check()?;
             let server = servers[(turn + round) % servers.len()];
-            let taken = measure(server, guest, &home, &root, virtiofsd.as_deref())?;
+            let taken = measure(server, kernel, guest, &home, &root, virtiofsd.as_deref())?;
             for (samples, time) in samples.iter_mut().zip(taken) {
                 samples[server as usize].0.push(time);
             }

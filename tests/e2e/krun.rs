@@ -89,7 +89,7 @@ fn on_kvm(job: &str) -> Result<Vec<String>, String> {
             {job}
         "#
     );
-    Ok(Vm::start(qemu, &made, &job, LIMIT).finish())
+    Ok(Vm::emulate(qemu, &made, &job, LIMIT).finish())
 }
 
 #[test]

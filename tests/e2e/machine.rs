@@ -1,4 +1,4 @@
-//! A virtual machine with a real Linux kernel, in QEMU without KVM. Part of the tests and of a bench.
+//! A real Linux kernel on a root that we serve: in QEMU without KVM, or as an ordinary process. Part of the tests and of a bench.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,14 +14,37 @@ use tempfile::TempDir;
 /// How long a machine may take from its start to its end.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The directory with vmlinuz and initrd, below `cache`; says why where there is none.
-pub fn guest(cache: &Path) -> Result<&'static Path, &'static str> {
-    static GUEST: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let made = GUEST.get_or_init(|| {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-guest");
-        make(script, cache)
-    });
-    made.as_deref().map_err(String::as_str)
+/// What runs a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Debian's kernel in QEMU, which emulates the processor.
+    Emulated,
+    /// User-Mode Linux: a process of this machine's, and far quicker.
+    UserMode,
+}
+
+impl Kernel {
+    pub const ALL: [Self; 2] = [Self::UserMode, Self::Emulated];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Emulated => "QEMU without KVM",
+            Self::UserMode => "User-Mode Linux",
+        }
+    }
+
+    /// The directory with the kernel and its initrd, below `cache`; says why where there is none.
+    pub fn made(self, cache: &Path) -> Result<&'static Path, &'static str> {
+        static MADE: [OnceLock<Result<PathBuf, String>>; 2] = [OnceLock::new(), OnceLock::new()];
+        let made = MADE[self as usize].get_or_init(|| {
+            let scripts = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts");
+            match self {
+                Self::Emulated => make(&format!("{scripts}/make-guest"), cache),
+                Self::UserMode => run(&format!("{scripts}/make-uml"), cache),
+            }
+        });
+        made.as_deref().map_err(String::as_str)
+    }
 }
 
 /// Has `script` make a directory with vmlinuz and initrd below `cache`; says why where that cannot be.
@@ -31,6 +54,10 @@ pub fn make(script: &str, cache: &Path) -> Result<PathBuf, String> {
     }
     let version = Command::new("qemu-system-x86_64").arg("--version").output();
     version.map_err(|error| format!("qemu-system-x86_64: {error}"))?;
+    run(script, cache)
+}
+
+fn run(script: &str, cache: &Path) -> Result<PathBuf, String> {
     let run = Command::new(script)
         .arg(cache)
         .output()
@@ -62,57 +89,85 @@ fn cpio(name: &str, contents: &[u8]) -> Vec<u8> {
     archive
 }
 
+/// The initrd of `made` with `job` in it, in a directory of its own.
+fn with_job(made: &Path, job: &str) -> (TempDir, PathBuf) {
+    let dir = TempDir::with_prefix("vm-").unwrap();
+    let initrd = dir.path().join("initrd");
+    let mut archives = fs::read(made.join("initrd")).unwrap();
+    archives.extend(cpio("job", format!("set -eu\n{job}\n").as_bytes()));
+    fs::write(&initrd, archives).unwrap();
+    (dir, initrd)
+}
+
 /// A running machine. Dropped, it is killed.
 pub struct Vm {
-    qemu: Child,
+    process: Child,
     console: Receiver<String>,
     seen: Vec<String>,
     keyboard: ChildStdin,
     until: Instant,
     _dir: TempDir,
-    /// They are slow enough one by one.
-    _alone: MutexGuard<'static, ()>,
+    /// Emulated, they are slow enough one by one.
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 impl Vm {
-    /// Boots a machine whose root is served at `socket`, and which runs the shell script `job` there.
-    pub fn boot(guest: &Path, socket: &Path, job: &str) -> Self {
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args("-accel tcg -cpu qemu64 -m 384".split(' '))
-            .args("-M q35,memory-backend=mem,smbus=off,sata=off,hpet=off".split(' '))
-            .arg("-object")
-            .arg("memory-backend-memfd,id=mem,size=384M,share=on")
-            .arg("-append")
-            .arg("console=ttyS0 quiet panic=-1 mitigations=off nokaslr")
-            .arg("-chardev")
-            .arg(format!("socket,id=fs,path={}", socket.display()))
-            .arg("-device")
-            .arg("vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=root");
-        Self::start(qemu, guest, job, LIMIT)
+    /// Boots the kernel in `made` with a root that is served at `socket`, and has it run the shell script `job` there.
+    pub fn boot(kernel: Kernel, made: &Path, socket: &Path, job: &str) -> Self {
+        if kernel == Kernel::Emulated {
+            let mut qemu = Command::new("qemu-system-x86_64");
+            qemu.args("-accel tcg -cpu qemu64 -m 384".split(' '))
+                .args("-M q35,memory-backend=mem,smbus=off,sata=off,hpet=off".split(' '))
+                .arg("-object")
+                .arg("memory-backend-memfd,id=mem,size=384M,share=on")
+                .arg("-append")
+                .arg("console=ttyS0 quiet panic=-1 mitigations=off nokaslr")
+                .arg("-chardev")
+                .arg(format!("socket,id=fs,path={}", socket.display()))
+                .arg("-device")
+                .arg("vhost-user-fs-pci,queue-size=1024,chardev=fs,tag=root");
+            return Self::emulate(qemu, made, job, LIMIT);
+        }
+        let (dir, initrd) = with_job(made, job);
+        let mut linux = Command::new(made.join("linux"));
+        linux
+            // It puts files under its home directory even where told to put them elsewhere.
+            .env("HOME", dir.path())
+            .args("mem=384M con=null con0=fd:0,fd:1 quiet panic=-1".split(' '))
+            // The number of the device, of a file system.
+            .arg(format!("virtio_uml.device={}:26", socket.display()))
+            .arg(format!("initrd={}", initrd.display()))
+            .arg(format!("uml_dir={}/", dir.path().display()));
+        Self::start(linux, dir, LIMIT, None)
     }
 
     /// Boots what is in `made` on the machine `qemu`, which runs the shell script `job` and may take as long as `limit`.
-    pub fn start(mut qemu: Command, made: &Path, job: &str, limit: Duration) -> Self {
+    pub fn emulate(mut qemu: Command, made: &Path, job: &str, limit: Duration) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = tempfile::tempdir().unwrap();
-        let initrd = dir.path().join("initrd");
-        let mut archives = fs::read(made.join("initrd")).unwrap();
-        archives.extend(cpio("job", format!("set -eu\n{job}\n").as_bytes()));
-        fs::write(&initrd, archives).unwrap();
-        let mut qemu = qemu
-            .args("-nodefaults -no-reboot -display none -serial stdio".split(' '))
+        let (dir, initrd) = with_job(made, job);
+        qemu.args("-nodefaults -no-reboot -display none -serial stdio".split(' '))
             .arg("-kernel")
             .arg(made.join("vmlinuz"))
             .arg("-initrd")
-            .arg(&initrd)
+            .arg(&initrd);
+        Self::start(qemu, dir, limit, Some(alone))
+    }
+
+    fn start(
+        mut command: Command,
+        dir: TempDir,
+        limit: Duration,
+        alone: Option<MutexGuard<'static, ()>>,
+    ) -> Self {
+        let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let (sender, console) = channel();
-        let stdout = qemu.stdout.take().unwrap();
+        let stdout = process.stdout.take().unwrap();
         thread::spawn(move || {
             for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).trim_end().to_owned();
@@ -122,8 +177,8 @@ impl Vm {
             }
         });
         Self {
-            keyboard: qemu.stdin.take().unwrap(),
-            qemu,
+            keyboard: process.stdin.take().unwrap(),
+            process,
             console,
             seen: Vec::new(),
             until: Instant::now() + limit,
@@ -137,7 +192,7 @@ impl Vm {
         loop {
             let left = self.until.saturating_duration_since(Instant::now());
             let Ok(line) = self.console.recv_timeout(left) else {
-                let _ = self.qemu.kill();
+                let _ = self.process.kill();
                 panic!("no {beginning:?} on the console:\n{}", self.seen.join("\n"));
             };
             self.seen.push(line.clone());
@@ -167,14 +222,14 @@ impl Vm {
                 Err(RecvTimeoutError::Timeout) => panic!("the machine did not power off"),
             }
         }
-        assert!(self.qemu.wait().unwrap().success());
+        assert!(self.process.wait().unwrap().success());
         std::mem::take(&mut self.seen)
     }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }

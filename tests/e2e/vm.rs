@@ -1,4 +1,4 @@
-//! Layers served over vhost-user-fs to a real Linux kernel, in QEMU without KVM.
+//! Layers served over vhost-user-fs to real Linux kernels, in QEMU without KVM and as User-Mode Linux.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,18 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::harness::{self, Home, busybox_base, repository, skip};
-use crate::machine::{Vm, guest};
+use crate::machine::{Kernel, Vm};
 use crate::posix;
+
+/// Does `test` with each kernel that can be had; says which cannot.
+fn with_kernels(what: &str, mut test: impl FnMut(Kernel, &Path)) {
+    for kernel in Kernel::ALL {
+        match kernel.made(&harness::cache()) {
+            Ok(made) => test(kernel, made),
+            Err(why) => skip(&format!("{what}, in {}", kernel.name()), why),
+        }
+    }
+}
 
 /// The image that guests have as their root.
 const IMAGE: &str = "vm:latest";
@@ -85,10 +95,10 @@ fn contents(overlay: &Overlay, path: &str) -> Vec<u8> {
 
 #[test]
 fn a_guest_works_in_its_root_and_what_it_wrote_stays() {
-    let guest = match guest(&harness::cache()) {
-        Ok(guest) => guest,
-        Err(why) => return skip("layers served to a virtual machine", why),
-    };
+    with_kernels("layers served to a virtual machine", works_in_its_root);
+}
+
+fn works_in_its_root(kernel: Kernel, made: &Path) {
     let home = home(|root| {
         install(&std::env::current_exe().unwrap(), root, "tests");
         fs::create_dir_all(root.join("data/dir/below")).unwrap();
@@ -120,7 +130,8 @@ fn a_guest_works_in_its_root_and_what_it_wrote_stays() {
         .says(&["another process listens", "another --socket"]);
 
     let vm = Vm::boot(
-        guest,
+        kernel,
+        made,
         &socket,
         r#"
             cd /data
@@ -176,16 +187,18 @@ fn a_guest_works_in_its_root_and_what_it_wrote_stays() {
 #[test]
 fn pjdfstest_passes_in_a_guest() {
     let what = "pjdfstest in a virtual machine";
-    let guest = match guest(&harness::cache()) {
-        Ok(guest) => guest,
-        Err(why) => return skip(what, why),
-    };
     let pjdfstest = harness::cache().join("pjdfstest-0.2.2/bin/pjdfstest");
     if !pjdfstest.exists() {
         return skip(what, "scripts/test brings it, and has not been run");
     }
+    with_kernels(what, |kernel, made| {
+        pjdfstest_passes(&pjdfstest, kernel, made);
+    });
+}
+
+fn pjdfstest_passes(pjdfstest: &Path, kernel: Kernel, made: &Path) {
     let home = home(|root| {
-        install(&pjdfstest, root, "pjdfstest");
+        install(pjdfstest, root, "pjdfstest");
         let config = repository("scripts/pjdfstest.toml");
         fs::copy(config, root.join("etc/pjdfstest.toml")).unwrap();
         let users =
@@ -208,7 +221,8 @@ fn pjdfstest_passes_in_a_guest() {
     serving.wait_for("fs.sock");
     // What the guest's tmpfs fails is the kernel's; the rest is ours.
     let vm = Vm::boot(
-        guest,
+        kernel,
+        made,
         &socket,
         r#"
             mkdir /dev/shm/work
@@ -249,12 +263,12 @@ fn since(overlay: &Overlay, before: &[(&'static str, u64)]) -> Vec<(&'static str
 
 #[test]
 fn what_a_guest_knows_it_does_not_ask_again() {
+    with_kernels("requests of a virtual machine", asks_once);
+}
+
+fn asks_once(kernel: Kernel, made: &Path) {
     const PACKAGES: usize = 120;
     const FILES: usize = 18;
-    let guest = match guest(&harness::cache()) {
-        Ok(guest) => guest,
-        Err(why) => return skip("requests of a virtual machine", why),
-    };
     let home = home(|root| {
         // As npm leaves it: many directories, few files in each, most of them small.
         for package in 0..PACKAGES {
@@ -283,10 +297,11 @@ fn what_a_guest_knows_it_does_not_ask_again() {
             vhost_user::serve(served, &listening, &tag, 4, stop.as_fd())
         });
         let mut vm = Vm::boot(
-            guest,
+            kernel,
+            made,
             &path,
             r#"
-                phase() { echo "PHASE $1"; read go </dev/ttyS0; "$@" >/dev/null; }
+                phase() { echo "PHASE $1"; read go </dev/console; "$@" >/dev/null; }
                 stats() { find /node_modules -size +100000; }
                 reads() { find /node_modules -type f -exec cat {} +; }
                 requires() {
