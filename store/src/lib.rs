@@ -5,7 +5,8 @@
 //! # On disk
 //!
 //! ```text
-//! format                   JSON: version; compat, ro_compat, incompat: names of features (`sealed`: see `seal`)
+//! format                   JSON: version; compat, ro_compat, incompat: names of features (`sealed`: see `seal`;
+//!                          `managed_refs`, `snapshot_refs`: there are such refs, which keep layers: see `refs`)
 //! packs/<pack>.pack .idx   objects below 1 MiB that one ingest brought, and where each is: `pack`
 //! loose/<object>           an object of 1 MiB or more
 //! loose/<object>.cv        its outboard, by which a part of it can be checked: `outboard`
@@ -14,7 +15,7 @@
 //! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
-//! locks/format             flocked by who makes the store
+//! locks/format             flocked by who makes the store, or adds a feature to its format
 //! locks/gc                 flocked by who takes things out of the store, repairs or migrates it
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`

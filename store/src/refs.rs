@@ -29,11 +29,13 @@ pub enum RefKind {
     Worker,
     /// A managed worker, by its name.
     Managed,
+    /// What a worker had written at some time, by the worker's name and a tag.
+    Snapshot,
 }
 
 impl RefKind {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Image, Self::Worker, Self::Managed];
+    pub const ALL: [Self; 4] = [Self::Image, Self::Worker, Self::Managed, Self::Snapshot];
 
     /// Where its refs are, relative to the store.
     pub(crate) fn path(self) -> &'static str {
@@ -41,6 +43,17 @@ impl RefKind {
             Self::Image => "refs/image",
             Self::Worker => "refs/worker",
             Self::Managed => "refs/managed",
+            Self::Snapshot => "refs/snapshot",
+        }
+    }
+
+    /// The ro-compat feature of a store that has such refs, if they are newer than the first stores: a program that does not
+    /// know them would collect what they keep.
+    pub(crate) fn feature(self) -> Option<&'static str> {
+        match self {
+            Self::Image | Self::Worker => None,
+            Self::Managed => Some("managed_refs"),
+            Self::Snapshot => Some("snapshot_refs"),
         }
     }
 }
@@ -105,6 +118,9 @@ impl Store {
             });
         }
         let lease = self.lease("ref")?;
+        if let Some(feature) = kind.feature() {
+            self.require_feature(feature)?;
+        }
         for id in &content.layers {
             self.require_layer(id)?;
         }

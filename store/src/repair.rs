@@ -242,7 +242,14 @@ impl<'a> Repair<'a> {
             self.set_aside(Path::new("format"))?;
             let lock = self.store.dir().join("locks/format");
             let _lock = FileLock::acquire(self.store.disk(), &lock, &|| {})?;
-            Format::default().write(self.disk, self.store.dir())?;
+            let mut format = Format::default();
+            for kind in RefKind::ALL {
+                let dir = self.store.dir().join(kind.path());
+                if !names(self.disk, &dir)?.is_empty() {
+                    format.ro_compat.extend(kind.feature().map(str::to_owned));
+                }
+            }
+            format.write(self.disk, self.store.dir())?;
             self.did(Mended::Format);
         }
         self.store.objects().refresh()?;

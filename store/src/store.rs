@@ -17,6 +17,7 @@ use crate::layer::Layer;
 use crate::lease::{self, Lease};
 use crate::lock::FileLock;
 use crate::objects::{LOOKS, Objects, lock};
+use crate::refs::RefKind;
 use crate::seal;
 use crate::trash::Places;
 
@@ -25,7 +26,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-pub(crate) const DIRS: [&str; 13] = [
+pub(crate) const DIRS: [&str; 14] = [
     "packs",
     "loose",
     "layers",
@@ -33,15 +34,14 @@ pub(crate) const DIRS: [&str; 13] = [
     "refs",
     "refs/image",
     "refs/worker",
-    MANAGED_REFS,
+    "refs/managed",
+    "refs/snapshot",
     "leases",
     "locks",
     "tmp",
     "stat",
     "trash",
 ];
-/// Where the refs of managed workers are, which stores of earlier programs do not have.
-const MANAGED_REFS: &str = "refs/managed";
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
@@ -119,9 +119,19 @@ impl Format {
 }
 
 impl Format {
+    /// Its ro-compat features that this program does not know.
+    pub(crate) fn unknown_ro_compat(&self) -> Vec<&str> {
+        let is_known = |name: &str| {
+            let mut known = RefKind::ALL.into_iter().filter_map(RefKind::feature);
+            known.any(|feature| feature == name)
+        };
+        let names = self.ro_compat.iter().map(String::as_str);
+        names.filter(|name| !is_known(name)).collect()
+    }
+
     /// Why a store of this format can but be read, if so.
     pub(crate) fn read_only(&self) -> Option<String> {
-        let unknown = &self.ro_compat;
+        let unknown = self.unknown_ro_compat();
         (!unknown.is_empty()).then(|| format!("unknown ro-compat features {unknown:?}"))
     }
 
@@ -181,9 +191,13 @@ impl Store {
             Some(format!("{}: {}", tmp.display(), io::Error::from(err)))
         };
         let read_only = format.read_only().or_else(refused);
-        let managed = dir.join(MANAGED_REFS);
-        if read_only.is_none() && disk.metadata(&managed).is_err() {
-            disk.create_dir(&managed).at("making", &managed)?;
+        if read_only.is_none() {
+            // Stores of earlier programs do not have all of them.
+            for path in RefKind::ALL.map(|kind| dir.join(kind.path())) {
+                if disk.metadata(&path).is_err() {
+                    disk.create_dir(&path).at("making", &path)?;
+                }
+            }
         }
         Ok(Self::assemble(dir, disk, read_only))
     }
@@ -246,6 +260,27 @@ impl Store {
                 why: why.clone(),
             })
         })
+    }
+
+    /// Has the format say, durably, that the store has this ro-compat feature.
+    pub(crate) fn require_feature(&self, feature: &str) -> Result<(), StoreError> {
+        let format = || match Format::read(self.disk().as_ref(), self.dir())? {
+            Found::Current(format) => Ok(format),
+            Found::Outdated(_) => Err(StoreError::Outdated(self.dir().to_owned())),
+            Found::Nothing => Err(no_format(self.dir())),
+        };
+        let has = |format: &Format| format.ro_compat.iter().any(|name| name == feature);
+        if has(&format()?) {
+            return Ok(());
+        }
+        let path = self.dir().join("locks/format");
+        let _lock = FileLock::acquire(self.disk(), &path, &|| {})?;
+        let mut format = format()?;
+        if !has(&format) {
+            format.ro_compat.push(feature.to_owned());
+            format.sealed().write(self.disk().as_ref(), self.dir())?;
+        }
+        Ok(())
     }
 
     /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.

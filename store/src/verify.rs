@@ -705,7 +705,8 @@ impl<'a> Pass<'a> {
         let path = self.dir.join("format");
         match Format::read(self.disk, self.dir) {
             Ok(Found::Current(format)) => {
-                let unknown = [format.compat, format.ro_compat].concat();
+                let compat = format.compat.iter().map(String::as_str);
+                let unknown: Vec<&str> = compat.chain(format.unknown_ro_compat()).collect();
                 if !unknown.is_empty() {
                     self.features(item, &path, &unknown);
                 }

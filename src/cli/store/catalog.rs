@@ -143,6 +143,7 @@ pub fn ref_kind_text(kind: RefKind) -> &'static str {
         RefKind::Image => "image",
         RefKind::Worker => "worker",
         RefKind::Managed => "managed worker",
+        RefKind::Snapshot => "snapshot",
     }
 }
 

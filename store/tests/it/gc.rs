@@ -41,6 +41,25 @@ fn set_ref(store: &Store, name: &str, layers: &[&Published]) {
     store.set_ref(RefKind::Worker, name, &content).unwrap();
 }
 
+#[test]
+fn refs_of_every_kind_keep_their_layers() {
+    for kind in RefKind::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let kept = publish(&store, &files(&[("kept", "kept")])).unwrap();
+        let garbage = publish(&store, &files(&[("garbage", "garbage")])).unwrap();
+        let content = Ref {
+            layers: vec![kept.layer_id],
+            info: serde_json::Value::Null,
+        };
+        store.set_ref(kind, "name", &content).unwrap();
+        let (plan, _) = collect(&store, &at_once());
+        assert_eq!(plan.layers.len(), 1, "{kind:?}");
+        assert_eq!(plan.layers[0].layer, garbage.layer_id, "{kind:?}");
+        assert_eq!(layers(&store), [kept.layer_id.to_string()], "{kind:?}");
+    }
+}
+
 fn put_record(store: &Store, key: u8, layer: &Published, seconds: u64) {
     let record = Record {
         facts: Vec::new(),

@@ -362,7 +362,7 @@ pub fn assert_nothing_leaked(store: &Store) {
         assert!(left.is_empty(), "{name} holds {left:?}");
     }
     let mut kept = BTreeSet::new();
-    for kind in [RefKind::Image, RefKind::Worker] {
+    for kind in RefKind::ALL {
         for (_, content) in store.list_refs(kind).unwrap() {
             kept.extend(content.layers.iter().map(LayerId::to_string));
         }

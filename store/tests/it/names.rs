@@ -76,6 +76,16 @@ fn formats_of_others() {
             sealed(r#"{"version":2,"incompat":["sealed"]}"#),
             "unsupported",
         ),
+        (
+            sealed(
+                r#"{"version":1,"ro_compat":["snapshot_refs","managed_refs"],"incompat":["sealed"]}"#,
+            ),
+            "writes",
+        ),
+        (
+            sealed(r#"{"version":1,"ro_compat":["managed_refs","x"],"incompat":["sealed"]}"#),
+            "reads",
+        ),
         // Before seals, and after them.
         (br#"{"version":1}"#.to_vec(), "outdated"),
         (br#"{"version":1,"ro_compat":["x"]}"#.to_vec(), "outdated"),
@@ -299,7 +309,7 @@ fn refs() {
     assert_eq!(store.list_refs(RefKind::Worker).unwrap(), []);
     assert_eq!(
         names(&dir.path().join("refs")),
-        ["image", "managed", "worker"]
+        ["image", "managed", "snapshot", "worker"]
     );
     assert!(store.remove_ref(RefKind::Image, "..").unwrap());
     assert!(!store.remove_ref(RefKind::Image, "..").unwrap());
@@ -323,6 +333,38 @@ fn refs() {
     for name in ["", "x".repeat(5000).as_str()] {
         assert!(store.set_ref(RefKind::Worker, name, &empty).is_err());
     }
+}
+
+/// A program that knows no such refs would collect what they keep: it is not to write.
+#[test]
+fn the_format_says_which_newer_kinds_of_refs_there_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap().layer_id;
+    let content = Ref {
+        layers: vec![layer],
+        info: serde_json::Value::Null,
+    };
+    for (kind, features) in [
+        (RefKind::Worker, ""),
+        (RefKind::Snapshot, r#""snapshot_refs""#),
+        (RefKind::Managed, r#""snapshot_refs","managed_refs""#),
+        (RefKind::Snapshot, r#""snapshot_refs","managed_refs""#),
+    ] {
+        store.set_ref(kind, "w", &content).unwrap();
+        let format = format!(
+            r#"{{"version":1,"compat":[],"ro_compat":[{features}],"incompat":["sealed"]}}"#
+        );
+        assert_eq!(
+            fs::read(dir.path().join("format")).unwrap(),
+            sealed(&format)
+        );
+        assert_eq!(names(&dir.path().join("locks")), <[&str; 0]>::default());
+        assert_eq!(names(&dir.path().join("tmp")), <[&str; 0]>::default());
+    }
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    store.lease("test").unwrap();
 }
 
 #[test]

@@ -176,6 +176,11 @@ fn what_a_collection_took_out_is_looked_at_too() {
 fn a_store_without_a_format_can_be_repaired_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     fill(dir.path()).unwrap();
+    let store = open(dir.path()).unwrap();
+    let content = store.list_refs(RefKind::Image).unwrap().remove(0).1;
+    store.set_ref(RefKind::Snapshot, "Name", &content).unwrap();
+    drop(store);
+    let format = fs::read(dir.path().join("format")).unwrap();
     fs::remove_file(dir.path().join("format")).unwrap();
     assert!(matches!(open(dir.path()), Err(StoreError::Damaged { .. })));
     let store = Store::open_to_repair(dir.path(), Arc::new(NoSync)).unwrap();
@@ -186,6 +191,7 @@ fn a_store_without_a_format_can_be_repaired_and_nothing_else() {
     let report = verify(&store, false);
     assert_eq!(report.problems[0].finding, Finding::Format);
     store.repair(&report, &|_| ()).unwrap();
+    assert_eq!(fs::read(dir.path().join("format")).unwrap(), format);
     open(dir.path()).unwrap().lease("test").unwrap();
     // What is no store is not made one.
     let other = tempfile::tempdir().unwrap();
@@ -411,6 +417,7 @@ fn a_store_of_somebody_else() {
         "trash",
         "refs",
         "refs/managed",
+        "refs/snapshot",
         "",
     ] {
         allow(&store.join(name), 0o755);
