@@ -560,7 +560,7 @@ impl Step<'_> {
             .ok_or(BuildError::Unobserved { kind })?;
         let freeze = |source| BuildError::Freeze { kind, source };
         let ingest = self.builder.store.ingest(self.builder.lease)?;
-        let tree = overlay.freeze(&ingest).map_err(freeze)?;
+        let (tree, _) = overlay.freeze(&ingest).map_err(freeze)?;
         let published = ingest.finish(&tree)?;
         Ok((facts, published))
     }

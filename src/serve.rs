@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use iii_overlay::adapter::vhost_user::{self, End, Socket, Tag, VhostUserError};
 use iii_overlay::upper::UpperError;
-use iii_overlay::{OpenError, Overlay, OverlayOptions, chain_of};
+use iii_overlay::{OpenError, Overlay, OverlayOptions, footing_of};
 use iii_store::{Layer, LayerId, Store, StoreError};
 
 use crate::build::{BuildError, ScratchDir};
@@ -74,11 +74,11 @@ pub fn serve(
         (Some(scratch), upper)
     };
     // An upper that stood on other layers needs those once more.
-    let last = chain_of(&upper).map_err(|source| ServeError::Upper {
+    let last = footing_of(&upper).map_err(|source| ServeError::Upper {
         path: upper.clone(),
         source,
     })?;
-    lease.pin(&last.unwrap_or_default())?;
+    lease.pin(&last.unwrap_or_default().all().collect::<Vec<_>>())?;
     let layers = options.layers.iter().map(|id| store.layer(id));
     let layers = layers.collect::<Result<Vec<Arc<Layer>>, _>>()?;
     let overlay_options = OverlayOptions {

@@ -6,8 +6,17 @@
 //! left out. A lower directory that was moved is written out in full at its new place, by object ids: no data is
 //! copied. All names of a hardlinked file are written out together if one is. Sockets are left out: nobody listens on them
 //! any more.
+//!
+//! # While the sandbox runs
+//!
+//! The result is what the filesystem was at one moment: every request that was answered before it is in it, none that was
+//! answered after. What the guest's kernel or a program still holds back is not, as when a machine loses its power. Most of the data is
+//! read while the sandbox goes on; then writers wait until the files that were written to meanwhile have been read
+//! once more, and the tree was walked. They wait for at most [`HELD_BYTES`] of data; where more is written to all the time, there
+//! is no such moment.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 
 use iii_store::Ingest;
 use iii_store::ObjectId;
@@ -18,6 +27,7 @@ use iii_store::tree::{
 };
 use rayon::prelude::*;
 
+use crate::Footing;
 use crate::fs::Errno;
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
@@ -30,6 +40,11 @@ use crate::view::Found;
 /// Stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
 const STACK: usize = 64 << 20;
 
+/// Most bytes of files that are read while the sandbox waits.
+pub const HELD_BYTES: u64 = 64 << 20;
+/// How often the files are read that were written to since they were read, before it is given up.
+const ROUNDS: usize = 8;
+
 /// Why an upper cannot be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
@@ -38,22 +53,28 @@ pub enum FreezeError {
     Tree(#[from] TreeError),
     /// A file's data cannot be read.
     #[error("opening the data of a changed file failed")]
-    Data(#[source] std::io::Error),
+    Data(#[source] io::Error),
     /// A file's data cannot be stored.
     #[error("storing the changed files failed")]
     Store(#[from] Box<StoreError>),
     /// The upper contradicts itself.
     #[error("the upper is damaged")]
     Upper(#[source] Errno),
+    /// There is never a moment at which little enough is new.
+    #[error("files of more than {} MiB are written to all the time", HELD_BYTES >> 20)]
+    Restless,
     /// The walk could not be started.
     #[error("starting a thread failed")]
-    Thread(#[source] std::io::Error),
+    Thread(#[source] io::Error),
 }
+
+/// What flat files hold, by their numbers.
+type Stored = HashMap<u64, (ObjectId, u64)>;
 
 struct Walk<'a> {
     overlay: &'a Overlay,
     state: &'a State,
-    objects: HashMap<u64, (ObjectId, u64)>,
+    objects: Stored,
     /// Lower directories with a change somewhere in them.
     touched: HashSet<Ino>,
     /// Hardlinked lower files of which a name is written out although nothing changed them.
@@ -61,27 +82,58 @@ struct Walk<'a> {
 }
 
 impl Overlay {
-    /// The changes of the upper as a tree, with the data of its files stored through `ingest`. Nothing may write meanwhile:
-    /// the sandbox is gone, or stopped. Facts about what of the project became part of the result are recorded, so ask
-    /// for [`Overlay::facts`] afterwards.
-    pub fn freeze(&self, ingest: &Ingest<'_>) -> Result<Tree, FreezeError> {
-        let inner = self.upper.read();
-        let state = &inner.state;
-        let flats: Vec<u64> = state
-            .nodes()
-            .filter(|(_, node)| node.record.nlink != 0)
-            .filter_map(|(_, node)| node.record.flat())
-            .collect();
-        let objects = flats
-            .into_par_iter()
-            .map(|flat| {
-                let file = self.upper.data.get(flat).map_err(FreezeError::Data)?;
-                let added = ingest.add_file(&file).map_err(Box::new)?;
-                Ok((flat, (added.object, added.size)))
-            })
-            .collect::<Result<HashMap<_, _>, FreezeError>>()?;
+    /// The changes of the upper as a tree, with the data of its files stored through `ingest`, and what they stand on. The sandbox
+    /// may run meanwhile: see [`crate::freeze`]. Facts about what of the project became part of the result are recorded, so
+    /// ask for [`Overlay::facts`] afterwards.
+    pub fn freeze(&self, ingest: &Ingest<'_>) -> Result<(Tree, Footing), FreezeError> {
         // What was never written to has no flat file, but is a file with contents all the same.
         ingest.add_bytes(&[]).map_err(Box::new)?;
+        let mut objects = Stored::new();
+        let watch = self.upper.writers.watch();
+        let mut pending = flats(&self.upper.read().state, |_| true);
+        for _ in 0..ROUNDS {
+            self.store_flats(&pending, ingest, &mut objects)?;
+            let still = watch.still();
+            let inner = self.upper.read();
+            let written = watch.take();
+            pending = flats(&inner.state, |flat| {
+                written.contains(&flat) || !objects.contains_key(&flat)
+            });
+            if pending.iter().map(|(_, size)| size).sum::<u64>() > HELD_BYTES {
+                continue;
+            }
+            self.store_flats(&pending, ingest, &mut objects)?;
+            drop(still);
+            if !pending.iter().all(|(flat, _)| objects.contains_key(flat)) {
+                return Err(FreezeError::Data(io::ErrorKind::NotFound.into()));
+            }
+            return self.walk(&inner.state, objects);
+        }
+        Err(FreezeError::Restless)
+    }
+
+    /// Stores these flat files, as they are. One that is gone by now is in nothing any more.
+    fn store_flats(
+        &self,
+        flats: &[(u64, u64)],
+        ingest: &Ingest<'_>,
+        objects: &mut Stored,
+    ) -> Result<(), FreezeError> {
+        let store = |&(flat, _): &(u64, u64)| {
+            let file = match self.upper.data.get(flat) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                file => file.map_err(FreezeError::Data)?,
+            };
+            let added = ingest.add_file(&file).map_err(Box::new)?;
+            Ok(Some((flat, (added.object, added.size))))
+        };
+        let stored = flats.par_iter().map(store);
+        let stored: Vec<_> = stored.collect::<Result<_, FreezeError>>()?;
+        objects.extend(stored.into_iter().flatten());
+        Ok(())
+    }
+
+    fn walk(&self, state: &State, objects: Stored) -> Result<(Tree, Footing), FreezeError> {
         let mut walk = Walk {
             overlay: self,
             state,
@@ -90,7 +142,7 @@ impl Overlay {
             linked: HashSet::new(),
         };
         walk.find_touched();
-        std::thread::scope(|scope| {
+        let tree: Result<Tree, FreezeError> = std::thread::scope(|scope| {
             let walking = std::thread::Builder::new()
                 .stack_size(STACK)
                 .spawn_scoped(scope, || walk.dir(ROOT, Some(ROOT), 0));
@@ -98,8 +150,21 @@ impl Overlay {
                 Ok(tree) => Ok(tree?.unwrap_or_else(Tree::implicit)),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
-        })
+        });
+        let footing = Footing::new(&state.chain, &state.applied, state.thawed);
+        Ok((tree?, footing))
     }
+}
+
+/// The flat files that have a name and are wanted, with their sizes in bytes.
+fn flats(state: &State, wanted: impl Fn(u64) -> bool) -> Vec<(u64, u64)> {
+    let named = state.nodes().filter(|(_, node)| node.record.nlink != 0);
+    named
+        .filter_map(|(_, node)| {
+            let flat = node.record.flat().filter(|&flat| wanted(flat))?;
+            Some((flat, node.record.size()))
+        })
+        .collect()
 }
 
 impl Walk<'_> {

@@ -6,7 +6,8 @@
 //! view       upper over lower                        names, entries, listings
 //! upper      records by inode, log, flat files       what the sandbox changed
 //! merge      layers to one index                     the lower, immutable
-//! freeze     upper -> tree        rebase  upper -> upper over another chain        observe  what was looked at
+//! freeze     upper -> tree        thaw    layer -> upper        rebase  upper -> upper over another chain
+//! observe    what was looked at
 //! ```
 //!
 //! Nothing here knows images, projects' contents, a terminal or a network.
@@ -29,7 +30,8 @@
 //! # Locks
 //!
 //! One `RwLock` holds the upper's state and log: shared to look, exclusive to change, and never held while file data is
-//! read, written, copied or synced. Taken under it, or alone, and never with one another: a shard of the lookup counts, the
+//! read, written, copied or synced, but by [`freeze`], for a bounded number of bytes. Before it, requests that write to files take
+//! another, shared, and freezing takes that exclusively: [`upper::writers`]. Taken under them, or alone, and never with one another: a shard of the lookup counts, the
 //! cache of descriptors, the facts, the counts of hardlinks. Writes to one file from several threads are kept apart by the
 //! client, as the Linux kernel does with its inode lock; if it does not, the bytes of both arrive in some order.
 
@@ -43,6 +45,7 @@ mod observe;
 mod overlay;
 pub mod rebase;
 mod stats;
+mod thaw;
 mod update;
 pub mod upper;
 mod view;
@@ -51,10 +54,12 @@ use std::path::Path;
 
 use iii_store::LayerId;
 use iii_store::facts::Fact;
+use iii_store::id::ID_LEN;
 
-pub use freeze::FreezeError;
+pub use freeze::{FreezeError, HELD_BYTES};
 pub use observe::MAX_FACTS;
 pub use overlay::{Objects, Overlay};
+pub use thaw::thaw;
 pub use update::{Stale, UpdateError};
 
 /// Where the project is.
@@ -91,17 +96,56 @@ pub enum OpenError {
     NoProject,
 }
 
-/// The chain that the upper in `dir` stood on last, and what it has taken over since, to be pinned before it is opened; none if
-/// there is no such upper.
-pub fn chain_of(dir: &Path) -> Result<Option<Vec<LayerId>>, upper::UpperError> {
+/// What an upper stands on.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Footing {
+    /// The chain that it stood on last, bottom first.
+    pub layers: Vec<LayerId>,
+    /// Which of these is the project's.
+    pub project: Option<usize>,
+    /// The layers of the project whose changes it has taken over since, of which the last is the newest: see [`Overlay::update`].
+    pub applied: Vec<LayerId>,
+    /// The layer that it was made from, if it was: see [`thaw`].
+    pub thawed: Option<LayerId>,
+}
+
+impl Footing {
+    /// All layers that have to be there for the upper to be opened.
+    pub fn all(&self) -> impl Iterator<Item = LayerId> {
+        let layers = self.layers.iter().chain(&self.applied);
+        layers.chain(&self.thawed).copied()
+    }
+
+    fn new(
+        chain: &upper::record::Chain,
+        applied: &[[u8; ID_LEN]],
+        thawed: Option<[u8; ID_LEN]>,
+    ) -> Self {
+        let ids = |ids: &[[u8; ID_LEN]]| ids.iter().copied().map(LayerId::from_bytes).collect();
+        Self {
+            layers: ids(&chain.layers),
+            project: chain.project.map(|slot| slot as usize),
+            applied: ids(applied),
+            thawed: thawed.map(LayerId::from_bytes),
+        }
+    }
+}
+
+/// What the upper in `dir` stands on, to be pinned before it is opened; none if there is no such upper.
+pub fn footing_of(dir: &Path) -> Result<Option<Footing>, upper::UpperError> {
     if !dir.exists() {
         return Ok(None);
     }
     let opened = upper::Opened::new(dir)?;
-    Ok(opened.chain().map(|chain| {
-        let layers = chain.layers.iter().chain(opened.applied());
-        layers.copied().map(LayerId::from_bytes).collect()
-    }))
+    let footing = |chain| Footing::new(chain, opened.applied(), opened.thawed());
+    Ok(opened.chain().map(footing))
+}
+
+/// The layer that the upper in `dir` was made from, if it was, whoever has it open. It stays the same for as long as the upper is
+/// there.
+pub fn thawed_of(dir: &Path) -> Result<Option<LayerId>, upper::UpperError> {
+    let first = upper::log::first(dir)?.unwrap_or_default();
+    Ok(upper::thawed(&first).map(LayerId::from_bytes))
 }
 
 impl Overlay {

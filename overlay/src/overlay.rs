@@ -67,7 +67,7 @@ impl std::fmt::Debug for Overlay {
 impl Overlay {
     /// Composes `layers`, bottom first, and the upper in the directory `upper`, which is made when missing and locked as
     /// long as the overlay lives. If the upper stood on another chain, its changes are carried over first: see
-    /// [`crate::rebase`]. The caller has pinned the layers, and those of [`crate::chain_of`].
+    /// [`crate::rebase`]. The caller has pinned the layers, and those of [`crate::footing_of`].
     pub fn open(
         store: &Store,
         layers: Vec<Arc<Layer>>,
@@ -107,6 +107,14 @@ impl Overlay {
         };
         let lower = Arc::new(Merged::new(layers)?);
         let mut opened = Opened::new(upper)?;
+        if let Some(thawed) = opened.thawed() {
+            // Its contents are read when they are needed: it is too late then to say that they are gone.
+            let layer = old_layer(&iii_store::LayerId::from_bytes(thawed));
+            layer.map_err(|source| crate::upper::UpperError::Thawed {
+                path: upper.to_owned(),
+                source,
+            })?;
+        }
         let known = opened.chain().cloned();
         let (state, written) = match known {
             Some(known) if known.layers != chain.layers || !opened.applied().is_empty() => {

@@ -10,7 +10,7 @@
 //! - what the upper says of all other paths stays, whatever the new lower has there.
 //!
 //! Afterwards no record but those of directories has an origin, and every file whose data is an object names one that the
-//! new chain holds, and thereby pins; others are copied out of the store first.
+//! new chain holds, and thereby pins, or the layer that the upper was made from; others are copied out of the store first.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -69,9 +69,12 @@ pub(crate) fn rebase(
         changed.sort_unstable();
         changed.dedup_by(|one, other| one.path == other.path);
     }
+    let thawed = opened.thawed().map(LayerId::from_bytes);
+    let thawed = thawed.map(|id| old_layer(&id)).transpose().map_err(fail)?;
     let old = opened.replay(Arc::new(Merged::new(old_layers)?))?;
     let mut new = State::new(lower.clone());
     new.chain = chain;
+    new.thawed = old.thawed;
     let mut carry = Carry {
         paths: changed.iter().map(|change| &*change.path).collect(),
         old: &old,
@@ -84,13 +87,14 @@ pub(crate) fn rebase(
         carry.expose(&change.path).map_err(damaged)?;
     }
     let mut new = carry.new;
-    materialise(&mut new, opened, objects, volatile)?;
+    materialise(&mut new, thawed.as_deref(), opened, objects, volatile)?;
     Ok(new)
 }
 
-/// Copies out of the store what the new chain does not pin.
+/// Copies out of the store what neither the new chain nor the layer that the upper was made from pins.
 fn materialise(
     new: &mut State,
+    thawed: Option<&Layer>,
     opened: &Opened,
     objects: &dyn Objects,
     volatile: bool,
@@ -116,7 +120,9 @@ fn materialise(
         .lower
         .layers()
         .iter()
-        .flat_map(|layer| layer.nodes())
+        .map(|layer| &**layer)
+        .chain(thawed)
+        .flat_map(Layer::nodes)
         .filter(|node| node.kind() == Kind::File)
         .map(NodeRef::object)
         .collect();

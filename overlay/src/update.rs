@@ -54,7 +54,7 @@ pub struct Stale {
 
 impl Overlay {
     /// Has the sandbox see `project` in place of the project's layer that it saw last. Requests wait meanwhile. The caller has
-    /// pinned the layer, for as long as the upper stands on it: see [`crate::chain_of`].
+    /// pinned the layer, for as long as the upper stands on it: see [`crate::footing_of`].
     ///
     /// A process that dies on the way has made some of the changes; the next opening makes the others.
     pub fn update(&self, project: &Arc<Layer>) -> std::result::Result<Stale, UpdateError> {

@@ -147,6 +147,9 @@ impl Overlay {
             if let Body::File { size: known, .. } = &mut node.record.body {
                 *known = size(*known);
             }
+            if let Some(flat) = node.record.flat() {
+                self.upper.writers.wrote(flat);
+            }
         }
     }
 

@@ -1,4 +1,5 @@
-//! The overlay as a [`Filesystem`]: every request is counted, then done.
+//! The overlay as a [`Filesystem`]: every request is counted, then done. Those that write to files wait while somebody wants these
+//! to keep still.
 
 use super::{
     Allocate, Attr, Caller, DirEntry, Filesystem, Open, Rename, Result, Seek, SetAttr, SetXattr,
@@ -8,11 +9,20 @@ use crate::ino::Ino;
 use crate::overlay::Overlay;
 use crate::stats::Op;
 
+/// Whether the operation may write to a flat file.
+fn writes(op: Op) -> bool {
+    matches!(
+        op,
+        Op::Setattr | Op::Open | Op::Write | Op::Fallocate | Op::CopyFileRange
+    )
+}
+
 macro_rules! serve {
     ($($op:ident: fn $name:ident => $does:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {
         impl Filesystem for Overlay {
             $(fn $name(&self, $($arg: $type),*) -> $out {
                 self.stats.count(Op::$op);
+                let _writing = writes(Op::$op).then(|| self.upper.writers.enter());
                 self.$does($($arg),*)
             })*
         }

@@ -25,9 +25,9 @@ use super::record::Op;
 use super::{UpperError, io_error};
 use crate::fs::Errno;
 
-/// Version of the format described above and of the records in it. The one before knew no [`Op::Applied`]; its logs are read,
-/// and become logs of this version.
-pub const VERSION: u32 = 2;
+/// Version of the format described above and of the records in it. Version 2 knew no [`Op::Thawed`], version 1 no
+/// [`Op::Applied`] either; their logs are read, and become logs of this version.
+pub const VERSION: u32 = 3;
 /// Longest payload. Three inodes with all the xattrs they may have fit many times over.
 pub const MAX_PAYLOAD: usize = 64 << 20;
 
@@ -43,6 +43,30 @@ const FRAME: usize = 12;
 const NAME: &str = "log";
 /// Name of the log that compaction writes.
 const NEW_NAME: &str = "log.new";
+
+/// The first batch of the log in `dir`, whoever has that open; none if there is no log, or none that is whole.
+pub fn first(dir: &Path) -> Result<Option<Vec<Op>>, UpperError> {
+    let path = dir.join(NAME);
+    let fail = |what| io_error(what, &path);
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(fail("opening"))?,
+    };
+    let read = |limit: u64| {
+        let mut bytes = Vec::new();
+        let read = (&file).take(limit).read_to_end(&mut bytes);
+        read.map(|_| bytes)
+    };
+    let head = read(HEADER + FRAME as u64).map_err(fail("reading"))?;
+    let Some(len) = head.get(HEADER as usize..).and_then(<[u8]>::first_chunk) else {
+        return Ok(None);
+    };
+    let len = (u32::from_le_bytes(*len) as usize).min(MAX_PAYLOAD);
+    let rewound = (&file).seek(SeekFrom::Start(HEADER));
+    rewound.map_err(fail("seeking in"))?;
+    let bytes = read((FRAME + len) as u64).map_err(fail("reading"))?;
+    Ok(parse(&bytes).0.into_iter().next())
+}
 
 /// The open log.
 #[derive(Debug)]
@@ -122,7 +146,7 @@ impl Log {
         let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
         match version {
             VERSION => {}
-            1 => file.write_all_at(&header(), 0).map_err(fail("writing"))?,
+            1 | 2 => file.write_all_at(&header(), 0).map_err(fail("writing"))?,
             version => return Err(UpperError::Version { path, version }),
         }
         let (batches, used) = parse(&bytes[HEADER as usize..]);
@@ -317,10 +341,12 @@ mod tests {
             .flat_map(|ops| frame(ops).unwrap())
             .collect();
         assert_eq!(parse(&frames), (sample(), frames.len()));
-        assert_eq!(header(), *b"III-UPPR\x02\0\0\0\0\0\0\0");
+        assert_eq!(header(), *b"III-UPPR\x03\0\0\0\0\0\0\0");
         let applied = frame(&[Op::Applied(vec![[7; 32], [8; 32]])]).unwrap();
         let payload = [&b"\x01\x05\x02"[..], &[7; 32], &[8; 32]].concat();
         assert_eq!(applied[FRAME..], payload);
+        let thawed = frame(&[Op::Thawed([9; 32])]).unwrap();
+        assert_eq!(thawed[FRAME..], [&b"\x01\x06"[..], &[9; 32]].concat());
         assert_eq!(frames.len(), 404);
         assert_eq!(
             blake3::hash(&frames).to_hex().as_str(),
@@ -329,22 +355,41 @@ mod tests {
     }
 
     #[test]
-    fn a_log_of_version_1_is_read_and_becomes_one_of_this() {
+    fn logs_of_earlier_versions_are_read_and_become_logs_of_this() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(NAME);
         let batch = frame(&sample()[2]).unwrap();
-        let bytes = [&b"III-UPPR\x01\0\0\0\0\0\0\0"[..], &batch].concat();
+        for version in 1..VERSION {
+            let head = [&b"III-UPPR"[..], &version.to_le_bytes(), &[0; 4]].concat();
+            let bytes = [&head[..], &batch].concat();
+            std::fs::write(&path, &bytes).unwrap();
+            let (log, batches) = Log::open(dir.path()).unwrap();
+            assert_eq!(
+                (log.size(), batches),
+                (bytes.len() as u64, vec![sample()[2].clone()])
+            );
+            drop(log);
+            assert_eq!(
+                std::fs::read(&path).unwrap(),
+                [&header()[..], &batch].concat()
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_batch_is_read_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(first(dir.path()).unwrap(), None);
+        let path = dir.path().join(NAME);
+        let [one, two] = [0, 1].map(|at| frame(&sample()[at]).unwrap());
+        let mut bytes = [&header()[..], &one, &two].concat();
         std::fs::write(&path, &bytes).unwrap();
-        let (log, batches) = Log::open(dir.path()).unwrap();
-        assert_eq!(
-            (log.size(), batches),
-            (bytes.len() as u64, vec![sample()[2].clone()])
-        );
-        drop(log);
-        assert_eq!(
-            std::fs::read(&path).unwrap(),
-            [&header()[..], &batch].concat()
-        );
+        assert_eq!(first(dir.path()).unwrap(), Some(sample()[0].clone()));
+        for cut in [HEADER as usize + one.len() - 1, HEADER as usize, 3, 0] {
+            bytes.truncate(cut);
+            std::fs::write(&path, &bytes).unwrap();
+            assert_eq!(first(dir.path()).unwrap(), None, "{cut}");
+        }
     }
 
     /// Whatever stands in a log, reading it ends.

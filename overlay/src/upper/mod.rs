@@ -29,6 +29,7 @@ pub mod data;
 pub mod log;
 pub mod record;
 pub mod state;
+pub mod writers;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -45,6 +46,7 @@ use data::{FlatFiles, Found};
 use log::Log;
 use record::{Body, Chain, Data, Op, Record};
 use state::State;
+use writers::Writers;
 
 /// A log below this size is never compacted.
 const COMPACT_MIN: u64 = 2 << 20;
@@ -74,6 +76,15 @@ pub enum UpperError {
     /// It stands on other layers, and those are not at hand to carry its changes over.
     #[error("the layers that {} stands on cannot be read, so its changes cannot be carried over", path.display())]
     Chain {
+        /// The upper.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It was made from a layer that cannot be read, and holds contents of it.
+    #[error("the snapshot that {} was made from cannot be read", path.display())]
+    Thawed {
         /// The upper.
         path: PathBuf,
         /// Why.
@@ -184,6 +195,11 @@ impl Opened {
         last.unwrap_or_default()
     }
 
+    /// The layer that it was made from.
+    pub fn thawed(&self) -> Option<[u8; ID_LEN]> {
+        self.batches.first().and_then(|batch| thawed(batch))
+    }
+
     /// What the log says, over the chain that it stood on; with the true length and mtime of what was written to last.
     pub fn replay(&mut self, lower: Arc<Merged>) -> Result<State, UpperError> {
         let mut state = State::new(lower);
@@ -231,6 +247,7 @@ impl Opened {
         Ok(Upper {
             dir: self.dir,
             data: self.data,
+            writers: Writers::default(),
             volatile,
             inner: RwLock::new(Inner {
                 state,
@@ -240,6 +257,14 @@ impl Opened {
             _lock: self.lock,
         })
     }
+}
+
+/// What the first batch of a log says of the layer that the upper was made from.
+pub(crate) fn thawed(first: &[Op]) -> Option<[u8; ID_LEN]> {
+    first.iter().find_map(|op| match op {
+        Op::Thawed(layer) => Some(*layer),
+        _ => None,
+    })
 }
 
 fn is_bulky(log: &Log, state: &State, factor: u64) -> bool {
@@ -302,6 +327,8 @@ pub struct Upper {
     dir: PathBuf,
     /// The flat files.
     pub data: FlatFiles,
+    /// Who writes to them.
+    pub writers: Writers,
     /// Whether nothing is ever synced.
     pub volatile: bool,
     inner: RwLock<Inner>,

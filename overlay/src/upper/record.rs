@@ -215,4 +215,7 @@ pub enum Op {
     /// What changed in the project since the chain's layer of it was taken over from these, of which the last is the newest. Since
     /// version 2 of the log.
     Applied(Vec<[u8; ID_LEN]>),
+    /// The upper was made from this layer (see [`crate::thaw`]), which holds contents that its files still refer to. Since version 3
+    /// of the log; the first batch of a log tells, or none does.
+    Thawed([u8; ID_LEN]),
 }

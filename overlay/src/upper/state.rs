@@ -101,6 +101,8 @@ pub struct State {
     pub chain: Chain,
     /// The layers of the project whose changes it has taken over: see [`Op::Applied`].
     pub applied: Vec<[u8; ID_LEN]>,
+    /// The layer that it was made from: see [`Op::Thawed`].
+    pub thawed: Option<[u8; ID_LEN]>,
     nodes: InoMap<Node>,
     by_lower: InoMap<u64>,
     next: u64,
@@ -113,6 +115,7 @@ impl State {
             lower,
             chain: Chain::default(),
             applied: Vec::new(),
+            thawed: None,
             nodes: InoMap::default(),
             by_lower: InoMap::default(),
             next: 1,
@@ -152,7 +155,7 @@ impl State {
 
     /// Whether it says nothing.
     pub fn says_nothing(&self) -> bool {
-        self.nodes.is_empty() && self.applied.is_empty()
+        self.nodes.is_empty() && self.applied.is_empty() && self.thawed.is_none()
     }
 
     /// Whether there is no room for more inodes.
@@ -197,6 +200,7 @@ impl State {
         match op {
             Op::Chain(chain) => self.chain = chain,
             Op::Applied(layers) => self.applied = layers,
+            Op::Thawed(layer) => self.thawed = Some(layer),
             Op::Inode(number, record) => self.set_record(number, *record),
             Op::Forget(number) => self.remove(number),
             Op::Entry(dir, name, to) => {
@@ -275,6 +279,7 @@ impl State {
         if !self.applied.is_empty() {
             ops.push(Op::Applied(self.applied.clone()));
         }
+        ops.extend(self.thawed.map(Op::Thawed));
         let kept = || self.nodes.iter().filter(|(_, node)| node.record.nlink != 0);
         for (&number, node) in kept() {
             ops.push(Op::Inode(number, Box::new(node.record.clone())));

@@ -8,7 +8,7 @@ use iii_overlay::fs::{
 };
 use iii_overlay::ino::{Ino, ROOT};
 use iii_overlay::upper::UpperError;
-use iii_overlay::{OpenError, Overlay, OverlayOptions, Project, chain_of};
+use iii_overlay::{Footing, OpenError, Overlay, OverlayOptions, Project, footing_of, thawed_of};
 use iii_store::facts::{Fact, Seen};
 use iii_store::tree::{DirKind, Node, Tree};
 use iii_store::{Layer, ObjectId};
@@ -59,10 +59,14 @@ fn a_second_opener_is_told_that_the_upper_is_busy() {
         open().unwrap_err(),
         OpenError::Upper(UpperError::Busy(dir)) if dir == home.upper()
     ));
-    assert!(matches!(chain_of(&home.upper()), Err(UpperError::Busy(_))));
+    assert!(matches!(
+        footing_of(&home.upper()),
+        Err(UpperError::Busy(_))
+    ));
+    assert_eq!(thawed_of(&home.upper()).unwrap(), None);
     drop(first);
-    assert_eq!(chain_of(&home.upper()).unwrap(), Some(Vec::new()));
-    assert_eq!(chain_of(&home.dir.path().join("none")).unwrap(), None);
+    assert_eq!(footing_of(&home.upper()).unwrap(), Some(Footing::default()));
+    assert_eq!(footing_of(&home.dir.path().join("none")).unwrap(), None);
     open().unwrap();
 }
 
@@ -455,7 +459,7 @@ fn a_frozen_upper_is_a_layer_of_the_store() {
     let own = create(&overlay, ROOT, b"own");
     overlay.write(own, &vec![1; 100_000], 5, true).unwrap();
     let ingest = home.store.ingest(&home.lease).unwrap();
-    let tree = overlay.freeze(&ingest).unwrap();
+    let (tree, _) = overlay.freeze(&ingest).unwrap();
     let frozen = ingest.finish(&tree).unwrap();
     let frozen = home.store.layer(&frozen.layer_id).unwrap();
     let composed = open(&[base, frozen], "two");

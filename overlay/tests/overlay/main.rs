@@ -13,6 +13,7 @@ mod mounted;
 mod rebase;
 mod state_machine;
 mod support;
+mod thaw;
 #[path = "../../../fuzz/src/variants.rs"]
 mod variants;
 mod vmm;

@@ -189,6 +189,7 @@ proptest! {
         before in tree(),
         after in tree(),
         acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
+        thaws in any::<bool>(),
     ) {
         let home = Home::new();
         let base = home.layer(&base, &CONTENTS);
@@ -196,12 +197,17 @@ proptest! {
         let new_project = home.layer(&at_workspace(merged(after)), &CONTENTS);
         let old_layers = vec![base.clone(), old_project.clone()];
         let new_layers = vec![base, new_project.clone()];
-        let upper = home.upper();
+        let mut upper = home.upper();
         let overlay = home.open_at(&old_layers, &upper, options());
         for (dir, name, act) in &acts {
             apply(&overlay, *dir, name, act);
         }
         let old = bare(view(&overlay));
+        if thaws {
+            // As it was is as it is when it was frozen.
+            upper = home.dir.path().join("thawed");
+            home.thaw(&overlay, &old_layers, &upper);
+        }
         drop(overlay);
         let old_lower = lower_view(&home, &old_layers, "old");
         let new_lower = lower_view(&home, &new_layers, "new");
@@ -251,6 +257,7 @@ proptest! {
         projects in prop::collection::vec(tree(), 2..5),
         acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
         restarts in any::<bool>(),
+        thaws in any::<bool>(),
         ends_with in any::<prop::sample::Index>(),
     ) {
         let home = Home::new();
@@ -260,8 +267,9 @@ proptest! {
             .map(|project| home.layer(&at_workspace(merged(project)), &CONTENTS))
             .collect();
         let layers = |at: usize| [base.clone(), projects[at].clone()];
-        let upper = home.upper();
+        let mut upper = home.upper();
         let mut overlay = home.open_at(&layers(0), &upper, options());
+        let mut stands_on = 0;
         let mut acts = acts.chunks(4);
         for at in 1..projects.len() {
             for (dir, name, act) in acts.next().unwrap_or_default() {
@@ -279,6 +287,11 @@ proptest! {
             );
             if restarts {
                 let before = bare(view(&overlay));
+                if thaws {
+                    upper = home.dir.path().join(format!("thawed{at}"));
+                    home.thaw(&overlay, &layers(stands_on), &upper);
+                }
+                stands_on = at;
                 drop(overlay);
                 overlay = home.open_at(&layers(at), &upper, options());
                 prop_assert_eq!(

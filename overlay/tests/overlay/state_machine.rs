@@ -6,7 +6,7 @@ use iii_overlay::fs::{
     Caller, Errno, Filesystem, Kind, Rename, SetAttr, SetTime, SetXattr, Special, Time,
 };
 use iii_overlay::ino::{Ino, ROOT};
-use iii_overlay::{Overlay, OverlayOptions};
+use iii_overlay::{Footing, Overlay, OverlayOptions};
 use iii_store::Layer;
 use proptest::prelude::*;
 
@@ -36,6 +36,7 @@ enum Step {
     SetXattr(Pick, Name),
     RemoveXattr(Pick, Name),
     Restart,
+    Thaw,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -62,6 +63,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (dir(), name()).prop_map(|(d, n)| Step::SetXattr(d, n)),
         1 => (dir(), name()).prop_map(|(d, n)| Step::RemoveXattr(d, n)),
         1 => Just(Step::Restart),
+        1 => Just(Step::Thaw),
     ]
 }
 
@@ -74,11 +76,42 @@ struct Pair<'a> {
     layers: Vec<Arc<Layer>>,
     overlay: Option<Overlay>,
     model: Model,
+    /// How often the upper was made anew.
+    thaws: usize,
 }
 
 impl Pair<'_> {
     fn fs(&self) -> &Overlay {
         self.overlay.as_ref().expect("open")
+    }
+
+    fn open(&self) -> Overlay {
+        let upper = self.home.dir.path().join(format!("upper{}", self.thaws));
+        self.home
+            .open_at(&self.layers, &upper, OverlayOptions::default())
+    }
+
+    /// Freezes the upper, and goes on with one that is made from that.
+    fn thaw(&mut self) {
+        let before = view(self.fs());
+        let tree = self.home.frozen(self.fs());
+        let written: Vec<_> = before.values().map(|seen| seen.bytes.clone()).collect();
+        let written: Vec<&[u8]> = written.iter().map(Vec::as_slice).collect();
+        let frozen = self.home.layer(&tree, &written);
+        self.thaws += 1;
+        let upper = self.home.dir.path().join(format!("upper{}", self.thaws));
+        let footing = Footing::default();
+        iii_overlay::thaw(&upper, &footing, self.layers.clone(), &frozen).unwrap();
+        let id = frozen.layer_id();
+        assert_eq!(iii_overlay::thawed_of(&upper).unwrap(), Some(id));
+        self.overlay = Some(self.open());
+        assert_eq!(
+            frozen_view(view(self.fs())),
+            frozen_view(before),
+            "an upper that is thawed is as it was frozen"
+        );
+        let again = self.home.layer(&self.home.frozen(self.fs()), &written);
+        assert_eq!(again.layer_id(), id, "and is frozen as it was");
     }
 
     /// The same directory in both.
@@ -291,9 +324,10 @@ impl Pair<'_> {
             Step::Restart => {
                 let before = view(self.fs());
                 self.overlay = None;
-                self.overlay = Some(self.home.open(&self.layers));
+                self.overlay = Some(self.open());
                 assert_eq!(view(self.fs()), before, "a restart changed something");
             }
+            Step::Thaw => self.thaw(),
         }
     }
 
@@ -311,7 +345,7 @@ fn strip(mode: &mut u16) {
 }
 
 /// What a layer keeps: no sockets, and of directories' times only those of changes.
-fn frozen(mut view: View) -> View {
+fn frozen_view(mut view: View) -> View {
     for seen in view.values_mut() {
         if seen.kind == Kind::Dir {
             seen.mtime = None;
@@ -340,11 +374,13 @@ proptest! {
         let layers: Vec<_> = trees.iter().map(|tree| home.layer(tree, &CONTENTS)).collect();
         let model = Model::of_layers(layers.iter().map(|layer| &**layer), &CONTENTS);
         let mut pair = Pair {
-            overlay: Some(home.open(&layers)),
+            overlay: None,
             home: &home,
             layers,
             model,
+            thaws: 0,
         };
+        pair.overlay = Some(pair.open());
         for step in steps {
             pair.take(step);
             let ours = timeless(view(pair.fs()));
@@ -355,11 +391,12 @@ proptest! {
         prop_assert_eq!(&home.frozen(pair.fs()), &tree, "freezing is deterministic");
         pair.take(Step::Restart);
         prop_assert_eq!(&home.frozen(pair.fs()), &tree, "and a restart changes nothing");
+        pair.take(Step::Thaw);
         let mut layers = pair.layers.clone();
         let written: Vec<_> = live.values().map(|seen| &*seen.bytes).collect();
         layers.push(home.layer(&tree, &written));
         let again = home.dir.path().join("again");
         let composed = home.open_at(&layers, &again, OverlayOptions::default());
-        prop_assert_eq!(frozen(view(&composed)), frozen(live));
+        prop_assert_eq!(frozen_view(view(&composed)), frozen_view(live));
     }
 }

@@ -101,7 +101,25 @@ impl Home {
     /// What freezing gives.
     pub fn frozen(&self, overlay: &Overlay) -> Tree {
         let ingest = self.store.ingest(&self.lease).unwrap();
-        overlay.freeze(&ingest).unwrap()
+        overlay.freeze(&ingest).unwrap().0
+    }
+
+    /// What freezing gives, in the store.
+    pub fn published(&self, overlay: &Overlay) -> (Tree, LayerId) {
+        let ingest = self.store.ingest(&self.lease).unwrap();
+        let (tree, _) = overlay.freeze(&ingest).unwrap();
+        let layer = ingest.finish(&tree).unwrap().layer_id;
+        (tree, layer)
+    }
+
+    /// An upper at `to` that is made of what the overlay wrote, on what it stands on, of which these are the layers.
+    pub fn thaw(&self, overlay: &Overlay, layers: &[Arc<Layer>], to: &Path) {
+        let ingest = self.store.ingest(&self.lease).unwrap();
+        let (tree, footing) = overlay.freeze(&ingest).unwrap();
+        let written: Vec<_> = view(overlay).into_values().map(|seen| seen.bytes).collect();
+        let written: Vec<&[u8]> = written.iter().map(Vec::as_slice).collect();
+        let frozen = self.layer(&tree, &written);
+        iii_overlay::thaw(to, &footing, layers.to_vec(), &frozen).unwrap();
     }
 }
 
