@@ -38,6 +38,7 @@
 pub mod adapter;
 mod freeze;
 pub mod fs;
+mod host;
 pub mod ino;
 mod lookups;
 pub mod merge;

@@ -97,7 +97,10 @@ impl Disk for RealDisk {
         #[cfg(target_os = "linux")]
         return rustix::fs::ioctl_ficlone(to, from).map_err(io::Error::from);
         #[cfg(not(target_os = "linux"))]
-        Err(io::ErrorKind::Unsupported.into())
+        {
+            let _ = (from, to);
+            Err(io::ErrorKind::Unsupported.into())
+        }
     }
 
     fn sync(&self, file: &File) -> io::Result<()> {

@@ -99,11 +99,7 @@ pub struct Lease {
 
 fn random_name() -> io::Result<String> {
     let mut bytes = [0; 16];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        filled +=
-            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
-    }
+    getrandom::fill(&mut bytes)?;
     Ok(blake3::Hash::from_bytes({
         let mut wide = [0; 32];
         wide[..16].copy_from_slice(&bytes);

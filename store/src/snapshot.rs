@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::Scope;
 use rayon::prelude::*;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode, Stat};
 use rustix::io::Errno;
 
 use crate::error::StoreError;
@@ -51,6 +51,7 @@ const HASHED: usize = 64 << 10;
 /// What a file held that the stat cache does not know: no contents have this id.
 const UNKNOWN: ObjectId = ObjectId::from_bytes([0; 32]);
 /// Buffer for the entries of a directory.
+#[cfg(target_os = "linux")]
 const LISTING: usize = 32 << 10;
 
 /// Why a directory could not become a layer.
@@ -397,6 +398,11 @@ fn now() -> Time {
     }
 }
 
+#[allow(
+    clippy::cast_lossless,
+    clippy::unnecessary_cast,
+    reason = "some systems have narrower numbers"
+)]
 fn file_stat(stat: &Stat) -> FileStat {
     FileStat {
         mtime: Time {
@@ -408,9 +414,43 @@ fn file_stat(stat: &Stat) -> FileStat {
             nsec: stat.st_ctime_nsec as u32,
         },
         ino: stat.st_ino,
-        dev: stat.st_dev,
+        dev: stat.st_dev as u64,
         size: stat.st_size as u64,
-        mode: stat.st_mode,
+        mode: stat.st_mode as u32,
+    }
+}
+
+fn file_type(mode: u32) -> FileType {
+    FileType::from_raw_mode(mode as RawMode)
+}
+
+/// Shows `see` what is in a directory, with its type where the directory tells it, in no order, until that fails.
+#[cfg(target_os = "linux")]
+fn each_entry<E>(
+    dir: &OwnedFd,
+    mut see: impl FnMut(Result<(&CStr, FileType), Errno>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut buffer = Vec::with_capacity(LISTING);
+    let mut entries = rustix::fs::RawDir::new(dir, buffer.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
+        let entry = entry.as_ref().map_err(|err| *err);
+        see(entry.map(|entry| (entry.file_name(), entry.file_type())))?;
+    }
+    Ok(())
+}
+
+/// Shows `see` what is in a directory, with its type where the directory tells it, in no order, until that fails.
+#[cfg(not(target_os = "linux"))]
+fn each_entry<E>(
+    dir: &OwnedFd,
+    mut see: impl FnMut(Result<(&CStr, FileType), Errno>) -> Result<(), E>,
+) -> Result<(), E> {
+    match rustix::fs::Dir::read_from(dir) {
+        Ok(mut entries) => entries.try_for_each(|entry| {
+            let entry = entry.as_ref().map_err(|err| *err);
+            see(entry.map(|entry| (entry.file_name(), entry.file_type())))
+        }),
+        Err(err) => see(Err(err)),
     }
 }
 
@@ -714,27 +754,23 @@ impl Walk<'_> {
 
     fn list(&self, dir: &OwnedFd, listing: &mut Listing<'_>) -> Result<(), SnapshotError> {
         let path = listing.path;
-        let mut buffer = Vec::with_capacity(LISTING);
-        let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
-        while let Some(entry) = entries.next() {
-            let entry = entry.map_err(|err| self.error("listing", path, err))?;
-            let name = entry.file_name();
+        each_entry(dir, |entry| {
+            let (name, kind) = entry.map_err(|err| self.error("listing", path, err))?;
             let bytes = name.to_bytes();
             if bytes == b"." || bytes == b".." || self.options.excludes.contains(&bytes) {
-                continue;
+                return Ok(());
             }
-            if entry.file_type() == FileType::Directory {
+            if kind == FileType::Directory {
                 listing.dirs.push(bytes.into());
-                continue;
+                return Ok(());
             }
             match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => self.entry(dir, listing, name, file_stat(&stat))?,
+                Ok(stat) => self.entry(dir, listing, name, file_stat(&stat)),
                 // Deleted since.
-                Err(Errno::NOENT) => {}
-                Err(err) => return Err(self.error("looking at", &join(path, bytes), err)),
+                Err(Errno::NOENT) => Ok(()),
+                Err(err) => Err(self.error("looking at", &join(path, bytes), err)),
             }
-        }
-        Ok(())
+        })
     }
 
     fn entry(
@@ -745,7 +781,7 @@ impl Walk<'_> {
         stat: FileStat,
     ) -> Result<(), SnapshotError> {
         let bytes = name.to_bytes();
-        let what = match FileType::from_raw_mode(stat.mode) {
+        let what = match file_type(stat.mode) {
             FileType::Directory => {
                 listing.dirs.push(bytes.into());
                 return Ok(());
@@ -864,7 +900,7 @@ impl Walk<'_> {
             if after == before && added.size == before.size {
                 return Ok(Some((after, added.object)));
             }
-            if !FileType::from_raw_mode(after.mode).is_file() {
+            if !file_type(after.mode).is_file() {
                 return Err(self.changing(path, name));
             }
             before = after;

@@ -34,21 +34,13 @@ use fuser::{
 };
 use iii_store::layer::Kind;
 
+pub use super::Mode;
 use super::linux;
 use crate::Stale;
 use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
 
 /// No inode number is used again while the kernel may remember it.
 const GENERATION: Generation = Generation(0);
-
-/// How much the kernel may do without asking.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Everything that it knows already.
-    Quiet,
-    /// It asks for whatever a program looks at, at least the first time.
-    Observed,
-}
 
 /// A filesystem being served, until it is unmounted.
 #[derive(Debug)]

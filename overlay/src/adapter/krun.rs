@@ -29,7 +29,7 @@ use msb_krun_devices::virtio::fs::filesystem::{
 };
 use msb_krun_devices::virtio::linux_errno::linux_error;
 
-use super::fuse::Mode;
+use super::Mode;
 use super::linux::{self, FOREVER, MAX_COPY, MAX_IO};
 use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
 use crate::ino::{Ino, ROOT};

@@ -34,16 +34,41 @@ pub fn decode_rdev(rdev: u32) -> Rdev {
     }
 }
 
+// From `include/uapi/linux/{stat,fs,falloc}.h`: the guest's numbers, also where the host is no Linux.
+const S_IFMT: u32 = 0o170_000;
+const S_IFSOCK: u32 = 0o140_000;
+const S_IFLNK: u32 = 0o120_000;
+const S_IFREG: u32 = 0o100_000;
+const S_IFBLK: u32 = 0o060_000;
+const S_IFDIR: u32 = 0o040_000;
+const S_IFCHR: u32 = 0o020_000;
+const S_IFIFO: u32 = 0o010_000;
+const RENAME_NOREPLACE: u32 = 1;
+const RENAME_EXCHANGE: u32 = 2;
+const RENAME_WHITEOUT: u32 = 4;
+const XATTR_CREATE: i32 = 1;
+const XATTR_REPLACE: i32 = 2;
+const FALLOC_FL_KEEP_SIZE: i32 = 1;
+const FALLOC_FL_PUNCH_HOLE: i32 = 2;
+const FALLOC_FL_ZERO_RANGE: i32 = 0x10;
+const SEEK_DATA: i32 = 3;
+const SEEK_HOLE: i32 = 4;
+const O_ACCMODE: i32 = 3;
+const O_RDONLY: i32 = 0;
+const O_WRONLY: i32 = 1;
+const O_EXCL: i32 = 0o200;
+const O_TRUNC: i32 = 0o1000;
+
 /// The bits of `S_IFMT`.
 pub fn type_bits(kind: Kind) -> u32 {
     match kind {
-        Kind::Dir => libc::S_IFDIR,
-        Kind::File | Kind::Whiteout => libc::S_IFREG,
-        Kind::Symlink => libc::S_IFLNK,
-        Kind::Fifo => libc::S_IFIFO,
-        Kind::Socket => libc::S_IFSOCK,
-        Kind::Char => libc::S_IFCHR,
-        Kind::Block => libc::S_IFBLK,
+        Kind::Dir => S_IFDIR,
+        Kind::File | Kind::Whiteout => S_IFREG,
+        Kind::Symlink => S_IFLNK,
+        Kind::Fifo => S_IFIFO,
+        Kind::Socket => S_IFSOCK,
+        Kind::Char => S_IFCHR,
+        Kind::Block => S_IFBLK,
     }
 }
 
@@ -54,12 +79,12 @@ pub fn permissions(mode: u32) -> u16 {
 
 /// What `mknod` is to make.
 pub fn special(mode: u32, rdev: u32) -> Result<Special> {
-    Ok(match mode & libc::S_IFMT {
-        0 | libc::S_IFREG => Special::File,
-        libc::S_IFIFO => Special::Fifo,
-        libc::S_IFSOCK => Special::Socket,
-        libc::S_IFCHR => Special::Char(decode_rdev(rdev)),
-        libc::S_IFBLK => Special::Block(decode_rdev(rdev)),
+    Ok(match mode & S_IFMT {
+        0 | S_IFREG => Special::File,
+        S_IFIFO => Special::Fifo,
+        S_IFSOCK => Special::Socket,
+        S_IFCHR => Special::Char(decode_rdev(rdev)),
+        S_IFBLK => Special::Block(decode_rdev(rdev)),
         _ => return Err(Errno::INVAL),
     })
 }
@@ -68,9 +93,9 @@ pub fn special(mode: u32, rdev: u32) -> Result<Special> {
 pub fn rename(flags: u32) -> Result<Rename> {
     Ok(match flags {
         0 => Rename::Replace,
-        libc::RENAME_NOREPLACE => Rename::NoReplace,
-        libc::RENAME_EXCHANGE => Rename::Exchange,
-        libc::RENAME_WHITEOUT => Rename::Whiteout,
+        RENAME_NOREPLACE => Rename::NoReplace,
+        RENAME_EXCHANGE => Rename::Exchange,
+        RENAME_WHITEOUT => Rename::Whiteout,
         _ => return Err(Errno::INVAL),
     })
 }
@@ -79,17 +104,17 @@ pub fn rename(flags: u32) -> Result<Rename> {
 pub fn set_xattr(flags: i32) -> Result<SetXattr> {
     Ok(match flags {
         0 => SetXattr::Set,
-        libc::XATTR_CREATE => SetXattr::Create,
-        libc::XATTR_REPLACE => SetXattr::Replace,
+        XATTR_CREATE => SetXattr::Create,
+        XATTR_REPLACE => SetXattr::Replace,
         _ => return Err(Errno::INVAL),
     })
 }
 
 /// The mode of `fallocate`.
 pub fn allocate(mode: i32) -> Result<Allocate> {
-    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
-    const PUNCH_KEEP: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
-    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+    const KEEP: i32 = FALLOC_FL_KEEP_SIZE;
+    const PUNCH_KEEP: i32 = FALLOC_FL_PUNCH_HOLE | KEEP;
+    const ZERO: i32 = FALLOC_FL_ZERO_RANGE;
     const ZERO_KEEP: i32 = ZERO | KEEP;
     Ok(match mode {
         0 => Allocate::Grow,
@@ -104,8 +129,8 @@ pub fn allocate(mode: i32) -> Result<Allocate> {
 /// Offset and whence of an `lseek` that the kernel cannot answer itself.
 pub fn seek(offset: i64, whence: i32) -> Result<(u64, Seek)> {
     let whence = match whence {
-        libc::SEEK_DATA => Seek::Data,
-        libc::SEEK_HOLE => Seek::Hole,
+        SEEK_DATA => Seek::Data,
+        SEEK_HOLE => Seek::Hole,
         _ => return Err(Errno::INVAL),
     };
     let offset = u64::try_from(offset).map_err(|_| Errno::NXIO)?;
@@ -114,11 +139,11 @@ pub fn seek(offset: i64, whence: i32) -> Result<(u64, Seek)> {
 
 /// The flags of `open`.
 pub fn open(flags: i32) -> Open {
-    let access = flags & libc::O_ACCMODE;
+    let access = flags & O_ACCMODE;
     Open {
-        read: access != libc::O_WRONLY,
-        write: access != libc::O_RDONLY,
-        truncate: flags & libc::O_TRUNC != 0,
+        read: access != O_WRONLY,
+        write: access != O_RDONLY,
+        truncate: flags & O_TRUNC != 0,
     }
 }
 
@@ -132,7 +157,7 @@ pub fn create<F: Filesystem + ?Sized>(
     flags: i32,
 ) -> Result<Attr> {
     match fs.mknod(caller, parent, name, mode, Special::File) {
-        Err(Errno::EXIST) if flags & libc::O_EXCL == 0 => {
+        Err(Errno::EXIST) if flags & O_EXCL == 0 => {
             let attr = fs.lookup(parent, name)?;
             fs.open(attr.ino, open(flags))
                 .inspect_err(|_| fs.forget(attr.ino, 1))?;

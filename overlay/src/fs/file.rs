@@ -6,10 +6,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use iii_store::{Kind, ObjectId};
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 
 use super::dir::strip_privileges;
 use super::{Allocate, Errno, Open, Result, Seek, Time};
+use crate::host;
 use crate::ino::Ino;
 use crate::overlay::Overlay;
 use crate::upper::batch::Batch;
@@ -221,20 +222,8 @@ impl Overlay {
             return Err(Errno::INVAL);
         }
         let file = self.writable(ino, u64::MAX, false)?;
-        let (flags, grows) = match how {
-            Allocate::Grow => (FallocateFlags::empty(), true),
-            Allocate::KeepSize => (FallocateFlags::KEEP_SIZE, false),
-            Allocate::PunchHole => (
-                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-                false,
-            ),
-            Allocate::ZeroGrow => (FallocateFlags::ZERO_RANGE, true),
-            Allocate::ZeroKeepSize => (
-                FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
-                false,
-            ),
-        };
-        rustix::fs::fallocate(&file, flags, offset, len)?;
+        let grows = matches!(how, Allocate::Grow | Allocate::ZeroGrow);
+        host::allocate(&file, how, offset, len)?;
         self.written(ino, |size| if grows { size.max(end) } else { size });
         Ok(())
     }
@@ -284,13 +273,8 @@ impl Overlay {
             let target = self.writable(to, u64::MAX, false)?;
             let (mut from_at, mut to_at) = (from_offset, to_offset);
             let len = usize::try_from(len).unwrap_or(usize::MAX);
-            let done = rustix::fs::copy_file_range(
-                &source,
-                Some(&mut from_at),
-                &target,
-                Some(&mut to_at),
-                len,
-            )?;
+            let done =
+                host::copy_file_range(&source, Some(&mut from_at), &target, Some(&mut to_at), len)?;
             self.written(to, |size| size.max(to_offset + done as u64));
             return Ok(done as u64);
         }

@@ -19,11 +19,9 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
-
 use super::record::Op;
 use super::{UpperError, io_error};
-use crate::fs::Errno;
+use crate::fs::{Allocate, Errno};
 
 /// Version of the format described above and of the records in it. Version 2 knew no [`Op::Thawed`], version 1 no
 /// [`Op::Applied`] either; their logs are read, and become logs of this version.
@@ -193,8 +191,7 @@ impl Log {
         if end + SPARE <= self.allocated {
             return Ok(());
         }
-        let ahead =
-            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.len, len + AHEAD);
+        let ahead = crate::host::allocate(&self.file, Allocate::KeepSize, self.len, len + AHEAD);
         match ahead {
             Ok(()) => self.allocated = end + AHEAD,
             Err(error) if error != Errno::NOSPC && error != Errno::DQUOT => {

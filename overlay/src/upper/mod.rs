@@ -390,7 +390,7 @@ impl Upper {
         if self.volatile {
             return Ok(());
         }
-        rustix::fs::syncfs(File::open(&self.dir).map_err(|error| errno(&error))?)?;
+        crate::host::syncfs(File::open(&self.dir).map_err(|error| errno(&error))?)?;
         self.sync()
     }
 
