@@ -22,8 +22,8 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry, Request, Session, SessionACL,
 };
 use iii::sandbox::{
-    BindMount, CA_BUNDLE, FuseServer, HostSettings, RootSource, Sandbox, SandboxError, SandboxSpec,
-    Stdio, Step, Warning, probe,
+    BindMount, CA_BUNDLE, Command as SandboxCommand, Controller, FuseServer, HostSettings,
+    RootSource, Sandbox, SandboxError, SandboxSpec, Stdio, Step, Warning, probe,
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -576,6 +576,140 @@ fn the_grace_ends_in_sigkill() {
     );
     controller.stop(Signal::TERM, Duration::ZERO).expect("stop");
     let status = sandbox.wait().expect("wait");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+}
+
+/// Lets `act` restart the sandbox of `script`, whose lines it gets, and ends the sandbox.
+fn restarted(
+    script: &str,
+    act: impl FnOnce(&Controller, &dyn Fn(&str) -> SandboxCommand, &mut dyn FnMut() -> String),
+) -> ExitStatus {
+    let root = Root::new();
+    let mut sandbox = start(root.shell(script));
+    let (controller, command) = (sandbox.controller(), root.shell("").command());
+    let mut lines = io::BufRead::lines(io::BufReader::new(sandbox.stdout.take().expect("piped")));
+    let shell = |script: &str| {
+        let argv = ["sh", "-c", script].map(OsString::from).to_vec();
+        SandboxCommand {
+            argv,
+            ..command.clone()
+        }
+    };
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(move || sandbox.wait().expect("wait"));
+        let mut next = || lines.next().expect("a line").expect("read");
+        act(&controller, &shell, &mut next);
+        controller.stop(Signal::TERM, GRACE).expect("stop");
+        waiting.join().expect("thread")
+    })
+}
+
+#[test]
+fn a_restarted_command_has_the_old_ones_place() {
+    let mark = mark();
+    // The first has a member of its group, and somebody who left that.
+    let old = format!(
+        "sh -c 'sleep 1000; :' {mark} & setsid sh -c 'sleep 1000; :' {mark} & \
+         trap 'echo bye; exit' TERM; echo ready; while :; do sleep 0.01; done"
+    );
+    let status = restarted(&old, |controller, shell, next| {
+        assert_eq!(next(), "ready");
+        let restart = |command| controller.restart(command, Signal::TERM, GRACE);
+        let mut new = shell("echo $NEW $PPID; trap 'exit 3' TERM; while :; do sleep 0.01; done");
+        new.env.push(("NEW".into(), "yes".into()));
+        restart(new).expect("restart");
+        assert_eq!(next(), "bye");
+        assert!(processes(&mark).is_empty());
+        assert_eq!(next(), "yes 1");
+        for round in 0..5 {
+            restart(shell(&format!(
+                "echo {round}; trap 'exit 3' TERM; while :; do sleep 0.01; done"
+            )))
+            .expect("restart");
+            assert_eq!(next(), round.to_string());
+        }
+    });
+    assert_eq!(status.code(), Some(3));
+}
+
+#[test]
+fn a_restart_leaves_other_commands_alone() {
+    let (mark, theirs) = (mark(), mark());
+    let old = format!("sh -c 'trap \"\" TERM; sleep 1000; :' {mark} & echo ready; wait");
+    restarted(&old, |controller, shell, next| {
+        assert_eq!(next(), "ready");
+        let (reader, writer) = io::pipe().expect("pipe");
+        let null = || File::open("/dev/null").expect("open").into();
+        let fds = vec![null(), writer.into(), null()];
+        let beside = shell(&format!("echo $$; sh -c 'sleep 1000; :' {theirs}"));
+        let beside = controller.run(beside, fds).expect("run");
+        let mut lines = io::BufRead::lines(io::BufReader::new(reader));
+        lines.next().expect("a line").expect("read");
+        eventually("it runs", || !processes(&theirs).is_empty());
+        controller
+            .restart(
+                shell("echo again; exec sleep 1000"),
+                Signal::TERM,
+                Duration::from_millis(50),
+            )
+            .expect("restart");
+        assert_eq!(next(), "again");
+        assert!(processes(&mark).is_empty());
+        assert!(!processes(&theirs).is_empty());
+        drop(beside);
+    });
+}
+
+#[test]
+fn a_deaf_command_is_killed_for_the_next() {
+    let mark = mark();
+    let deaf = format!(
+        "trap '' TERM; setsid sh -c 'sleep 1000; :' {mark} & echo ready; while :; do sleep 1; done"
+    );
+    restarted(&deaf, |controller, shell, next| {
+        assert_eq!(next(), "ready");
+        controller
+            .restart(
+                shell("echo again; exec sleep 1000"),
+                Signal::TERM,
+                Duration::from_millis(50),
+            )
+            .expect("restart");
+        assert!(processes(&mark).is_empty());
+        assert_eq!(next(), "again");
+    });
+}
+
+#[test]
+fn a_command_that_cannot_take_the_place_ends_the_sandbox() {
+    let status = restarted("echo ready; exec sleep 1000", |controller, shell, next| {
+        assert_eq!(next(), "ready");
+        let mut missing = shell("");
+        missing.argv = vec!["no-such-command".into()];
+        let error = controller.restart(missing, Signal::TERM, GRACE);
+        assert_eq!(error.expect_err("it runs").exit_code(), 127);
+        let error = controller.restart(shell("echo late"), Signal::TERM, GRACE);
+        assert!(matches!(error, Err(SandboxError::Killed)), "{error:?}");
+    });
+    assert_eq!(status.signal(), Some(libc::SIGTERM));
+}
+
+#[test]
+fn a_stop_ends_a_restart() {
+    let script = "trap '' TERM; echo ready; while :; do sleep 1; done";
+    let status = restarted(script, |controller, shell, next| {
+        assert_eq!(next(), "ready");
+        std::thread::scope(|scope| {
+            let new = shell("echo new");
+            let restart = scope.spawn(move || controller.restart(new, Signal::TERM, GRACE));
+            // It may come first, too: then nothing is restarted any more.
+            controller
+                .stop(Signal::TERM, Duration::from_millis(50))
+                .expect("stop");
+            let error = restart.join().expect("thread");
+            assert!(matches!(error, Err(SandboxError::Killed)), "{error:?}");
+        });
+    });
     assert_eq!(status.signal(), Some(libc::SIGKILL));
 }
 

@@ -71,6 +71,18 @@ pub enum Request {
         /// How long they have.
         grace: Duration,
     },
+    /// Run another main command in place of the one that runs, on the same streams, which only a command can have that was
+    /// given its own. The signal goes to the process group of the old one and, once that has ended, to whatever it left
+    /// running, if no command runs beside it; after the grace, SIGKILL. Answered by [`Report::Running`] or [`Report::Failed`];
+    /// by neither, if the sandbox ends first.
+    Restart {
+        /// The new command.
+        command: Box<Command>,
+        /// The signal.
+        signal: i32,
+        /// How long they have.
+        grace: Duration,
+    },
 }
 
 /// From pid 1 to the tool.

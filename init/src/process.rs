@@ -61,6 +61,20 @@ pub enum Streams {
     Terminal(OwnedFd),
 }
 
+impl Streams {
+    /// The same streams for another command.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Three { fds, owned } => {
+                let [input, output, errors] = fds;
+                let fds = [input.try_clone()?, output.try_clone()?, errors.try_clone()?];
+                Self::Three { fds, owned: *owned }
+            }
+            Self::Terminal(slave) => Self::Terminal(slave.try_clone()?),
+        })
+    }
+}
+
 /// Forks, in a process with one thread. `None` in the child.
 pub fn fork() -> rustix::io::Result<Option<Pid>> {
     // SAFETY: there is one thread, so the child may do everything that the parent may.

@@ -7,7 +7,9 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
+use rustix::process::{
+    Pid, Signal, WaitOptions, kill_process_group, test_kill_process_group, wait,
+};
 use rustix::pty::{OpenptFlags, grantpt, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -75,13 +77,34 @@ struct Stop {
     deadline: Option<Instant>,
 }
 
+/// A main command that is to take the place of the one that runs.
+struct Restart {
+    command: Command,
+    /// How the one that runs is ended.
+    stop: Stop,
+}
+
+impl Stop {
+    /// One that leaves no more time than the one before it.
+    fn new(signal: i32, grace: Duration, before: Option<&Self>) -> Self {
+        let new = Instant::now().checked_add(grace);
+        let old = before.and_then(|before| before.deadline);
+        let deadline = old.into_iter().chain(new).min();
+        Self { signal, deadline }
+    }
+}
+
 /// Supervises one sandbox.
 pub struct Supervisor<L> {
     link: L,
     kernel: Kernel,
     signals: Signals,
     commands: BTreeMap<CommandId, Running>,
+    /// Those of the main command, for the one that takes its place.
+    streams: Option<Streams>,
     stop: Option<Stop>,
+    /// Nothing while there is a stop.
+    restart: Option<Restart>,
 }
 
 impl<L: Link> Supervisor<L> {
@@ -98,7 +121,9 @@ impl<L: Link> Supervisor<L> {
             kernel,
             signals,
             commands: BTreeMap::new(),
+            streams: None,
             stop: None,
+            restart: None,
         };
         supervisor.run(MAIN, command, fds)?;
         supervisor
@@ -114,8 +139,22 @@ impl<L: Link> Supervisor<L> {
         loop {
             let all_gone = self.reap();
             self.pump();
-            let deadline = self.stop.as_ref().and_then(|stop| stop.deadline);
+            let restart = self.restart.as_ref().map(|restart| &restart.stop);
+            let stop = self.stop.as_ref().or(restart);
+            let deadline = stop.and_then(|stop| stop.deadline);
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if self.restart.is_some() {
+                let told = if self.makes_room(all_gone, left) {
+                    self.run_again()
+                } else {
+                    // Who was killed has no more time, and goes all the same.
+                    self.report_ended() && self.wait(left.filter(|left| !left.is_zero()))
+                };
+                if !told {
+                    return false;
+                }
+                continue;
+            }
             let main = self.commands.get(&MAIN);
             let status = main.and_then(|main| main.status);
             let drained = main.is_none_or(|main| main.outputs == 0);
@@ -141,18 +180,27 @@ impl<L: Link> Supervisor<L> {
     fn run(&mut self, id: CommandId, command: &Command, fds: Vec<OwnedFd>) -> Result<(), Failure> {
         let connected = self.link.connect(id, command, fds).at(Step::Streams, "")?;
         let running = match connected {
-            Connected::Direct(streams) => Running {
-                pid: process::spawn(command, self.kernel, streams)?,
-                status: None,
-                pumps: Vec::new(),
-                outputs: 0,
-                terminal: None,
-            },
+            Connected::Direct(streams) => {
+                if id == MAIN {
+                    self.streams = Some(streams.try_clone().at(Step::Streams, "")?);
+                }
+                self.with_streams(command, streams)?
+            }
             Connected::Pipes(ends) => self.with_pipes(command, ends)?,
             Connected::Terminal(end) => self.with_terminal(command, end)?,
         };
         self.commands.insert(id, running);
         Ok(())
+    }
+
+    fn with_streams(&self, command: &Command, streams: Streams) -> Result<Running, Failure> {
+        Ok(Running {
+            pid: process::spawn(command, self.kernel, streams)?,
+            status: None,
+            pumps: Vec::new(),
+            outputs: 0,
+            terminal: None,
+        })
     }
 
     fn with_pipes(&self, command: &Command, ends: [OwnedFd; 3]) -> Result<Running, Failure> {
@@ -198,8 +246,56 @@ impl<L: Link> Supervisor<L> {
         })
     }
 
+    /// Whether the main command that is to go has gone, with what it left running. What has not gone when no time is `left` is
+    /// killed.
+    fn makes_room(&self, all_gone: bool, left: Option<Duration>) -> bool {
+        let Some(main) = self.commands.get(&MAIN) else {
+            return true;
+        };
+        let (ended, over) = (main.status.is_some(), left == Some(Duration::ZERO));
+        if over {
+            self.signal(MAIN, libc::SIGKILL);
+        }
+        if !self.is_alone() {
+            // While a group has members, no other process gets its number.
+            return ended && (over || test_kill_process_group(main.pid).is_err());
+        }
+        if over && ended {
+            tell_all(libc::SIGKILL);
+        }
+        all_gone
+    }
+
+    /// Runs the command that was to take the main one's place. False if that cannot be told.
+    fn run_again(&mut self) -> bool {
+        let Some(Restart { command, .. }) = self.restart.take() else {
+            return true;
+        };
+        let streams = match &self.streams {
+            Some(streams) => streams.try_clone(),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let run = streams
+            .at(Step::Streams, "")
+            .and_then(|streams| self.with_streams(&command, streams));
+        let report = match run {
+            Ok(running) => {
+                self.commands.insert(MAIN, running);
+                Report::Running(MAIN)
+            }
+            Err(failure) => Report::Failed(MAIN, failure),
+        };
+        self.link.report(&report).is_ok()
+    }
+
+    /// Whether no command runs beside the main one, so that whoever runs is the main one's.
+    fn is_alone(&self) -> bool {
+        self.commands.keys().all(|id| *id == MAIN)
+    }
+
     /// Collects whoever has ended; whether nobody is left. When the main command ends during a stop, the others hear of it.
     fn reap(&mut self) -> bool {
+        let alone = self.is_alone();
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, ended))) => {
@@ -212,9 +308,10 @@ impl<L: Link> Supervisor<L> {
                     for output in command.pumps.iter_mut().take(command.outputs) {
                         output.finish();
                     }
-                    if let (&MAIN, Some(stop)) = (id, &self.stop) {
-                        // SAFETY: -1 means everybody in this pid namespace but us.
-                        unsafe { libc::kill(-1, stop.signal) };
+                    let restart = self.restart.as_ref().filter(|_| alone);
+                    let stop = self.stop.as_ref().or(restart.map(|restart| &restart.stop));
+                    if let (&MAIN, Some(stop)) = (id, stop) {
+                        tell_all(stop.signal);
                     }
                 }
                 Ok(None) => return false,
@@ -301,10 +398,24 @@ impl<L: Link> Supervisor<L> {
                 }
             }
             Request::Stop { signal, grace } => {
-                let new = Instant::now().checked_add(grace);
-                let old = self.stop.as_ref().and_then(|stop| stop.deadline);
-                let deadline = old.into_iter().chain(new).min();
-                self.stop = Some(Stop { signal, deadline });
+                self.stop = Some(Stop::new(signal, grace, self.stop.as_ref()));
+                self.signal(MAIN, signal);
+                let main = self.commands.get(&MAIN);
+                if self.restart.take().is_some() && main.is_none_or(|main| main.status.is_some()) {
+                    tell_all(signal);
+                }
+            }
+            // What ends does not begin anew.
+            Request::Restart { .. } if self.stop.is_some() => {}
+            Request::Restart {
+                command,
+                signal,
+                grace,
+            } => {
+                let old = self.restart.as_ref().map(|restart| &restart.stop);
+                let stop = Stop::new(signal, grace, old);
+                let command = *command;
+                self.restart = Some(Restart { command, stop });
                 self.signal(MAIN, signal);
             }
         }
@@ -318,6 +429,12 @@ impl<L: Link> Supervisor<L> {
             let _ = kill_process_group(command.pid, signal);
         }
     }
+}
+
+/// Sends a signal to everybody in this sandbox.
+fn tell_all(signal: i32) {
+    // SAFETY: -1 means everybody in this pid namespace but us.
+    unsafe { libc::kill(-1, signal) };
 }
 
 /// A terminal of this sandbox: master and slave.

@@ -43,6 +43,16 @@ impl Commands {
         (id, news)
     }
 
+    /// News of the main command from now on, for one who listens at a time. None will come where the sandbox has ended.
+    pub fn main(&self) -> Receiver<News> {
+        let (sender, news) = channel();
+        let mut state = self.lock();
+        if !state.closed {
+            state.waiting.insert(MAIN, sender);
+        }
+        news
+    }
+
     pub fn remove(&self, id: CommandId) {
         self.lock().waiting.remove(&id);
     }

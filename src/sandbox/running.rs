@@ -191,6 +191,33 @@ impl Controller {
         }
     }
 
+    /// Has `command` run in place of the sandbox's, on the same streams: `signal` to the old one's process group and, once that
+    /// has ended and if no command runs beside it, to whatever it left running; after `grace`, SIGKILL. Returns once the new one
+    /// has been executed. While another thread waits for the sandbox; not in a microVM.
+    ///
+    /// The error is [`SandboxError::Killed`] where the sandbox ended, or is asked to, before that.
+    pub fn restart(
+        &self,
+        command: Command,
+        signal: Signal,
+        grace: Duration,
+    ) -> Result<(), SandboxError> {
+        let news = self.commands.main();
+        let request = Request::Restart {
+            command: Box::new(command),
+            signal: signal.as_raw(),
+            grace,
+        };
+        self.request(request, &[])?;
+        let told = news.recv();
+        self.commands.remove(MAIN);
+        match told {
+            Ok(News::Report(Report::Running(_))) => Ok(()),
+            Ok(News::Report(Report::Failed(_, failure))) => Err(failure.into()),
+            _ => Err(SandboxError::Killed),
+        }
+    }
+
     fn request(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         match &self.link {
             Link::Namespace(link) => link.request(request, fds),
