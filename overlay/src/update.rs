@@ -4,7 +4,9 @@
 //! that changed win over what the sandbox had written there, everything else that it wrote stays. But the lower stays the one that
 //! was composed at the start, so that every inode number that the kernel knows keeps its meaning; the changes are made in the upper,
 //! as if the sandbox had made them, with contents that stay in the store. The log says which layer they came from, and
-//! the next start on a newer one carries the upper over as if it had stood on that layer.
+//! the next start on a newer one carries the upper over as if it had stood on that layer. A file that the sandbox has given another
+//! name, and whose contents the project has no more, gets them for its own, so that a former layer is needed by nobody but those
+//! who have a file of it open.
 //!
 //! The kernel is not told: [`Overlay::update`] returns what it has to forget.
 
@@ -13,15 +15,16 @@ use std::sync::Arc;
 
 use iii_store::layer::{Kind, Layer};
 use iii_store::tree::components;
-use iii_store::{LayerId, diff};
+use iii_store::{LayerId, NodeRef, ObjectId, diff};
 
 use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::{Lower, MergeError, Merged};
 use crate::overlay::Overlay;
-use crate::upper::Inner;
 use crate::upper::batch::{Batch, lower_record};
-use crate::upper::record::{Op, Record};
+use crate::upper::record::{Body, Data, Op, Record};
+use crate::upper::state::Node;
+use crate::upper::{Inner, errno};
 
 /// Why a running filesystem cannot take a new project layer.
 #[derive(Debug, thiserror::Error)]
@@ -103,8 +106,73 @@ impl Overlay {
         let stale = update.stale;
         inner.commit(applied(&[project]), Vec::new())?;
         self.upper.compact(&mut inner);
+        let moved = self.moved(&inner, last, project, &changed);
+        drop(inner);
+        for file in moved {
+            self.adopt(&file)?;
+        }
         *seen = Some((slot, Arc::clone(project)));
         Ok(stale)
+    }
+
+    /// Files that the sandbox has given other names, whose contents neither the layers that were composed nor `new` have: only
+    /// `last`, which nobody pins for long.
+    fn moved(
+        &self,
+        inner: &Inner,
+        last: &Layer,
+        new: &Layer,
+        changed: &HashSet<Vec<u8>>,
+    ) -> Vec<Moved> {
+        let gone: HashSet<ObjectId> = changed
+            .iter()
+            .filter_map(|path| last.lookup(path))
+            .filter(|node| node.kind() == Kind::File)
+            .map(NodeRef::object)
+            .collect();
+        let of_last = |(number, node): (u64, &Node)| match node.record.body {
+            Body::File {
+                data: Data::Lower(object),
+                size,
+            } if node.record.nlink != 0 && gone.contains(&ObjectId::from_bytes(object)) => {
+                let ino = inner.state.ino(number);
+                Some(Moved { ino, object, size })
+            }
+            _ => None,
+        };
+        let mut moved: Vec<Moved> = inner.state.nodes().filter_map(of_last).collect();
+        if !moved.is_empty() {
+            let layers = self.lower.layers().iter().map(|layer| &**layer);
+            let kept: HashSet<ObjectId> = layers
+                .chain([new])
+                .flat_map(Layer::nodes)
+                .filter(|node| node.kind() == Kind::File)
+                .map(NodeRef::object)
+                .collect();
+            moved.retain(|file| !kept.contains(&ObjectId::from_bytes(file.object)));
+        }
+        moved
+    }
+
+    /// Gives a file contents of its own, unless it has them by now.
+    fn adopt(&self, file: &Moved) -> Result<()> {
+        let copied = self.copy_up(&file.object, file.size);
+        let (flat, _) = copied.map_err(|error| errno(&error))?;
+        let mut inner = self.upper.write();
+        let is = inner.state.bytes(file.ino).map(|bytes| bytes.data);
+        if is != Ok(Data::Lower(file.object)) {
+            self.upper.data.remove(flat);
+            return Ok(());
+        }
+        let mut batch = Batch::new(&mut inner);
+        let (_, record) = batch.inode(file.ino)?;
+        let data = Data::Flat {
+            number: flat,
+            dirty: false,
+        };
+        let size = file.size;
+        record.body = Body::File { data, size };
+        batch.commit()
     }
 
     /// The project's layer that the sandbox sees.
@@ -115,6 +183,13 @@ impl Overlay {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         seen.as_ref().map(|(_, layer)| layer.layer_id())
     }
+}
+
+/// A file whose contents are those of a former layer.
+struct Moved {
+    ino: Ino,
+    object: [u8; 32],
+    size: u64,
 }
 
 struct Update<'a> {

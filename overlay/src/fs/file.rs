@@ -90,7 +90,7 @@ impl Overlay {
     }
 
     /// A new flat file that holds the first `len` bytes of the object, durable if the upper is.
-    fn copy_up(&self, object: &[u8; 32], len: u64) -> io::Result<(u64, Arc<File>)> {
+    pub(crate) fn copy_up(&self, object: &[u8; 32], len: u64) -> io::Result<(u64, Arc<File>)> {
         let (flat, file) = self.upper.data.create()?;
         let copied = self
             .objects

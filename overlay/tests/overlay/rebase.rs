@@ -370,3 +370,36 @@ fn an_edited_file_shows_and_what_the_sandbox_wrote_stays() {
         want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()))
     );
 }
+
+/// Nobody pins the layers between the first and the last for long.
+#[test]
+fn a_file_that_moved_keeps_what_a_former_project_had() {
+    let home = Home::new();
+    let project = |bytes: &[u8]| {
+        let mut tree = Tree::implicit();
+        crate::support::put(&mut tree, b"w/a", bytes);
+        home.layer(&tree, &[bytes])
+    };
+    let projects = [&b"first"[..], b"second", b"third"].map(project);
+    let base = home.layer(&Tree::implicit(), &[]);
+    let layers = |at: usize| [base.clone(), projects[at].clone()];
+    let overlay = home.open_at(&layers(0), &home.upper(), options());
+    let w = find(&overlay, b"w").unwrap();
+    for (at, name) in [(1, &b"of-first"[..]), (2, b"of-second")] {
+        overlay.rename(w, b"a", w, name, Rename::Replace).unwrap();
+        overlay.update(&projects[at]).unwrap();
+    }
+    home.lose(b"second");
+    let files = |overlay: &Overlay| -> Vec<_> {
+        let files = view(overlay).into_iter();
+        files
+            .filter(|(_, seen)| seen.kind == Kind::File)
+            .map(|(_, seen)| seen.bytes)
+            .collect()
+    };
+    let want = [&b"third"[..], b"first", b"second"];
+    assert_eq!(files(&overlay), want);
+    drop(overlay);
+    let overlay = home.open_at(&layers(2), &home.upper(), options());
+    assert_eq!(files(&overlay), want);
+}

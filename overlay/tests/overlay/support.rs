@@ -72,6 +72,11 @@ impl Home {
         layer
     }
 
+    /// Has no object of these bytes any more.
+    pub fn lose(&self, bytes: &[u8]) {
+        self.held.0.lock().unwrap().1.remove(&ObjectId::of(bytes));
+    }
+
     pub fn upper(&self) -> std::path::PathBuf {
         self.dir.path().join("upper")
     }
