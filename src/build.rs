@@ -123,6 +123,18 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
+/// An error and what caused it, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 /// Whether a layer was there, or what had to be done to have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -186,6 +198,13 @@ pub enum Event<'a> {
     Cache(cache::Event<'a>),
     /// A layer above the base is ready.
     Ready(&'a Report),
+    /// The worker has taken a change of its project.
+    Reloaded {
+        /// Files of the project that are others.
+        files: u64,
+        /// How long it took until the new command ran.
+        seconds: f64,
+    },
     /// The store was cleared of what nobody needs.
     Collected(&'a GcReport),
     /// Something works worse than it could, or was left out.

@@ -2,10 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use iii_overlay::adapter::fuse::{self, FuseSession, Mode};
-use iii_overlay::{OpenError, Overlay, OverlayOptions};
+use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession, Mode};
+use iii_overlay::{OpenError, Overlay, OverlayOptions, UpdateError};
 use iii_store::{Fact, Layer, Store};
 
 #[cfg(feature = "libkrun")]
@@ -72,10 +72,29 @@ pub struct Left {
     pub facts: Vec<Fact>,
 }
 
+/// An overlay that this process serves.
+pub struct Served {
+    overlay: Arc<Overlay>,
+    mode: Mode,
+    /// Reaches its kernel, once it is mounted.
+    forgetter: Arc<OnceLock<Forgetter>>,
+}
+
+/// Why a sandbox does not see a new project layer, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ShowError {
+    /// The overlay cannot take it.
+    #[error("the running filesystem cannot take the changes")]
+    Update(#[from] UpdateError),
+    /// The kernel cannot be told: it is not mounted any more, say.
+    #[error("the kernel cannot be told of the changes")]
+    Forget(#[source] io::Error),
+}
+
 /// An overlay, and who serves it.
 pub enum Composed {
     /// This process.
-    Here(Arc<Overlay>, Mode),
+    Here(Served),
     /// The process of a microVM.
     #[cfg(feature = "libkrun")]
     There(Machine),
@@ -87,7 +106,11 @@ impl Composition<'_> {
         match isolation {
             Isolation::Namespace => {
                 let overlay = self.open(self.options.clone())?;
-                Ok(Composed::Here(Arc::new(overlay), self.mode))
+                Ok(Composed::Here(Served {
+                    overlay: Arc::new(overlay),
+                    mode: self.mode,
+                    forgetter: Arc::default(),
+                }))
             }
             #[cfg(feature = "libkrun")]
             Isolation::Machine(hardware) => Ok(Composed::There(Machine {
@@ -112,7 +135,7 @@ impl Composition<'_> {
         sandbox: &mut Sandbox,
     ) -> Result<Option<Left>, OpenError> {
         match composed {
-            Composed::Here(overlay, _) => {
+            Composed::Here(Served { overlay, .. }) => {
                 let facts = overlay.facts();
                 Ok(Some(Left { overlay, facts }))
             }
@@ -140,9 +163,19 @@ impl Composed {
     /// It as a root filesystem.
     pub fn root(&self) -> RootSource {
         match self {
-            Self::Here(overlay, mode) => served(overlay, *mode),
+            Self::Here(served) => served.root(),
             #[cfg(feature = "libkrun")]
             Self::There(machine) => RootSource::Machine(Box::new(machine.clone())),
+        }
+    }
+
+    /// It, if a new project layer can be shown in it while it runs.
+    pub fn served(&self) -> Option<&Served> {
+        match self {
+            Self::Here(served) => Some(served),
+            // Virtiofs has no way to tell the guest's kernel what it has to forget.
+            #[cfg(feature = "libkrun")]
+            Self::There(_) => None,
         }
     }
 }
@@ -155,11 +188,24 @@ impl FuseServer for Server {
     }
 }
 
-/// `overlay`, served over FUSE by this process, as a root filesystem.
-fn served(overlay: &Arc<Overlay>, mode: Mode) -> RootSource {
-    let overlay = Arc::clone(overlay);
-    RootSource::Fuse(Box::new(move |device| {
-        let session = fuse::serve(overlay, device, THREADS, mode)?;
-        Ok(Box::new(Server(session)))
-    }))
+impl Served {
+    /// Has the sandbox see `project` in place of the project's layer that it saw last. It is pinned, for as long as the upper stands
+    /// on it.
+    pub fn show(&self, project: &Arc<Layer>) -> Result<(), ShowError> {
+        let stale = self.overlay.update(project)?;
+        match self.forgetter.get() {
+            Some(forgetter) => forgetter.forget(&stale).map_err(ShowError::Forget),
+            None => Ok(()),
+        }
+    }
+
+    fn root(&self) -> RootSource {
+        let (overlay, mode) = (Arc::clone(&self.overlay), self.mode);
+        let slot = Arc::clone(&self.forgetter);
+        RootSource::Fuse(Box::new(move |device| {
+            let session = fuse::serve(overlay, device, THREADS, mode)?;
+            let _ = slot.set(session.forgetter());
+            Ok(Box::new(Server(session)))
+        }))
+    }
 }

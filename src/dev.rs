@@ -13,9 +13,13 @@ use crate::oci::{self, Image};
 use crate::plan::Kind;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, Worker};
-use crate::run::{Ended, Engine, Place, RunError, Start, Target, owner, worker_config};
+use crate::reload::{Inbox, Session, Sieve};
+use crate::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
 use crate::sandbox::{Sandbox, Stdio};
 use crate::supervise::Signals;
+
+/// What leases are for.
+const PURPOSE: &str = "dev";
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -28,6 +32,8 @@ pub struct Options {
     pub fresh: bool,
     /// The engine's config.yaml; it need not exist.
     pub config: PathBuf,
+    /// Has the worker follow what changes in its project.
+    pub watch: bool,
 }
 
 /// What every command about a project begins with.
@@ -88,7 +94,7 @@ pub fn dev(
     options: &Options,
     signals: &Signals,
     events: &(dyn Fn(Event<'_>) + Sync),
-    started: &dyn Fn(),
+    started: &(dyn Fn() + Sync),
 ) -> Result<Ended, RunError> {
     let target = &options.target;
     let wanted = open(target)?;
@@ -99,47 +105,56 @@ pub fn dev(
         &wanted.project.root,
         drop_upper,
     )?;
+    // From before the project is looked at.
+    let inbox = Inbox::new(options.watch.then_some(&wanted.project.root));
     let store = Store::open(home.store())?;
-    let named = |_: Option<&WorkerName>, event: Event<'_>| events(event);
+    let sieve = Sieve::default();
+    let named = |_: Option<&WorkerName>, event: Event<'_>| {
+        if sieve.passes(&event) {
+            events(event);
+        }
+    };
     let realiser = Realiser::new(home, &store, target.into(), signals, &named);
-    let realised = realiser.one("dev", wanted);
+    let realised = realiser.one(PURPOSE, wanted);
     if realised.is_err() && target.collect {
         // It may have failed for want of space.
         realiser.collect();
     }
-    let (worker, _lease) = realised?;
-    let config = worker_config(&options.config, &worker.name, events)?;
+    let (worker, lease) = realised?;
     if drop_upper {
         place.drop_upper()?;
     }
-    let start = Start {
+    let session = Session {
         home,
         store: &store,
-        worker: &worker,
+        realiser: &realiser.without_rebuild(),
+        sieve: &sieve,
+        purpose: PURPOSE,
         place: &place,
         keeper: RefKind::Worker,
+        base: target.base.as_deref(),
         engine: &options.engine,
-        config: &config,
+        config: &options.config,
         stdio: Stdio::Inherit,
+        is_patient: true,
+        collect: target.collect,
+        signals,
+        events,
     };
-    let attend = |sandbox: &mut Sandbox| {
-        started();
-        // Asked while signals are attended to: a name may take long to resolve.
-        if !options.engine.listens() {
-            let engine = options.engine.url();
-            events(Event::Note(format!(
-                "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
-            )));
+    let mut attend = |sandbox: &mut Sandbox, is_first: bool| {
+        if is_first {
+            started();
+            // Asked while signals are attended to: a name may take long to resolve.
+            if !options.engine.listens() {
+                let engine = options.engine.url();
+                events(Event::Note(format!(
+                    "no engine listens at {engine}; start it with `iii`, the worker connects when it is there"
+                )));
+            }
         }
-        sandbox.wait()
+        Ok::<_, RunError>(sandbox.wait()?)
     };
-    let run = || start.run(signals, events, attend);
-    let (status, signal) = realiser.share_during(&worker, run)?;
-    let status = status?;
-    if target.collect && worker.has_grown() {
-        realiser.collect();
-    }
-    Ok(Ended { status, signal })
+    session.run(inbox, worker, lease, &mut attend)
 }
 
 /// A worker whose layers are all there, and pinned for as long as this lives.
@@ -192,7 +207,8 @@ pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Bui
     let kept = store.get_ref(RefKind::Worker, name.as_str())?;
     let kept = kept.ok_or_else(never)?;
     let lease = store.lease(&format!("export {name}"))?;
-    lease.pin(&kept.layers)?;
+    let kept = run_on(&kept);
+    lease.pin(kept)?;
     let project = Project::open(&root)?;
     let outdated = || RunError::Outdated {
         name: name.to_string(),
@@ -212,10 +228,10 @@ pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Bui
             .filter_map(|(kind, is)| is.then_some(kind)),
     );
     kinds.push(Kind::Project);
-    if !kept.layers.starts_with(&image.layers) || kept.layers.len() != kinds.len() {
+    if !kept.starts_with(&image.layers) || kept.len() != kinds.len() {
         return Err(outdated());
     }
-    let layers = kept.layers.iter().map(|id| store.layer(id));
+    let layers = kept.iter().map(|id| store.layer(id));
     let layers = layers.collect::<Result<Vec<_>, _>>()?;
     Ok(Built {
         layers: kinds.into_iter().zip(layers).collect(),

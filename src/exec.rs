@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -110,6 +110,7 @@ enum ToClient {
 pub struct Serving {
     listener: Arc<OwnedFd>,
     path: PathBuf,
+    worker: Arc<Mutex<Command>>,
 }
 
 /// Runs what comes to the socket in `dir` by way of `controller`, like `worker` where nothing else is asked.
@@ -122,16 +123,30 @@ pub fn serve(dir: &Path, controller: Controller, worker: Command) -> Result<Serv
     listen(&listener, BACKLOG).map_err(at("listen for commands"))?;
     let listener = Arc::new(listener);
     let accepting = Arc::clone(&listener);
+    let worker = Arc::new(Mutex::new(worker));
+    let like = Arc::clone(&worker);
     let accept = move || {
         while let Ok(client) = accept_with(&accepting, SocketFlags::CLOEXEC) {
-            let (controller, worker) = (controller.clone(), worker.clone());
+            let worker = like.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let controller = controller.clone();
             let attend = move || attend(&client, &controller, worker);
             let _ = thread::Builder::new().name("exec".into()).spawn(attend);
         }
     };
     let thread = thread::Builder::new().name("exec".into()).spawn(accept);
     thread.map_err(at("start a thread"))?;
-    Ok(Serving { listener, path })
+    Ok(Serving {
+        listener,
+        path,
+        worker,
+    })
+}
+
+impl Serving {
+    /// What is run from now on is like `worker` where nothing else is asked.
+    pub fn follow(&self, worker: Command) {
+        *self.worker.lock().unwrap_or_else(PoisonError::into_inner) = worker;
+    }
 }
 
 impl Drop for Serving {

@@ -26,6 +26,7 @@ pub mod oci;
 pub mod plan;
 pub mod project;
 pub mod realise;
+mod reload;
 pub mod run;
 pub mod sandbox;
 pub mod scaffold;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, TryRecvError};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use iii_store::{Layer, Lease, Store};
 use rustix::process::Signal;
 
 use crate::build::{self, BuildError, Builder, Event, Outcome, Report, Stack, Status};
-use crate::cache::{self, CacheOptions, Caches as LayerCaches};
+use crate::cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
 use crate::collect;
 use crate::compose::Isolation;
 use crate::environment::{self, Env};
@@ -26,6 +26,9 @@ use crate::supervise::Signals;
 
 /// How long layers may go to a cache when the worker has ended.
 const SHARE_TIME: Duration = Duration::from_secs(60);
+
+/// How long that may take without a word.
+const SHARE_PAUSE: Duration = Duration::from_millis(50);
 
 /// Fewest and most threads: one of them often waits for the network or a script, and a disk serves but so many.
 const THREADS: (usize, usize) = (2, 4);
@@ -98,6 +101,9 @@ pub struct Realiser<'a> {
     signals: &'a Signals,
     events: Events<'a>,
 }
+
+/// Takes the layers of a worker, to be given to the cache that takes some.
+pub type Share<'a> = dyn Fn(&Worker) + 'a;
 
 /// Told what happens to which worker, from several threads.
 pub type Events<'a> = &'a (dyn Fn(Option<&WorkerName>, Event<'_>) + Sync);
@@ -427,29 +433,45 @@ impl Realiser<'_> {
             .push(self.store, &worker.stack.recorded, stop, &events);
     }
 
-    /// Does so while `run` runs, and at most [`SHARE_TIME`] longer. Who has had enough presses Ctrl-C.
-    pub fn share_during<R>(&self, worker: &Worker, run: impl FnOnce() -> R) -> R {
+    /// Does so while `run` runs, for what it hands over, and at most [`SHARE_TIME`] longer. Who has had enough presses Ctrl-C.
+    pub fn share_during<R>(&self, name: &WorkerName, run: impl FnOnce(&Share<'_>) -> R) -> R {
         if !self.caches.takes() {
-            return run();
+            return run(&|_| ());
         }
         let stop = AtomicBool::new(false);
         let (sender, done) = mpsc::channel::<()>();
+        let (give, given) = mpsc::channel::<Vec<Recorded>>();
         thread::scope(|scope| {
             let stop_sharing = &stop;
             scope.spawn(move || {
-                self.share(worker, stop_sharing);
+                let events = |event: cache::Event<'_>| self.tell(name, Event::Cache(event));
+                for recorded in given {
+                    self.caches
+                        .push(self.store, &recorded, stop_sharing, &events);
+                }
                 drop(sender);
             });
-            let result = run();
-            if done.try_recv() == Err(TryRecvError::Empty) {
+            let result = run(&|worker| {
+                // It takes them as long as this is here.
+                let _ = give.send(worker.stack.recorded.clone());
+            });
+            drop(give);
+            if done.recv_timeout(SHARE_PAUSE) == Err(RecvTimeoutError::Timeout) {
                 let note = "layers still go to the cache; Ctrl-C ends that".to_owned();
-                self.tell(&worker.name, Event::Note(note));
+                self.tell(name, Event::Note(note));
                 // It hangs up when it has ended.
                 let _ = done.recv_timeout(SHARE_TIME);
                 stop.store(true, Ordering::Relaxed);
             }
             result
         })
+    }
+
+    /// From now on runs a step only where that is needed.
+    #[must_use]
+    pub fn without_rebuild(mut self) -> Self {
+        self.with.rebuild = false;
+        self
     }
 
     /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.

@@ -1,5 +1,6 @@
 //! What a worker in the foreground and a managed one have in common: where its state is, and how its sandbox comes to run.
 
+use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -13,14 +14,15 @@ use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{OpenError, OverlayOptions};
 use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
 use rustix::process::Signal;
+use serde::Deserialize as _;
 
 use crate::build::{self, BuildError, Caches, Event};
 use crate::cache::CacheOptions;
 #[cfg(feature = "libkrun")]
 use crate::compose::Hardware;
-use crate::compose::{Composition, Isolation};
+use crate::compose::{Composition, Isolation, Served};
 use crate::environment;
-use crate::exec::{self, ExecError};
+use crate::exec::{self, ExecError, Serving};
 use crate::firmware::FirmwareError;
 #[cfg(feature = "libkrun")]
 use crate::firmware::{Package, Places};
@@ -34,8 +36,11 @@ use crate::project::{
     DocumentError, NameError, Project, ProjectError, Resources, WorkerConfig, WorkerName,
 };
 use crate::realise::Worker;
-use crate::sandbox::{Sandbox, SandboxError, SandboxSpec, Stdio};
-use crate::supervise::Signals;
+use crate::sandbox::{
+    BindMount, Command as SandboxCommand, Controller, HostSettings, Sandbox, SandboxError,
+    SandboxSpec, Stdio,
+};
+use crate::supervise::{GRACE, Signals};
 
 /// How long the engine has to accept a connection before it counts as not listening.
 const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
@@ -237,24 +242,52 @@ pub(crate) fn isolation(
     }
 }
 
-/// The layers that a worker's name keeps.
-fn kept_layers(store: &Store, kind: RefKind, name: &str) -> Result<Vec<LayerId>, StoreError> {
+/// How many of the layers of a worker's ref it runs on, or ran on last; they come first.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct RefInfo {
+    runs_on: usize,
+}
+
+/// The layers that the worker of this ref runs on, or ran on last, bottom first. Those that are kept besides are for its upper.
+pub(crate) fn run_on(kept: &Ref) -> &[LayerId] {
+    let info = RefInfo::deserialize(&kept.info);
+    let count = info.map_or(kept.layers.len(), |info| info.runs_on);
+    kept.layers.get(..count).unwrap_or(&kept.layers)
+}
+
+/// What a worker's name keeps.
+fn kept(store: &Store, kind: RefKind, name: &str) -> Result<Ref, StoreError> {
     let kept = match store.get_ref(kind, name) {
         // It is about to be written anew.
         Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
         other => other?,
     };
-    Ok(kept.map(|kept| kept.layers).unwrap_or_default())
+    Ok(kept.unwrap_or_else(|| Ref {
+        layers: Vec::new(),
+        info: serde_json::Value::Null,
+    }))
 }
 
-/// Has a worker's name keep these layers, bottom first, and no others. They are pinned.
-fn keep_layers(
+/// Has a worker's name keep the layers that it runs on, bottom first, those that its upper needs besides, and no others. They are
+/// pinned.
+pub(crate) fn keep_layers(
     store: &Store,
     kind: RefKind,
     name: &str,
-    layers: Vec<LayerId>,
+    mut layers: Vec<LayerId>,
+    besides: &[LayerId],
 ) -> Result<(), StoreError> {
-    let info = serde_json::Value::Null;
+    let runs_on = layers.len();
+    for id in besides {
+        if !layers.contains(id) {
+            layers.push(*id);
+        }
+    }
+    let info = if layers.len() == runs_on {
+        serde_json::Value::Null
+    } else {
+        serde_json::json!(RefInfo { runs_on })
+    };
     store.set_ref(kind, name, &Ref { layers, info })
 }
 
@@ -266,21 +299,25 @@ pub(crate) fn keep_also(
     name: &str,
     layers: &[LayerId],
 ) -> Result<bool, StoreError> {
-    let mut last = kept_layers(store, kind, name)?;
-    if last == layers {
+    let last = kept(store, kind, name)?;
+    if last.layers == layers {
         return Ok(false);
     }
-    last.retain(|id| store.has_layer(id));
-    if !last.ends_with(layers) {
-        keep_layers(store, kind, name, [&last[..], layers].concat())?;
+    let there = |ids: &[LayerId]| -> Vec<LayerId> {
+        let there = ids.iter().filter(|id| store.has_layer(id));
+        there.copied().collect()
+    };
+    let (runs_on, all) = (there(run_on(&last)), there(&last.layers));
+    if all.is_empty() {
+        keep_layers(store, kind, name, layers.to_vec(), &[])?;
+    } else if !layers.iter().all(|id| all.contains(id)) {
+        keep_layers(store, kind, name, runs_on, &[&all, layers].concat())?;
     }
     Ok(true)
 }
 
 /// A worker's sandbox as it is to be started.
 pub(crate) struct Start<'a> {
-    /// Where caches are.
-    pub home: &'a Home,
     /// The store.
     pub store: &'a Store,
     /// The worker; its layers are pinned.
@@ -289,25 +326,99 @@ pub(crate) struct Start<'a> {
     pub place: &'a Place,
     /// Whose name keeps its layers.
     pub keeper: RefKind,
-    /// Where the engine listens.
-    pub engine: &'a Engine,
-    /// What config.yaml says.
-    pub config: &'a WorkerConfig,
+    /// What it runs.
+    pub program: &'a Program,
     /// Where its output goes.
     pub stdio: Stdio,
 }
 
+/// What a worker runs, but for the host's part in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Program {
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    user: String,
+    /// Package managers' caches.
+    mounts: Vec<BindMount>,
+}
+
+impl Program {
+    /// What `worker` runs, with an engine there and what config.yaml says. Makes the directories of its caches.
+    pub fn new(
+        home: &Home,
+        worker: &Worker,
+        engine: &Engine,
+        config: &WorkerConfig,
+    ) -> Result<Self, RunError> {
+        let project = &worker.project;
+        let env = environment::for_worker(
+            &worker.env,
+            &project.env,
+            &config.env,
+            worker.name.as_str(),
+            &engine.url(),
+            worker.isolation.name(),
+        );
+        let [entrypoint, command] = start_command(&worker.image, project);
+        Ok(Self {
+            argv: entrypoint.into_iter().chain(command).collect(),
+            env: env.into_iter().collect(),
+            user: worker.image.config.user.clone(),
+            mounts: Caches::open(
+                &home.cache(worker.isolation.name()),
+                project,
+                &worker.env,
+                |cache| !cache.id.starts_with("apt-"),
+                false,
+            )?
+            .mounts,
+        })
+    }
+
+    /// Whether a sandbox that was made for `other` has what this one needs.
+    pub fn fits(&self, other: &Self) -> bool {
+        self.mounts == other.mounts
+    }
+}
+
+/// A worker that runs.
+pub(crate) struct Live<'a> {
+    /// Its sandbox.
+    pub controller: Controller,
+    /// Its root filesystem, if that can be changed meanwhile.
+    pub served: Option<&'a Served>,
+    commands: &'a Serving,
+    host: HostSettings,
+    command: SandboxCommand,
+}
+
+impl Live<'_> {
+    /// Runs `program` in place of the one that runs: SIGTERM, and SIGKILL after the usual grace. It [fits](Program::fits).
+    pub fn restart(&self, program: &Program) -> Result<(), SandboxError> {
+        let mut env = program.env.clone();
+        self.host.extend_env(&mut env);
+        let command = SandboxCommand {
+            argv: program.argv.iter().map(OsString::from).collect(),
+            env,
+            user: program.user.clone(),
+            ..self.command.clone()
+        };
+        self.commands.follow(command.clone());
+        self.controller.restart(command, Signal::TERM, GRACE)
+    }
+}
+
 impl Start<'_> {
     /// Composes the root filesystem, starts the command on it, and calls `attend`, which waits for its end. From the start on, signals
-    /// are for the command. Returns what `attend` did and the first signal, if one came.
+    /// are for the command. Returns what `attend` did.
     pub fn run<R>(
         self,
         signals: &Signals,
         events: &dyn Fn(Event<'_>),
-        attend: impl FnOnce(&mut Sandbox) -> R,
-    ) -> Result<(R, Option<Signal>), RunError> {
-        let worker = self.worker;
-        let (project, name) = (&worker.project, worker.name.as_str());
+        attend: impl FnOnce(&mut Sandbox, &Live<'_>) -> R,
+    ) -> Result<R, RunError> {
+        let (worker, program) = (self.worker, self.program);
+        let name = worker.name.as_str();
         // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
         // in between loses neither.
         let layers = worker.stack.ids();
@@ -328,42 +439,34 @@ impl Start<'_> {
             name: name.to_owned(),
             source,
         })?;
-        let env = environment::for_worker(
-            &worker.env,
-            &project.env,
-            &self.config.env,
-            name,
-            &self.engine.url(),
-            worker.isolation.name(),
-        );
-        let [entrypoint, command] = start_command(&worker.image, project);
-        let mut spec = SandboxSpec::new(composed.root(), entrypoint.into_iter().chain(command));
-        spec.env = env.into_iter().collect();
-        spec.user.clone_from(&worker.image.config.user);
+        let mut spec = SandboxSpec::new(composed.root(), &program.argv);
+        spec.env.clone_from(&program.env);
+        spec.user.clone_from(&program.user);
         name.clone_into(&mut spec.hostname);
         spec.stdio = self.stdio;
-        spec.mounts = Caches::open(
-            &self.home.cache(worker.isolation.name()),
-            project,
-            &worker.env,
-            |cache| !cache.id.starts_with("apt-"),
-            false,
-        )?
-        .mounts;
-        let command = spec.command();
+        spec.mounts.clone_from(&program.mounts);
+        let (command, host) = (spec.command(), spec.host.clone());
         let mut sandbox = Sandbox::start(spec)?;
-        let (result, signal) = signals.attend(sandbox.controller(), || {
-            let _commands = exec::serve(self.place.dir(), sandbox.controller(), command)?;
+        let (result, _) = signals.attend(sandbox.controller(), || {
+            let controller = sandbox.controller();
+            let commands = exec::serve(self.place.dir(), controller.clone(), command.clone())?;
             // The overlay is open by now, wherever it is served.
             if others {
-                keep_layers(self.store, self.keeper, name, layers)?;
+                keep_layers(self.store, self.keeper, name, layers, &[])?;
             }
             for warning in sandbox.warnings() {
                 events(Event::Note(warning.to_string()));
             }
-            Ok::<_, RunError>(attend(&mut sandbox))
+            let live = Live {
+                controller,
+                served: composed.served(),
+                commands: &commands,
+                host,
+                command,
+            };
+            Ok::<_, RunError>(attend(&mut sandbox, &live))
         });
-        Ok((result?, signal))
+        result
     }
 }
 

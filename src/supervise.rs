@@ -2,7 +2,7 @@
 //!
 //! A sandbox has a session of its own, so a terminal's Ctrl-C reaches only this process, which passes it on: the first
 //! SIGINT, SIGTERM or SIGHUP asks what runs to end and gives it [`GRACE`], the second kills it. While nothing runs in a sandbox
-//! the process just ends: whatever it was doing is made so that it can end anywhere.
+//! the process just ends, unless somebody wants to be told first: whatever it was doing is made so that it can end anywhere.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,6 +26,8 @@ pub struct Signals {
 #[derive(Default)]
 struct State {
     running: BTreeMap<u64, Controller>,
+    /// Who wants to be told of the first signal.
+    told: BTreeMap<u64, Box<dyn Fn() + Send>>,
     next: u64,
     /// The first signal that came. What is attended to after it is asked to end at once.
     received: Option<Signal>,
@@ -60,8 +62,7 @@ impl Signals {
                 // It can only fail when the sandbox is gone, which is what is wanted.
                 let _ = controller.stop(signal, GRACE);
             }
-            let number = state.next;
-            state.next += 1;
+            let number = state.number();
             state.running.insert(number, controller);
             number
         };
@@ -70,6 +71,32 @@ impl Signals {
         state.running.remove(&number);
         (result, state.received)
     }
+
+    /// Calls `run`, and meanwhile `told` when the first signal comes. That does not end the process even while nothing runs in a
+    /// sandbox; the second does.
+    pub fn heed<R>(&self, told: impl Fn() + Send + 'static, run: impl FnOnce() -> R) -> R {
+        let number = {
+            let mut state = lock(&self.state);
+            let number = state.number();
+            state.told.insert(number, Box::new(told));
+            number
+        };
+        let result = run();
+        lock(&self.state).told.remove(&number);
+        result
+    }
+
+    /// The first signal that came.
+    pub fn received(&self) -> Option<Signal> {
+        lock(&self.state).received
+    }
+}
+
+impl State {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
 }
 
 fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
@@ -77,7 +104,8 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
 }
 
 fn receive(state: &mut State, number: i32) {
-    if state.running.is_empty() {
+    let is_first = state.received.is_none();
+    if state.running.is_empty() && (state.told.is_empty() || !is_first) {
         std::process::exit(128 + number);
     }
     let signal = match number {
@@ -87,11 +115,14 @@ fn receive(state: &mut State, number: i32) {
     };
     for controller in state.running.values() {
         // It can only fail when the sandbox is gone, which is what is wanted.
-        let _ = if state.received.is_none() {
+        let _ = if is_first {
             controller.stop(signal, GRACE)
         } else {
             controller.stop(Signal::KILL, Duration::ZERO)
         };
     }
     state.received.get_or_insert(signal);
+    for told in state.told.values().filter(|_| is_first) {
+        told();
+    }
 }

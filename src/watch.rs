@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -32,6 +33,9 @@ pub enum WatchError {
         /// Why.
         source: notify::Error,
     },
+    /// There is no thread to wait.
+    #[error("a thread cannot be started")]
+    Thread(#[source] io::Error),
     /// More than [`MAX_DIRS`].
     #[error("{} has more than {MAX_DIRS} directories", .0.display())]
     TooMany(PathBuf),

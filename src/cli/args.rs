@@ -58,12 +58,14 @@ pub enum Worker {
     /// Run a project in a sandbox, in the foreground
     ///
     /// Setup and install run once and are stored as layers; they run again only when something that they looked at has
-    /// changed. What the worker itself writes stays from run to run. Ctrl-C ends it.
+    /// changed. What the worker itself writes stays from run to run. While it runs, an edit of the project shows inside and runs
+    /// the start command again. Ctrl-C ends it.
     #[command(after_help = "Examples:
   iii worker dev ./my-project
   iii worker dev ./my-project --rebuild      # everything from scratch
   iii worker dev ./my-project --fresh        # forget what the worker wrote, keep what is built
   iii worker dev . --name api --port 49200
+  iii worker dev . --no-watch                # edits show at the next start
   iii worker dev . --cache-from docker://registry.example/team/cache")]
     Dev(Dev),
     /// Build a project's layers and start nothing
@@ -121,6 +123,7 @@ Environment:
     #[command(after_help = "Examples:
   iii worker start api
   iii worker start api --no-wait --port 49200
+  iii worker start api --watch         # edits of its project reload it
 
 Environment:
   III_URL=ws://HOST:PORT   where the engine listens, if not --port and --address say
@@ -208,6 +211,24 @@ pub struct ItsConfig {
     pub config: Option<PathBuf>,
 }
 
+/// Whether a managed worker follows its project.
+#[derive(Debug, Args)]
+pub struct Follow {
+    /// Reload the worker when its project changes, now and whenever it is started
+    #[arg(long, overrides_with = "no_watch")]
+    pub watch: bool,
+    /// Leave the worker as it was started, as it is unless --watch was given once
+    #[arg(long, overrides_with = "watch")]
+    pub no_watch: bool,
+}
+
+impl Follow {
+    /// What was said, if anything.
+    pub fn asked(&self) -> Option<bool> {
+        (self.watch || self.no_watch).then_some(self.watch)
+    }
+}
+
 #[derive(Debug, Args)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -230,6 +251,8 @@ pub struct Add {
     #[arg(short, long)]
     pub yes: bool,
     #[command(flatten)]
+    pub follow: Follow,
+    #[command(flatten)]
     pub engine: ItsEngine,
 }
 
@@ -240,6 +263,8 @@ pub struct StartWorker {
     /// Return before it runs; what goes wrong then is in its log
     #[arg(long)]
     pub no_wait: bool,
+    #[command(flatten)]
+    pub follow: Follow,
     #[command(flatten)]
     pub engine: ItsEngine,
 }
@@ -412,6 +437,9 @@ pub struct Dev {
     /// Drop what the sandbox wrote; keep the layers
     #[arg(long)]
     pub fresh: bool,
+    /// Leave the worker as it was started, whatever changes in its project
+    #[arg(long)]
+    pub no_watch: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,11 +9,11 @@
 //! | 128 + n | interrupted by signal n before the worker ran |
 //! | any other | what the worker exited with (128 + n where a signal n killed it) |
 
-use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
 use crate::build::BuildError;
+pub use crate::build::with_causes;
 use crate::cache::CacheNameError;
 use crate::exec::ExecError;
 use crate::home::HomeError;
@@ -106,18 +106,6 @@ impl From<NameError> for CliError {
     fn from(error: NameError) -> Self {
         Self::Run(error.into())
     }
-}
-
-/// An error and what caused it, on one line.
-pub fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Most candidates that a message names.

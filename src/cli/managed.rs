@@ -69,19 +69,26 @@ fn engine(args: &ItsEngine) -> Engine {
     }
 }
 
-fn orders(name: &WorkerName, args: &ItsEngine) -> Result<Orders, CliError> {
+fn orders(
+    home: &Home,
+    name: &WorkerName,
+    args: &ItsEngine,
+    watch: Option<bool>,
+) -> Result<Orders, CliError> {
+    let was_watched = || supervisor::last_orders(home, name).is_some_and(|last| last.watch);
     Ok(Orders {
         name: name.to_string(),
         path: PathBuf::new(),
         engine: engine(args),
         config: config_path(&args.config)?,
         engine_process: EngineProcess::from_environment()?,
+        watch: watch.unwrap_or_else(was_watched),
     })
 }
 
 pub fn start(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
     let name = args.name.parse()?;
-    let orders = orders(&name, &args.engine)?;
+    let orders = orders(home, &name, &args.engine, args.follow.asked())?;
     run(home, &name, orders, args.no_wait, ui)
 }
 
@@ -158,7 +165,7 @@ pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, Cli
     let name: WorkerName = args.name.parse()?;
     let last = supervisor::last_orders(home, &name);
     let is_asked = |variable: &str| env::var_os(variable).is_some();
-    let mut now = orders(&name, &args.engine)?;
+    let mut now = orders(home, &name, &args.engine, args.follow.asked())?;
     if let Some(last) = last {
         if args.engine.config.config.is_none() && !is_asked("III_CONFIG_PATH") {
             now.config = last.config;
@@ -410,6 +417,8 @@ pub fn add(home: &Home, signals: &Signals, args: Add, ui: &Ui) -> Result<ExitCod
         caches: caches(Vec::new(), None)?,
         runtime: Runtime::Namespace,
         collect: image::may_collect(),
+        watch: args.follow.asked(),
+        engine: engine.clone(),
     };
     let show = Many::new(ui, options.workers.len());
     let events = |name: Option<&WorkerName>, event: Event<'_>| show.show(name, &event);
@@ -457,7 +466,7 @@ fn wait_until_alive(
     let deadline = Instant::now() + ALIVE;
     for (name, changed) in added {
         if !changed && managed::state(home, name)?.0 == State::Stopped {
-            run(home, name, orders(name, args)?, false, ui)?;
+            run(home, name, orders(home, name, args, None)?, false, ui)?;
             continue;
         }
         loop {

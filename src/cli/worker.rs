@@ -123,6 +123,7 @@ fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitC
         fresh: args.fresh,
         config: std::env::var_os("III_CONFIG_PATH")
             .map_or_else(|| "./config.yaml".into(), PathBuf::from),
+        watch: !args.no_watch,
     };
     let started = || ui.ok(format_args!("ready in {}", human_duration(start.elapsed())));
     let printer = Printer::new(ui);
@@ -267,6 +268,11 @@ impl<'a> Printer<'a> {
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
+            Event::Reloaded { files, seconds } => ui.ok(format_args!(
+                "reloaded: {} changed, {}",
+                human_counted(*files, "file"),
+                human_duration(Duration::from_secs_f64(*seconds))
+            )),
             Event::Collected(report) => image::cleared(report, ui),
             Event::Note(text) => ui.warn(text),
         }

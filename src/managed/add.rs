@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use iii_store::{RefKind, Store};
 
+use super::supervisor::{Orders, last_orders, remember};
 use super::{ManagedError, PATIENCE, State, beside, forget, path_of, state, unknown};
 use crate::cache::CacheOptions;
 use crate::home::Home;
@@ -14,7 +15,7 @@ use crate::project::config;
 use crate::project::edit::{self, Change};
 use crate::project::{Project, WorkerName};
 use crate::realise::{Events, Realiser, Wanted, With, Worker};
-use crate::run::{Place, RunError, Runtime, keep_also, owner};
+use crate::run::{Engine, Place, RunError, Runtime, keep_also, owner};
 use crate::supervise::Signals;
 
 /// What is to be added, and how.
@@ -36,6 +37,10 @@ pub struct Options {
     pub runtime: Runtime,
     /// Lets the store be cleared after a build that leaves it or the disk too full.
     pub collect: bool,
+    /// Whether they follow their projects when they are started; nothing leaves that as it is.
+    pub watch: Option<bool>,
+    /// Where the engine of those listens of whom nobody knows.
+    pub engine: Engine,
 }
 
 /// What became of one worker.
@@ -210,6 +215,17 @@ fn enter(
     if state(home, name)?.0 == State::Stopped {
         let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
         place.claim_for(name, root, false)?;
+    }
+    if let Some(watch) = options.watch {
+        let orders = last_orders(home, name).unwrap_or_else(|| Orders {
+            name: name.to_string(),
+            path: root.clone(),
+            engine: options.engine.clone(),
+            config: options.config.clone(),
+            engine_process: None,
+            watch,
+        });
+        remember(&home.managed(name.as_str()), &Orders { watch, ..orders })?;
     }
     let path = text(root);
     let mut changed = false;

@@ -35,7 +35,7 @@ use crate::home::Home;
 use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
-use crate::run::{LOCK, Place, RunError, owner};
+use crate::run::{LOCK, Place, RunError, owner, run_on};
 use crate::supervise::GRACE;
 use crate::utc;
 
@@ -311,7 +311,7 @@ fn status_of(
         status,
         pid,
         since: since.ok().map(|time| utc::rfc3339(unix_seconds(time))),
-        layers: kept.map(|kept| kept.layers).unwrap_or_default(),
+        layers: kept.map(|kept| run_on(&kept).to_vec()).unwrap_or_default(),
         configured: configured.is_some(),
         path: match configured {
             Some(path) => Some(path),

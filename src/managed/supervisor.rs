@@ -29,12 +29,16 @@ use crate::home::Home;
 use crate::logs::Log;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, With};
-use crate::run::{Ended, Engine, Place, RunError, Start, worker_config};
+use crate::reload::{Inbox, Session, Sieve};
+use crate::run::{Ended, Engine, Place, RunError};
 use crate::sandbox::{self, Sandbox};
 use crate::supervise::Signals;
 
 /// The argument by which the program knows that it is to be a supervisor.
 pub const MARKER: &str = "__supervise";
+
+/// What leases are for.
+const PURPOSE: &str = "managed";
 
 /// How the worker was last started.
 const START: &str = "start.json";
@@ -52,6 +56,9 @@ pub struct Orders {
     pub config: PathBuf,
     /// The engine's process, which the worker ends with.
     pub engine_process: Option<EngineProcess>,
+    /// Whether it follows what changes in its project.
+    #[serde(default)]
+    pub watch: bool,
 }
 
 /// A process by its number and the time of its start, which together are not used again.
@@ -326,43 +333,51 @@ pub fn supervise(
     voice.with(|ears| ears.log = Some(log));
     remember(place.dir(), orders)?;
 
+    let inbox = Inbox::new(orders.watch.then_some(&project.root));
     let store = Store::open(home.store())?;
-    let named = |_: Option<&WorkerName>, event: Event<'_>| events(event);
+    let sieve = Sieve::default();
+    let named = |_: Option<&WorkerName>, event: Event<'_>| {
+        if sieve.passes(&event) {
+            events(event);
+        }
+    };
     let realiser = Realiser::new(home, &store, with, signals, &named);
     let wanted = Wanted {
         project,
         name,
         base: None,
     };
-    let (worker, _lease) = realiser.one("managed", wanted)?;
-    let config = worker_config(&orders.config, &worker.name, events)?;
-    let start = Start {
+    let (worker, lease) = realiser.one(PURPOSE, wanted)?;
+    let session = Session {
         home,
         store: &store,
-        worker: &worker,
+        realiser: &realiser,
+        sieve: &sieve,
+        purpose: PURPOSE,
         place: &place,
         keeper: RefKind::Managed,
+        base: None,
         engine: &orders.engine,
-        config: &config,
+        config: &orders.config,
         stdio: sandbox::Stdio::Joined,
+        is_patient: false,
+        collect,
+        signals,
+        events,
     };
-    let attend = |sandbox: &mut Sandbox| {
+    let mut attend = |sandbox: &mut Sandbox, is_first: bool| {
         let recorder = record(voice, sandbox)?;
         write_pid(place.dir(), &pid_file)?;
-        voice.ready(std::process::id());
+        if is_first {
+            voice.ready(std::process::id());
+        }
         let status = sandbox.wait();
         remove_file(&pid_file)?;
         // Everything that was printed is in the log before it says that the worker has ended.
         let _ = recorder.join();
         Ok::<_, ManagedError>(status.map_err(RunError::from)?)
     };
-    let run = || start.run(signals, events, attend);
-    let (status, signal) = realiser.share_during(&worker, run)?;
-    let status = status?;
-    if collect && worker.has_grown() {
-        realiser.collect();
-    }
-    Ok(Ended { status, signal })
+    session.run(inbox, worker, lease, &mut attend)
 }
 
 /// Has what the worker prints written into the log, by a thread that ends with its output.
@@ -379,20 +394,26 @@ fn record(voice: &Voice, sandbox: &mut Sandbox) -> Result<JoinHandle<()>, Manage
         .map_err(at("make a thread for", Path::new("the worker's output")))
 }
 
-fn remember(dir: &Path, orders: &Orders) -> Result<(), ManagedError> {
+/// Has the next start know these orders, which are replaced at once or not at all.
+pub(super) fn remember(dir: &Path, orders: &Orders) -> Result<(), ManagedError> {
     let path = dir.join(START);
     let text = serde_json::to_vec(orders).map_err(|error| at("write", &path)(error.into()))?;
-    std::fs::write(&path, text).map_err(at("write", &path))
+    replace(dir, &path, &text)
 }
 
 /// Says who runs the worker, to the engine.
 fn write_pid(dir: &Path, path: &Path) -> Result<(), ManagedError> {
+    replace(dir, path, std::process::id().to_string().as_bytes())
+}
+
+/// Writes a file of `dir`, for its owner alone to read.
+fn replace(dir: &Path, path: &Path, text: &[u8]) -> Result<(), ManagedError> {
     let mut file = tempfile::Builder::new()
-        .prefix(".vm.pid.")
+        .prefix(".new.")
         .permissions(std::fs::Permissions::from_mode(0o600))
         .tempfile_in(dir)
         .map_err(at("write beside", path))?;
-    write!(file, "{}", std::process::id()).map_err(at("write beside", path))?;
+    file.write_all(text).map_err(at("write beside", path))?;
     file.persist(path)
         .map_err(|error| at("write", path)(error.error))?;
     Ok(())

@@ -130,7 +130,7 @@ pub trait FuseServer: Send {
 }
 
 /// A host path that is visible inside.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BindMount {
     /// A directory or file that exists. Where it is writable and the tool runs as the host's root,
     /// it is given to the sandbox's root (the top only): meant for package caches, not for

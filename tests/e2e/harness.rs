@@ -482,6 +482,19 @@ impl Running<'_> {
         }
     }
 
+    /// Blocks until lines with each of `needles` in them have come, in whatever order: the two streams have none.
+    pub fn wait_for_each(&mut self, needles: &[&str]) {
+        let mut missing = needles.to_vec();
+        while let Some(first) = missing.first().copied() {
+            let line = if missing.len() == 1 {
+                self.wait_for(first)
+            } else {
+                self.wait_for("")
+            };
+            missing.retain(|needle| !line.contains(needle));
+        }
+    }
+
     pub fn says_so_far(&self) -> impl Iterator<Item = &str> {
         self.seen.iter().map(|(_, line)| line.as_str())
     }

@@ -23,6 +23,7 @@ mod ordinary_user;
 mod posix;
 mod push;
 mod registry;
+mod reload;
 mod store;
 mod vm;
 mod workers;

@@ -889,3 +889,48 @@ fn a_real_worker_answers_the_engine() {
     engine.end();
     home.assert_nothing_left();
 }
+
+#[test]
+fn one_that_is_watched_follows_its_project() {
+    let home = Home::with_busybox();
+    let managed = Managed(&home);
+    let project = project("api", 0);
+    let is_watched = || {
+        let text = fs::read_to_string(home.state().join("managed/api/start.json")).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["watch"] == json!(true)
+    };
+    let run = |args: &[&str]| managed.run(args).ok();
+    run(&["add", arg(&project), "--watch", "--port", "1"]);
+    run(&["start", "api"]);
+    managed.says("api", "runs=1");
+    let pid = managed.pid("api").unwrap();
+    project.write("main.txt", "edited once\n");
+    managed.says("api", "edited once");
+    managed.says("api", "reloaded: 1 file changed");
+    // Its layers are others, and it is not.
+    project.write("deps.txt", "more deps\n");
+    managed.says("api", "more deps");
+    managed.says("api", "runs=3");
+    assert_eq!(managed.pid("api"), Some(pid));
+    let worker = managed.list().remove("api").unwrap();
+    assert_eq!(worker["status"], "running");
+    assert_eq!(worker["layers"].as_array().unwrap().len(), 4);
+
+    // It is remembered until it is taken back.
+    run(&["restart", "api"]);
+    managed.says("api", "runs=4");
+    project.write("main.txt", "edited twice\n");
+    managed.says("api", "edited twice");
+    // Who ends after a reload has ended.
+    project.edit("iii.worker.yaml", "exec sleep 1000", "exit 7");
+    managed.says("api", "the start command ended: exit code 7");
+    assert!(holds_within(LIMIT, || managed.status("api") == "stopped"));
+    assert!(is_watched());
+    project.edit("iii.worker.yaml", "exit 7", "exec sleep 1000");
+    run(&["start", "api", "--no-watch"]);
+    assert!(!is_watched());
+    run(&["restart", "api"]);
+    assert!(!is_watched());
+    run(&["remove", "-y", "api"]);
+    home.assert_nothing_left();
+}

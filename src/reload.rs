@@ -1,0 +1,564 @@
+//! A worker from its start to its end, and what it makes of changes of its project meanwhile: live reload.
+//!
+//! ```text
+//! the watch            the project has changed                ->
+//! whoever waits        the sandbox has ended                  ->   one thread that does one thing after the other
+//! signals              somebody wants the worker to end       ->
+//! ```
+//!
+//! The layers of a project that changed are realised as at a start, beside the worker that runs. Where only the project's own is
+//! another, the running filesystem takes the changes, and the start command is run again in the same sandbox: nothing is mounted,
+//! nothing booted. Where the layers below are others, or where a filesystem cannot be changed under its kernel (a microVM's), the
+//! sandbox is ended and another one started in its place. What cannot be realised changes nothing, and the next change tries again.
+//!
+//! What the project looks like decides, not what happened to it: a change that comes to the same tree and the same command is none.
+
+use std::collections::{HashSet, VecDeque};
+use std::error::Error;
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use iii_store::layer::Kind as NodeKind;
+use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff};
+use rustix::process::Signal;
+
+use crate::build::{self, Event, Status, with_causes};
+use crate::home::Home;
+use crate::plan::{EXCLUDED, Kind};
+use crate::project::Project;
+use crate::realise::{Realiser, Share, Wanted, Worker};
+use crate::run::{
+    Ended, Engine, Live, Place, Program, RunError, Start, keep_layers, worker_config,
+};
+use crate::sandbox::{Sandbox, SandboxError, Stdio};
+use crate::supervise::{GRACE, Signals};
+use crate::watch::{Stopper, Watch, WatchError};
+
+/// Former layers of the project that stay pinned for programs that have a file of one open, and outlive a restart of the worker.
+const FORMER: usize = 16;
+/// Notes that are remembered so that they are told once.
+const MAX_TOLD: usize = 1 << 10;
+
+enum Message {
+    /// The watch is set up. What changed before is not known.
+    Watching(Stopper),
+    Unwatched(WatchError),
+    Changed,
+    /// Somebody wants the worker to end. Its sandbox is told, too.
+    Signal,
+    /// The sandbox has ended.
+    Ended,
+}
+
+/// What happens to a worker. Changes of its project are told from when this is made on, until it is dropped.
+pub(crate) struct Inbox {
+    sender: Sender<Message>,
+    messages: Receiver<Message>,
+    /// Something has changed, and that was not told yet.
+    changed: bool,
+    stopper: Option<Stopper>,
+}
+
+impl Inbox {
+    /// With the changes of the project in `root`, if there is one to follow.
+    pub fn new(root: Option<&Path>) -> Self {
+        let (sender, messages) = channel();
+        if let Some(root) = root {
+            let (root, sender) = (root.to_owned(), sender.clone());
+            let failed = sender.clone();
+            let watch = move || {
+                if let Err(error) = watch(&root, &sender) {
+                    let _ = sender.send(Message::Unwatched(error));
+                }
+            };
+            if let Err(source) = thread::Builder::new().name("watch".into()).spawn(watch) {
+                let _ = failed.send(Message::Unwatched(WatchError::Thread(source)));
+            }
+        }
+        Self {
+            sender,
+            messages,
+            changed: false,
+            stopper: None,
+        }
+    }
+
+    /// What happens next. All that changed until now is one change, and comes last.
+    fn next(&mut self) -> Message {
+        loop {
+            let message = if self.changed {
+                self.messages.try_recv().ok()
+            } else {
+                // It cannot fail: one sender is here.
+                self.messages.recv().ok()
+            };
+            let Some(message) = message else {
+                self.changed = false;
+                return Message::Changed;
+            };
+            if let Some(message) = self.sort(message) {
+                return message;
+            }
+        }
+    }
+
+    /// Waits for the end of the sandbox.
+    fn end(&mut self) {
+        while let Ok(message) = self.messages.recv() {
+            if let Some(Message::Ended) = self.sort(message) {
+                return;
+            }
+        }
+    }
+
+    fn sort(&mut self, message: Message) -> Option<Message> {
+        match message {
+            Message::Changed => self.changed = true,
+            Message::Watching(stopper) => {
+                self.changed = true;
+                self.stopper = Some(stopper);
+            }
+            message => return Some(message),
+        }
+        None
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        if let Some(stopper) = &self.stopper {
+            stopper.stop();
+        }
+    }
+}
+
+/// Tells `sender` of changes for as long as anybody listens.
+fn watch(root: &Path, sender: &Sender<Message>) -> Result<(), WatchError> {
+    let mut watch = Watch::new(root, &EXCLUDED)?;
+    let mut told = sender.send(Message::Watching(watch.stopper()));
+    while told.is_ok() && watch.changed()? {
+        told = sender.send(Message::Changed);
+    }
+    Ok(())
+}
+
+/// Lets through what people want to know: of a worker that follows its project, only what had to be done, and no note twice.
+#[derive(Default)]
+pub(crate) struct Sieve {
+    following: AtomicBool,
+    told: Mutex<HashSet<String>>,
+}
+
+impl Sieve {
+    /// Whether to tell this.
+    pub fn passes(&self, event: &Event<'_>) -> bool {
+        match event {
+            Event::Note(note) => {
+                let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+                told.len() < MAX_TOLD && told.insert(note.clone())
+            }
+            _ if !self.following.load(Ordering::Relaxed) => true,
+            Event::Ready(report) => report.status != Status::Hit && report.kind != Kind::Project,
+            Event::Base(_) | Event::Waiting(Kind::Project) => false,
+            _ => true,
+        }
+    }
+}
+
+/// Waits for the end of a sandbox, and is told whether it is the worker's first.
+pub(crate) type Attend<'a, E> = dyn FnMut(&mut Sandbox, bool) -> Result<ExitStatus, E> + Send + 'a;
+
+/// A worker that is run.
+pub(crate) struct Session<'a> {
+    pub home: &'a Home,
+    pub store: &'a Store,
+    /// Tells what happens through `sieve`.
+    pub realiser: &'a Realiser<'a>,
+    pub sieve: &'a Sieve,
+    /// What leases are for.
+    pub purpose: &'static str,
+    /// Where the worker's state is.
+    pub place: &'a Place,
+    /// Whose name keeps its layers.
+    pub keeper: RefKind,
+    /// The base image, unless it follows from the project.
+    pub base: Option<&'a str>,
+    pub engine: &'a Engine,
+    /// The engine's config.yaml.
+    pub config: &'a Path,
+    pub stdio: Stdio,
+    /// Whether a worker that ends by itself after it was reloaded is started again at the next change.
+    pub is_patient: bool,
+    /// Whether the store may be cleared when something was built.
+    pub collect: bool,
+    pub signals: &'a Signals,
+    pub events: &'a (dyn Fn(Event<'_>) + Sync),
+}
+
+/// A worker whose layers are there and pinned, and what it runs.
+struct Ready {
+    worker: Worker,
+    program: Program,
+    lease: Lease,
+}
+
+impl Ready {
+    /// Whether it looks the same from inside.
+    fn is_like(&self, other: &Self) -> bool {
+        self.stands_like(other)
+            && self.program == other.program
+            && tree(self.worker.stack.layers.last()) == tree(other.worker.stack.layers.last())
+    }
+
+    /// Whether a sandbox of the one is one for the other, but for the project and the command.
+    fn stands_like(&self, other: &Self) -> bool {
+        let below = |ready: &Self| -> Vec<TreeId> {
+            let layers = ready.worker.stack.layers.split_last();
+            let below = layers.map_or(&[][..], |(_, below)| below);
+            below.iter().map(|layer| layer.tree_id()).collect()
+        };
+        self.worker.isolation == other.worker.isolation
+            && self.program.fits(&other.program)
+            && below(self) == below(other)
+    }
+}
+
+fn tree(layer: Option<&Arc<Layer>>) -> Option<TreeId> {
+    layer.map(|layer| layer.tree_id())
+}
+
+/// A change that was realised.
+struct Change {
+    ready: Ready,
+    begun: Instant,
+    /// How many files of the project it is.
+    files: u64,
+}
+
+impl Change {
+    fn new(ready: Ready, begun: Instant, last: &Ready) -> Self {
+        let layers = last.worker.stack.layers.last();
+        let layers = layers.zip(ready.worker.stack.layers.last());
+        let files = layers.map_or(0, |(old, new)| changed_files(old, new));
+        Self {
+            ready,
+            begun,
+            files,
+        }
+    }
+}
+
+fn changed_files(old: &Layer, new: &Layer) -> u64 {
+    let is_dir = |path: &[u8]| {
+        let node = new.lookup(path).or_else(|| old.lookup(path));
+        node.is_some_and(|node| node.kind() == NodeKind::Dir)
+    };
+    let changes = diff(old, new);
+    changes
+        .iter()
+        .filter(|change| !is_dir(&change.path))
+        .count() as u64
+}
+
+/// What became of one sandbox.
+struct Round<E> {
+    /// The last change that it has taken.
+    shown: Option<Ready>,
+    /// How it ended.
+    status: Result<ExitStatus, E>,
+    /// What is to be started in its place.
+    next: Option<Change>,
+}
+
+/// Tells that a sandbox has ended, however the thread that waited for it did.
+struct Ending(Sender<Message>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let _ = self.0.send(Message::Ended);
+    }
+}
+
+impl Session<'_> {
+    /// Runs `worker`, whose layers `lease` pins, until it ends for good. `attend` is called for each sandbox that it runs in, and
+    /// told whether it is the first; it waits for its end.
+    pub fn run<E: Error + From<RunError> + Send>(
+        &self,
+        mut inbox: Inbox,
+        worker: Worker,
+        lease: Lease,
+        attend: &mut Attend<'_, E>,
+    ) -> Result<Ended, E> {
+        self.sieve.following.store(true, Ordering::Relaxed);
+        let ready = self.ready(worker, lease)?;
+        let name = ready.worker.name.clone();
+        let caller = inbox.sender.clone();
+        let told = move || {
+            let _ = caller.send(Message::Signal);
+        };
+        let grown = ready.worker.has_grown();
+        let rounds = |share: &Share<'_>| self.rounds(&mut inbox, ready, share, attend);
+        let ended = self
+            .signals
+            .heed(told, || self.realiser.share_during(&name, rounds));
+        if grown {
+            self.clear();
+        }
+        ended
+    }
+
+    /// Starts one sandbox after the other.
+    fn rounds<E: Error + From<RunError> + Send>(
+        &self,
+        inbox: &mut Inbox,
+        mut ready: Ready,
+        share: &Share<'_>,
+        attend: &mut Attend<'_, E>,
+    ) -> Result<Ended, E> {
+        let mut change = None;
+        let mut reloaded = false;
+        loop {
+            share(&ready.worker);
+            let Round {
+                shown,
+                status,
+                next,
+            } = self.round(inbox, &ready, change, attend);
+            if let Some(shown) = shown {
+                ready = shown;
+                reloaded = true;
+            }
+            let next = if self.signals.received().is_some() {
+                None
+            } else if next.is_none() && reloaded && self.is_patient {
+                let why = match &status {
+                    Ok(status) => format!("the start command ended: {}", build::describe(*status)),
+                    Err(error) => format!("the worker does not run: {}", with_causes(error)),
+                };
+                self.note(format!(
+                    "{why}; it is started again when its project changes"
+                ));
+                self.wait(inbox, &ready)
+            } else {
+                next
+            };
+            let Some(next) = next else {
+                let signal = self.signals.received();
+                return status.map(|status| Ended { status, signal });
+            };
+            change = Some((next.begun, next.files));
+            ready = next.ready;
+            reloaded = true;
+        }
+    }
+
+    /// Runs one sandbox to its end.
+    fn round<E: From<RunError> + Send>(
+        &self,
+        inbox: &mut Inbox,
+        ready: &Ready,
+        change: Option<(Instant, u64)>,
+        attend: &mut Attend<'_, E>,
+    ) -> Round<E> {
+        let start = Start {
+            store: self.store,
+            worker: &ready.worker,
+            place: self.place,
+            keeper: self.keeper,
+            program: &ready.program,
+            stdio: self.stdio,
+        };
+        let mut shown = None;
+        let round = start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
+            if let Some((begun, files)) = change {
+                self.reloaded(begun, files, &ready.worker);
+            }
+            let ending = Ending(inbox.sender.clone());
+            thread::scope(|scope| {
+                let waiting = scope.spawn(move || {
+                    let _ending = ending;
+                    attend(sandbox, change.is_none())
+                });
+                let next = self.follow(inbox, live, ready, &mut shown);
+                let status = waiting.join();
+                (status.unwrap_or_else(|panic| resume_unwind(panic)), next)
+            })
+        });
+        let (status, next) = match round {
+            Ok(ended) => ended,
+            Err(error) => (Err(error.into()), None),
+        };
+        Round {
+            shown,
+            status,
+            next,
+        }
+    }
+
+    /// Has the worker that runs take what changes, until it ends or another sandbox has to take its place.
+    fn follow(
+        &self,
+        inbox: &mut Inbox,
+        live: &Live<'_>,
+        ready: &Ready,
+        shown: &mut Option<Ready>,
+    ) -> Option<Change> {
+        let mut former = VecDeque::new();
+        loop {
+            match inbox.next() {
+                Message::Ended => return None,
+                Message::Changed => {}
+                message => {
+                    self.hear(message);
+                    continue;
+                }
+            }
+            let last = shown.as_ref().unwrap_or(ready);
+            let Some(change) = self.change(last) else {
+                continue;
+            };
+            if self.show(live, ready, last, &change) {
+                match live.restart(&change.ready.program) {
+                    Ok(()) => self.reloaded(change.begun, change.files, &change.ready.worker),
+                    Err(SandboxError::Killed) => return Some(Self::end(inbox, live, change)),
+                    // The end of the sandbox follows.
+                    Err(error) => {
+                        self.note(format!("the start command: {}", with_causes(&error)));
+                    }
+                }
+                if let Some(last) = shown.replace(change.ready) {
+                    former.push_back(last.lease);
+                }
+                if former.len() > FORMER {
+                    former.pop_front();
+                }
+            } else {
+                return Some(Self::end(inbox, live, change));
+            }
+        }
+    }
+
+    /// Ends the sandbox, if it has not ended, for what is to be started in its place.
+    fn end(inbox: &mut Inbox, live: &Live<'_>, change: Change) -> Change {
+        // It can only fail when the sandbox is gone, which is what is wanted.
+        let _ = live.controller.stop(Signal::TERM, GRACE);
+        inbox.end();
+        change
+    }
+
+    /// Has the running filesystem take a change. False if another sandbox has to.
+    fn show(&self, live: &Live<'_>, ready: &Ready, last: &Ready, change: &Change) -> bool {
+        let layers = |ready: &Ready| ready.worker.stack.ids();
+        let (Some(served), Some(project)) = (live.served, change.ready.worker.stack.layers.last())
+        else {
+            return false;
+        };
+        if !ready.stands_like(&change.ready) {
+            return false;
+        }
+        let name = ready.worker.name.as_str();
+        // Before the upper has anything of the new layer, and as long as it has anything of the one before.
+        let besides = [layers(ready), layers(last)].concat();
+        let kept = keep_layers(
+            self.store,
+            self.keeper,
+            name,
+            layers(&change.ready),
+            &besides,
+        );
+        kept.is_ok() && served.show(project).is_ok()
+    }
+
+    /// Waits for a change that can be started.
+    fn wait(&self, inbox: &mut Inbox, last: &Ready) -> Option<Change> {
+        loop {
+            match inbox.next() {
+                Message::Signal => return None,
+                Message::Changed => {
+                    if let Some(change) = self.change(last) {
+                        return Some(change);
+                    }
+                }
+                message => self.hear(message),
+            }
+        }
+    }
+
+    /// The project as it is now, if that is not as it was and can be realised.
+    fn change(&self, last: &Ready) -> Option<Change> {
+        let begun = Instant::now();
+        match self.realise(&last.worker) {
+            Ok(ready) if ready.is_like(last) => None,
+            Ok(ready) => Some(Change::new(ready, begun, last)),
+            Err(error) => {
+                // Who wants the worker to end wants what is built for it to end, too.
+                if self.signals.received().is_none() {
+                    self.note(format!("not reloaded: {}", with_causes(&error)));
+                }
+                None
+            }
+        }
+    }
+
+    fn realise(&self, last: &Worker) -> Result<Ready, RunError> {
+        let wanted = Wanted {
+            project: Project::open(&last.project.root)?,
+            name: last.name.clone(),
+            base: self.base.map(str::to_owned),
+        };
+        let (worker, lease) = self.realiser.one(self.purpose, wanted)?;
+        self.ready(worker, lease)
+    }
+
+    fn ready(&self, worker: Worker, lease: Lease) -> Result<Ready, RunError> {
+        let config = worker_config(self.config, &worker.name, &|event| self.tell(event))?;
+        let program = Program::new(self.home, &worker, self.engine, &config)?;
+        Ok(Ready {
+            worker,
+            program,
+            lease,
+        })
+    }
+
+    fn reloaded(&self, begun: Instant, files: u64, worker: &Worker) {
+        let seconds = begun.elapsed().as_secs_f64();
+        self.tell(Event::Reloaded { files, seconds });
+        if worker.has_grown() {
+            self.clear();
+        }
+    }
+
+    fn clear(&self) {
+        if self.collect {
+            self.realiser.collect();
+        }
+    }
+
+    fn hear(&self, message: Message) {
+        if let Message::Unwatched(error) = message {
+            let hint = error
+                .hint()
+                .map_or_else(String::new, |hint| format!("; {hint}"));
+            let why = with_causes(&error);
+            self.note(format!(
+                "changes of the project do not reload the worker: {why}{hint}"
+            ));
+        }
+    }
+
+    fn note(&self, text: String) {
+        (self.events)(Event::Note(text));
+    }
+
+    fn tell(&self, event: Event<'_>) {
+        if self.sieve.passes(&event) {
+            (self.events)(event);
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! Live reload: a worker follows its project while it runs.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+
+use rustix::process::Signal;
+
+use crate::engine::holds_within;
+use crate::harness::{Home, LIMIT, Project, Running};
+
+/// Says what it sees, how often it was started, and on which mount.
+const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); exec sleep 1000";
+
+/// Says so again and again.
+const TICK: &str =
+    "echo run $(cat main.txt) on $(cat /installed); while :; do echo tick; sleep 0.05; done";
+
+/// Takes what `deps.txt` says, which may be an exit code, once nothing is in its way.
+const INSTALL: &str =
+    "while [ -e /root/.npm/wait ]; do sleep 0.02; done; . ./deps.txt; echo $DEPS >/installed";
+
+fn project(install: &str, start: &str) -> Project {
+    let project = Project::scripts("true", install, start);
+    project.write("main.txt", "main 1\n");
+    project.write("deps.txt", "DEPS=1\n");
+    project
+}
+
+/// What keeps [`INSTALL`] waiting while it exists: a cache is visible from both sides.
+fn gate(home: &Home) -> PathBuf {
+    home.state().join("cache/npm/wait")
+}
+
+/// The inotify instances of a process.
+fn watches(dev: &Running<'_>) -> usize {
+    let fds = fs::read_dir(format!("/proc/{}/fd", dev.pid())).unwrap();
+    let links = fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().contains("inotify"))
+        .count()
+}
+
+fn count(dev: &Running<'_>, needle: &str) -> usize {
+    dev.says_so_far()
+        .filter(|line| line.contains(needle))
+        .count()
+}
+
+#[test]
+fn an_edit_shows_where_the_worker_runs() {
+    let home = Home::with_busybox();
+    let script = "echo own >>own.txt; echo mount $(grep ' / / ' /proc/self/mountinfo | cut -d' ' -f1,3) $(cut -d' ' -f22 /proc/1/stat); \
+                  ls; wc -l own.txt; cat /root/kept || true; echo kept >/root/kept; echo env=$COLOUR; echo sees $(cat main.txt); exec sleep 1000";
+    let project = project("true", script);
+    project.write("doomed/file.txt", "");
+    let mut dev = home.dev(&project, &["--name", "box"]);
+    let sandbox = dev.wait_for("mount ");
+    dev.wait_for("doomed");
+    dev.wait_for("1 own.txt");
+    dev.wait_for("sees main 1");
+
+    fs::remove_dir_all(project.path().join("doomed")).unwrap();
+    project.write("new/file.txt", "");
+    project.write("main.txt", "main 2\n");
+    // What comes first may be taken before the rest.
+    while dev.wait_for("sees main") != "sees main 2" {}
+    let seen: Vec<_> = dev.says_so_far().map(str::to_owned).collect();
+    let last = seen
+        .iter()
+        .rposition(|line| line.starts_with("mount "))
+        .unwrap();
+    assert_eq!(seen[last], sandbox, "another sandbox");
+    let seen = &seen[last..];
+    assert!(!seen.contains(&"doomed".into()), "{seen:#?}");
+    for line in ["new", "kept", "env="] {
+        assert!(seen.contains(&line.to_owned()), "{line}: {seen:#?}");
+    }
+
+    // The manifest is the project's, too.
+    project.edit(
+        "iii.worker.yaml",
+        "scripts:",
+        "env:\n  COLOUR: red\nscripts:",
+    );
+    assert_eq!(dev.wait_for("mount "), sandbox);
+    dev.wait_for("env=red");
+    let ended = home
+        .start(&["worker", "exec", "box", "--", "env"])
+        .finish(LIMIT);
+    ended.ok().says(&["COLOUR=red"]);
+    dev.stop();
+
+    // The next start has it all, and so has an image of it.
+    let mut dev = home.dev(&project, &["--name", "box", "--no-watch"]);
+    dev.wait_for("kept");
+    dev.wait_for("sees main 2");
+    dev.stop();
+    let to = format!("docker-archive:{}", home.path().join("box.tar").display());
+    home.run(&["worker", "export", "box", "--to", &to]).ok();
+}
+
+#[test]
+fn a_burst_is_one_restart_and_nothing_is_none() {
+    let home = Home::with_busybox();
+    let project = project("true", LOOK);
+    project.write("src/same.txt", "same\n");
+    fs::create_dir(project.path().join(".git")).unwrap();
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("run 1: main 1");
+
+    // No change in the end.
+    let main = project.path().join("main.txt");
+    project.write("main.txt", "main 1\n");
+    fs::File::open(&main)
+        .unwrap()
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    project.write(".main.txt.swp", "main 1\n");
+    fs::rename(project.path().join(".main.txt.swp"), &main).unwrap();
+    project.write("node_modules/left-out.txt", "");
+
+    // A checkout of another branch, with what editors do besides.
+    let lock = project.path().join(".git/index.lock");
+    fs::write(&lock, "").unwrap();
+    for n in 0..2000 {
+        project.write(&format!("src/{}/{n}.txt", n / 100), "new\n");
+    }
+    fs::remove_file(project.path().join("src/same.txt")).unwrap();
+    symlink("0/1.txt", project.path().join("src/same.txt")).unwrap();
+    project.write("main.txt~", "main 1\n");
+    project.write(".main.txt.swp", "main 2\n");
+    fs::rename(project.path().join(".main.txt.swp"), &main).unwrap();
+    fs::remove_file(project.path().join("main.txt~")).unwrap();
+    fs::remove_file(&lock).unwrap();
+    dev.wait_for_each(&["run 2: main 2", "reloaded: 2,002 files changed, "]);
+
+    // A restart too many would be counted.
+    project.write("main.txt", "main 3\n");
+    dev.wait_for("run 3: main 3");
+    dev.stop();
+}
+
+#[test]
+fn who_has_a_file_open_goes_on_with_what_it_has() {
+    let home = Home::with_busybox();
+    let script = "exec 3<main.txt; head -c 4 <&3; trap 'echo; echo had $(cat <&3); exit' TERM; echo; echo sees $(cat main.txt); \
+                  while :; do sleep 0.05; done";
+    let project = project("true", script);
+    let mut dev = home.dev(&project, &[]);
+    for turn in 2..5 {
+        dev.wait_for(&format!("sees main {}", turn - 1));
+        let text = format!("main {turn}\n");
+        fs::write(project.path().join("main.new"), &text).unwrap();
+        fs::rename(
+            project.path().join("main.new"),
+            project.path().join("main.txt"),
+        )
+        .unwrap();
+        dev.wait_for(&format!("had {}", turn - 1));
+    }
+    dev.wait_for("sees main 4");
+    dev.stop();
+}
+
+#[test]
+fn install_runs_beside_the_worker_and_takes_its_place() {
+    let home = Home::with_busybox();
+    let project = project(INSTALL, TICK);
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("run main 1 on 1");
+    let gate = gate(&home);
+    assert!(gate.parent().unwrap().is_dir(), "no npm cache");
+    fs::write(&gate, "").unwrap();
+    project.write("deps.txt", "DEPS=2\n");
+    dev.wait_for("install: running");
+    for _ in 0..3 {
+        dev.wait_for("tick");
+    }
+    // However much changes meanwhile, it is taken in by one more.
+    for n in 0..3 {
+        project.write("main.txt", &format!("meanwhile {n}\n"));
+    }
+    fs::remove_file(&gate).unwrap();
+    let first = dev.wait_for("run ");
+    assert!(first.ends_with(" on 2"), "{first}");
+    dev.wait_for("run meanwhile 2 on 2");
+    project.write("main.txt", "main 3\n");
+    dev.wait_for("run main 3 on 2");
+    assert!((2..=3).contains(&count(&dev, " on 2")), "too many restarts");
+    let ended = dev.stop();
+    assert_eq!(
+        ended.stderr.matches("install: running").count(),
+        2,
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
+fn what_fails_leaves_the_worker_as_it_is() {
+    let home = Home::with_busybox();
+    let project = project(INSTALL, TICK);
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("run main 1 on 1");
+
+    project.write("deps.txt", "echo no such package; exit 3\n");
+    dev.wait_for("no such package");
+    let line = dev.wait_for("not reloaded: ");
+    assert!(line.contains("install failed: exit code 3"), "{line}");
+    dev.wait_for("tick");
+    // The next change tries again.
+    project.write("main.txt", "main 2\n");
+    dev.wait_for("not reloaded: ");
+    dev.wait_for("tick");
+    project.write("deps.txt", "DEPS=2\n");
+    dev.wait_for("run main 2 on 2");
+
+    let manifest = project.path().join("iii.worker.yaml");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, "name: [\n").unwrap();
+    let line = dev.wait_for("not reloaded: ");
+    assert!(line.contains("iii.worker.yaml"), "{line}");
+    dev.wait_for("tick");
+    fs::write(&manifest, text).unwrap();
+    project.write("main.txt", "main 3\n");
+    dev.wait_for("run main 3 on 2");
+    dev.stop();
+}
+
+#[test]
+fn a_worker_that_crashes_after_a_reload_waits_for_the_next() {
+    let home = Home::with_busybox();
+    let project = project("true", "cat main.txt; . ./deps.txt; exec sleep 1000");
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("main 1");
+    project.write("deps.txt", "echo bug; exit 7\n");
+    let ended = "the start command ended: exit code 7";
+    dev.wait_for_each(&["bug", ended]);
+    for turn in 2..4 {
+        project.write("main.txt", &format!("main {turn}\n"));
+        dev.wait_for_each(&[&format!("main {turn}"), "bug", ended]);
+    }
+    project.write("deps.txt", "echo fixed\n");
+    dev.wait_for("fixed");
+    project.write("deps.txt", "exit 8\n");
+    dev.wait_for("the start command ended: exit code 8");
+    // Nothing runs, and Ctrl-C ends it all the same.
+    dev.stop();
+}
+
+#[test]
+fn a_worker_that_ends_before_any_reload_ends_the_run() {
+    let home = Home::with_busybox();
+    let project = project("true", "echo once; exit 7");
+    home.run(&["worker", "dev", project.arg()]).exits(7);
+}
+
+#[test]
+fn ctrl_c_ends_a_reload() {
+    let home = Home::with_busybox();
+    let project = project(INSTALL, TICK);
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("run main 1 on 1");
+    fs::write(gate(&home), "").unwrap();
+    project.write("deps.txt", "DEPS=2\n");
+    dev.wait_for("install: running");
+    dev.stop();
+    fs::remove_file(gate(&home)).unwrap();
+    let layers = home.build(&project, &[]);
+    assert!(layers.built().starts_with("install"), "{layers:#?}");
+}
+
+#[test]
+fn nothing_is_followed_that_is_not_to_be() {
+    let home = Home::with_busybox();
+    let project = project("true", LOOK);
+    let mut dev = home.dev(&project, &["--no-watch"]);
+    dev.wait_for("run 1: main 1");
+    assert_eq!(watches(&dev), 0);
+    dev.stop();
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for("run 2: main 1");
+    assert!(holds_within(LIMIT, || watches(&dev) == 1));
+    // Nobody needs to be told to end; the same happens if the tool is killed.
+    dev.signal(Signal::KILL);
+    dev.finish(LIMIT);
+    home.assert_nothing_left();
+}
