@@ -5,11 +5,11 @@ mod support;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Read;
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ const START: &str = "echo started-$((6 * 7))";
 const LIMIT: Duration = Duration::from_secs(300);
 /// Sizes of the projects, and what a restart of each may take longer than `unshare … chroot`.
 const RESTARTS: [(usize, f64); 2] = [(1000, 50.0), (30_000, 150.0)];
+/// Sizes of the projects that are edited under a worker that runs, and how long its next run may take to begin.
+const RELOADS: [(usize, f64); 2] = [(1000, 100.0), (30_000, 250.0)];
 /// What taking in one edited file of the largest project may take.
 const EDIT_MS: f64 = 150.0;
 /// Files that install makes in the two projects that share it.
@@ -123,6 +125,31 @@ impl Drop for Running {
     }
 }
 
+/// Starts `command`. Returns when each [`MARK`] that it prints comes.
+fn marks(command: &mut Command) -> Result<(Running, Receiver<Instant>)> {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| went_wrong(command, &error))?;
+    let mut running = Running(child);
+    let stdout = running.0.stdout.take();
+    let stdout = stdout.ok_or_else(|| went_wrong(command, &"no pipe"))?;
+    let (found, mark) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout)
+            .split(b'\n')
+            .map_while(io::Result::ok)
+        {
+            if line == MARK && found.send(Instant::now()).is_err() {
+                break;
+            }
+        }
+    });
+    Ok((running, mark))
+}
+
 /// Starts `command` and measures the time until [`MARK`] is on its standard output. Also returns what
 /// was printed up to there.
 fn until_mark(command: &mut Command) -> Result<(Duration, String, Running)> {
@@ -199,8 +226,8 @@ fn project(scratch: &Path, name: &str, install: &str, start: &str) -> Result<Pat
 }
 
 /// A project of `files` small source files, no two the same.
-fn sources(scratch: &Path, files: usize) -> Result<PathBuf> {
-    let dir = project(scratch, &format!("files-{files}"), "true", START)?;
+fn sources(scratch: &Path, name: &str, files: usize, start: &str) -> Result<PathBuf> {
+    let dir = project(scratch, &format!("{name}-{files}"), "true", start)?;
     for number in 0..files {
         let path = dir.join(format!("src/{}/{}/{number}.js", number / 1000, number / 50));
         let line = format!("exports.value{number} = {number};\n");
@@ -240,7 +267,7 @@ fn restarts(
     let rounds = support::option("--rounds", 15);
     let mut rows = Vec::new();
     for (files, bound) in RESTARTS {
-        let project = sources(scratch, files)?;
+        let project = sources(scratch, "files", files, START)?;
         let [ours, bare] = restart(home, base, &project, rounds, interrupt)?;
         let over = ours.median() - bare.median();
         rows.push(vec![
@@ -299,6 +326,91 @@ fn edit(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds)
         " ms",
     );
     bounds.count("file contents that this added", new, 1);
+    Ok(())
+}
+
+/// Edits a file under a worker that runs, until the next run says so; and the same without us: a shell that is killed and run again.
+fn reload(
+    home: &Home,
+    project: &Path,
+    script: &str,
+    rounds: usize,
+    interrupt: &Interrupt,
+) -> Result<[Samples; 2]> {
+    let mut samples = [Samples::default(), Samples::default()];
+    let edit = |round: usize| {
+        let text = format!("exports.edited = {round};\n");
+        write(&project.join("src/0/7/350.js"), &text)
+    };
+    let never = || Error::Command {
+        what: "a reload".into(),
+        why: "never came".into(),
+    };
+    let (mut running, marks_of) = marks(&mut home.dev(project))?;
+    marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+    // Until its watch is set up, and has had a look.
+    edit(rounds)?;
+    marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+    for round in 0..rounds {
+        interrupt.check()?;
+        // What editors and people take between two saves, and then some.
+        thread::sleep(Duration::from_millis(300));
+        let begin = Instant::now();
+        edit(round)?;
+        let end = marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+        samples[0].0.push(end - begin);
+    }
+    stop(&mut running)?;
+    let mut bare = Command::new("/bin/sh");
+    bare.args(["-ec", script]).current_dir(project);
+    let (mut running, mut marks_of) = marks(&mut bare)?;
+    for round in 0..rounds {
+        marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+        let begin = Instant::now();
+        edit(round)?;
+        drop(running);
+        (running, marks_of) = marks(&mut bare)?;
+        let end = marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+        samples[1].0.push(end - begin);
+        drop(running);
+        (running, marks_of) = marks(&mut bare)?;
+    }
+    Ok(samples)
+}
+
+fn reloads(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+    let rounds = support::option("--rounds", 15);
+    let script = format!("{START}; exec sleep 1000");
+    let mut rows = Vec::new();
+    for (files, bound) in RELOADS {
+        let project = sources(scratch, "edited", files, &script)?;
+        let [ours, bare] = reload(home, &project, &script, rounds, interrupt)?;
+        rows.push(vec![format!("{files} files"), ours.show(), bare.show()]);
+        bounds.at_most(
+            &format!("edit of one of {files} files to the next run"),
+            ours.median(),
+            bound,
+            " ms",
+        );
+    }
+    let head = [
+        "a file edited under a worker, until the next run; ms, median (min–max)",
+        "iii worker dev",
+        "sh, killed and run again at once",
+    ];
+    support::table(&head, &rows);
+    Ok(())
+}
+
+/// Ends the tool as Ctrl-C does.
+fn stop(running: &mut Running) -> Result<()> {
+    let tool = Pid::from_child(&running.0);
+    kill_process(tool, Signal::INT)
+        .map_err(|error| failed("stopping", Path::new("iii"))(error.into()))?;
+    running
+        .0
+        .wait()
+        .map_err(failed("waiting for", Path::new("iii")))?;
     Ok(())
 }
 
@@ -387,14 +499,7 @@ fn memory(scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<
     );
     bounds.at_most("resident memory", resident, MAX_RESIDENT_MIB, " MiB");
     bounds.count("open descriptors", descriptors, MAX_DESCRIPTORS);
-    let tool = Pid::from_child(&running.0);
-    kill_process(tool, Signal::INT)
-        .map_err(|error| failed("stopping", Path::new("iii"))(error.into()))?;
-    running
-        .0
-        .wait()
-        .map_err(failed("waiting for", Path::new("iii")))?;
-    Ok(())
+    stop(&mut running)
 }
 
 fn bench() -> Result<bool> {
@@ -409,6 +514,7 @@ fn bench() -> Result<bool> {
     support::print_machine();
     restarts(&home, &base, scratch.path(), &interrupt, &mut bounds)?;
     edit(&home, scratch.path(), &interrupt, &mut bounds)?;
+    reloads(&home, scratch.path(), &interrupt, &mut bounds)?;
     share(&home, scratch.path(), &mut bounds)?;
     memory(scratch.path(), &interrupt, &mut bounds)?;
     Ok(bounds.print())

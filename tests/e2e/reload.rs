@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
+use std::process::Command;
 
 use rustix::process::Signal;
+use tempfile::TempDir;
 
 use crate::engine::holds_within;
-use crate::harness::{Home, LIMIT, Project, Running};
+use crate::harness::{Home, LIMIT, Project, Running, is_root, skip};
 
 /// Says what it sees, how often it was started, and on which mount.
 const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); exec sleep 1000";
@@ -286,4 +288,45 @@ fn nothing_is_followed_that_is_not_to_be() {
     dev.signal(Signal::KILL);
     dev.finish(LIMIT);
     home.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_watched_is_said() {
+    let few = "echo 1 >/proc/sys/user/max_inotify_watches && exec \"$@\"";
+    let program = [
+        "unshare",
+        "-U",
+        "--map-root-user",
+        "sh",
+        "-c",
+        few,
+        "sh",
+        env!("CARGO_BIN_EXE_iii"),
+    ];
+    let tried = Command::new(program[0])
+        .args(&program[1..])
+        .arg("--version")
+        .output();
+    if !is_root() || !tried.is_ok_and(|tried| tried.status.success()) {
+        skip("few watches", "there is no user namespace to have few in");
+        return;
+    }
+    let home = Home::through(
+        TempDir::with_prefix("home-").unwrap(),
+        program.map(PathBuf::from).to_vec(),
+    );
+    home.import_busybox();
+    let project = project("true", LOOK);
+    project.write("src/file.txt", "");
+    let mut dev = home.dev(&project, &[]);
+    dev.wait_for_each(&[
+        "run 1: main 1",
+        "changes of the project do not reload the worker: watching",
+    ]);
+    let ended = dev.stop();
+    assert!(
+        ended.stderr.contains("sysctl fs.inotify.max_user_watches"),
+        "{}",
+        ended.stderr
+    );
 }
