@@ -75,11 +75,20 @@ pub enum SandboxError {
     /// The process of a microVM could not run it.
     #[error("the microVM cannot run")]
     Machine(#[from] RemoteError),
-    /// A microVM's kernel or init said nothing.
-    #[error("the microVM's init did not start within {} s{}", limit.as_secs(), quoted(console))]
+    /// The connections of a microVM's guest cannot be made.
+    #[error("sandbox: cannot look after the microVM's connections")]
+    Watch(#[source] io::Error),
+    /// A microVM's init said nothing before its time was up or its process ended.
+    #[error(
+        "the microVM's init did not start{}{}",
+        status.map_or_else(|| format!(" within {} s", limit.as_secs()), |status| format!(" ({status})")),
+        quoted(console)
+    )]
     Boot {
         /// How long it had.
         limit: Duration,
+        /// How its process ended, if it did.
+        status: Option<ExitStatus>,
         /// The last lines of its console.
         console: Vec<String>,
     },
@@ -180,8 +189,16 @@ impl SandboxError {
 
     /// What to do about it, where that is known.
     pub fn hint(&self) -> Option<String> {
-        let Self::SetUp { step, source, .. } = self else {
-            return None;
+        let (step, source) = match self {
+            Self::SetUp { step, source, .. } => (step, source),
+            Self::Watch(_) => {
+                return Some(
+                    "pidfd_getfd is refused, as in most containers; run outside of it, or give the container \
+                     --cap-add SYS_PTRACE"
+                        .into(),
+                );
+            }
+            _ => return None,
         };
         let errno = source.raw_os_error()?;
         let sysctl = |name: &str| {

@@ -49,7 +49,6 @@ mod init;
 #[cfg(feature = "libkrun")]
 mod krun;
 mod namespace;
-#[cfg(feature = "libkrun")]
 pub mod reach;
 mod root;
 mod running;
@@ -61,6 +60,8 @@ pub use host::{CA_BUNDLE, HostSettings};
 pub use iii_init::failure::Step;
 pub use iii_init::message::{Command, Size};
 pub use init::maybe_run_init;
+#[cfg(all(feature = "libkrun", target_os = "linux"))]
+pub use krun::has_landlock;
 #[cfg(feature = "libkrun")]
 pub use krun::{BOOT_LIMIT, Machine, maybe_run as maybe_run_vm};
 pub use namespace::{NamespaceSupport, probe};

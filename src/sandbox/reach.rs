@@ -1,306 +1,167 @@
-//! What of the network a process that acts for a guest may reach.
+//! What of the network a guest may reach.
 //!
-//! A microVM has no network of its own: its connections are made by the process that runs it, on the host. So `localhost` of the
-//! guest would be the host's, with every service that trusts whoever reaches it there. A filter (seccomp) has the kernel
-//! ask the tool before that process connects, sends to an address, or binds one; the tool looks at the address:
+//! A microVM has no network of its own: its connections are made by the process that runs it, on the host. So `localhost` of
+//! the guest would be the host's, with every service that trusts whoever reaches it there.
 //!
-//! - outside, everything may be reached;
-//! - of this machine's own loopback, the ports that are allowed, which are the engine's, and the name servers that the host uses;
-//! - what listens does so on the loopback: a port that a worker opens is there for its developer, and for nobody else.
-//!
-//! The guest does not see the memory in which the address lies, so it cannot change it after it was looked at; a process that the
-//! guest has taken over could. This is a policy for guests, not the confinement of that process.
+//! - Outside, everything may be reached. That includes this machine's other addresses, and with them what listens on all of
+//!   them, as whoever shares a network with it reaches that.
+//! - Of the loopback, the ports that are allowed, the engine's, the name servers that the host uses, and its proxies.
+//!   The guest's kernel keeps datagrams for its own `localhost` to itself, so that a name server there has another address inside.
+//! - What listens does so on the loopback: a port that a worker opens is there for its developer, and for nobody else.
 
-use std::io;
-use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use super::HostSettings;
 
-/// Longest address that is looked at: that of a Unix socket is the longest there is.
-const MAX_ADDRESS: usize = size_of::<libc::sockaddr_un>();
+const DNS: u16 = 53;
+/// The first address, inside, of a name server on the host's loopback. Both are of blocks that nobody has (RFC 5737, RFC 3849).
+const NAME_SERVERS: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(192, 0, 2, 53),
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 53),
+);
+/// Most name servers that are looked at; a libc takes three.
+const MAX_NAME_SERVERS: usize = 8;
 
 /// What may be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reach {
     /// Ports of the loopback.
     pub ports: Vec<u16>,
-    /// Name servers of the host, which may be on the loopback.
-    pub resolvers: Vec<IpAddr>,
     /// The whole loopback.
     pub loopback: bool,
+    /// Name servers on the loopback, by their addresses inside.
+    name_servers: Vec<(IpAddr, IpAddr)>,
 }
 
-const DNS: u16 = 53;
-
 impl Reach {
-    /// Whether this address may be connected or sent to.
-    pub fn allows(&self, address: &SocketAddr) -> bool {
-        let ip = address.ip().to_canonical();
-        // The unspecified address is the loopback for whoever connects to it.
-        if self.loopback || !(ip.is_loopback() || ip.is_unspecified()) {
-            return true;
+    /// The ports of the loopback, or all of it.
+    pub fn of_loopback(ports: impl IntoIterator<Item = u16>, all: bool) -> Self {
+        Self {
+            ports: ports.into_iter().collect(),
+            loopback: all,
+            name_servers: Vec::new(),
         }
-        self.ports.contains(&address.port())
-            || address.port() == DNS && self.resolvers.iter().any(|one| one.to_canonical() == ip)
+    }
+
+    /// Adds what the host's own settings lead to: name servers and proxies on its loopback.
+    #[must_use]
+    pub fn with_settings_of(mut self, host: &HostSettings) -> Self {
+        let lines = host.resolv_conf.iter().flat_map(|text| text.lines());
+        let servers = lines.filter_map(name_server).take(MAX_NAME_SERVERS);
+        for (number, server) in (0..).zip(servers.filter(|server| is_local(*server))) {
+            let inside = match server {
+                IpAddr::V4(_) => Ipv4Addr::from_bits(NAME_SERVERS.0.to_bits() + number).into(),
+                IpAddr::V6(_) => {
+                    Ipv6Addr::from_bits(NAME_SERVERS.1.to_bits() + u128::from(number)).into()
+                }
+            };
+            self.name_servers.push((inside, server));
+        }
+        for (name, value) in &host.proxies {
+            if !name.eq_ignore_ascii_case("no_proxy")
+                && let Some((server, port)) = authority(value)
+            {
+                self = self.with_server(server, port, host);
+            }
+        }
+        self
+    }
+
+    /// Adds the port of a server, if it is on the loopback.
+    #[must_use]
+    pub fn with_server(mut self, server: &str, port: u16, host: &HostSettings) -> Self {
+        if is_here(server, host) {
+            self.ports.push(port);
+        }
+        self
+    }
+
+    /// The host's `resolv.conf` as the guest is to see it.
+    pub fn resolv_conf(&self, of_host: &str) -> String {
+        let line = |line: &str| {
+            let server = name_server(line);
+            let mut known = self.name_servers.iter();
+            match known.find(|(_, outside)| Some(*outside) == server) {
+                Some((inside, _)) => format!("nameserver {inside}\n"),
+                None => format!("{line}\n"),
+            }
+        };
+        of_host.lines().map(line).collect()
+    }
+
+    /// Where a connection, or a datagram, to this address goes; `None` if nowhere.
+    pub fn target(&self, address: SocketAddr) -> Option<SocketAddr> {
+        let mut known = self.name_servers.iter();
+        if let Some((_, outside)) = known.find(|(inside, _)| *inside == address.ip()) {
+            return (address.port() == DNS).then_some((*outside, DNS).into());
+        }
+        let is_open =
+            self.loopback || !is_local(address.ip()) || self.ports.contains(&address.port());
+        is_open.then_some(address)
     }
 }
 
+/// Whether this is the loopback, which is what the unspecified address is for whoever connects to it.
+fn is_local(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    ip.is_loopback() || ip.is_unspecified()
+}
+
 /// The same address on the loopback, where it is that of every interface.
-fn narrowed(address: SocketAddr) -> SocketAddr {
+pub fn narrowed(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => (Ipv4Addr::LOCALHOST, v4.port()).into(),
         SocketAddr::V6(v6) if v6.ip().is_unspecified() => (Ipv6Addr::LOCALHOST, v6.port()).into(),
+        SocketAddr::V6(v6) if v6.ip().to_canonical().is_unspecified() => {
+            (Ipv4Addr::LOCALHOST.to_ipv6_mapped(), v6.port()).into()
+        }
         other => other,
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-const ARCH: u32 = 0xc000_003e;
-#[cfg(target_arch = "aarch64")]
-const ARCH: u32 = 0xc000_00b7;
-/// Numbers of system calls from here on are those of another interface, x32.
-#[cfg(target_arch = "x86_64")]
-const FOREIGN: u32 = 0x4000_0000;
-#[cfg(target_arch = "aarch64")]
-const FOREIGN: u32 = u32::MAX;
-
-/// Puts the filter on this thread and those that it starts from now on, for good. Returns what [`supervise`] answers on: until
-/// somebody does, calls that are asked about wait.
-pub fn install() -> io::Result<OwnedFd> {
-    use libc::{
-        BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
-        SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_USER_NOTIF,
-    };
-    let load = |offset: usize| (BPF_LD | BPF_W | BPF_ABS, 0, 0, offset as u32);
-    let is = |value: u32, yes: u8, no: u8| (BPF_JMP | BPF_JEQ | BPF_K, yes, no, value);
-    let is_from = |value: u32, yes: u8, no: u8| (BPF_JMP | BPF_JGE | BPF_K, yes, no, value);
-    let answer = |value: u32| (BPF_RET | BPF_K, 0, 0, value);
-    let data = |field: usize| load(field);
-    // The fifth argument of sendto, an address of 8 bytes.
-    let to = mem::offset_of!(libc::seccomp_data, args) + 4 * size_of::<u64>();
-    let program = [
-        data(mem::offset_of!(libc::seccomp_data, arch)),
-        is(ARCH, 1, 0),
-        answer(SECCOMP_RET_KILL_PROCESS),
-        data(mem::offset_of!(libc::seccomp_data, nr)),
-        is_from(FOREIGN, 0, 1),
-        answer(SECCOMP_RET_KILL_PROCESS),
-        is(libc::SYS_connect as u32, 7, 0),
-        is(libc::SYS_bind as u32, 6, 0),
-        is(libc::SYS_sendto as u32, 0, 4),
-        // Most of what is sent goes where the socket is connected to.
-        data(to),
-        is(0, 0, 3),
-        data(to + 4),
-        is(0, 0, 1),
-        answer(SECCOMP_RET_ALLOW),
-        answer(SECCOMP_RET_USER_NOTIF),
-    ];
-    let program = program.map(|(code, jt, jf, k)| libc::sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    });
-    let filter = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_ptr().cast_mut(),
-    };
-    rustix::thread::set_no_new_privs(true)?;
-    // SAFETY: the program is as long as said and outlives the call, which copies it; what comes back is a new descriptor.
-    unsafe {
-        let fd = libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            &raw const filter,
-        );
-        match RawFd::try_from(fd) {
-            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
+/// The address in a line of `resolv.conf`. Without its scope: no loopback address has one.
+fn name_server(line: &str) -> Option<IpAddr> {
+    let mut words = line.split_ascii_whitespace();
+    (words.next()? == "nameserver").then(|| words.next()?.parse().ok())?
 }
 
-/// Answers for the process `pid` until nothing is left that has the filter.
-pub fn supervise(listener: &OwnedFd, pid: Pid, reach: &Reach) -> io::Result<()> {
-    let process = pidfd_open(pid, PidfdFlags::empty())?;
-    loop {
-        let mut fds = [PollFd::new(listener, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other?,
-        };
-        let events = fds.map(|fd| fd.revents());
-        if !events.iter().any(|events| events.contains(PollFlags::IN)) {
-            return Ok(());
-        }
-        // SAFETY: an all-zero notification is what the kernel wants to be given.
-        let mut asked: libc::seccomp_notif = unsafe { mem::zeroed() };
-        match control(listener, libc::SECCOMP_IOCTL_NOTIF_RECV, &mut asked) {
-            // Who asked is gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            other => other?,
-        }
-        let verdict = judge(listener, &process, reach, &asked);
-        let (error, flags) = match verdict {
-            Ok(Verdict::GoOn) => (0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
-            Ok(Verdict::Done) => (0, 0),
-            Err(error) => (-error.raw_os_error().unwrap_or(libc::EPERM), 0),
-        };
-        let mut reply = libc::seccomp_notif_resp {
-            id: asked.id,
-            val: 0,
-            error,
-            flags,
-        };
-        match control(listener, libc::SECCOMP_IOCTL_NOTIF_SEND, &mut reply) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => other?,
-        }
-    }
+/// Host and port of `http://user:password@host:port/`, of which host and port have to be there.
+fn authority(url: &str) -> Option<(&str, u16)> {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let rest = rest.split(['/', '?', '#']).next()?;
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let (host, port) = rest.rsplit_once(':')?;
+    let host = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
+    Some((host, port.parse().ok()?))
 }
 
-enum Verdict {
-    /// The call is made.
-    GoOn,
-    /// It was made in its stead.
-    Done,
-}
-
-/// What becomes of a call; an error is what it fails with.
-fn judge(
-    listener: &OwnedFd,
-    process: &OwnedFd,
-    reach: &Reach,
-    asked: &libc::seccomp_notif,
-) -> io::Result<Verdict> {
-    let [fd, second, third, _, fifth, sixth] = asked.data.args;
-    let call = i64::from(asked.data.nr);
-    let (at, len) = if call == libc::SYS_sendto {
-        (fifth, sixth)
-    } else {
-        (second, third)
-    };
-    let mut bytes = [0; MAX_ADDRESS];
-    let len = usize::try_from(len).unwrap_or(usize::MAX).min(MAX_ADDRESS);
-    let bytes = bytes.get_mut(..len).unwrap_or_default();
-    read_memory(asked.pid, at, bytes)?;
-    // The thread that had this number may be gone, and what was read be somebody else's.
-    let mut id = asked.id;
-    control(listener, libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &mut id)?;
-    let family = bytes
-        .first_chunk()
-        .map(|family| i32::from(u16::from_ne_bytes(*family)));
-    let address = match family {
-        Some(libc::AF_INET | libc::AF_INET6) => {
-            internet(bytes).ok_or(io::ErrorKind::InvalidInput)?
-        }
-        // Dissolves a connection, which reaches nobody.
-        Some(libc::AF_UNSPEC) if call == libc::SYS_connect => return Ok(Verdict::GoOn),
-        // Sockets of the host, as docker's, and whatever else there is.
-        _ => return Err(io::Error::from_raw_os_error(libc::EACCES)),
-    };
-    if call != libc::SYS_bind {
-        return if reach.allows(&address) {
-            Ok(Verdict::GoOn)
-        } else {
-            Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
-        };
+/// Whether a host's name or address is one of this machine's loopback, as far as that is known without asking a name server.
+fn is_here(server: &str, host: &HostSettings) -> bool {
+    if let Ok(ip) = server.parse() {
+        return is_local(ip);
     }
-    let narrow = narrowed(address);
-    // Port 0 is a socket that is about to send; what it may reach is asked when it does.
-    if narrow == address || address.port() == 0 {
-        return Ok(Verdict::GoOn);
+    if server.eq_ignore_ascii_case("localhost") {
+        return true;
     }
-    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    let socket = pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?;
-    rustix::net::bind(&socket, &narrow)?;
-    Ok(Verdict::Done)
-}
-
-/// The address in the bytes of a `sockaddr_in` or `sockaddr_in6`.
-fn internet(bytes: &[u8]) -> Option<SocketAddr> {
-    let (_, rest) = bytes.split_first_chunk::<2>()?;
-    let (port, rest) = rest.split_first_chunk()?;
-    let port = u16::from_be_bytes(*port);
-    if bytes.len() >= size_of::<libc::sockaddr_in6>() {
-        let (flow, rest) = rest.split_first_chunk()?;
-        let (ip, rest) = rest.split_first_chunk::<16>()?;
-        let scope = rest.first_chunk()?;
-        let (flow, scope) = (u32::from_be_bytes(*flow), u32::from_ne_bytes(*scope));
-        if bytes.first_chunk() == Some(&(libc::AF_INET6 as u16).to_ne_bytes()) {
-            return Some(SocketAddrV6::new((*ip).into(), port, flow, scope).into());
-        }
-    }
-    let ip = rest.first_chunk::<4>()?;
-    let is_v4 = bytes.first_chunk() == Some(&(libc::AF_INET as u16).to_ne_bytes());
-    is_v4.then(|| SocketAddrV4::new((*ip).into(), port).into())
-}
-
-fn read_memory(thread: u32, at: u64, into: &mut [u8]) -> io::Result<()> {
-    let local = libc::iovec {
-        iov_base: into.as_mut_ptr().cast(),
-        iov_len: into.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: at as *mut libc::c_void,
-        iov_len: into.len(),
-    };
-    // SAFETY: the local piece is ours to write to; the remote one is only read, by the kernel, which checks it.
-    let read = unsafe {
-        libc::process_vm_readv(
-            thread as libc::pid_t,
-            &raw const local,
-            1,
-            &raw const remote,
-            1,
-            0,
-        )
-    };
-    match usize::try_from(read) {
-        Ok(read) if read == into.len() => Ok(()),
-        Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
-}
-
-/// One of the requests of seccomp's listeners, with what it takes or gives.
-fn control<T>(listener: impl AsFd, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: each request is called with the structure that it is defined for.
-    let result = unsafe {
-        libc::ioctl(
-            listener.as_fd().as_raw_fd(),
-            request,
-            std::ptr::from_mut(argument),
-        )
-    };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    let mut lines = host.hosts.iter().flat_map(|text| text.lines());
+    lines.any(|line| {
+        let line = line.split('#').next().unwrap_or_default();
+        let mut words = line.split_ascii_whitespace();
+        let ip = words.next().and_then(|ip| ip.parse().ok());
+        ip.is_some_and(is_local) && words.any(|name| name.eq_ignore_ascii_case(server))
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read as _, Write as _};
-    use std::net::{TcpListener, TcpStream, UdpSocket};
-    use std::os::unix::net::UnixStream;
-    use std::sync::mpsc;
-    use std::thread;
-
     use super::*;
 
     #[test]
     fn the_loopback_is_closed_but_for_what_is_allowed() {
-        let reach = Reach {
-            ports: vec![49134],
-            resolvers: vec!["127.0.0.53".parse().unwrap()],
-            loopback: false,
-        };
+        let reach = Reach::of_loopback([49134], false);
         for (address, allowed) in [
             ("93.184.216.34:443", true),
             ("[2606:2800::1]:443", true),
@@ -313,105 +174,68 @@ mod tests {
             ("0.0.0.0:5432", false),
             ("[::]:5432", false),
             ("[::ffff:127.0.0.1]:5432", false),
-            ("[::ffff:127.0.0.53]:53", true),
-            ("127.0.0.53:53", true),
-            ("127.0.0.54:53", false),
-            ("127.0.0.53:80", false),
+            ("[::ffff:0.0.0.0]:5432", false),
+            ("127.0.0.53:53", false),
         ] {
-            assert_eq!(
-                reach.allows(&address.parse().unwrap()),
-                allowed,
-                "{address}"
-            );
+            let to = address.parse().unwrap();
+            assert_eq!(reach.target(to), allowed.then_some(to), "{address}");
         }
-        let all = Reach {
-            loopback: true,
-            ..reach
-        };
-        assert!(all.allows(&"127.0.0.1:5432".parse().unwrap()));
+        let all = Reach::of_loopback([], true);
+        let postgres = "127.0.0.1:5432".parse().unwrap();
+        assert_eq!(all.target(postgres), Some(postgres));
     }
 
     #[test]
-    fn addresses_are_parsed_and_nothing_else() {
-        let address =
-            |family: i32, rest: &[u8]| [&(family as u16).to_ne_bytes()[..], rest].concat();
-        let v4 = address(libc::AF_INET, &[0, 80, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(internet(&v4), Some("1.2.3.4:80".parse().unwrap()));
-        let v6 = [&[1, 187, 0, 0, 0, 0][..], &[0; 15], &[1], &[0; 4]].concat();
-        let v6 = address(libc::AF_INET6, &v6);
-        assert_eq!(internet(&v6), Some("[::1]:443".parse().unwrap()));
-        for short in [&v4[..7], &v6[..27], &v6[..1], &[]] {
-            assert_eq!(internet(short), None, "{short:?}");
+    fn what_the_host_uses_may_be_reached() {
+        let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let host = HostSettings {
+            resolv_conf: Some(
+                "# nameserver ::1\nsearch corp\nnameserver 9.9.9.9\nnameserver 127.0.0.53\nnameserver ::1\n"
+                    .into(),
+            ),
+            hosts: Some("127.0.0.1 localhost\n127.0.1.1 Box.corp box # not: other\n".into()),
+            proxies: vec![
+                variable("http_proxy", "http://me:it@LOCALHOST:3128/"),
+                variable("HTTPS_PROXY", "[::1]:3129"),
+                variable("ALL_PROXY", "socks5h://box:1080"),
+                variable("all_proxy", "http://other:1081"),
+                variable("https_proxy", "http://127.0.0.1"),
+                variable("NO_PROXY", "localhost:1"),
+            ],
+            ..HostSettings::default()
+        };
+        let reach = Reach::default()
+            .with_settings_of(&host)
+            .with_server("127.0.0.1", 49134, &host)
+            .with_server("engine.example", 49135, &host)
+            .with_server("10.1.2.3", 49136, &host);
+        assert_eq!(reach.ports, [3128, 3129, 1080, 49134]);
+        assert_eq!(
+            reach.resolv_conf(host.resolv_conf.as_deref().unwrap()),
+            "# nameserver ::1\nsearch corp\nnameserver 9.9.9.9\nnameserver 192.0.2.53\nnameserver 2001:db8::36\n"
+        );
+        for (address, target) in [
+            ("192.0.2.53:53", Some("127.0.0.53:53")),
+            ("[2001:db8::36]:53", Some("[::1]:53")),
+            ("192.0.2.53:80", None),
+            ("192.0.2.54:53", Some("192.0.2.54:53")),
+        ] {
+            let target = target.map(|target| target.parse().unwrap());
+            assert_eq!(reach.target(address.parse().unwrap()), target);
         }
     }
 
-    /// Runs `act` under the filter, in a thread of its own.
-    fn confined<T: Send + 'static>(
-        reach: &Reach,
-        act: impl FnOnce() -> T + Send + 'static,
-    ) -> Option<T> {
-        let (sender, receiver) = mpsc::channel();
-        let acting = thread::spawn(move || {
-            let listener = match install() {
-                Ok(listener) => listener,
-                Err(error) => {
-                    eprintln!("SKIPPED: what a guest's connections may reach: seccomp: {error}");
-                    return None;
-                }
-            };
-            sender.send(listener).unwrap();
-            Some(act())
-        });
-        if let Ok(listener) = receiver.recv() {
-            supervise(&listener, rustix::process::getpid(), reach).unwrap();
+    #[test]
+    fn what_would_listen_everywhere_listens_on_the_loopback() {
+        for (address, narrow) in [
+            ("0.0.0.0:80", "127.0.0.1:80"),
+            ("[::]:80", "[::1]:80"),
+            ("[::ffff:0.0.0.0]:80", "[::ffff:127.0.0.1]:80"),
+            ("127.0.0.2:80", "127.0.0.2:80"),
+            ("10.0.0.1:80", "10.0.0.1:80"),
+        ] {
+            let (address, narrow) = (address.parse().unwrap(), narrow.parse().unwrap());
+            assert_eq!(narrowed(address), narrow);
         }
-        acting.join().unwrap()
-    }
-
-    #[test]
-    fn a_confined_process_reaches_what_it_may() {
-        let engine = TcpListener::bind("127.0.0.1:0").unwrap();
-        let secret = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (open, closed) = (engine.local_addr().unwrap(), secret.local_addr().unwrap());
-        let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let udp = datagrams.local_addr().unwrap();
-        let reach = Reach {
-            ports: vec![open.port()],
-            ..Reach::default()
-        };
-        let Some(kinds) = confined(&reach, move || {
-            let mut stream = TcpStream::connect(open).unwrap();
-            // What is sent on it is nobody's business.
-            stream.write_all(b"hello").unwrap();
-            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            [
-                TcpStream::connect(closed).unwrap_err().kind(),
-                socket.send_to(b"x", udp).unwrap_err().kind(),
-                UnixStream::connect("/run/nobody.sock").unwrap_err().kind(),
-            ]
-        }) else {
-            return;
-        };
-        let refused = io::ErrorKind::ConnectionRefused;
-        assert_eq!(kinds, [refused, refused, io::ErrorKind::PermissionDenied]);
-        let mut text = String::new();
-        let (mut stream, _) = engine.accept().unwrap();
-        stream.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "hello");
-    }
-
-    #[test]
-    fn what_listens_does_so_on_the_loopback() {
-        let Some(address) = confined(&Reach::default(), || {
-            // A port that is free a moment later as well, most likely.
-            let free = TcpListener::bind("127.0.0.1:0").unwrap();
-            let port = free.local_addr().unwrap().port();
-            drop(free);
-            let wide = TcpListener::bind(("0.0.0.0", port)).unwrap();
-            (wide.local_addr().unwrap(), port)
-        }) else {
-            return;
-        };
-        assert_eq!(address.0, (Ipv4Addr::LOCALHOST, address.1).into());
     }
 }

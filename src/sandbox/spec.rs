@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use iii_init::message::Command;
 
+use super::reach::Reach;
 use super::{HostSettings, SandboxError};
 
 /// Linux's bound on a host name.
@@ -34,6 +35,9 @@ pub struct SandboxSpec {
     pub stdio: Stdio,
     /// What of the host's network identity is visible inside.
     pub host: HostSettings,
+    /// What of the host's loopback a microVM may reach, besides its name servers and proxies. In namespaces, which share the
+    /// host's network, everything.
+    pub reach: Reach,
     /// The program whose `main` calls [`maybe_run_init`](super::maybe_run_init).
     pub init: PathBuf,
 }
@@ -52,6 +56,7 @@ impl SandboxSpec {
             mounts: Vec::new(),
             stdio: Stdio::Inherit,
             host: HostSettings::detect(),
+            reach: Reach::default(),
             init: "/proc/self/exe".into(),
         }
     }

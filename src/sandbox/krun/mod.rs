@@ -4,6 +4,8 @@
 //! tool                        vm process (tool's own binary)         guest
 //!  spawn self, socket = fd 0 ->
 //!  VmPlan                    ->
+//!                              confine itself
+//!                             <- Confined + fd
 //!                              open the store and the overlay
 //!                              enter the VM                       ->  kernel, init
 //!                             <- Stream(Control) + fd             <-  Hello(Control)
@@ -19,8 +21,17 @@
 //! The process of the VM serves the guest's filesystem and holds its memory; the tool supervises and never touches either. What
 //! the guest sends to the tool are framed messages and the bytes that its commands print. When the tool goes, the socket
 //! closes, and the process goes with the VM in it.
+//!
+//! On Linux, that process gives up all that it does not need before it opens a layer (`confine`, `filter`), and its connections are
+//! made by the tool (`watch`), where [`Reach`] allows them.
 
+#[cfg(target_os = "linux")]
+mod confine;
+#[cfg(target_os = "linux")]
+mod filter;
 mod vm;
+#[cfg(target_os = "linux")]
+mod watch;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -42,14 +53,21 @@ use iii_init::vm::{FromGuest, Hello, Start, ToGuest, Volume};
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{MAX_FACTS, OverlayOptions};
 use iii_store::{Fact, LayerId};
+#[cfg(target_os = "linux")]
+use rustix::process::Pid;
 use rustix::process::Signal;
 
 use super::commands::{Commands, News};
+use super::reach::Reach;
 use super::{SandboxError, SandboxSpec, Stdio};
 use crate::tail::Tail;
 
+#[cfg(target_os = "linux")]
+pub use confine::has_landlock;
 pub use vm::maybe_run;
 use vm::{FromVm, ToVm, VmPlan, VmVolume};
+#[cfg(target_os = "linux")]
+use watch::Watch;
 
 /// How long a guest has from the start of its process until its init speaks. With hardware that is a fraction of a second; this is for
 /// machines that emulate it.
@@ -105,6 +123,8 @@ pub(super) struct Vm {
     /// Closed by the tool's end, with which the VM's process ends.
     control: Arc<OwnedFd>,
     console: PathBuf,
+    /// What the guest may reach, until its process has asked for it.
+    reach: Option<Reach>,
     events: Receiver<Event>,
     sender: Sender<Event>,
     guest: Arc<Mutex<Option<UnixStream>>>,
@@ -115,6 +135,8 @@ pub(super) struct Vm {
     draining: usize,
     /// The main command's wait status, once it has ended.
     exited: Option<i32>,
+    /// Whether the guest's init has spoken.
+    is_ready: bool,
     facts: Option<Vec<Fact>>,
     end_by: Option<Instant>,
     gone: bool,
@@ -137,13 +159,14 @@ impl Vm {
             host: mount.host.clone(),
         });
         let plan = VmPlan::new(machine, volumes.collect());
-        let mut start = start(spec, &plan);
-        let mut vm = Self::spawn(&spec.init, plan, &machine.console)?;
+        let reach = spec.reach.clone().with_settings_of(&spec.host);
+        let mut start = start(spec, &plan, &reach);
+        let mut vm = Self::spawn(&spec.init, plan, &machine.console, reach)?;
         let deadline = Instant::now() + BOOT_LIMIT;
-        while !matches!(
-            vm.next_of_start(deadline)?,
-            Some(Event::Guest(FromGuest::Ready))
-        ) {}
+        while !vm.is_ready {
+            let event = vm.next_of_start(deadline)?;
+            vm.is_ready = matches!(event, Some(Event::Guest(FromGuest::Ready)));
+        }
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         start.now = now.unwrap_or_default();
         vm.send(&ToGuest::Start(Box::new(start)))?;
@@ -218,7 +241,12 @@ impl Vm {
         self.facts.take()
     }
 
-    fn spawn(program: &Path, plan: VmPlan, console: &Path) -> Result<Self, SandboxError> {
+    fn spawn(
+        program: &Path,
+        plan: VmPlan,
+        console: &Path,
+        reach: Reach,
+    ) -> Result<Self, SandboxError> {
         let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
         let child = Command::new(program)
             .arg(vm::MARKER)
@@ -235,6 +263,7 @@ impl Vm {
             child,
             control: Arc::new(ours),
             console: console.to_owned(),
+            reach: Some(reach),
             events,
             sender,
             guest: Arc::default(),
@@ -242,6 +271,7 @@ impl Vm {
             streams: HashMap::new(),
             draining: 0,
             exited: None,
+            is_ready: false,
             facts: None,
             end_by: None,
             gone: false,
@@ -270,16 +300,37 @@ impl Vm {
                 Err(failure.into())
             }
             Ok(Some(Event::VmGone)) => Err(self.ended()),
+            #[cfg(target_os = "linux")]
+            Ok(Some(Event::Vm(FromVm::Confined, fds))) => {
+                self.watch(fds)?;
+                Ok(None)
+            }
             Ok(event) => Ok(event),
             Err(RecvTimeoutError::Timeout) => {
                 self.kill();
                 Err(SandboxError::Boot {
                     limit: BOOT_LIMIT,
+                    status: None,
                     console: self.console_tail(),
                 })
             }
             Err(RecvTimeoutError::Disconnected) => Err(SandboxError::Killed),
         }
+    }
+
+    /// Has a thread make the connections of the guest, which ends with its process.
+    #[cfg(target_os = "linux")]
+    fn watch(&mut self, mut fds: Vec<OwnedFd>) -> Result<(), SandboxError> {
+        let (Some(listener), Some(reach)) = (fds.pop(), self.reach.take()) else {
+            return Ok(());
+        };
+        let pid = Pid::from_child(&self.child);
+        let watch = Watch::new(listener, pid).map_err(SandboxError::Watch)?;
+        spawn_thread("network", move || {
+            // Where it fails, the guest has no network any more.
+            let _ = watch.answer(&reach);
+        })
+        .map(drop)
     }
 
     /// The next event, within what is left until `deadline` and the end that was set. `None` for what needs nothing more.
@@ -434,6 +485,11 @@ impl Vm {
     /// Why the VM's process is gone while something was expected of it.
     fn ended(&mut self) -> SandboxError {
         match self.child.wait() {
+            Ok(status) if !self.is_ready => SandboxError::Boot {
+                limit: BOOT_LIMIT,
+                status: Some(status),
+                console: self.console_tail(),
+            },
             Ok(status) => SandboxError::MachineEnded {
                 status,
                 console: self.console_tail(),
@@ -513,12 +569,17 @@ fn spawn_thread(
 }
 
 /// What the guest is told first, but for the time.
-fn start(spec: &SandboxSpec, plan: &VmPlan) -> Start {
+fn start(spec: &SandboxSpec, plan: &VmPlan, reach: &Reach) -> Start {
     let hostname = spec.hostname();
+    let mut host = spec.host.clone();
+    // Elsewhere the connections are not made by this process, which knows where such a name server is.
+    if cfg!(target_os = "linux") {
+        host.resolv_conf = host.resolv_conf.map(|text| reach.resolv_conf(&text));
+    }
     let volumes = spec.mounts.iter().zip(&plan.volumes);
     Start {
         now: Duration::ZERO,
-        files: spec.host.files(&hostname),
+        files: host.files(&hostname),
         hostname,
         volumes: volumes
             .map(|(mount, volume)| Volume {

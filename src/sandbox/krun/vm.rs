@@ -20,9 +20,13 @@ use msb_krun::{
     VsockStreamBackend,
 };
 use rustix::process::setsid;
+#[cfg(target_os = "linux")]
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::Machine;
+#[cfg(target_os = "linux")]
+use super::confine;
 use crate::sandbox::RemoteError;
 use crate::sandbox::init::take_control_socket;
 
@@ -102,6 +106,9 @@ pub(super) enum FromVm {
     Stream([u8; Hello::LEN]),
     /// The guest has gone off, and this is what the overlay has observed.
     Facts(Vec<Fact>),
+    /// The process is confined, and asks what its guest may reach. With the end that is to be answered on, before anything is
+    /// asked.
+    Confined,
     /// There will be no VM.
     Failed(RemoteError),
 }
@@ -115,6 +122,9 @@ enum VmError {
     Compose(#[from] OpenError),
     #[error("libkrun cannot run the microVM")]
     Krun(#[source] msb_krun::Error),
+    #[cfg(target_os = "linux")]
+    #[error("the microVM's process cannot be confined")]
+    Confine(#[from] confine::ConfineError),
     #[error("cannot {0}")]
     Io(&'static str, #[source] io::Error),
 }
@@ -154,8 +164,11 @@ fn run() -> i32 {
 fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
     // A session of its own, so that the terminal's Ctrl-C reaches the tool alone.
     setsid().map_err(|error| at("start a session")(error.into()))?;
+    let log = File::create(&plan.console).map_err(at("open the console's log"))?;
+    #[cfg(target_os = "linux")]
+    confine(control, &plan)?;
     end_with_the_tool(Arc::clone(control))?;
-    let console = console(&plan.console).map_err(at("open the console's log"))?;
+    let console = console(log).map_err(at("read the console"))?;
 
     let store = Store::open(&plan.store)?;
     let layers = plan
@@ -205,6 +218,28 @@ fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallibl
         .map_err(VmError::Krun)
 }
 
+/// Gives up what this process and its guest do not need. Before it there may be no thread, and behind it is nothing of the guest's.
+#[cfg(target_os = "linux")]
+fn confine(control: &OwnedFd, plan: &VmPlan) -> Result<(), VmError> {
+    // As many files as may be open: the guest's files in shared directories are some of them.
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, most)
+        .map_err(|error| at("raise the limit of open files")(error.into()))?;
+    std::fs::create_dir_all(&plan.upper).map_err(at("make the upper's directory"))?;
+    let volumes = plan.volumes.iter().map(|volume| volume.host.as_path());
+    let files = confine::Files {
+        store: &plan.store,
+        libkrunfw: &plan.libkrunfw,
+        own: volumes.chain([plan.upper.as_path()]).collect(),
+    };
+    let listener = confine::confine(&files, control.as_fd())?;
+    packet::send(control, &FromVm::Confined, &[listener.as_fd()]).map_err(at("talk to the tool"))
+}
+
 /// A second filesystem, for libkrun forwards the guest's Unix sockets to the host's where the root is the only one.
 struct Nothing;
 
@@ -223,8 +258,7 @@ fn end_with_the_tool(control: Arc<OwnedFd>) -> Result<(), VmError> {
 }
 
 /// What is written to the pipe ends up in the log, as much as there is room for.
-fn console(log: &std::path::Path) -> io::Result<io::PipeWriter> {
-    let log = File::create(log)?;
+fn console(log: File) -> io::Result<io::PipeWriter> {
     let (mut reader, writer) = io::pipe()?;
     rustix::stdio::dup2_stderr(&writer)?;
     let copy = move || {
