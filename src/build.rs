@@ -196,6 +196,10 @@ pub enum Event<'a> {
     Output(Kind, Stream, &'a [u8]),
     /// A shared cache is asked or given something.
     Cache(cache::Event<'a>),
+    /// The kernel of microVMs is being fetched: so many bytes of so many, at last all of them.
+    Kernel(u64, u64),
+    /// What sandboxes run in, where nobody said; and why in no microVM, where one could run.
+    Chosen(&'a Isolation, Option<&'a (dyn std::error::Error + 'static)>),
     /// A layer above the base is ready.
     Ready(&'a Report),
     /// The worker has taken a change of its project.
@@ -595,6 +599,7 @@ impl Step<'_> {
         spec.user.clone_from(&self.builder.image.config.user);
         self.builder.name.clone_into(&mut spec.hostname);
         spec.mounts = caches.mounts;
+        spec.reach = self.builder.isolation.reach();
         spec.stdio = Stdio::Piped;
         let mut sandbox = Sandbox::start(spec).map_err(broken)?;
         for warning in sandbox.warnings() {
@@ -653,12 +658,16 @@ impl Step<'_> {
             ..
         } = self.builder;
         // Only setup is expected to install packages of the distribution, and a lock on apt's caches would keep installs that
-        // never use apt from running side by side.
+        // never use apt from running side by side. Apt writes them as a user of its own, as whom the process of a microVM, which
+        // has no privileges, cannot.
         Caches::open(
             &home.cache(isolation.name()),
             project,
             env,
-            |cache| self.kind == Kind::Setup || !cache.id.starts_with("apt-"),
+            |cache| {
+                !cache.id.starts_with("apt-")
+                    || self.kind == Kind::Setup && **isolation == Isolation::Namespace
+            },
             true,
         )
     }

@@ -10,6 +10,7 @@ use iii_store::{Fact, Layer, Store};
 
 #[cfg(feature = "libkrun")]
 use crate::sandbox::Machine;
+use crate::sandbox::reach::Reach;
 use crate::sandbox::{FuseServer, RootSource, Sandbox};
 
 /// Threads that serve one sandbox.
@@ -35,6 +36,10 @@ pub struct Hardware {
     pub cpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// What of the host's loopback may be reached, besides the engine.
+    pub reach: Reach,
+    /// Nobody asked for a microVM, so namespaces do where it does not boot.
+    pub may_fall_back: bool,
 }
 
 impl Isolation {
@@ -44,6 +49,24 @@ impl Isolation {
             Self::Namespace => "namespace",
             #[cfg(feature = "libkrun")]
             Self::Machine(_) => "libkrun",
+        }
+    }
+
+    /// What of the host's loopback may be reached.
+    pub fn reach(&self) -> Reach {
+        match self {
+            Self::Namespace => Reach::default(),
+            #[cfg(feature = "libkrun")]
+            Self::Machine(hardware) => hardware.reach.clone(),
+        }
+    }
+
+    /// Whether namespaces do as well.
+    pub fn may_fall_back(&self) -> bool {
+        match self {
+            Self::Namespace => false,
+            #[cfg(feature = "libkrun")]
+            Self::Machine(hardware) => hardware.may_fall_back,
         }
     }
 }

@@ -82,12 +82,18 @@ pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let firmware = firmware::Places::from_environment(home.lib(), None).find();
     let can_fetch = Package::of_this_machine().is_some();
     let namespaces = sandbox::probe("/proc/self/exe".as_ref());
-    let runtime = namespaces.blocker.is_none().then_some("namespace");
-    let mut findings = vec![
-        of_kvm(kvm),
-        of_firmware(firmware, can_fetch),
-        of_namespaces(namespaces.blocker.as_ref()),
-    ];
+    let has_kernel = firmware
+        .as_ref()
+        .is_ok_and(|found| found.is_some() || can_fetch);
+    let runtime = if kvm.is_ok() && has_kernel {
+        Some("libkrun")
+    } else {
+        namespaces.blocker.is_none().then_some("namespace")
+    };
+    let mut findings = vec![of_kvm(kvm), of_firmware(firmware, can_fetch)];
+    #[cfg(all(feature = "libkrun", target_os = "linux"))]
+    findings.push(of_confinement(sandbox::has_landlock()));
+    findings.push(of_namespaces(namespaces.blocker.as_ref()));
     if namespaces.blocker.is_none() {
         findings.push(of_ids(&namespaces.warnings));
     }
@@ -140,6 +146,23 @@ fn of_firmware(
             .but(State::Bad, "no microVM can start")
             .advise(format!("correct {} or unset it", firmware::VARIABLE)),
     }
+}
+
+/// What a microVM's process may do once its guest has taken it over.
+#[cfg(all(feature = "libkrun", target_os = "linux"))]
+fn of_confinement(has_landlock: bool) -> Finding {
+    const WHAT: &str = "confinement";
+    if has_landlock {
+        return Finding::good(WHAT, "landlock and seccomp hold the process of a microVM");
+    }
+    Finding::good(WHAT, "seccomp alone holds the process of a microVM")
+        .but(
+            State::Fair,
+            "a guest that takes it over, by a fault of it, may open this user's files",
+        )
+        .advise(
+            "use a kernel from 5.19 on with landlock, which `lsm=` on its command line has to name",
+        )
 }
 
 fn of_namespaces(blocker: Option<&SandboxError>) -> Finding {
@@ -252,6 +275,10 @@ mod tests {
             (of_firmware(Ok(None), true), State::Fair, "fetched from npm"),
             (of_firmware(Ok(None), false), State::Fair, "III_LIBKRUNFW"),
             (of_firmware(Err(no_file), true), State::Bad, "unset it"),
+            #[cfg(all(feature = "libkrun", target_os = "linux"))]
+            (of_confinement(true), State::Good, "landlock and seccomp"),
+            #[cfg(all(feature = "libkrun", target_os = "linux"))]
+            (of_confinement(false), State::Fair, "lsm="),
             (of_namespaces(None), State::Good, "a sandbox"),
             (
                 of_namespaces(Some(&SandboxError::Killed)),

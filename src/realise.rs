@@ -21,7 +21,7 @@ use crate::home::Home;
 use crate::oci::{self, Image, ImageError, Limits, Origin, Platform, Settings};
 use crate::plan::Kind;
 use crate::project::{Project, WorkerName};
-use crate::run::{RunError, Runtime, Target, isolation};
+use crate::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm, isolation};
 use crate::supervise::Signals;
 
 /// How long layers may go to a cache when the worker has ended.
@@ -78,7 +78,7 @@ pub struct With<'a> {
     /// Where layers are fetched from, and where they are put for others.
     pub caches: &'a CacheOptions,
     /// What steps run in.
-    pub runtime: Runtime,
+    pub sandbox: &'a SandboxOptions,
 }
 
 impl<'a> From<&'a Target> for With<'a> {
@@ -87,7 +87,7 @@ impl<'a> From<&'a Target> for With<'a> {
             rebuild: target.rebuild,
             limits: &target.limits,
             caches: &target.caches,
-            runtime: target.runtime,
+            sandbox: &target.sandbox,
         }
     }
 }
@@ -117,6 +117,9 @@ struct Job {
     project: Option<(Report, Arc<Layer>)>,
     result: Option<Result<(), RunError>>,
 }
+
+/// Workers by name, whatever became of each, and what pins their layers.
+pub type Realised = (Vec<(WorkerName, Result<Worker, RunError>)>, Lease);
 
 /// What a task has made.
 #[derive(Clone)]
@@ -158,15 +161,21 @@ impl<'a> Realiser<'a> {
 
     /// Realises the layers of all `wanted`, equal ones once; one that fails fails only those that need it. The lease pins the layers,
     /// and nothing else.
-    #[expect(
-        clippy::type_complexity,
-        reason = "each has its name, whatever became of it"
-    )]
-    pub fn all(
-        &self,
-        purpose: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<(Vec<(WorkerName, Result<Worker, RunError>)>, Lease), RunError> {
+    /// Where microVMs were to be tried and one says nothing, all of it is done in namespaces.
+    pub fn all(&self, purpose: &str, wanted: Vec<Wanted>) -> Result<Realised, RunError> {
+        let (done, lease) = self.all_once(purpose, wanted.clone())?;
+        let mut failures = done.iter().filter_map(|(_, result)| result.as_ref().err());
+        let silent = failures.find(|error| error.is_silent_guest());
+        match silent.filter(|_| self.with.sandbox.runtime == Runtime::Auto) {
+            Some(error) => {
+                distrust_kvm(self.home, error, &|event| (self.events)(None, event));
+                self.all_once(purpose, wanted)
+            }
+            None => Ok((done, lease)),
+        }
+    }
+
+    fn all_once(&self, purpose: &str, wanted: Vec<Wanted>) -> Result<Realised, RunError> {
         // What runs that were killed have left.
         build::sweep(self.home);
         self.store.sweep_dead_leases()?;
@@ -404,8 +413,8 @@ impl<'a> Realiser<'a> {
             Made::Base(image) => {
                 let env = environment::for_steps(&image.config.env, job.wanted.project.tool_env());
                 let events = |event: Event<'_>| self.tell(&job.wanted.name, event);
-                let resources = job.wanted.project.resources;
-                let isolation = isolation(self.home, self.with.runtime, resources, &events)?;
+                let project = &job.wanted.project;
+                let isolation = isolation(self.home, self.with.sandbox, project, &events)?;
                 job.base = Some((image, env, isolation));
                 let order = Order::from(&*job);
                 let events = |_: Event<'_>| {};

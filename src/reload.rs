@@ -29,12 +29,13 @@ use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff};
 use rustix::process::Signal;
 
 use crate::build::{self, Event, Status, with_causes};
+use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};
 use crate::project::Project;
 use crate::realise::{Realiser, Share, Wanted, Worker};
 use crate::run::{
-    Ended, Engine, Live, Place, Program, RunError, Start, keep_layers, worker_config,
+    Ended, Engine, Live, Place, Program, RunError, Start, distrust_kvm, keep_layers, worker_config,
 };
 use crate::sandbox::{Sandbox, SandboxError, Stdio};
 use crate::supervise::{GRACE, Signals};
@@ -329,7 +330,7 @@ impl Session<'_> {
                 shown,
                 status,
                 next,
-            } = self.round(inbox, &ready, change, attend);
+            } = self.round(inbox, &mut ready, change, attend);
             if let Some(shown) = shown {
                 ready = shown;
                 reloaded = true;
@@ -358,38 +359,25 @@ impl Session<'_> {
         }
     }
 
-    /// Runs one sandbox to its end.
+    /// Runs one sandbox to its end; another where nobody asked for a microVM, and none speaks.
     fn round<E: From<RunError> + Send>(
         &self,
         inbox: &mut Inbox,
-        ready: &Ready,
+        ready: &mut Ready,
         change: Option<(Instant, u64)>,
         attend: &mut Attend<'_, E>,
     ) -> Round<E> {
-        let start = Start {
-            store: self.store,
-            worker: &ready.worker,
-            place: self.place,
-            keeper: self.keeper,
-            program: &ready.program,
-            stdio: self.stdio,
-        };
         let mut shown = None;
-        let round = start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
-            if let Some((begun, files)) = change {
-                self.reloaded(begun, files, &ready.worker);
-            }
-            let ending = Ending(inbox.sender.clone());
-            thread::scope(|scope| {
-                let waiting = scope.spawn(move || {
-                    let _ending = ending;
-                    attend(sandbox, change.is_none())
-                });
-                let next = self.follow(inbox, live, ready, &mut shown);
-                let status = waiting.join();
-                (status.unwrap_or_else(|panic| resume_unwind(panic)), next)
-            })
-        });
+        let mut round = self.start(inbox, ready, change, attend, &mut shown);
+        if let Err(error) = &round
+            && error.is_silent_guest()
+            && ready.worker.isolation.may_fall_back()
+        {
+            distrust_kvm(self.home, error, &|event| self.tell(event));
+            round = self
+                .leave_machine(ready)
+                .and_then(|()| self.start(inbox, ready, change, attend, &mut shown));
+        }
         let (status, next) = match round {
             Ok(ended) => ended,
             Err(error) => (Err(error.into()), None),
@@ -399,6 +387,48 @@ impl Session<'_> {
             status,
             next,
         }
+    }
+
+    /// Has a worker that was to run in a microVM run in namespaces.
+    fn leave_machine(&self, ready: &mut Ready) -> Result<(), RunError> {
+        ready.worker.isolation = Isolation::Namespace;
+        let config = worker_config(self.config, &ready.worker.name, &|event| self.tell(event))?;
+        ready.program = Program::new(self.home, &ready.worker, self.engine, &config)?;
+        Ok(())
+    }
+
+    /// Starts a sandbox, and attends to it until its end. How it ended, and what is to be started in its place.
+    fn start<E: From<RunError> + Send>(
+        &self,
+        inbox: &mut Inbox,
+        ready: &Ready,
+        change: Option<(Instant, u64)>,
+        attend: &mut Attend<'_, E>,
+        shown: &mut Option<Ready>,
+    ) -> Result<(Result<ExitStatus, E>, Option<Change>), RunError> {
+        let start = Start {
+            store: self.store,
+            worker: &ready.worker,
+            place: self.place,
+            keeper: self.keeper,
+            program: &ready.program,
+            stdio: self.stdio,
+        };
+        start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
+            if let Some((begun, files)) = change {
+                self.reloaded(begun, files, &ready.worker);
+            }
+            let ending = Ending(inbox.sender.clone());
+            thread::scope(|scope| {
+                let waiting = scope.spawn(move || {
+                    let _ending = ending;
+                    attend(sandbox, change.is_none())
+                });
+                let next = self.follow(inbox, live, ready, shown);
+                let status = waiting.join();
+                (status.unwrap_or_else(|panic| resume_unwind(panic)), next)
+            })
+        })
     }
 
     /// Has the worker that runs take what changes, until it ends or another sandbox has to take its place.

@@ -27,15 +27,15 @@ use crate::firmware::FirmwareError;
 #[cfg(feature = "libkrun")]
 use crate::firmware::{Package, Places};
 use crate::home::{Home, HomeError};
-#[cfg(feature = "libkrun")]
-use crate::kvm;
-use crate::kvm::Unusable;
+use crate::kvm::{self, Unusable};
 use crate::oci::{Image, ImageError, Limits, Settings};
 use crate::plan::Kind;
 use crate::project::{
-    DocumentError, NameError, Project, ProjectError, Resources, WorkerConfig, WorkerName,
+    DocumentError, HostLoopback, NameError, Project, ProjectError, WorkerConfig, WorkerName,
 };
 use crate::realise::Worker;
+#[cfg(feature = "libkrun")]
+use crate::sandbox::reach::Reach;
 use crate::sandbox::{
     BindMount, Command as SandboxCommand, Controller, HostSettings, Sandbox, SandboxError,
     SandboxSpec, Stdio,
@@ -134,12 +134,25 @@ pub struct Target {
     /// Where layers are fetched from, and where they are put for others.
     pub caches: CacheOptions,
     /// What it runs in.
+    pub sandbox: SandboxOptions,
+}
+
+/// What somebody said of sandboxes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SandboxOptions {
+    /// What they are.
     pub runtime: Runtime,
+    /// What of the host's loopback a microVM may reach, besides what the manifest says and the engine.
+    pub host_loopback: HostLoopback,
 }
 
 /// What a worker and its steps run in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Runtime {
+    /// A microVM where one can run, else namespaces.
+    #[default]
+    Auto,
     /// Linux namespaces.
     Namespace,
     /// A libkrun microVM.
@@ -201,45 +214,104 @@ pub struct Ended {
     pub signal: Option<Signal>,
 }
 
-/// How sandboxes are to be kept apart from the host: where `runtime` wants microVMs, the guest's kernel is fetched if it is missing.
-#[cfg(feature = "libkrun")]
+impl RunError {
+    /// Whether a microVM was started and its guest said nothing, so that there is no telling whether any guest runs here.
+    pub(crate) fn is_silent_guest(&self) -> bool {
+        match self {
+            Self::Sandbox(source) | Self::Build(BuildError::Sandbox { source, .. }) => {
+                matches!(source, SandboxError::Boot { .. })
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Has nobody try a microVM again until the machine is started anew, but who asks for one.
+pub(crate) fn distrust_kvm(home: &Home, error: &RunError, events: &dyn Fn(Event<'_>)) {
+    kvm::distrust(&home.kvm(), "a microVM was started and said nothing".into());
+    events(Event::Chosen(&Isolation::Namespace, Some(error)));
+}
+
+/// How the sandboxes of `project` are to be kept apart from the host.
 pub(crate) fn isolation(
     home: &Home,
-    runtime: Runtime,
-    resources: Resources,
+    options: &SandboxOptions,
+    project: &Project,
     events: &dyn Fn(Event<'_>),
 ) -> Result<Isolation, RunError> {
-    if runtime == Runtime::Namespace {
-        return Ok(Isolation::Namespace);
+    let machine = || machine(home, options, project, events);
+    match options.runtime {
+        Runtime::Namespace => Ok(Isolation::Namespace),
+        Runtime::Libkrun => machine(),
+        Runtime::Auto => {
+            let (chosen, why) = match machine() {
+                Ok(machine) => (machine, None),
+                Err(error) => (Isolation::Namespace, Some(error)),
+            };
+            // That a machine has no KVM is how most of them are; `worker doctor` says so.
+            let why = why
+                .as_ref()
+                .filter(|why| !matches!(why, RunError::NoKvm { .. } | RunError::NoLibkrun));
+            events(Event::Chosen(&chosen, why.map(|why| why as _)));
+            Ok(chosen)
+        }
     }
+}
+
+/// A microVM for the project. The guest's kernel is fetched if it is missing.
+#[cfg(feature = "libkrun")]
+fn machine(
+    home: &Home,
+    options: &SandboxOptions,
+    project: &Project,
+    events: &dyn Fn(Event<'_>),
+) -> Result<Isolation, RunError> {
     kvm::usable(&home.kvm()).map_err(|why| RunError::NoKvm { why })?;
     let places = Places::from_environment(home.lib(), None);
     let libkrunfw = if let Some((path, _)) = places.find()? {
         path
     } else {
-        events(Event::Note("fetching the guest's kernel, once".into()));
+        let package = Package::of_this_machine();
+        let size = package.as_ref().map_or(0, |package| package.size);
         let settings = Settings::from_environment().map_err(ImageError::from)?;
-        places.find_or_fetch(Package::of_this_machine().as_ref(), &settings, &|_| ())?
+        let progress = |come| events(Event::Kernel(come, size));
+        progress(0);
+        let path = places.find_or_fetch(package.as_ref(), &settings, &progress)?;
+        progress(size);
+        path
     };
+    let loopback = &project.host_loopback;
+    if !loopback.is_none() {
+        // The manifest is not this user's, perhaps.
+        let what = if loopback.all {
+            "all of this machine's localhost".to_owned()
+        } else {
+            let ports: Vec<_> = loopback.ports.iter().map(u16::to_string).collect();
+            format!("localhost:{} of this machine", ports.join(", "))
+        };
+        events(Event::Note(format!(
+            "the manifest lets the worker reach {what}"
+        )));
+    }
+    let loopback = options.host_loopback.clone().and(loopback);
     Ok(Isolation::Machine(Hardware {
         libkrunfw,
         // The manifest allows what fits.
-        cpus: u8::try_from(resources.cpus).unwrap_or(u8::MAX),
-        memory_mib: resources.memory_mib,
+        cpus: u8::try_from(project.resources.cpus).unwrap_or(u8::MAX),
+        memory_mib: project.resources.memory_mib,
+        reach: Reach::of_loopback(loopback.ports, loopback.all),
+        may_fall_back: options.runtime == Runtime::Auto,
     }))
 }
 
 #[cfg(not(feature = "libkrun"))]
-pub(crate) fn isolation(
+fn machine(
     _: &Home,
-    runtime: Runtime,
-    _: Resources,
+    _: &SandboxOptions,
+    _: &Project,
     _: &dyn Fn(Event<'_>),
 ) -> Result<Isolation, RunError> {
-    match runtime {
-        Runtime::Namespace => Ok(Isolation::Namespace),
-        Runtime::Libkrun => Err(RunError::NoLibkrun),
-    }
+    Err(RunError::NoLibkrun)
 }
 
 /// How many of the layers of a worker's ref it runs on, or ran on last; they come first.
@@ -340,6 +412,8 @@ pub(crate) struct Program {
     user: String,
     /// Package managers' caches.
     mounts: Vec<BindMount>,
+    /// Whom it is to reach.
+    engine: Engine,
 }
 
 impl Program {
@@ -372,6 +446,7 @@ impl Program {
                 false,
             )?
             .mounts,
+            engine: engine.clone(),
         })
     }
 
@@ -445,6 +520,11 @@ impl Start<'_> {
         name.clone_into(&mut spec.hostname);
         spec.stdio = self.stdio;
         spec.mounts.clone_from(&program.mounts);
+        let Engine { host, port } = &program.engine;
+        spec.reach = worker
+            .isolation
+            .reach()
+            .with_server(host, *port, &spec.host);
         let (command, host) = (spec.command(), spec.host.clone());
         let mut sandbox = Sandbox::start(spec)?;
         let (result, _) = signals.attend(sandbox.controller(), || {

@@ -13,6 +13,7 @@ use super::quantity::{self, Limit, Room};
 use crate::cache::CacheName;
 use crate::oci::export::{Compression, Destination};
 use crate::oci::{self, Platform};
+use crate::project::HostLoopback;
 
 /// Runs iii workers in sandboxes made of shared layers.
 #[derive(Debug, Parser)]
@@ -66,6 +67,7 @@ pub enum Worker {
   iii worker dev ./my-project --fresh        # forget what the worker wrote, keep what is built
   iii worker dev . --name api --port 49200
   iii worker dev . --no-watch                # edits show at the next start
+  iii worker dev . --runtime libkrun --allow-host-loopback 5432   # in a microVM, with the database of this machine
   iii worker dev . --cache-from docker://registry.example/team/cache")]
     Dev(Dev),
     /// Build a project's layers and start nothing
@@ -113,13 +115,15 @@ Environment:
   iii worker add ./api ./mailer ../shared/cron
   iii worker add ./api --force                  # forget what it wrote, run setup and install again
   iii worker add api --force --reset-config     # the same, by its name, and drop `config:` of its entry
+  iii worker add ./api --runtime libkrun        # in a microVM whenever it is started, or not at all
 
 Environment:
   III_CONFIG_PATH=PATH     the engine's config.yaml, if not ./config.yaml")]
     Add(Add),
     /// Start a worker in the background
     ///
-    /// It ends with its start command, with `stop`, or with the engine that started it.
+    /// It ends with its start command, with `stop`, or with the engine that started it. --runtime and --allow-host-loopback hold
+    /// until it is started with others.
     #[command(after_help = "Examples:
   iii worker start api
   iii worker start api --no-wait --port 49200
@@ -254,6 +258,8 @@ pub struct Add {
     pub follow: Follow,
     #[command(flatten)]
     pub engine: ItsEngine,
+    #[command(flatten)]
+    pub sandbox: Sandbox,
 }
 
 #[derive(Debug, Args)]
@@ -267,6 +273,8 @@ pub struct StartWorker {
     pub follow: Follow,
     #[command(flatten)]
     pub engine: ItsEngine,
+    #[command(flatten)]
+    pub sandbox: Sandbox,
 }
 
 #[derive(Debug, Args)]
@@ -423,9 +431,24 @@ pub struct Target {
     /// Put the layers of setup and install into this cache for others
     #[arg(long, value_name = "docker://HOST/REPO")]
     pub cache_to: Option<CacheName>,
-    /// How to isolate the worker
-    #[arg(long, value_enum, default_value_t = Runtime::Auto)]
-    pub runtime: Runtime,
+    #[command(flatten)]
+    pub sandbox: Sandbox,
+}
+
+/// How workers and their steps are isolated.
+#[derive(Debug, Args)]
+pub struct Sandbox {
+    /// How to isolate the worker [default: `III_RUNTIME`, or auto]
+    #[arg(long, value_enum)]
+    pub runtime: Option<Runtime>,
+    /// Let a microVM reach this port of the host's localhost, or all of it; can be given several times. The engine's port is
+    /// open, and in namespaces all are
+    #[arg(long, value_name = "PORT|all", value_parser = host_loopback)]
+    pub allow_host_loopback: Vec<HostLoopback>,
+}
+
+fn host_loopback(text: &str) -> Result<HostLoopback, String> {
+    HostLoopback::parse(text).ok_or_else(|| "expected a port from 1 to 65535, or all".into())
 }
 
 #[derive(Debug, Args)]

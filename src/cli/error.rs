@@ -85,6 +85,8 @@ pub enum CliError {
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
+    #[error("III_RUNTIME is {text:?}, which is none of auto, namespace and libkrun")]
+    RuntimeVariable { text: String },
     #[error("the variable {variable} is of no use")]
     CacheVariable {
         variable: &'static str,

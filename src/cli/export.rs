@@ -9,7 +9,7 @@ use iii_store::Store;
 use serde::Serialize;
 
 use super::args::{ExportImage, ExportWorker, Where};
-use super::worker::{Printer, caches};
+use super::worker::{Printer, caches, usual_sandbox};
 use super::{CliError, image, limits, print_json};
 use crate::dev;
 use crate::export::{LeftOut, WorkerImage};
@@ -18,7 +18,7 @@ use crate::oci::export::{Destination, Event, Export, ExportedLayer, Part};
 use crate::oci::reference::DEFAULT_TAG;
 use crate::oci::{Digest, Platform, Reference, Settings};
 use crate::plan::Kind;
-use crate::run::{RunError, Runtime, Target};
+use crate::run::{RunError, Target};
 use crate::supervise::Signals;
 use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
 
@@ -67,7 +67,7 @@ pub fn worker(
             collect: image::may_collect(),
             limits: limits::with(&[])?,
             caches: caches(Vec::new(), None)?,
-            runtime: Runtime::Namespace,
+            sandbox: usual_sandbox()?,
         };
         let printer = Printer::new(ui);
         dev::built(home, &target, signals, &|event| printer.show(&event))?

@@ -15,10 +15,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::args::{
     Add, Clear, Init, ItsConfig, ItsEngine, ListWorkers, Logs, ProjectLanguage, RemoveWorkers,
-    StartWorker, StatusOfWorker, StopWorkers,
+    Sandbox, StartWorker, StatusOfWorker, StopWorkers,
 };
 use super::table::{Align, Table};
-use super::worker::{Printer, caches, outcome};
+use super::worker::{Printer, caches, outcome, sandbox_options, usual_sandbox};
 use super::{CliError, image, limits, print, print_json};
 use crate::build::{Event, Status, Stream};
 use crate::home::Home;
@@ -28,7 +28,7 @@ use crate::managed::{self, State, add as adding};
 use crate::plan::Kind;
 use crate::project::{Language, WorkerName};
 use crate::realise::With;
-use crate::run::{Ended, Engine, Runtime};
+use crate::run::{Ended, Engine, SandboxOptions};
 use crate::scaffold;
 use crate::supervise::Signals;
 use crate::tail::inert;
@@ -69,26 +69,42 @@ fn engine(args: &ItsEngine) -> Engine {
     }
 }
 
+/// How a worker is to be started. Where nothing is said, it is as it was said last, or as usual.
 fn orders(
     home: &Home,
     name: &WorkerName,
     args: &ItsEngine,
     watch: Option<bool>,
+    sandbox: &Sandbox,
 ) -> Result<Orders, CliError> {
-    let was_watched = || supervisor::last_orders(home, name).is_some_and(|last| last.watch);
+    let last = supervisor::last_orders(home, name);
+    let was_watched = last.as_ref().is_some_and(|last| last.watch);
+    let last = last.map(|last| last.sandbox);
+    let last = last.filter(|last| *last != SandboxOptions::default());
+    let sandbox = match sandbox_options(sandbox)?.or(last) {
+        Some(said) => said,
+        None => usual_sandbox()?,
+    };
     Ok(Orders {
         name: name.to_string(),
         path: PathBuf::new(),
         engine: engine(args),
         config: config_path(&args.config)?,
         engine_process: EngineProcess::from_environment()?,
-        watch: watch.unwrap_or_else(was_watched),
+        watch: watch.unwrap_or(was_watched),
+        sandbox,
     })
 }
 
 pub fn start(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
     let name = args.name.parse()?;
-    let orders = orders(home, &name, &args.engine, args.follow.asked())?;
+    let orders = orders(
+        home,
+        &name,
+        &args.engine,
+        args.follow.asked(),
+        &args.sandbox,
+    )?;
     run(home, &name, orders, args.no_wait, ui)
 }
 
@@ -165,7 +181,13 @@ pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, Cli
     let name: WorkerName = args.name.parse()?;
     let last = supervisor::last_orders(home, &name);
     let is_asked = |variable: &str| env::var_os(variable).is_some();
-    let mut now = orders(home, &name, &args.engine, args.follow.asked())?;
+    let mut now = orders(
+        home,
+        &name,
+        &args.engine,
+        args.follow.asked(),
+        &args.sandbox,
+    )?;
     if let Some(last) = last {
         if args.engine.config.config.is_none() && !is_asked("III_CONFIG_PATH") {
             now.config = last.config;
@@ -405,17 +427,22 @@ pub fn daemon() -> Result<ExitCode, CliError> {
     }
 }
 
-pub fn add(home: &Home, signals: &Signals, args: Add, ui: &Ui) -> Result<ExitCode, CliError> {
+pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCode, CliError> {
     let engine = engine(&args.engine);
     let config = config_path(&args.engine.config)?;
+    let said = sandbox_options(&args.sandbox)?;
     let options = adding::Options {
-        workers: args.workers,
+        workers: args.workers.clone(),
         force: args.force,
         reset_config: args.reset_config,
         config: config.clone(),
         limits: limits::with(&[])?,
         caches: caches(Vec::new(), None)?,
-        runtime: Runtime::Namespace,
+        sandbox: match &said {
+            Some(said) => said.clone(),
+            None => usual_sandbox()?,
+        },
+        said,
         collect: image::may_collect(),
         watch: args.follow.asked(),
         engine: engine.clone(),
@@ -450,7 +477,7 @@ pub fn add(home: &Home, signals: &Signals, args: Add, ui: &Ui) -> Result<ExitCod
             there.first().map_or("NAME", |(name, _)| name.as_str())
         ));
     } else if !args.no_wait {
-        wait_until_alive(home, &there, &args.engine, ui)?;
+        wait_until_alive(home, &there, args, ui)?;
     }
     Ok(code)
 }
@@ -460,13 +487,14 @@ pub fn add(home: &Home, signals: &Signals, args: Add, ui: &Ui) -> Result<ExitCod
 fn wait_until_alive(
     home: &Home,
     added: &[(WorkerName, bool)],
-    args: &ItsEngine,
+    args: &Add,
     ui: &Ui,
 ) -> Result<(), CliError> {
     let deadline = Instant::now() + ALIVE;
     for (name, changed) in added {
         if !changed && managed::state(home, name)?.0 == State::Stopped {
-            run(home, name, orders(home, name, args, None)?, false, ui)?;
+            let orders = orders(home, name, &args.engine, None, &args.sandbox)?;
+            run(home, name, orders, false, ui)?;
             continue;
         }
         loop {
@@ -575,7 +603,7 @@ fn supervise() -> i32 {
             rebuild: false,
             limits: &limits,
             caches: &caches,
-            runtime: Runtime::Namespace,
+            sandbox: &orders.sandbox,
         };
         let collect = image::may_collect();
         let printer = Printer::new(&ui);

@@ -1,6 +1,7 @@
 //! `iii worker`.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fmt::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
@@ -8,22 +9,25 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum as _;
+
 use super::args::{self, Runtime, Worker};
 use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
 use super::{CliError, export, limits, managed, print, print_json};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
+use crate::compose::Isolation;
 use crate::dev::{self, Options};
 use crate::doctor::{self, Diagnosis, State};
 use crate::exec::{self, Asked};
 use crate::home::Home;
 use crate::plan::Kind;
-use crate::project::WorkerName;
-use crate::run::{self, Engine, RunError, Target};
+use crate::project::{HostLoopback, WorkerName};
+use crate::run::{self, Engine, RunError, SandboxOptions, Target};
 use crate::supervise::Signals;
 use crate::tail::inert;
-use crate::ui::{StepOutput, Ui, human_bytes, human_counted, human_duration};
+use crate::ui::{ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration};
 
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = Home::of_user()?;
@@ -31,7 +35,7 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
-        Worker::Add(args) => managed::add(&home, &signals, args, ui),
+        Worker::Add(args) => managed::add(&home, &signals, &args, ui),
         Worker::Start(args) => managed::start(&home, &args, ui),
         Worker::Stop(args) => managed::stop(&home, &args, ui),
         Worker::Restart(args) => managed::restart(&home, &args, ui),
@@ -118,7 +122,7 @@ fn prescription(diagnosis: &Diagnosis) -> String {
 fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitCode, CliError> {
     let start = Instant::now();
     let options = Options {
-        target: target(args.target, ui)?,
+        target: target(args.target)?,
         engine: engine(args.engine),
         fresh: args.fresh,
         config: std::env::var_os("III_CONFIG_PATH")
@@ -154,7 +158,7 @@ fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitC
 }
 
 fn build(home: &Home, signals: &Signals, args: args::Build, ui: &Ui) -> Result<ExitCode, CliError> {
-    let target = target(args.target, ui)?;
+    let target = target(args.target)?;
     let printer = Printer::new(ui);
     let layers = dev::build(home, &target, signals, &|event| printer.show(&event))?;
     if args.json {
@@ -169,15 +173,46 @@ struct Layers {
     layers: Vec<Report>,
 }
 
-fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
-    let runtime = match args.runtime {
-        Runtime::Libkrun => run::Runtime::Libkrun,
-        Runtime::Auto => {
-            ui.note("runtime namespace: files, processes and users of its own; the host's kernel and network");
-            run::Runtime::Namespace
-        }
-        Runtime::Namespace => run::Runtime::Namespace,
+/// What options say of sandboxes; none if they say nothing.
+pub fn sandbox_options(args: &args::Sandbox) -> Result<Option<SandboxOptions>, CliError> {
+    if args.runtime.is_none() && args.allow_host_loopback.is_empty() {
+        return Ok(None);
+    }
+    let allowed = args.allow_host_loopback.iter();
+    Ok(Some(SandboxOptions {
+        runtime: match args.runtime {
+            Some(runtime) => runtime.into(),
+            None => usual_sandbox()?.runtime,
+        },
+        host_loopback: allowed.fold(HostLoopback::default(), HostLoopback::and),
+    }))
+}
+
+/// What sandboxes are where nobody says anything else: what the environment says.
+pub fn usual_sandbox() -> Result<SandboxOptions, CliError> {
+    let text = std::env::var("III_RUNTIME").unwrap_or_default();
+    let runtime = match text.as_str() {
+        "" => Ok(Runtime::Auto),
+        text => Runtime::from_str(text, false),
     };
+    let runtime = runtime.map_err(|_| CliError::RuntimeVariable { text })?;
+    Ok(SandboxOptions {
+        runtime: runtime.into(),
+        ..SandboxOptions::default()
+    })
+}
+
+impl From<Runtime> for run::Runtime {
+    fn from(runtime: Runtime) -> Self {
+        match runtime {
+            Runtime::Auto => Self::Auto,
+            Runtime::Libkrun => Self::Libkrun,
+            Runtime::Namespace => Self::Namespace,
+        }
+    }
+}
+
+fn target(args: args::Target) -> Result<Target, CliError> {
     Ok(Target {
         caches: caches(args.cache_from, args.cache_to)?,
         path: args.path,
@@ -186,7 +221,10 @@ fn target(args: args::Target, ui: &Ui) -> Result<Target, CliError> {
         base: args.base,
         collect: image::may_collect(),
         limits: limits::with(&[])?,
-        runtime,
+        sandbox: match sandbox_options(&args.sandbox)? {
+            Some(said) => said,
+            None => usual_sandbox()?,
+        },
     })
 }
 
@@ -227,6 +265,10 @@ pub struct Printer<'a> {
     bars: Bars<'a>,
     /// The layer that is being fetched.
     fetching: Bars<'a>,
+    /// The kernel of microVMs that is being fetched.
+    kernel: Mutex<Option<ProgressHandle>>,
+    /// What it was said that sandboxes run in.
+    runtime: Mutex<Option<&'static str>>,
     /// What steps are printing, a splitter of lines for each of their streams.
     output: Mutex<BTreeMap<(Kind, Stream), StepOutput>>,
 }
@@ -237,6 +279,8 @@ impl<'a> Printer<'a> {
             ui,
             bars: Bars::new(ui, "pulling"),
             fetching: Bars::new(ui, "fetching"),
+            kernel: Mutex::default(),
+            runtime: Mutex::default(),
             output: Mutex::default(),
         }
     }
@@ -273,9 +317,47 @@ impl<'a> Printer<'a> {
                 human_counted(*files, "file"),
                 human_duration(Duration::from_secs_f64(*seconds))
             )),
+            Event::Kernel(come, size) => self.kernel(*come, *size),
+            Event::Chosen(isolation, why) => self.chosen(isolation, *why),
             Event::Collected(report) => image::cleared(report, ui),
             Event::Note(text) => ui.warn(text),
         }
+    }
+
+    fn kernel(&self, come: u64, size: u64) {
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        if come == size {
+            *kernel = None;
+            return;
+        }
+        let bar = kernel.get_or_insert_with(|| {
+            let size_text = human_bytes(size);
+            self.ui.note(format_args!(
+                "fetching the kernel of microVMs, {size_text}, once"
+            ));
+            let bar = self.ui.progress("fetching the kernel", Unit::Bytes);
+            bar.set_length(size);
+            bar
+        });
+        bar.set(come);
+    }
+
+    /// Says what sandboxes run in, once for all workers.
+    fn chosen(&self, isolation: &Isolation, why: Option<&(dyn Error + 'static)>) {
+        *self.kernel.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut said = self.runtime.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.replace(isolation.name()) == Some(isolation.name()) {
+            return;
+        }
+        if let Some(why) = why {
+            self.ui
+                .warn(format_args!("no microVM: {}", with_causes(why)));
+        }
+        self.ui.note(match isolation {
+            Isolation::Namespace => "runtime namespace: files, processes and users of its own; the host's kernel and network",
+            #[cfg(feature = "libkrun")]
+            Isolation::Machine(_) => "runtime libkrun: a microVM with a kernel of its own, and nothing of the host's localhost but the engine",
+        });
     }
 }
 

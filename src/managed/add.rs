@@ -15,7 +15,7 @@ use crate::project::config;
 use crate::project::edit::{self, Change};
 use crate::project::{Project, WorkerName};
 use crate::realise::{Events, Realiser, Wanted, With, Worker};
-use crate::run::{Engine, Place, RunError, Runtime, keep_also, owner};
+use crate::run::{Engine, Place, RunError, SandboxOptions, keep_also, owner};
 use crate::supervise::Signals;
 
 /// What is to be added, and how.
@@ -34,7 +34,9 @@ pub struct Options {
     /// Where layers are fetched from, and where they are put for others.
     pub caches: CacheOptions,
     /// What steps run in.
-    pub runtime: Runtime,
+    pub sandbox: SandboxOptions,
+    /// What was said of sandboxes, which holds when they are started, too; nothing leaves that as it is.
+    pub said: Option<SandboxOptions>,
     /// Lets the store be cleared after a build that leaves it or the disk too full.
     pub collect: bool,
     /// Whether they follow their projects when they are started; nothing leaves that as it is.
@@ -172,7 +174,7 @@ pub fn add(
         rebuild: options.force,
         limits: &options.limits,
         caches: &options.caches,
-        runtime: options.runtime,
+        sandbox: &options.sandbox,
     };
     let realiser = Realiser::new(home, &store, with, signals, events);
     let (workers, _lease) = realiser.all("add", wanted)?;
@@ -216,16 +218,23 @@ fn enter(
         let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
         place.claim_for(name, root, false)?;
     }
-    if let Some(watch) = options.watch {
+    // Before an engine sees the entry.
+    if options.watch.is_some() || options.said.is_some() {
         let orders = last_orders(home, name).unwrap_or_else(|| Orders {
             name: name.to_string(),
             path: root.clone(),
             engine: options.engine.clone(),
             config: options.config.clone(),
             engine_process: None,
-            watch,
+            watch: false,
+            sandbox: SandboxOptions::default(),
         });
-        remember(&home.managed(name.as_str()), &Orders { watch, ..orders })?;
+        let orders = Orders {
+            watch: options.watch.unwrap_or(orders.watch),
+            sandbox: options.said.clone().unwrap_or(orders.sandbox),
+            ..orders
+        };
+        remember(&home.managed(name.as_str()), &orders)?;
     }
     let path = text(root);
     let mut changed = false;

@@ -11,7 +11,7 @@
 //! lock          flocked by the supervisor for as long as it lives, with its pid in it; flocked by whoever removes the worker,
 //!               with nothing in it
 //! project       the path of its project
-//! start.json    how it was last started
+//! start.json    how it was last started, or is to be
 //! upper/        what it wrote
 //! vm.pid        the supervisor's pid, while the worker runs
 //! ```

@@ -30,7 +30,7 @@ use crate::logs::Log;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, With};
 use crate::reload::{Inbox, Session, Sieve};
-use crate::run::{Ended, Engine, Place, RunError};
+use crate::run::{Ended, Engine, Place, RunError, SandboxOptions};
 use crate::sandbox::{self, Sandbox};
 use crate::supervise::Signals;
 
@@ -59,6 +59,9 @@ pub struct Orders {
     /// Whether it follows what changes in its project.
     #[serde(default)]
     pub watch: bool,
+    /// What it runs in.
+    #[serde(default)]
+    pub sandbox: SandboxOptions,
 }
 
 /// A process by its number and the time of its start, which together are not used again.

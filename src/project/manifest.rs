@@ -3,12 +3,14 @@
 //! Parsing is total: a [`Manifest`] holds only values that can be used as they are, and everything else is an error that
 //! names the file, the line, the field and what was expected. What is accepted but has no effect is a warning.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
 use super::name::{NameError, WorkerName};
-use super::yaml::{Document, DocumentError, Entry, FieldProblem, Kind, Table, closest, quote};
+use super::yaml::{
+    Document, DocumentError, Entry, FieldProblem, Kind, Scalar, Table, closest, quote,
+};
 
 /// The manifest's name in the project's root.
 pub const MANIFEST_NAME: &str = "iii.worker.yaml";
@@ -149,6 +151,44 @@ impl Default for Resources {
     }
 }
 
+/// What of this machine's own loopback a worker in a microVM may reach, besides the engine. In namespaces the network is the
+/// host's, and so is its loopback.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct HostLoopback {
+    /// Everything.
+    pub all: bool,
+    /// These ports.
+    pub ports: BTreeSet<u16>,
+}
+
+impl HostLoopback {
+    /// What `text`, `all` or a port, stands for.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parsed = Self::default();
+        if text == "all" {
+            parsed.all = true;
+        } else {
+            parsed
+                .ports
+                .insert(text.parse().ok().filter(|port| *port != 0)?);
+        }
+        Some(parsed)
+    }
+
+    /// Whether it is nothing.
+    pub fn is_none(&self) -> bool {
+        !self.all && self.ports.is_empty()
+    }
+
+    /// This and that.
+    #[must_use]
+    pub fn and(mut self, other: &Self) -> Self {
+        self.all |= other.all;
+        self.ports.extend(&other.ports);
+        self
+    }
+}
+
 /// `runtime:`, as far as it is given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Runtime {
@@ -173,6 +213,8 @@ pub struct Manifest {
     pub runtime: Runtime,
     /// `resources`, defaults filled in.
     pub resources: Resources,
+    /// `network.host_loopback`, which is this tool's own.
+    pub host_loopback: HostLoopback,
     /// `scripts`; `None` where the key is absent or has no value, and all commands are to be inferred.
     pub scripts: Option<Scripts>,
     /// `env` without the variables in [`RESERVED_ENV`].
@@ -190,6 +232,7 @@ const TOP_KEYS: &[&str] = &[
     "description",
     "runtime",
     "resources",
+    "network",
     "scripts",
     "env",
     "dependencies",
@@ -202,6 +245,7 @@ const TOP_KEYS: &[&str] = &[
 ];
 const RUNTIME_KEYS: &[&str] = &["kind", "language", "package_manager", "entry", "base_image"];
 const RESOURCES_KEYS: &[&str] = &["memory", "cpus"];
+const NETWORK_KEYS: &[&str] = &["host_loopback"];
 const SCRIPTS_KEYS: &[&str] = &["setup", "install", "start"];
 
 /// Keys that are at home in a mapping, for one that was written at the wrong level.
@@ -213,6 +257,7 @@ const NESTED_FIELDS: &[&str] = &[
     "runtime.base_image",
     "resources.memory",
     "resources.cpus",
+    "network.host_loopback",
     "scripts.setup",
     "scripts.install",
     "scripts.start",
@@ -238,6 +283,7 @@ impl Manifest {
             description: top.string("description")?.map(str::to_owned),
             runtime: runtime(&top, &mut warnings)?,
             resources: resources(&top)?,
+            host_loopback: host_loopback(&top)?,
             scripts: scripts(&top)?,
             env: env(&top, &mut warnings)?,
             dependencies: dependencies(&top, &name)?,
@@ -302,6 +348,36 @@ fn resources(top: &Table<'_>) -> Result<Resources, DocumentError> {
         memory_mib: memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
         cpus: cpus.unwrap_or(DEFAULT_CPUS),
     })
+}
+
+fn host_loopback(top: &Table<'_>) -> Result<HostLoopback, DocumentError> {
+    const EXPECTED: &str = "`all` or a list of ports from 1 to 65535";
+    let Some(table) = top.sub("network")? else {
+        return Ok(HostLoopback::default());
+    };
+    table.only(NETWORK_KEYS, &[])?;
+    let Some(entry) = table.get("host_loopback") else {
+        return Ok(HostLoopback::default());
+    };
+    let mut parsed = HostLoopback::default();
+    match (&entry.value.kind, entry.value.scalar()) {
+        (_, Some(Scalar::Str("all"))) => parsed.all = true,
+        (Kind::List(items), _) => {
+            for item in items {
+                let port = match item.scalar() {
+                    Some(Scalar::Int(port)) => u16::try_from(port).ok().filter(|port| *port != 0),
+                    _ => None,
+                };
+                let Some(port) = port else {
+                    let why = format!("{} is no port; expected {EXPECTED}", item.describe());
+                    return Err(table.invalid(entry, why));
+                };
+                parsed.ports.insert(port);
+            }
+        }
+        _ => return Err(table.mismatch(entry, EXPECTED)),
+    }
+    Ok(parsed)
 }
 
 fn scripts(top: &Table<'_>) -> Result<Option<Scripts>, DocumentError> {

@@ -31,8 +31,8 @@ pub use caches::{CacheMount, CacheScope};
 use commands::Recipe;
 pub use config::WorkerConfig;
 pub use manifest::{
-    Language, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PackageManager, RESERVED_ENV, Resources,
-    Runtime, Scripts,
+    HostLoopback, Language, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PackageManager,
+    RESERVED_ENV, Resources, Runtime, Scripts,
 };
 pub use name::{MAX_NAME, NameError, NameProblem, WorkerName};
 pub use yaml::{DocumentError, FieldProblem, MAX_DEPTH, MAX_EXPANDED, SyntaxProblem};
@@ -56,6 +56,8 @@ pub struct Project {
     pub base_image: String,
     /// What its sandbox gets.
     pub resources: Resources,
+    /// What of the host's loopback the manifest asks for.
+    pub host_loopback: HostLoopback,
     /// The manifest's commands, or else the inferred ones.
     pub scripts: Scripts,
     /// The manifest's variables for the worker (not for setup and install).
@@ -186,6 +188,7 @@ impl Project {
             project.name = Some(manifest.name);
             project.description = manifest.description;
             project.resources = manifest.resources;
+            project.host_loopback = manifest.host_loopback;
             project.env = manifest.env;
             project.dependencies = manifest.dependencies;
             project.config = manifest.config;
@@ -261,6 +264,7 @@ impl Project {
             entry,
             base_image,
             resources: Resources::default(),
+            host_loopback: HostLoopback::default(),
             scripts,
             env: BTreeMap::new(),
             dependencies: BTreeMap::new(),

@@ -36,6 +36,8 @@ runtime:
 resources:
   memory: 4096
   cpus: 4
+network:
+  host_loopback: [6379, 5432]
 scripts:
   setup: |
     apt-get update
@@ -84,6 +86,11 @@ fn every_field_is_read() {
             cpus: 4
         }
     );
+    let loopback = HostLoopback {
+        all: false,
+        ports: [5432, 6379].into(),
+    };
+    assert_eq!(manifest.host_loopback, loopback);
     assert_eq!(
         manifest.scripts,
         Some(Scripts {
@@ -113,8 +120,8 @@ fn every_field_is_read() {
     assert_eq!(
         manifest.warnings,
         [
-            "my/iii.worker.yaml:28: env.III_URL: set by iii itself; the manifest's value is ignored",
-            "my/iii.worker.yaml:29: env.III_ENGINE_URL: set by iii itself; the manifest's value is ignored",
+            "my/iii.worker.yaml:30: env.III_URL: set by iii itself; the manifest's value is ignored",
+            "my/iii.worker.yaml:31: env.III_ENGINE_URL: set by iii itself; the manifest's value is ignored",
         ]
     );
 }
@@ -188,6 +195,19 @@ fn unknown_keys() {
         "2: runtime.memory: unknown key; did you mean `resources.memory`?",
     );
     rejects(
+        "name: w\nnetwork: {host_loopback: all, dns: x}",
+        "2: network.dns: unknown key; the keys known here are host_loopback",
+    );
+    for wrong in ["[0]", "[65536]", "[\"80\"]", "[all]", "[[80]]"] {
+        let error = manifest(format!("name: w\nnetwork: {{host_loopback: {wrong}}}"));
+        let error = error.unwrap_err();
+        assert!(error.contains("is no port"), "{error}");
+    }
+    rejects(
+        "name: w\nnetwork: {host_loopback: 80}",
+        "2: network.host_loopback: expected `all` or a list of ports from 1 to 65535; found the number 80",
+    );
+    rejects(
         "name: w\nresources:\n  disk: 5",
         "3: resources.disk: unknown key; the keys known here are memory, cpus",
     );
@@ -197,7 +217,7 @@ fn unknown_keys() {
     );
     rejects(
         "name: w\nzzz: b",
-        "2: zzz: unknown key; the keys known here are name, description, runtime, resources, scripts, env, \
+        "2: zzz: unknown key; the keys known here are name, description, runtime, resources, network, scripts, env, \
          dependencies, config, iii, deploy, manifest, tags",
     );
     // A terminal's control sequences do not come out as such.

@@ -234,6 +234,8 @@ impl Home {
             command.env("III_GC", "off");
         }
         command
+            // Where microVMs run, too; the tests of those say so.
+            .env("III_RUNTIME", "namespace")
             .env("HOME", self.path())
             .env("NO_COLOR", "1")
             .current_dir(self.path())
