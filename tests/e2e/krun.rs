@@ -2,8 +2,9 @@
 //! a `/dev/kvm`, on which the tool boots libkrun's own kernel. Everything is some 20 times slower than on hardware.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use iii::firmware::{Package, Places};
@@ -15,7 +16,7 @@ use crate::machine::{self, Vm};
 use crate::vm;
 
 /// How long everything may take, of which the emulated machine's own boot is 15 s, and a microVM 4 to 15 s.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(420);
 
 /// The guest kernel's library, fetched once as the tool does; says why where it cannot be.
 fn libkrunfw() -> Result<PathBuf, String> {
@@ -49,9 +50,60 @@ fn root(libkrunfw: &Path) -> TempDir {
         .status();
     assert!(copied.unwrap().success());
     fs::write(dir.path().join("etc/hosts"), "127.0.0.1 localhost\n").unwrap();
+    fs::write(dir.path().join("etc/resolv.conf"), "nameserver 127.0.0.1\n").unwrap();
     fs::copy(libkrunfw, dir.path().join("libkrunfw")).unwrap();
+    gcc("-static", RESOLVER, &dir.path().join("bin/resolver"));
+    gcc("-shared", SILENT, &dir.path().join("silent"));
     dir
 }
+
+/// Makes a program or a library.
+fn gcc(kind: &str, source: &str, to: &Path) {
+    let mut gcc = Command::new("gcc");
+    gcc.args([kind, "-fPIC", "-x", "c", "-o"]).arg(to).arg("-");
+    let mut gcc = gcc.stdin(Stdio::piped()).spawn().expect("gcc is installed");
+    let mut stdin = gcc.stdin.take().unwrap();
+    stdin.write_all(source.as_bytes()).unwrap();
+    drop(stdin);
+    assert!(gcc.wait().unwrap().success());
+}
+
+/// A name server: every name has the address 10.9.8.7.
+const RESOLVER: &str = r"
+        #include <arpa/inet.h>
+        #include <string.h>
+        #include <sys/socket.h>
+        int main(int argc, char **argv) {
+            static unsigned char m[1024];
+            static const unsigned char a[] = {0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 10, 9, 8, 7};
+            struct sockaddr_in on = {AF_INET, htons(53)}, from;
+            int s = socket(AF_INET, SOCK_DGRAM, 0);
+            inet_aton(argv[1], &on.sin_addr);
+            if (bind(s, (struct sockaddr *)&on, sizeof on)) return 1;
+            for (;;) {
+                socklen_t l = sizeof from;
+                int n = recvfrom(s, m, 512, 0, (struct sockaddr *)&from, &l);
+                if (n < 12) continue;
+                m[2] = 0x81, m[3] = 0x80, m[7] = 1;
+                memcpy(m + n, a, sizeof a);
+                sendto(s, m, n + sizeof a, 0, (struct sockaddr *)&from, l);
+            }
+        }
+";
+
+/// In place of libkrunfw: a kernel whose first instruction is none, on which the virtual machine goes off.
+const SILENT: &str = r"
+        #include <stddef.h>
+        #include <string.h>
+        static char kernel[4 << 20] __attribute__((aligned(4096)));
+        char *krunfw_get_kernel(size_t *load, size_t *entry, size_t *size) {
+            for (size_t i = 0; i < sizeof kernel; i += 2) memcpy(kernel + i, (char[]){0x0f, 0x0b}, 2);
+            *load = *entry = 0x1000000;
+            *size = sizeof kernel;
+            return kernel;
+        }
+        int krunfw_get_version(void) { return 5; }
+";
 
 /// Runs `job`, a shell script, on the machine. Returns what was on its console.
 fn on_kvm(job: &str) -> Result<Vec<String>, String> {
@@ -86,82 +138,150 @@ fn on_kvm(job: &str) -> Result<Vec<String>, String> {
             dev="iii worker dev . --name box --runtime libkrun --port 49000"
             # Says what went wrong where, since a shell that ends says nothing.
             expect() {{ "$@" || {{ echo "FAILED: $*"; cat /tmp/out /tmp/err /tmp/exec-err; cat /root/.iii/dev/box/console.log; exit 1; }}; }}
+            # Debian's busybox has no pgrep.
+            vms() {{ ps -o pid,args | awk '/__sandbox-vm/ && !/awk/ {{ print $1 }}'; }}
             {job}
         "#
     );
     Ok(Vm::emulate(qemu, &made, &job, LIMIT).finish())
 }
 
+const JOB: &str = r#"
+# The engine's place is taken by whatever listens on loopback here.
+mkdir /tmp/www && echo "from outside" >/tmp/www/hello
+httpd -p 127.0.0.1:49000 -h /tmp/www
+
+manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
+    'id -u; pwd; echo $GREETING; cat /etc/setup out; hostname; read line; echo read $line; [ $(nproc) = 1 ]; echo $III_ISOLATION; wget -qO- http://${III_URL#ws://}/hello; echo to stderr >/dev/stderr; date +%Y; [ ! -e /.iii/init ] || echo init; ls -A / | grep -c iii || exit 7'
+echo given >in
+code=0
+echo typed | $dev >/tmp/out 2>/tmp/err || code=$?
+expect [ $code = 7 ]
+printf '0\n/workspace\ngood day\ns\ngiven\nbox\nread typed\nlibkrun\nfrom outside\n%s\ninit\n0\n' $(date +%Y) >/tmp/wanted
+expect cmp /tmp/out /tmp/wanted
+expect grep -q 'setup │ in setup' /tmp/err
+expect grep -q 'install │ ls: /nowhere' /tmp/err
+expect grep -q '^to stderr' /tmp/err
+expect grep -q 'ended: exit code 7' /tmp/err
+# Of the host's localhost there is the engine, and what is allowed.
+mkdir /tmp/secret && echo "of the host" >/tmp/secret/hello
+httpd -p 127.0.0.1:5432 -h /tmp/secret
+httpd -p 127.0.0.1:5433 -h /tmp/secret
+httpd -p 127.0.0.1:5434 -h /tmp/secret
+resolver 127.0.0.1 & resolver 127.0.0.2 &
+echo "PASSED first run"
+
+printf 'network: {host_loopback: [5434]}\n' >/tmp/more
+manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
+    'for p in 5432 5433 5434 49000; do wget -qO- http://127.0.0.1:$p/hello || echo none; done; wget -qO- http://[::1]:5432/hello || echo none; nslookup -type=a engine.test | grep -c 10.9.8.7; nslookup -type=a engine.test 127.0.0.2 | grep -c 10.9.8.7 || true; echo waiting; sleep 10000'
+cat /tmp/more >>iii.worker.yaml
+$dev --allow-host-loopback 5433 >/tmp/out 2>/tmp/err &
+dev_pid=$!
+until grep -q waiting /tmp/out; do sleep 1; expect kill -0 $dev_pid; done
+printf 'none\nof the host\nof the host\nfrom outside\nnone\n1\n0\nwaiting\n' >/tmp/wanted
+expect cmp /tmp/out /tmp/wanted
+expect grep -q 'localhost:5434 of this machine' /tmp/err
+echo "PASSED network"
+
+vm_pid=$(vms)
+expect grep -q '^CapEff:.0000000000000000$' /proc/$vm_pid/status
+expect grep -q '^Seccomp:.2$' /proc/$vm_pid/status
+iii worker exec box -- find / -xdev -type f >/dev/null
+# All but the guest's memory: the largest mapping, and its kernel, which is in the library.
+awk '/^[0-9a-f]+-[0-9a-f]+ / { kernel = /libkrunfw/ } /^Size:/ { size = $2 } /^Pss:/ { if (kernel) guest += $2; else all += $2; if (!kernel && size > largest) { largest = size; pss = $2 } } END { print "MEMORY", all - pss, "KiB beside the guest, which has", guest + pss, "of", largest }' /proc/$vm_pid/smaps >/tmp/memory
+cat /tmp/memory
+expect [ $(cut -d' ' -f2 </tmp/memory) -lt $((40 * 1024)) ]
+echo "PASSED confinement"
+kill -INT $dev_pid
+expect wait $dev_pid
+
+# What install did not look at changes nothing for it; what the worker wrote stays.
+manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
+    'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started; while :; do sleep 1; done'
+$dev >/tmp/out 2>/tmp/err &
+dev_pid=$!
+until grep -q started /tmp/out; do sleep 1; done
+expect grep -q 'install  cached' /tmp/err
+code=0
+echo typed | iii worker exec box -e A=b -- sh -c 'cat; echo $A; pwd; echo to stderr >&2; exit 6' >/tmp/exec 2>/tmp/exec-err || code=$?
+expect [ $code = 6 ]
+printf 'typed\nb\n/workspace\n' >/tmp/wanted
+expect cmp /tmp/exec /tmp/wanted
+expect grep -q '^to stderr' /tmp/exec-err
+code=0
+iii worker exec box -- not-there 2>/tmp/exec-err || code=$?
+expect [ $code = 127 ]
+# Much of it, while others talk.
+iii worker exec box -- sh -c 'cat /bin/busybox /bin/busybox' >/tmp/exec &
+expect iii worker exec box -- true
+expect wait $!
+expect [ $(wc -c </tmp/exec) = $((2 * $(wc -c </bin/busybox))) ]
+echo "PASSED exec"
+kill -INT $dev_pid
+expect wait $dev_pid
+expect grep -q bye /tmp/out
+expect grep -q stopped /tmp/err
+echo "PASSED interrupt"
+
+# Nothing outlives the tool.
+$dev >/tmp/out 2>/tmp/err &
+until grep -q started /tmp/out; do sleep 1; done
+vm_pid=$(vms)
+kill -KILL $!
+wait $! || true
+expect [ -n "$vm_pid" ]
+for try in 1 2 3 4 5 6 7 8 9 10; do [ -n "$(vms)" ] || break; sleep 1; done
+expect [ -z "$(vms)" ]
+echo "PASSED kill"
+
+manifest 'echo s >/etc/setup; echo in setup' 'cat in; echo first; exit 5' 'cat kept'
+code=0
+$dev >/tmp/out 2>/tmp/err || code=$?
+expect grep -q 'install failed: exit code 5' /tmp/err
+expect grep -q first /tmp/err
+echo "PASSED failing step"
+
+# A guest that says nothing, as its kernel is none. Layers are the same in namespaces.
+manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' 'echo $III_ISOLATION; cat kept'
+export III_LIBKRUNFW=/silent
+dev="iii worker dev . --name box --port 49000"
+expect $dev >/tmp/out 2>/tmp/err
+expect grep -q 'runtime libkrun: a microVM' /tmp/err
+expect grep -q 'no microVM: .* did not start' /tmp/err
+expect grep -q 'runtime namespace: ' /tmp/err
+expect grep -q 'install  cached' /tmp/err
+printf 'namespace\nkept\nkept\n' >/tmp/wanted
+expect cmp /tmp/out /tmp/wanted
+# From then on nobody tries it but who says so.
+expect $dev >/tmp/out 2>/tmp/err
+expect [ $(grep -c 'runtime namespace: ' /tmp/err) = 1 ]
+expect [ $(grep -c 'no microVM' /tmp/err) = 0 ]
+code=0
+$dev --runtime libkrun >/tmp/out 2>/tmp/err || code=$?
+expect [ $code = 1 ]
+expect grep -q 'libkrun cannot run a microVM here' /tmp/err
+echo "PASSED fallback"
+"#;
+
 #[test]
 fn workers_run_in_microvms() {
-    let result = on_kvm(
-        r#"
-            # The engine's place is taken by whatever listens on loopback here.
-            mkdir /tmp/www && echo "from outside" >/tmp/www/hello
-            httpd -p 127.0.0.1:49000 -h /tmp/www
-
-            manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
-                'id -u; pwd; echo $GREETING; cat /etc/setup out; hostname; read line; echo read $line; [ $(nproc) = 1 ]; echo $III_ISOLATION; wget -qO- http://${III_URL#ws://}/hello; echo to stderr >/dev/stderr; date +%Y; [ ! -e /.iii/init ] || echo init; ls -A / | grep -c iii || exit 7'
-            echo given >in
-            code=0
-            echo typed | $dev >/tmp/out 2>/tmp/err || code=$?
-            expect [ $code = 7 ]
-            printf '0\n/workspace\ngood day\ns\ngiven\nbox\nread typed\nlibkrun\nfrom outside\n%s\ninit\n0\n' $(date +%Y) >/tmp/wanted
-            expect cmp /tmp/out /tmp/wanted
-            expect grep -q 'setup │ in setup' /tmp/err
-            expect grep -q 'install │ ls: /nowhere' /tmp/err
-            expect grep -q '^to stderr' /tmp/err
-            expect grep -q 'ended: exit code 7' /tmp/err
-            echo "PASSED first run"
-
-            # What install did not look at changes nothing for it; what the worker wrote stays.
-            manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
-                'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started; while :; do sleep 1; done'
-            $dev >/tmp/out 2>/tmp/err &
-            dev_pid=$!
-            until grep -q started /tmp/out; do sleep 1; done
-            expect grep -q 'install  cached' /tmp/err
-            code=0
-            echo typed | iii worker exec box -e A=b -- sh -c 'cat; echo $A; pwd; echo to stderr >&2; exit 6' >/tmp/exec 2>/tmp/exec-err || code=$?
-            expect [ $code = 6 ]
-            printf 'typed\nb\n/workspace\n' >/tmp/wanted
-            expect cmp /tmp/exec /tmp/wanted
-            expect grep -q '^to stderr' /tmp/exec-err
-            code=0
-            iii worker exec box -- not-there 2>/tmp/exec-err || code=$?
-            expect [ $code = 127 ]
-            # Much of it, while others talk.
-            iii worker exec box -- sh -c 'cat /bin/busybox /bin/busybox' >/tmp/exec &
-            expect iii worker exec box -- true
-            expect wait $!
-            expect [ $(wc -c </tmp/exec) = $((2 * $(wc -c </bin/busybox))) ]
-            echo "PASSED exec"
-            kill -INT $dev_pid
-            expect wait $dev_pid
-            expect grep -q bye /tmp/out
-            expect grep -q stopped /tmp/err
-            echo "PASSED interrupt"
-
-            # Nothing outlives the tool.
-            $dev >/tmp/out 2>/tmp/err &
-            until grep -q started /tmp/out; do sleep 1; done
-            kill -KILL $!
-            wait $! || true
-            for try in 1 2 3 4 5 6 7 8 9 10; do pgrep iii >/dev/null || break; sleep 1; done
-            expect [ -z "$(pgrep iii)" ]
-            echo "PASSED kill"
-
-            manifest 'echo s >/etc/setup; echo in setup' 'cat in; echo first; exit 5' 'cat kept'
-            code=0
-            $dev >/tmp/out 2>/tmp/err || code=$?
-            expect grep -q 'install failed: exit code 5' /tmp/err
-            expect grep -q first /tmp/err
-            echo "PASSED failing step"
-        "#,
-    );
+    let result = on_kvm(JOB);
     match result {
         Ok(console) => {
-            for what in ["first run", "exec", "interrupt", "kill", "failing step"] {
+            let memory = console.iter().find(|line| line.starts_with("MEMORY"));
+            eprintln!(
+                "the process of a microVM: {}",
+                memory.map_or("", String::as_str)
+            );
+            for what in [
+                "first run",
+                "network",
+                "confinement",
+                "exec",
+                "interrupt",
+                "kill",
+                "failing step",
+            ] {
                 let passed = format!("PASSED {what}");
                 assert!(console.contains(&passed), "{console:#?}");
             }

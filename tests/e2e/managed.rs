@@ -111,6 +111,36 @@ fn arg(project: &Project) -> &str {
 }
 
 #[test]
+fn what_is_said_of_its_sandbox_stays() {
+    let home = Home::with_busybox();
+    let managed = Managed(&home);
+    let project = Project::scripts("true", "true", STAY);
+    project.edit("iii.worker.yaml", "name: box", "name: api");
+    let port = free_port().to_string();
+    let sandbox = || -> Value {
+        let orders = fs::read(home.state().join("managed/api/start.json")).unwrap();
+        serde_json::from_slice::<Value>(&orders).unwrap()["sandbox"].clone()
+    };
+    let said = ["--allow-host-loopback", "5432", "--runtime", "namespace"];
+    let add = ["add", arg(&project), "--port", &port];
+    managed.run(&[&add[..], &said].concat()).ok();
+    let wanted = json!({
+        "runtime": "namespace",
+        "host_loopback": {"all": false, "ports": [5432]},
+    });
+    assert_eq!(sandbox(), wanted);
+    managed.run(&["start", "api", "--port", &port]).ok();
+    assert_eq!(sandbox(), wanted);
+    let all = ["restart", "api", "--allow-host-loopback", "all"];
+    managed.run(&all).ok();
+    assert_eq!(sandbox()["host_loopback"]["all"], true);
+    managed.run(&["stop", "api"]).ok();
+    managed
+        .run(&["start", "api", "--allow-host-loopback", "0"])
+        .exits(2);
+}
+
+#[test]
 fn a_worker_from_add_to_remove() {
     let home = Home::with_busybox();
     let managed = Managed(&home);
