@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::engine::holds_within;
-use crate::harness::{Home, LIMIT, Project, Running, is_root, skip};
+use crate::harness::{Home, LIMIT, Project, Running, files, is_root, skip};
 
 /// Says what it sees, how often it was started, and on which mount.
 const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); exec sleep 1000";
@@ -93,13 +93,29 @@ fn an_edit_shows_where_the_worker_runs() {
     ended.ok().says(&["COLOUR=red"]);
     dev.stop();
 
-    // The next start has it all, and so has an image of it.
+    // What it ran on at last is what an image is made of, and the next start has it all.
+    let to = home.path().join("image");
+    let oci = format!("oci:{}", to.display());
+    home.run(&[
+        "worker",
+        "export",
+        "box",
+        "--to",
+        &oci,
+        "--compression",
+        "none",
+    ])
+    .ok();
+    let blobs = files(&to).into_iter().map(|blob| fs::read(blob).unwrap());
+    assert!(
+        blobs
+            .into_iter()
+            .any(|blob| blob.windows(7).any(|text| text == b"main 2\n"))
+    );
     let mut dev = home.dev(&project, &["--name", "box", "--no-watch"]);
     dev.wait_for("kept");
     dev.wait_for("sees main 2");
     dev.stop();
-    let to = format!("docker-archive:{}", home.path().join("box.tar").display());
-    home.run(&["worker", "export", "box", "--to", &to]).ok();
 }
 
 #[test]
