@@ -212,6 +212,11 @@ impl FuseServer for Server {
 }
 
 impl Served {
+    /// The overlay.
+    pub fn overlay(&self) -> &Arc<Overlay> {
+        &self.overlay
+    }
+
     /// Has the sandbox see `project` in place of the project's layer that it saw last. It is pinned, for as long as the upper stands
     /// on it.
     pub fn show(&self, project: &Arc<Layer>) -> Result<(), ShowError> {

@@ -2,7 +2,7 @@
 //!
 //! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory, for its own user alone. Whoever connects
 //! sends a command with its streams, then signals and sizes of its terminal, and is told how it ended. When it goes, the
-//! command is killed.
+//! command is killed. Instead of a command, a snapshot can be asked for.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -29,6 +29,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::{Command, CommandController, Controller, RemoteError, SandboxError, Size};
+use crate::snapshot::{Keeper, SnapshotError, Taken, Taking};
 
 /// The socket's name.
 const SOCKET: &str = "exec.sock";
@@ -97,13 +98,25 @@ enum FromClient {
     Run(Asked),
     Signal(i32),
     Resize(Size),
+    /// Nothing else comes with it.
+    Snapshot(Keeper),
 }
 
 #[derive(Serialize, Deserialize)]
 enum ToClient {
+    Taken(Taken),
+    NotTaken(NotTaken),
     Exited(i32),
     Refused(RemoteError, u8),
     Ended,
+}
+
+/// Why no snapshot was taken, as far as the client is to tell it apart.
+#[derive(Serialize, Deserialize)]
+enum NotTaken {
+    InVm,
+    Exists(String),
+    Failed(RemoteError),
 }
 
 /// Serves a sandbox's socket until it is dropped.
@@ -111,10 +124,16 @@ pub struct Serving {
     listener: Arc<OwnedFd>,
     path: PathBuf,
     worker: Arc<Mutex<Command>>,
+    snapshots: Taking,
 }
 
-/// Runs what comes to the socket in `dir` by way of `controller`, like `worker` where nothing else is asked.
-pub fn serve(dir: &Path, controller: Controller, worker: Command) -> Result<Serving, ExecError> {
+/// Runs what comes to the socket in `dir` by way of `controller`, like `worker` where nothing else is asked, and takes `snapshots`.
+pub fn serve(
+    dir: &Path,
+    controller: Controller,
+    worker: Command,
+    snapshots: Taking,
+) -> Result<Serving, ExecError> {
     let path = dir.join(SOCKET);
     // The lock of the sandbox is held: whoever made it is gone.
     let _ = fs::remove_file(&path);
@@ -125,11 +144,12 @@ pub fn serve(dir: &Path, controller: Controller, worker: Command) -> Result<Serv
     let accepting = Arc::clone(&listener);
     let worker = Arc::new(Mutex::new(worker));
     let like = Arc::clone(&worker);
+    let taking = snapshots.clone();
     let accept = move || {
         while let Ok(client) = accept_with(&accepting, SocketFlags::CLOEXEC) {
             let worker = like.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let controller = controller.clone();
-            let attend = move || attend(&client, &controller, worker);
+            let (controller, snapshots) = (controller.clone(), taking.clone());
+            let attend = move || attend(&client, &controller, worker, &snapshots);
             let _ = thread::Builder::new().name("exec".into()).spawn(attend);
         }
     };
@@ -139,6 +159,7 @@ pub fn serve(dir: &Path, controller: Controller, worker: Command) -> Result<Serv
         listener,
         path,
         worker,
+        snapshots,
     })
 }
 
@@ -153,21 +174,30 @@ impl Drop for Serving {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
         let _ = shutdown(&self.listener, Shutdown::Both);
+        self.snapshots.end();
     }
 }
 
-fn attend(client: &OwnedFd, controller: &Controller, worker: Command) {
+fn attend(client: &OwnedFd, controller: &Controller, worker: Command, snapshots: &Taking) {
     let me = rustix::process::geteuid();
     if !socket_peercred(client).is_ok_and(|peer| peer.uid == me || peer.uid.is_root()) {
         return;
     }
-    let Ok(Some((FromClient::Run(asked), fds))) = packet::recv(client) else {
-        return;
-    };
-    let answer = match run(client, controller, merged(worker, asked), fds) {
-        Ok(status) => ToClient::Exited(status.into_raw()),
-        Err(SandboxError::Killed) => ToClient::Ended,
-        Err(error) => ToClient::Refused(RemoteError::new(&error), error.exit_code()),
+    let answer = match packet::recv(client) {
+        Ok(Some((FromClient::Run(asked), fds))) => {
+            match run(client, controller, merged(worker, asked), fds) {
+                Ok(status) => ToClient::Exited(status.into_raw()),
+                Err(SandboxError::Killed) => ToClient::Ended,
+                Err(error) => ToClient::Refused(RemoteError::new(&error), error.exit_code()),
+            }
+        }
+        Ok(Some((FromClient::Snapshot(keeper), _))) => match snapshots.take(&keeper) {
+            Ok(taken) => ToClient::Taken(taken),
+            Err(SnapshotError::InVm { .. }) => ToClient::NotTaken(NotTaken::InVm),
+            Err(SnapshotError::Exists { tag, .. }) => ToClient::NotTaken(NotTaken::Exists(tag)),
+            Err(error) => ToClient::NotTaken(NotTaken::Failed(RemoteError::new(&error))),
+        },
+        _ => return,
     };
     // Where nobody is there any more, nobody wants to know.
     let _ = packet::send(client, &answer, &[]);
@@ -212,7 +242,7 @@ fn heed(client: &OwnedFd, command: &CommandController) {
                 Signal::from_named_raw(signal).map_or(Ok(()), |signal| command.signal(signal))
             }
             Ok(Some((FromClient::Resize(size), _))) => command.resize(size),
-            Ok(Some((FromClient::Run(_), _))) => Ok(()),
+            Ok(Some((FromClient::Run(_) | FromClient::Snapshot(_), _))) => Ok(()),
             Ok(None) | Err(_) => {
                 let _ = command.signal(Signal::KILL);
                 return;
@@ -231,11 +261,7 @@ pub fn exec(
     asked: Asked,
     timeout: Option<Duration>,
 ) -> Result<ExitStatus, ExecError> {
-    let server = socket().map_err(at("make a socket"))?;
-    with_address(dir, |address| connect(&server, address)).map_err(|_| ExecError::NotRunning {
-        name: name.to_owned(),
-    })?;
-    let server = Arc::new(server);
+    let server = Arc::new(connected(dir, name)?);
     let answer = if asked.terminal.is_some() {
         in_terminal(&server, asked, timeout)
     } else {
@@ -244,8 +270,36 @@ pub fn exec(
     match answer? {
         ToClient::Exited(status) => Ok(ExitStatus::from_raw(status)),
         ToClient::Refused(source, code) => Err(ExecError::Refused { source, code }),
-        ToClient::Ended => Err(ExecError::Ended),
+        _ => Err(ExecError::Ended),
     }
+}
+
+/// Asks whoever runs the sandbox `name`, whose directory is `dir`, to freeze what it wrote.
+pub(crate) fn ask_for_snapshot(
+    dir: &Path,
+    name: &str,
+    keeper: Keeper,
+) -> Result<Result<Taken, SnapshotError>, ExecError> {
+    let server = connected(dir, name)?;
+    packet::send(&server, &FromClient::Snapshot(keeper), &[])
+        .map_err(at("ask for the snapshot"))?;
+    let name = name.to_owned();
+    Ok(match answer(&server, None)? {
+        ToClient::Taken(taken) => Ok(taken),
+        ToClient::NotTaken(NotTaken::InVm) => Err(SnapshotError::InVm { name }),
+        ToClient::NotTaken(NotTaken::Exists(tag)) => Err(SnapshotError::Exists { name, tag }),
+        ToClient::NotTaken(NotTaken::Failed(source)) => Err(SnapshotError::Remote { name, source }),
+        _ => return Err(ExecError::Ended),
+    })
+}
+
+/// A connection to whoever runs the sandbox `name`, whose directory is `dir`.
+fn connected(dir: &Path, name: &str) -> Result<OwnedFd, ExecError> {
+    let server = socket().map_err(at("make a socket"))?;
+    with_address(dir, |address| connect(&server, address)).map_err(|_| ExecError::NotRunning {
+        name: name.to_owned(),
+    })?;
+    Ok(server)
 }
 
 /// The size of the terminal that this process runs in; `None` if its input and output are none.

@@ -32,6 +32,7 @@ pub mod sandbox;
 pub mod scaffold;
 #[cfg(target_os = "linux")]
 pub mod serve;
+pub mod snapshot;
 pub mod supervise;
 pub mod tail;
 pub mod ui;

@@ -494,7 +494,7 @@ impl Session<'_> {
         }
         let name = ready.worker.name.as_str();
         // Before the upper has anything of the new layer, and as long as it has anything of the one before.
-        let besides = [layers(ready), layers(last)].concat();
+        let besides = [&layers(ready)[..], &layers(last), live.thawed].concat();
         let kept = keep_layers(
             self.store,
             self.keeper,

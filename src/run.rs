@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use iii_overlay::adapter::fuse::Mode;
 use iii_overlay::{OpenError, OverlayOptions};
 use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::process::Signal;
 use serde::Deserialize as _;
 
@@ -40,6 +41,7 @@ use crate::sandbox::{
     BindMount, Command as SandboxCommand, Controller, HostSettings, Sandbox, SandboxError,
     SandboxSpec, Stdio,
 };
+use crate::snapshot::Taking;
 use crate::supervise::{GRACE, Signals};
 
 /// How long the engine has to accept a connection before it counts as not listening.
@@ -363,16 +365,23 @@ pub(crate) fn keep_layers(
     store.set_ref(kind, name, &Ref { layers, info })
 }
 
-/// Has a worker's name keep these layers, which are pinned, besides those that its upper stands on. Returns whether it did not keep
-/// just these before.
+/// Has a worker's name keep these layers, those that it needs besides, which are all pinned, and what it keeps already. Returns
+/// whether it did not keep just these before.
 pub(crate) fn keep_also(
     store: &Store,
     kind: RefKind,
     name: &str,
     layers: &[LayerId],
+    besides: &[LayerId],
 ) -> Result<bool, StoreError> {
     let last = kept(store, kind, name)?;
-    if last.layers == layers {
+    let mut wanted = layers.to_vec();
+    for id in besides {
+        if !wanted.contains(id) {
+            wanted.push(*id);
+        }
+    }
+    if last.layers == wanted && run_on(&last) == layers {
         return Ok(false);
     }
     let there = |ids: &[LayerId]| -> Vec<LayerId> {
@@ -381,9 +390,9 @@ pub(crate) fn keep_also(
     };
     let (runs_on, all) = (there(run_on(&last)), there(&last.layers));
     if all.is_empty() {
-        keep_layers(store, kind, name, layers.to_vec(), &[])?;
-    } else if !layers.iter().all(|id| all.contains(id)) {
-        keep_layers(store, kind, name, runs_on, &[&all, layers].concat())?;
+        keep_layers(store, kind, name, layers.to_vec(), besides)?;
+    } else if !wanted.iter().all(|id| all.contains(id)) {
+        keep_layers(store, kind, name, runs_on, &[all, wanted].concat())?;
     }
     Ok(true)
 }
@@ -462,6 +471,8 @@ pub(crate) struct Live<'a> {
     pub controller: Controller,
     /// Its root filesystem, if that can be changed meanwhile.
     pub served: Option<&'a Served>,
+    /// The layer that its upper was made of, if it was.
+    pub thawed: &'a [LayerId],
     commands: &'a Serving,
     host: HostSettings,
     command: SandboxCommand,
@@ -496,8 +507,14 @@ impl Start<'_> {
         let name = worker.name.as_str();
         // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
         // in between loses neither.
+        let compose = |source| RunError::Compose {
+            name: name.to_owned(),
+            source,
+        };
+        let thawed = iii_overlay::thawed_of(&self.place.upper());
+        let thawed = Vec::from_iter(thawed.map_err(|error| compose(error.into()))?);
         let layers = worker.stack.ids();
-        let others = keep_also(self.store, self.keeper, name, &layers)?;
+        let others = keep_also(self.store, self.keeper, name, &layers, &thawed)?;
         let composition = Composition {
             store: self.store,
             layers: worker.stack.layers.clone(),
@@ -510,10 +527,9 @@ impl Start<'_> {
             console: self.place.console(),
         };
         let composed = composition.compose(&worker.isolation);
-        let composed = composed.map_err(|source| RunError::Compose {
-            name: name.to_owned(),
-            source,
-        })?;
+        let composed = composed.map_err(compose)?;
+        let served = composed.served().map(Served::overlay);
+        let snapshots = Taking::new(self.store, self.keeper, &worker.name, served);
         let mut spec = SandboxSpec::new(composed.root(), &program.argv);
         spec.env.clone_from(&program.env);
         spec.user.clone_from(&program.user);
@@ -529,10 +545,15 @@ impl Start<'_> {
         let mut sandbox = Sandbox::start(spec)?;
         let (result, _) = signals.attend(sandbox.controller(), || {
             let controller = sandbox.controller();
-            let commands = exec::serve(self.place.dir(), controller.clone(), command.clone())?;
+            let commands = exec::serve(
+                self.place.dir(),
+                controller.clone(),
+                command.clone(),
+                snapshots,
+            )?;
             // The overlay is open by now, wherever it is served.
             if others {
-                keep_layers(self.store, self.keeper, name, layers, &[])?;
+                keep_layers(self.store, self.keeper, name, layers, &thawed)?;
             }
             for warning in sandbox.warnings() {
                 events(Event::Note(warning.to_string()));
@@ -540,6 +561,7 @@ impl Start<'_> {
             let live = Live {
                 controller,
                 served: composed.served(),
+                thawed: &thawed,
                 commands: &commands,
                 host,
                 command,
@@ -586,6 +608,9 @@ pub(crate) fn owner(dir: &Path) -> Result<Option<PathBuf>, RunError> {
     }
 }
 
+/// The new upper, until it has taken the place of the old one, and then that one, until it is removed.
+const NEW_UPPER: &str = "upper.new";
+
 /// A sandbox's directory, held by one process at a time.
 pub(crate) struct Place {
     dir: PathBuf,
@@ -627,7 +652,9 @@ impl Place {
             match lock.try_lock() {
                 Ok(()) if is_at(&lock, &path) => {
                     lock.set_len(0).map_err(at("write", &path))?;
-                    return Ok(Self { dir, lock });
+                    let place = Self { dir, lock };
+                    place.drop_new_upper()?;
+                    return Ok(place);
                 }
                 // Whoever had it has removed it.
                 Ok(()) => {}
@@ -696,6 +723,29 @@ impl Place {
     /// Forgets what the worker wrote.
     pub fn drop_upper(&self) -> Result<(), RunError> {
         remove_all(&self.upper())
+    }
+
+    /// Where an upper is made that is to take the place of that one. There is nothing yet.
+    pub fn new_upper(&self) -> Result<PathBuf, RunError> {
+        self.drop_new_upper()?;
+        Ok(self.dir.join(NEW_UPPER))
+    }
+
+    /// Forgets what is there.
+    pub fn drop_new_upper(&self) -> Result<(), RunError> {
+        remove_all(&self.dir.join(NEW_UPPER))
+    }
+
+    /// Has the new upper and the upper take each other's place, in one step.
+    pub fn exchange_upper(&self) -> Result<(), RunError> {
+        let (new, upper) = (self.dir.join(NEW_UPPER), self.upper());
+        let flags = if upper.exists() {
+            RenameFlags::EXCHANGE
+        } else {
+            RenameFlags::NOREPLACE
+        };
+        renameat_with(CWD, &new, CWD, &upper, flags)
+            .map_err(|error| at("put a new upper in the place of", &upper)(error.into()))
     }
 
     /// Removes it. Somebody who waits for it makes it anew.

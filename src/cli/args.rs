@@ -146,7 +146,8 @@ Environment:
     Restart(StartWorker),
     /// Remove workers from config.yaml, with all that is kept for them
     ///
-    /// One that runs is stopped. What it wrote and its log are gone; its layers stay in the store while others need them.
+    /// One that runs is stopped. What it wrote, its snapshots and its log are gone; its layers stay in the store while others need
+    /// them, and what was forked from it is not touched.
     #[command(after_help = "Examples:
   iii worker remove api
   iii worker remove -y api mailer      # also if they run")]
@@ -168,11 +169,42 @@ Environment:
     Logs(Logs),
     /// Forget what workers wrote and printed; they stay workers, with their layers
     ///
-    /// Without a name, all of them. One that runs is stopped.
+    /// Without a name, all of them. One that runs is stopped. Snapshots stay.
     #[command(after_help = "Examples:
   iii worker clear api
   iii worker clear -y")]
     Clear(Clear),
+    /// Take a snapshot of what a worker wrote, to go back to or to fork from
+    ///
+    /// One that runs goes on: the snapshot is of one moment, as if the machine had lost its power then. It takes the space of what
+    /// changes afterwards. It is kept until it or its worker is removed, also if the worker is cleared. Sandboxes of `worker dev`
+    /// have snapshots, too; a worker in a microVM has to be stopped for it.
+    #[command(after_help = "Examples:
+  iii worker snapshot api before-upgrade
+  iii worker snapshot api                           # called by the time
+  iii worker snapshot api before-upgrade --force    # in place of the one of that name
+  iii worker snapshot --remove api before-upgrade")]
+    Snapshot(TakeSnapshot),
+    /// List the snapshots of a worker
+    #[command(after_help = "Examples:
+  iii worker snapshots api
+  iii worker snapshots api --json | jq -r '.snapshots[].tag'")]
+    Snapshots(ListSnapshots),
+    /// Have a worker be again what it was at a snapshot
+    ///
+    /// What it wrote since is gone; to keep it, take another snapshot before. A worker that runs is stopped, and started as it was.
+    /// What changed in the project since the snapshot stays changed.
+    #[command(after_help = "Examples:
+  iii worker rollback api before-upgrade
+  iii worker snapshot api after && iii worker rollback api before-upgrade")]
+    Rollback(Rollback),
+    /// Make another worker of the same project that begins with what a worker has written
+    ///
+    /// It gets an entry in config.yaml with all that the other's has. Both share what is stored, and nothing is built again.
+    #[command(after_help = "Examples:
+  iii worker fork api api-2
+  iii worker fork api@before-upgrade api-old && iii worker start api-old")]
+    Fork(Fork),
     /// Make a small project that works
     #[command(after_help = "Examples:
   iii worker init ./hello
@@ -342,6 +374,54 @@ pub struct Clear {
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct TakeSnapshot {
+    /// The worker's name
+    pub name: String,
+    /// What the snapshot is called [default: the time, as in 20261122T080149Z]
+    #[arg(required_if_eq("remove", "true"))]
+    pub tag: Option<String>,
+    /// Take it in place of one that is called so
+    #[arg(short, long, conflicts_with = "remove")]
+    pub force: bool,
+    /// Remove the snapshot instead
+    #[arg(long)]
+    pub remove: bool,
+    #[command(flatten)]
+    pub config: ItsConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct ListSnapshots {
+    /// The worker's name
+    pub name: String,
+    #[command(flatten)]
+    pub config: ItsConfig,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Rollback {
+    /// How it is started again, if it ran.
+    #[command(flatten)]
+    pub start: StartWorker,
+    /// The snapshot
+    pub tag: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// The worker's name, and the snapshot to begin with, if not what it has written by now
+    #[arg(value_name = "NAME[@TAG]")]
+    pub from: String,
+    /// The new worker's name
+    pub new: String,
     #[command(flatten)]
     pub config: ItsConfig,
 }

@@ -26,11 +26,12 @@ use crate::sandbox::SandboxError;
 use crate::scaffold::ScaffoldError;
 #[cfg(target_os = "linux")]
 use crate::serve::ServeError;
+use crate::snapshot::SnapshotError;
 use crate::ui::Ui;
-use iii_overlay::OpenError;
 #[cfg(target_os = "linux")]
 use iii_overlay::adapter::vhost_user::VhostUserError;
 use iii_overlay::upper::UpperError;
+use iii_overlay::{FreezeError, OpenError};
 use iii_store::tree::TreeError;
 use iii_store::{LayerId, StoreError};
 
@@ -72,6 +73,8 @@ pub enum CliError {
     #[error(transparent)]
     Managed(ManagedError),
     #[error(transparent)]
+    Snapshot(SnapshotError),
+    #[error(transparent)]
     Scaffold(#[from] ScaffoldError),
     #[error("{what}; nothing was done")]
     NeedsYes { what: String },
@@ -100,6 +103,17 @@ impl From<ManagedError> for CliError {
             ManagedError::Run(error) => Self::Run(error),
             ManagedError::Store(error) => Self::Store(error),
             error => Self::Managed(error),
+        }
+    }
+}
+
+impl From<SnapshotError> for CliError {
+    fn from(error: SnapshotError) -> Self {
+        match error {
+            SnapshotError::Run(error) => Self::Run(*error),
+            SnapshotError::Managed(error) => (*error).into(),
+            SnapshotError::Store(error) => Self::Store(error),
+            error => Self::Snapshot(error),
         }
     }
 }
@@ -224,6 +238,45 @@ fn managed_hint(error: &ManagedError) -> Option<String> {
     })
 }
 
+fn snapshot_hint(error: &SnapshotError) -> Option<String> {
+    Some(match error {
+        SnapshotError::Exists { .. } => {
+            "give it another tag; --force takes it in place of that one".into()
+        }
+        SnapshotError::Unknown { name, have, .. } if have.is_empty() => {
+            format!("it has none; to take one: iii worker snapshot {name}")
+        }
+        SnapshotError::Unknown { have, .. } => {
+            let mut listed = have
+                .iter()
+                .take(MAX_LISTED)
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(", ");
+            if have.len() > MAX_LISTED {
+                listed.push_str(", …");
+            }
+            format!("it has {listed}")
+        }
+        SnapshotError::NeverRun { name } => format!("start it once: iii worker start {name}"),
+        SnapshotError::Taken { .. } => {
+            "give the new one another name, or remove that one first".into()
+        }
+        SnapshotError::InVm { name } => format!("stop it first: iii worker stop {name}"),
+        SnapshotError::Freeze {
+            source: FreezeError::Restless,
+            ..
+        } => "take it when the worker writes less, or stop it first".into(),
+        SnapshotError::Open {
+            source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. }),
+            name,
+        } => {
+            format!("to drop what it wrote and begin anew: iii worker clear {name}")
+        }
+        _ => return None,
+    })
+}
+
 #[cfg(target_os = "linux")]
 fn serve_hint(error: &ServeError) -> Option<String> {
     Some(match error {
@@ -276,7 +329,7 @@ impl CliError {
                 "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
             }
             Self::Run(RunError::Compose {
-                source: OpenError::Upper(UpperError::Chain { .. } | UpperError::NotAnUpper(_)),
+                source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. } | UpperError::NotAnUpper(_)),
                 ..
             }) => "--fresh drops what the sandbox wrote, and keeps the layers".into(),
             Self::Run(RunError::NeverRun { .. }) => {
@@ -297,6 +350,7 @@ impl CliError {
             Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
             Self::NeedsYes { .. } => "-y says yes".into(),
             Self::Managed(error) => managed_hint(error)?,
+            Self::Snapshot(error) => snapshot_hint(error)?,
             Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
             Self::Ambiguous { .. } => "give more of the id".into(),
             _ if self.store().is_some_and(is_damage) => {

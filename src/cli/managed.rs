@@ -47,7 +47,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
 /// The engine's config.yaml, as an absolute path: the supervisor stands elsewhere.
-fn config_path(args: &ItsConfig) -> Result<PathBuf, CliError> {
+pub fn config_path(args: &ItsConfig) -> Result<PathBuf, CliError> {
     let named = args.config.clone();
     let named = named.or_else(|| env::var_os("III_CONFIG_PATH").map(PathBuf::from));
     let path = named.unwrap_or_else(|| "config.yaml".into());
@@ -108,7 +108,8 @@ pub fn start(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliEr
     run(home, &name, orders, args.no_wait, ui)
 }
 
-fn run(
+/// Starts a worker, and says so.
+pub fn run(
     home: &Home,
     name: &WorkerName,
     orders: Orders,
@@ -177,17 +178,15 @@ fn known(
     Ok(known)
 }
 
-pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
-    let name: WorkerName = args.name.parse()?;
-    let last = supervisor::last_orders(home, &name);
+/// How a worker is to be started that was started before, where nothing else is asked.
+pub fn orders_again(
+    home: &Home,
+    name: &WorkerName,
+    args: &StartWorker,
+) -> Result<Orders, CliError> {
+    let last = supervisor::last_orders(home, name);
     let is_asked = |variable: &str| env::var_os(variable).is_some();
-    let mut now = orders(
-        home,
-        &name,
-        &args.engine,
-        args.follow.asked(),
-        &args.sandbox,
-    )?;
+    let mut now = orders(home, name, &args.engine, args.follow.asked(), &args.sandbox)?;
     if let Some(last) = last {
         if args.engine.config.config.is_none() && !is_asked("III_CONFIG_PATH") {
             now.config = last.config;
@@ -203,6 +202,12 @@ pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, Cli
         let engine = last.engine_process.filter(|engine| engine.is_alive());
         now.engine_process = now.engine_process.or(engine);
     }
+    Ok(now)
+}
+
+pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, CliError> {
+    let name: WorkerName = args.name.parse()?;
+    let now = orders_again(home, &name, args)?;
     known(home, &now.config, std::slice::from_ref(&args.name))?;
     if managed::stop(home, &name)?.is_some() {
         ui.ok(format_args!("{name} stopped"));

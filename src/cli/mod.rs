@@ -7,6 +7,7 @@ mod image;
 mod limits;
 mod managed;
 mod quantity;
+mod snapshot;
 mod store;
 mod table;
 mod worker;

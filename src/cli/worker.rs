@@ -14,7 +14,7 @@ use clap::ValueEnum as _;
 use super::args::{self, Runtime, Worker};
 use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
-use super::{CliError, export, limits, managed, print, print_json};
+use super::{CliError, export, limits, managed, print, print_json, snapshot};
 use crate::build::{Event, Report, Status, Stream};
 use crate::cache::{self, CacheError, CacheName, CacheOptions};
 use crate::compose::Isolation;
@@ -44,6 +44,10 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
         Worker::Status(args) => managed::status(&home, &args),
         Worker::Logs(args) => managed::logs(&home, &args),
         Worker::Clear(args) => managed::clear(&home, &args, ui),
+        Worker::Snapshot(args) => snapshot::take(&home, &args, ui),
+        Worker::Snapshots(args) => snapshot::list(&home, &args),
+        Worker::Rollback(args) => snapshot::roll_back(&home, &args, ui),
+        Worker::Fork(args) => snapshot::fork(&home, &args, ui),
         Worker::Init(args) => managed::init(&args, ui),
         Worker::ManagerDaemon => managed::daemon(),
         Worker::Export(args) => export::worker(&home, &signals, &args, ui),

@@ -213,7 +213,8 @@ fn enter(
     if options.force {
         forget(home, name)?;
     }
-    keep_also(store, RefKind::Managed, name.as_str(), &worker.stack.ids())?;
+    let layers = worker.stack.ids();
+    keep_also(store, RefKind::Managed, name.as_str(), &layers, &[])?;
     if state(home, name)?.0 == State::Stopped {
         let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
         place.claim_for(name, root, false)?;

@@ -13,6 +13,7 @@
 //! project       the path of its project
 //! start.json    how it was last started, or is to be
 //! upper/        what it wrote
+//! upper.new/    an upper that is to take the place of that, or did: see `snapshot`
 //! vm.pid        the supervisor's pid, while the worker runs
 //! ```
 //!
@@ -35,7 +36,8 @@ use crate::home::Home;
 use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
-use crate::run::{LOCK, Place, RunError, owner, run_on};
+use crate::run::{LOCK, Place, RunError, keep_layers, owner, run_on};
+use crate::snapshot;
 use crate::supervise::GRACE;
 use crate::utc;
 
@@ -46,7 +48,7 @@ pub mod supervisor;
 pub(crate) const PID_FILE: &str = "vm.pid";
 
 /// How long somebody may hold a worker who only looks at it, or ends just now.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How much longer than its worker's grace a supervisor may take to end.
 const MARGIN: Duration = Duration::from_secs(5);
@@ -280,7 +282,7 @@ pub fn status(home: &Home, config: &Path, name: &WorkerName) -> Result<Status, M
     status_of(home, open_store(home)?.as_ref(), name, path)
 }
 
-fn unknown(name: &WorkerName) -> ManagedError {
+pub(crate) fn unknown(name: &WorkerName) -> ManagedError {
     ManagedError::Unknown {
         name: name.to_string(),
     }
@@ -405,7 +407,7 @@ pub fn stop(home: &Home, name: &WorkerName) -> Result<Option<u32>, ManagedError>
     stopping.map(|stopping| stopping.finish(home)).transpose()
 }
 
-/// Removes `name` from config.yaml, stops it, and removes all that is kept for it. Returns whether config.yaml had it.
+/// Removes `name` from config.yaml, stops it, and removes all that is kept for it, its snapshots included. Returns whether config.yaml had it.
 pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, ManagedError> {
     let change = Change::Remove {
         name: name.as_str(),
@@ -413,6 +415,9 @@ pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, Man
     // First, so that no engine starts it again.
     let had = edit::edit_file(config, &change)?;
     forget(home, name)?;
+    if let Some(store) = open_store(home)? {
+        snapshot::remove_all(&store, name)?;
+    }
     Ok(had)
 }
 
@@ -428,11 +433,18 @@ pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     crate::logs::remove(&logs).map_err(at("remove", &logs))
 }
 
-/// Stops `name` and removes what it wrote and printed. It stays a worker, and begins anew the next time.
+/// Stops `name` and removes what it wrote and printed. It stays a worker, with its snapshots, and begins anew the next time.
 pub fn clear(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     stop(home, name)?;
     let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
     place.drop_upper()?;
+    if let Some(store) = open_store(home)? {
+        // What it keeps besides is for what it wrote.
+        if let Some(kept) = store.get_ref(RefKind::Managed, name.as_str())? {
+            let layers = run_on(&kept).to_vec();
+            keep_layers(&store, RefKind::Managed, name.as_str(), layers, &[])?;
+        }
+    }
     let logs = home.logs(name.as_str());
     crate::logs::remove(&logs).map_err(at("remove", &logs))
 }

@@ -76,6 +76,15 @@ pub enum Change<'a> {
         /// Its directory.
         worker_path: &'a str,
     },
+    /// It is there, and what its entry has is what that of another has, if that has one; else this path.
+    Copy {
+        /// The worker.
+        name: &'a str,
+        /// The other one.
+        from: &'a str,
+        /// Its directory.
+        worker_path: &'a str,
+    },
     /// It has no `config:`.
     DropConfig {
         /// The worker.
@@ -91,7 +100,10 @@ pub enum Change<'a> {
 impl Change<'_> {
     fn name(&self) -> &str {
         match self {
-            Self::Add { name, .. } | Self::DropConfig { name } | Self::Remove { name } => name,
+            Self::Add { name, .. }
+            | Self::Copy { name, .. }
+            | Self::DropConfig { name }
+            | Self::Remove { name } => name,
         }
     }
 
@@ -100,6 +112,9 @@ impl Change<'_> {
         match self {
             Self::Add { worker_path, .. } => {
                 format!("the entry of {name} under `workers`, with `worker_path: {worker_path}`")
+            }
+            Self::Copy { from, .. } => {
+                format!("the entry of {name} under `workers`, with all that of {from} has")
             }
             Self::DropConfig { .. } => format!("`config` in the entry of {name}"),
             Self::Remove { .. } => format!("the entry of {name} under `workers`"),
@@ -118,14 +133,26 @@ impl Change<'_> {
         let Some(workers) = workers.as_array_mut() else {
             return;
         };
-        let is_it = |entry: &Value| {
-            entry
-                .get(NAME)
-                .is_some_and(|name| is_text(name, self.name()))
+        let is = |entry: &Value, text: &str| {
+            let name = entry.get(NAME);
+            name.is_some_and(|name| is_text(name, text))
         };
+        let is_it = |entry: &Value| is(entry, self.name());
         match self {
             Self::Add { name, worker_path } => match workers.iter_mut().find(|one| is_it(one)) {
                 Some(entry) => entry[PATH] = json!(worker_path),
+                None => workers.push(json!({ NAME: name, PATH: worker_path })),
+            },
+            Self::Copy { .. } if workers.iter().any(is_it) => {}
+            Self::Copy {
+                name,
+                from,
+                worker_path,
+            } => match workers.iter().find(|one| is(one, from)).cloned() {
+                Some(mut entry) => {
+                    entry[NAME] = json!(name);
+                    workers.push(entry);
+                }
                 None => workers.push(json!({ NAME: name, PATH: worker_path })),
             },
             Self::DropConfig { .. } => {
@@ -183,6 +210,7 @@ pub fn edit(path: &Path, text: &str, change: &Change<'_>) -> Result<Option<Strin
         Change::Add { .. } => meant == before,
         Change::DropConfig { .. } => named.iter().all(|item| item.field(CONFIG).is_none()),
         Change::Remove { .. } => named.is_empty(),
+        Change::Copy { .. } => !named.is_empty(),
     };
     if is_done {
         return Ok(None);
@@ -384,6 +412,48 @@ impl Layout {
         Some(layout)
     }
 
+    /// [`splice`](Self::splice) of an entry that is like `source` but for its name.
+    fn splice_copy(&self, text: &str, name: &str, source: &Item) -> Option<(Range<usize>, String)> {
+        let named = &source.field(NAME)?.value;
+        let end = self.items.last()?.at.end;
+        let copy = |at: Range<usize>| {
+            let (head, tail) = (at.start..named.start, named.end..at.end);
+            Some([text.get(head)?, &scalar(name), text.get(tail)?].concat())
+        };
+        if let Workers::Flow(_) = self.workers {
+            return Some((end..end, format!(", {}", copy(source.at.clone())?)));
+        }
+        let first = line_start(text, dash_before(text, source.at.start)?);
+        let copied = copy(first..line_end(text, source.at.end))?;
+        let end = line_end(text, end);
+        let gap = missing_newline(text, end, self.newline);
+        let rest = missing_newline(&copied, copied.len(), self.newline);
+        Some((end..end, format!("{gap}{copied}{rest}")))
+    }
+
+    /// [`splice`](Self::splice) that takes an entry away.
+    fn splice_out(&self, text: &str, item: &Item) -> Option<(Range<usize>, String)> {
+        match &self.workers {
+            // The list must stay a list. Comments above the entry stay as well.
+            Workers::Block { key_end, .. } if self.items.len() == 1 => {
+                let dash = dash_before(text, item.at.start)?;
+                let colon = key_end + text.get(*key_end..dash)?.find(':')? + 1;
+                let between = text.get(colon..line_start(text, dash))?;
+                let end = line_end(text, item.at.end);
+                Some((colon..end, format!(" []{between}")))
+            }
+            Workers::Block { .. } => {
+                let dash = dash_before(text, item.at.start)?;
+                Some((
+                    line_start(text, dash)..line_end(text, item.at.end),
+                    String::new(),
+                ))
+            }
+            Workers::Flow(_) => Some((with_comma(text, &item.at)?, String::new())),
+            Workers::Absent | Workers::Null { .. } => None,
+        }
+    }
+
     /// What is to be replaced by what.
     fn splice(
         &self,
@@ -392,8 +462,19 @@ impl Layout {
         item: Option<&Item>,
     ) -> Option<(Range<usize>, String)> {
         let newline = self.newline;
+        if let Change::Copy { name, from, .. } = change
+            && let Some(source) = self.items.iter().find(|item| item.is(from))
+        {
+            return self.splice_copy(text, name, source);
+        }
         match (change, item) {
-            (Change::Add { name, worker_path }, None) => {
+            (
+                Change::Add { name, worker_path }
+                | Change::Copy {
+                    name, worker_path, ..
+                },
+                None,
+            ) => {
                 let (name, path) = (scalar(name), scalar(worker_path));
                 let lines = |indent: usize| {
                     let pad = " ".repeat(indent);
@@ -469,26 +550,9 @@ impl Layout {
                 }
                 Some((start..line_end(text, field.at.end), String::new()))
             }
-            (Change::Remove { .. }, Some(item)) => match &self.workers {
-                // The list must stay a list. Comments above the entry stay as well.
-                Workers::Block { key_end, .. } if self.items.len() == 1 => {
-                    let dash = dash_before(text, item.at.start)?;
-                    let colon = key_end + text.get(*key_end..dash)?.find(':')? + 1;
-                    let between = text.get(colon..line_start(text, dash))?;
-                    let end = line_end(text, item.at.end);
-                    Some((colon..end, format!(" []{between}")))
-                }
-                Workers::Block { .. } => {
-                    let dash = dash_before(text, item.at.start)?;
-                    Some((
-                        line_start(text, dash)..line_end(text, item.at.end),
-                        String::new(),
-                    ))
-                }
-                Workers::Flow(_) => Some((with_comma(text, &item.at)?, String::new())),
-                Workers::Absent | Workers::Null { .. } => None,
-            },
-            (Change::DropConfig { .. } | Change::Remove { .. }, None) => None,
+            (Change::Remove { .. }, Some(item)) => self.splice_out(text, item),
+            (Change::DropConfig { .. } | Change::Remove { .. }, None)
+            | (Change::Copy { .. }, Some(_)) => None,
         }
     }
 }
@@ -810,6 +874,42 @@ mod tests {
                 (
                     "workers: [{name: new}, {name: b}]",
                     "workers: [{name: new, worker_path: /srv/new}, {name: b}]",
+                ),
+                (ENTRY, "as it was"),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_entry_is_copied() {
+        let copy = |text: &str| {
+            let (name, from, worker_path) = ("new", "old", "/srv/new");
+            let change = Change::Copy {
+                name,
+                from,
+                worker_path,
+            };
+            made(text, &change)
+        };
+        check(
+            copy,
+            &[
+                ("", ENTRY),
+                (
+                    "workers: [{name: a}]",
+                    "workers: [{name: a}, {name: new, worker_path: /srv/new}]",
+                ),
+                (
+                    "workers:\n  - name: old # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n  - name: b\n\n# end\n",
+                    "workers:\n  - name: old # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n  - name: b\n  - name: new # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n\n# end\n",
+                ),
+                (
+                    "workers:\n  -\n    worker_path: /x\n    name: \"old\"",
+                    "workers:\n  -\n    worker_path: /x\n    name: \"old\"\n  -\n    worker_path: /x\n    name: new\n",
+                ),
+                (
+                    "workers: [{name: old, worker_path: /x}, {name: b}]\n",
+                    "workers: [{name: old, worker_path: /x}, {name: b}, {name: new, worker_path: /x}]\n",
                 ),
                 (ENTRY, "as it was"),
             ],

@@ -12,8 +12,25 @@ const DEV_PREFIX: &str = "iii-dev-";
 
 /// A worker's name: 1 to [`MAX_NAME`] of `A-Z a-z 0-9 . _ -`, a letter or digit first, no `..`. It is safe as a file name
 /// and as an argument.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(into = "String", try_from = "String")]
 pub struct WorkerName(String);
+
+impl From<WorkerName> for String {
+    fn from(name: WorkerName) -> Self {
+        name.0
+    }
+}
+
+impl TryFrom<String> for WorkerName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        name.parse()
+    }
+}
 
 /// A name that no worker can have.
 #[derive(Debug, thiserror::Error)]

@@ -24,6 +24,7 @@ mod posix;
 mod push;
 mod registry;
 mod reload;
+mod snapshots;
 mod store;
 mod vm;
 mod workers;

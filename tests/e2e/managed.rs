@@ -36,15 +36,15 @@ fn project(name: &str, kind: usize) -> Project {
 }
 
 /// What the tests ask of a home with managed workers in it. Dropped, it stops them.
-struct Managed<'a>(&'a Home);
+pub struct Managed<'a>(pub &'a Home);
 
 impl Managed<'_> {
-    fn run(&self, args: &[&str]) -> crate::harness::Ended {
+    pub fn run(&self, args: &[&str]) -> crate::harness::Ended {
         let args = [&["worker"][..], args].concat();
         self.0.start(&args).finish(LIMIT)
     }
 
-    fn list(&self) -> BTreeMap<String, Value> {
+    pub fn list(&self) -> BTreeMap<String, Value> {
         let ended = self.run(&["list", "--json"]).ok();
         let listed: Value = serde_json::from_str(&ended.stdout).unwrap();
         let workers = listed["workers"].as_array().unwrap().clone();
@@ -52,7 +52,7 @@ impl Managed<'_> {
         workers.into_iter().map(named).collect()
     }
 
-    fn status(&self, name: &str) -> String {
+    pub fn status(&self, name: &str) -> String {
         let all = self.list();
         let worker = all.get(name).map(|worker| worker["status"].clone());
         worker.map_or_else(
@@ -66,22 +66,22 @@ impl Managed<'_> {
     }
 
     /// The pid of the worker, as the engine reads it.
-    fn pid(&self, name: &str) -> Option<i32> {
+    pub fn pid(&self, name: &str) -> Option<i32> {
         let text = fs::read_to_string(self.pid_file(name)).ok()?;
         Some(text.parse().unwrap())
     }
 
-    fn log(&self, name: &str) -> String {
+    pub fn log(&self, name: &str) -> String {
         let path = self.0.state().join("logs").join(name).join("worker.log");
         fs::read_to_string(path).unwrap_or_default()
     }
 
-    fn says(&self, name: &str, needle: &str) {
+    pub fn says(&self, name: &str, needle: &str) {
         let said = holds_within(LIMIT, || self.log(name).contains(needle));
         assert!(said, "{name} never said {needle:?}\n{}", self.log(name));
     }
 
-    fn config(&self) -> String {
+    pub fn config(&self) -> String {
         fs::read_to_string(self.0.path().join("config.yaml")).unwrap_or_default()
     }
 }

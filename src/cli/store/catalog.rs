@@ -7,6 +7,7 @@ use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Root, Roots, Store, Stor
 use serde::Serialize;
 
 use crate::plan::Kind;
+use crate::run::run_on;
 use crate::ui::{Ui, human_age};
 
 /// The refs, leases and records of a moment, by layer.
@@ -17,6 +18,8 @@ pub struct Catalog {
     roots: Roots,
     recipes: BTreeMap<LayerId, Vec<(KeyId, Record)>>,
     projects: BTreeSet<LayerId>,
+    /// What workers had written.
+    frozen: BTreeSet<LayerId>,
 }
 
 impl Catalog {
@@ -37,11 +40,17 @@ impl Catalog {
             }
         }
         let mut refs = Vec::new();
+        let mut frozen = BTreeSet::new();
         let mut projects: BTreeSet<LayerId> = store.snapshot_layers()?.into_iter().collect();
         for kind in RefKind::ALL {
             for (name, content) in store.list_refs(kind)? {
-                if kind != RefKind::Image {
-                    projects.extend(content.layers.last());
+                match kind {
+                    RefKind::Image => {}
+                    RefKind::Worker | RefKind::Managed => projects.extend(run_on(&content).last()),
+                    RefKind::Snapshot => {
+                        frozen.extend(content.layers.first());
+                        projects.extend(content.layers.last());
+                    }
                 }
                 refs.push((kind, name, content.layers));
             }
@@ -51,6 +60,7 @@ impl Catalog {
             roots,
             recipes,
             projects,
+            frozen,
         })
     }
 
@@ -64,15 +74,15 @@ impl Catalog {
         self.recipes.get(id).map_or(&[], Vec::as_slice)
     }
 
-    /// What a layer is, as far as anything says so: what made it, or where it stands in an image or a worker.
-    pub fn kind(&self, id: &LayerId) -> Option<Kind> {
+    /// What a layer is, as far as anything says so: what made it, or where it stands in an image, a worker or a snapshot.
+    pub fn kind(&self, id: &LayerId) -> Option<String> {
         let provenance = self
             .recipes(id)
             .iter()
             .map(|(_, record)| &record.provenance);
         let recorded = provenance
             .filter_map(|provenance| provenance.get("kind"))
-            .find_map(|kind| serde_json::from_value(kind.clone()).ok());
+            .find_map(|kind| serde_json::from_value::<Kind>(kind.clone()).ok());
         let in_image = || {
             let image = |root: &Root| {
                 matches!(
@@ -85,19 +95,20 @@ impl Catalog {
             };
             self.roots(id).iter().any(image)
         };
-        recorded.or_else(|| {
+        let kind = recorded.or_else(|| {
             if self.projects.contains(id) {
                 Some(Kind::Project)
             } else {
                 in_image().then_some(Kind::Base)
             }
-        })
+        });
+        let frozen = || self.frozen.contains(id).then(|| "snapshot".to_owned());
+        kind.map(|kind| kind.to_string()).or_else(frozen)
     }
 
     /// [`Catalog::kind`], as a cell of a table.
     pub fn kind_text(&self, id: &LayerId) -> String {
-        self.kind(id)
-            .map_or_else(|| "-".into(), |kind| kind.to_string())
+        self.kind(id).unwrap_or_else(|| "-".into())
     }
 }
 
