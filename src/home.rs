@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! store/v1/         the store
-//! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, exec.sock while it runs, console.log of its microVM
+//! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, upper.new/ while it is replaced, exec.sock while it runs,
+//!                   console.log of its microVM
 //! managed/<name>/   a managed worker: the same, start.json, and vm.pid while it runs
 //! logs/<name>/      what a managed worker prints
 //! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
