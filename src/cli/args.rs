@@ -38,7 +38,17 @@ pub struct Iii {
 )]
 pub struct IiiWorker {
     #[command(subcommand)]
-    pub command: Worker,
+    pub command: WorkerCommand,
+}
+
+/// What `iii-worker` does.
+#[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one of it")]
+pub enum WorkerCommand {
+    #[command(flatten)]
+    Worker(Worker),
+    #[command(flatten)]
+    About(About),
 }
 
 #[derive(Debug, Subcommand)]
@@ -52,6 +62,48 @@ pub enum Command {
     /// Say what is in the store, why, and what it takes
     #[command(subcommand, arg_required_else_help = true)]
     Store(Store),
+    #[command(flatten)]
+    About(About),
+}
+
+/// What a program says of itself.
+#[derive(Debug, Subcommand)]
+pub enum About {
+    /// Print a script by which a shell completes these commands
+    #[command(after_help = "Examples:
+  iii completions bash >~/.local/share/bash-completion/completions/iii
+  iii-worker completions bash >~/.local/share/bash-completion/completions/iii-worker
+  iii completions zsh >~/.zfunc/_iii                # with ~/.zfunc in fpath, before compinit
+  iii completions fish >~/.config/fish/completions/iii.fish")]
+    Completions(Completions),
+    /// Print the manual page of a command, or write those of all
+    #[command(after_help = "Examples:
+  iii man worker snapshot | man -l -
+  iii man --out ~/.local/share/man/man1             # then: man iii-worker-snapshot")]
+    Man(Manual),
+}
+
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: ShellKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ShellKind {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+#[derive(Debug, Args)]
+pub struct Manual {
+    /// The command [default: the program itself]
+    pub command: Vec<String>,
+    /// Write the pages of all commands into this directory, which is made if it is missing
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    pub out: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -961,9 +1013,10 @@ mod tests {
         let (Ok(long), Ok(short)) = (long, short) else {
             panic!("both parse");
         };
-        let Command::Worker(long) = long.command else {
+        let (Command::Worker(long), WorkerCommand::Worker(short)) = (long.command, short.command)
+        else {
             panic!("worker");
         };
-        assert_eq!(format!("{long:?}"), format!("{:?}", short.command));
+        assert_eq!(format!("{long:?}"), format!("{short:?}"));
     }
 }

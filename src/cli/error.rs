@@ -10,6 +10,7 @@
 //! | any other | what the worker exited with (128 + n where a signal n killed it) |
 
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::build::BuildError;
@@ -82,6 +83,10 @@ pub enum CliError {
     Lifeline { text: String },
     #[error("cannot read the log of {name}")]
     Log { name: String, source: io::Error },
+    #[error("there is no command {name}")]
+    NoCommand { name: String },
+    #[error("cannot write manual pages into {}", dir.display())]
+    Pages { dir: PathBuf, source: io::Error },
     #[error("the working directory is gone")]
     Here(#[source] io::Error),
     #[error("cannot write to standard output")]

@@ -6,6 +6,7 @@ mod export;
 mod image;
 mod limits;
 mod managed;
+mod manual;
 mod quantity;
 mod snapshot;
 mod store;
@@ -14,13 +15,13 @@ mod worker;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory, Parser as _};
 
 use crate::kvm;
 use crate::sandbox;
 use crate::ui::Ui;
 
-use args::{Command, Iii, IiiWorker};
+use args::{About, Command, Iii, IiiWorker, WorkerCommand};
 use error::CliError;
 
 /// The `iii` program.
@@ -36,6 +37,7 @@ pub fn iii() -> ExitCode {
         Command::Worker(command) => worker::run(command, ui),
         Command::Image(command) => image::run(command, ui),
         Command::Store(command) => store::run(command, ui),
+        Command::About(command) => about::<Iii>(&command, ui),
     })
 }
 
@@ -48,7 +50,17 @@ pub fn iii_worker() -> ExitCode {
     keep_large_buffers_mapped();
     managed::maybe_supervise();
     let command = IiiWorker::parse().command;
-    finish(|ui| worker::run(command, ui))
+    finish(|ui| match command {
+        WorkerCommand::Worker(command) => worker::run(command, ui),
+        WorkerCommand::About(command) => about::<IiiWorker>(&command, ui),
+    })
+}
+
+fn about<P: CommandFactory>(command: &About, ui: &Ui) -> Result<ExitCode, CliError> {
+    match command {
+        About::Completions(args) => manual::completions::<P>(args),
+        About::Man(args) => manual::manual::<P>(args, ui),
+    }
 }
 
 /// Gives every buffer of 1 MiB or more a mapping of its own. glibc would raise that threshold when the first one is freed, serve the
