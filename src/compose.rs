@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession, Mode};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, UpdateError};
-use iii_store::{Fact, Layer, Store};
+use iii_store::{Fact, Layer, LayerId, Store};
 
 #[cfg(feature = "libkrun")]
 use crate::sandbox::Machine;
@@ -225,6 +225,11 @@ impl Served {
             Some(forgetter) => forgetter.forget(&stale).map_err(ShowError::Forget),
             None => Ok(()),
         }
+    }
+
+    /// The project's layer that the upper stands on. Another one with the same tree may have been shown since.
+    pub fn project_layer(&self) -> Option<LayerId> {
+        self.overlay.project_layer()
     }
 
     fn root(&self) -> RootSource {

@@ -494,7 +494,9 @@ impl Session<'_> {
         }
         let name = ready.worker.name.as_str();
         // Before the upper has anything of the new layer, and as long as it has anything of the one before.
-        let besides = [&layers(ready)[..], &layers(last), live.thawed].concat();
+        let mut besides = [&layers(ready)[..], &layers(last), live.thawed].concat();
+        // One with the same tree as the last may have taken its name, and not its place.
+        besides.extend(served.project_layer());
         let kept = keep_layers(
             self.store,
             self.keeper,

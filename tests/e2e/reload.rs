@@ -118,6 +118,33 @@ fn an_edit_shows_where_the_worker_runs() {
     dev.stop();
 }
 
+/// A layer of the project that differs from the last in its times alone changes nothing that the upper has of that.
+#[test]
+fn what_the_upper_stands_on_is_kept() {
+    let home = Home::with_busybox();
+    let look = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt) $LEVEL; exec sleep 1000";
+    let project = project("true", look);
+    let config = home.path().join("config.yaml");
+    let mut dev = home.dev(&project, &["--name", "box"]);
+    dev.wait_for("run 1: main 1");
+    project.write("main.txt", "main 2\n");
+    dev.wait_for("run 2: main 2");
+    for level in 1..=3 {
+        let path = project.arg();
+        let entry =
+            format!("  - name: box\n    worker_path: {path}\n    config:\n      level: {level}\n");
+        fs::write(&config, format!("workers:\n{entry}")).unwrap();
+        project.write("main.txt", "main 2\n");
+        dev.wait_for(&format!("run {}: main 2 {level}", 2 + level));
+    }
+    dev.stop();
+    home.run(&["store", "gc", "--keep", "0s", "--grace", "0s"])
+        .ok();
+    let mut dev = home.dev(&project, &["--name", "box"]);
+    dev.wait_for("run 6: main 2 3");
+    dev.stop();
+}
+
 #[test]
 fn a_burst_is_one_restart_and_nothing_is_none() {
     let home = Home::with_busybox();
