@@ -702,6 +702,10 @@ impl Place {
                 owner,
             });
         }
+        if take_over {
+            // First: what somebody else's project wrote is nothing for this one.
+            self.drop_upper()?;
+        }
         let path = self.dir.join(OWNER);
         fs::write(&path, root.as_os_str().as_bytes()).map_err(at("write", &path))
     }
@@ -720,9 +724,18 @@ impl Place {
         self.dir.join("console.log")
     }
 
-    /// Forgets what the worker wrote.
+    /// Forgets what the worker wrote: all of it or nothing, however this ends. Half an upper would be one whose files are empty.
     pub fn drop_upper(&self) -> Result<(), RunError> {
-        remove_all(&self.upper())
+        self.drop_new_upper()?;
+        let (upper, away) = (self.upper(), self.dir.join(NEW_UPPER));
+        match fs::rename(&upper, &away) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            renamed => renamed.map_err(at("put away", &upper))?,
+        }
+        File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(at("sync", &self.dir))?;
+        self.drop_new_upper()
     }
 
     /// Where an upper is made that is to take the place of that one. There is nothing yet.
@@ -750,6 +763,7 @@ impl Place {
 
     /// Removes it. Somebody who waits for it makes it anew.
     pub fn remove(self) -> Result<(), RunError> {
+        self.drop_upper()?;
         remove_all(&self.dir)
     }
 }

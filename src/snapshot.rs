@@ -404,6 +404,8 @@ impl Taker<'_> {
                 name: self.name(),
                 source,
             })?;
+        // A worker that ends meanwhile holds them no more.
+        lease.pin(&footing.all().collect::<Vec<_>>())?;
         let layer = ingest.finish(&tree)?.layer_id;
         Ok(Frozen {
             layer,

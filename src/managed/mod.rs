@@ -414,10 +414,12 @@ pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, Man
     };
     // First, so that no engine starts it again.
     let had = edit::edit_file(config, &change)?;
-    forget(home, name)?;
+    stop(home, name)?;
+    // While there is still a worker whose they are.
     if let Some(store) = open_store(home)? {
         snapshot::remove_all(&store, name)?;
     }
+    forget(home, name)?;
     Ok(had)
 }
 
@@ -425,6 +427,8 @@ pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, Man
 pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     stop(home, name)?;
     let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
+    // What the ref keeps is what the upper needs.
+    place.drop_upper()?;
     if let Some(store) = open_store(home)? {
         store.remove_ref(RefKind::Managed, name.as_str())?;
     }
