@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -39,6 +40,9 @@ pub enum WatchError {
     /// More than [`MAX_DIRS`].
     #[error("{} has more than {MAX_DIRS} directories", .0.display())]
     TooMany(PathBuf),
+    /// There is none any more.
+    #[error("{} is gone", .0.display())]
+    Gone(PathBuf),
 }
 
 impl WatchError {
@@ -60,6 +64,12 @@ enum Message {
     Stop,
 }
 
+/// What tells a directory from another one of the same name.
+fn identity(dir: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::metadata(dir).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 /// Watches a project until it is dropped.
 pub struct Watch {
     root: PathBuf,
@@ -67,7 +77,10 @@ pub struct Watch {
     watcher: RecommendedWatcher,
     messages: Receiver<Message>,
     sender: Sender<Message>,
+    /// Those that were watched, and may be gone.
     dirs: HashSet<PathBuf>,
+    /// Of the project's directory.
+    identity: (u64, u64),
 }
 
 /// Ends waiting, from any thread.
@@ -101,6 +114,7 @@ impl Watch {
             messages,
             sender,
             dirs: HashSet::new(),
+            identity: identity(root).ok_or_else(|| WatchError::Gone(root.to_owned()))?,
         };
         watch.add(root.to_owned())?;
         Ok(watch)
@@ -124,17 +138,36 @@ impl Watch {
             }
         }
         let begun = Instant::now();
+        let mut rest = begun + QUIET;
         while begun.elapsed() < PATIENCE {
-            match self.messages.recv_timeout(QUIET) {
+            let left = rest.saturating_duration_since(Instant::now());
+            match self.messages.recv_timeout(left) {
+                // Who only reads disturbs no rest.
                 Ok(Message::Event(event)) => {
-                    self.matters(event)?;
+                    if self.matters(event)? {
+                        rest = Instant::now() + QUIET;
+                    }
                 }
                 Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
-                Err(RecvTimeoutError::Timeout) if self.git_is_busy() => {}
+                Err(RecvTimeoutError::Timeout) if self.git_is_busy() => {
+                    rest = Instant::now() + QUIET;
+                }
                 Err(RecvTimeoutError::Timeout) => break,
             }
         }
+        self.find_again()?;
         Ok(true)
+    }
+
+    /// Watches the project once more if another directory has taken its place: a watch stays with what it was put on.
+    fn find_again(&mut self) -> Result<(), WatchError> {
+        let now = identity(&self.root).ok_or_else(|| WatchError::Gone(self.root.clone()))?;
+        if now != self.identity {
+            self.identity = now;
+            self.dirs.clear();
+            self.add(self.root.clone())?;
+        }
+        Ok(())
     }
 
     /// Whether a checkout, a merge or the like is under way.
@@ -185,7 +218,10 @@ impl Watch {
         let mut pending = vec![dir];
         while let Some(dir) = pending.pop() {
             if self.dirs.len() == MAX_DIRS && !self.dirs.contains(&dir) {
-                return Err(WatchError::TooMany(self.root.clone()));
+                self.dirs.retain(|dir| dir.is_dir());
+                if self.dirs.len() == MAX_DIRS {
+                    return Err(WatchError::TooMany(self.root.clone()));
+                }
             }
             // Watched before it is read: what comes in between is seen twice rather than not at all.
             match self.watcher.watch(&dir, RecursiveMode::NonRecursive) {
@@ -298,6 +334,44 @@ mod tests {
         assert!(watch.changed().unwrap());
         fs::write(dir.path().join("a/again"), "").unwrap();
         assert!(watch.changed().unwrap());
+    }
+
+    #[test]
+    fn a_directory_that_takes_the_place_of_the_project_is_watched() {
+        let parent = TempDir::new().unwrap();
+        let root = parent.path().join("project");
+        fs::create_dir_all(root.join("src")).unwrap();
+        let mut watch = Watch::new(&root, EXCLUDED).unwrap();
+        let other = parent.path().join("other");
+        fs::create_dir_all(other.join("src")).unwrap();
+        fs::rename(&root, parent.path().join("old")).unwrap();
+        fs::rename(&other, &root).unwrap();
+        assert!(watch.changed().unwrap());
+        fs::write(root.join("src/file"), "").unwrap();
+        assert!(watch.changed().unwrap());
+
+        fs::remove_dir_all(&root).unwrap();
+        assert!(matches!(watch.changed(), Err(WatchError::Gone(_))));
+    }
+
+    #[test]
+    fn who_only_reads_disturbs_no_rest() {
+        let dir = project();
+        let mut watch = Watch::new(dir.path(), EXCLUDED).unwrap();
+        let file = dir.path().join("src/index.js");
+        fs::write(&file, "2").unwrap();
+        let (stop, stopped) = mpsc::channel::<()>();
+        let reader = thread::spawn(move || {
+            while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                fs::read(&file).unwrap();
+                thread::sleep(QUIET / 5);
+            }
+        });
+        let begun = Instant::now();
+        assert!(watch.changed().unwrap());
+        assert!(begun.elapsed() < PATIENCE);
+        stop.send(()).unwrap();
+        reader.join().unwrap();
     }
 
     #[test]
