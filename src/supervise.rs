@@ -2,7 +2,8 @@
 //!
 //! A sandbox has a session of its own, so a terminal's Ctrl-C reaches only this process, which passes it on: the first
 //! SIGINT, SIGTERM or SIGHUP asks what runs to end and gives it [`GRACE`], the second kills it. While nothing runs in a sandbox
-//! the process just ends, unless somebody wants to be told first: whatever it was doing is made so that it can end anywhere.
+//! the process just ends, unless somebody wants to be told first: whatever it was doing is made so that it can end anywhere. The
+//! third ends it in any case, and what runs in a sandbox with it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,6 +17,9 @@ use crate::sandbox::Controller;
 
 /// How long a worker has to end after it was asked to, before it is killed.
 pub const GRACE: Duration = Duration::from_secs(10);
+
+/// With this many signals the process ends, whatever it waits for.
+const INSISTENCE: u32 = 3;
 
 /// Takes over SIGINT, SIGTERM and SIGHUP for the rest of the process.
 #[derive(Clone)]
@@ -31,6 +35,8 @@ struct State {
     next: u64,
     /// The first signal that came. What is attended to after it is asked to end at once.
     received: Option<Signal>,
+    /// How many came.
+    count: u32,
 }
 
 impl Signals {
@@ -105,7 +111,10 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
 
 fn receive(state: &mut State, number: i32) {
     let is_first = state.received.is_none();
-    if state.running.is_empty() && (state.told.is_empty() || !is_first) {
+    state.count += 1;
+    // The sandbox that still counts as running may long be gone, while something is pulled or waited for.
+    let insists = state.count >= INSISTENCE;
+    if insists || state.running.is_empty() && (state.told.is_empty() || !is_first) {
         std::process::exit(128 + number);
     }
     let signal = match number {
