@@ -312,11 +312,13 @@ impl Home {
         Layers::parse(&ended)
     }
 
-    /// Processes, mounts and held leases that name this home, each in words.
-    fn remains(&self) -> Vec<String> {
+    /// Processes, mounts and held leases that name this home, each in words; but for the families of `workers`, and a lease of each.
+    fn remains(&self, workers: &[i32]) -> Vec<String> {
         let home = self.path().to_str().unwrap();
         let mut remains = Vec::new();
-        for process in processes() {
+        let families: Vec<Process> = workers.iter().flat_map(|pid| family(*pid)).collect();
+        let strays = processes().into_iter();
+        for process in strays.filter(|process| !families.contains(process)) {
             let read = |file| fs::read(format!("/proc/{}/{file}", process.pid)).unwrap_or_default();
             let names_home = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).contains(home);
             if names_home(read("cmdline")) || names_home(read("environ")) {
@@ -325,14 +327,19 @@ impl Home {
             }
         }
         remains.extend(self.mounts().iter().map(|path| format!("mount {path}")));
-        for lease in files(&self.state().join("store")) {
+        let mut leases = files(&self.state().join("store"));
+        leases.retain(|lease| {
             let is_lease = lease.parent().is_some_and(|dir| dir.ends_with("leases"));
-            if is_lease
-                && let Ok(file) = File::open(&lease)
-                && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
-            {
-                remains.push(format!("lease {}", lease.display()));
-            }
+            let is_held =
+                |file: File| flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
+            is_lease && File::open(lease).is_ok_and(is_held)
+        });
+        if leases.len() != workers.len() {
+            remains.extend(
+                leases
+                    .iter()
+                    .map(|lease| format!("lease {}", lease.display())),
+            );
         }
         remains
     }
@@ -349,9 +356,14 @@ impl Home {
     }
 
     pub fn assert_nothing_left(&self) {
+        self.assert_only(&[]);
+    }
+
+    /// Nothing is there but what the supervisors `workers` need.
+    pub fn assert_only(&self, workers: &[i32]) {
         let mut remains = Vec::new();
         let clean = holds_within(SETTLE, || {
-            remains = self.remains();
+            remains = self.remains(workers);
             remains.is_empty()
         });
         assert!(clean, "left behind: {remains:#?}");

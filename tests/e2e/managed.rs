@@ -71,6 +71,16 @@ impl Managed<'_> {
         Some(text.parse().unwrap())
     }
 
+    /// Nothing is there but the workers that run, which are `count`.
+    fn only(&self, count: usize) {
+        let names = self.list().into_keys();
+        let running: Vec<i32> = names.filter_map(|name| self.pid(&name)).collect();
+        assert_eq!(running.len(), count);
+        self.0.assert_only(&running);
+        let tmp = self.0.state().join("store/v1/tmp");
+        assert_eq!(files(&tmp), Vec::<PathBuf>::new());
+    }
+
     pub fn log(&self, name: &str) -> String {
         let path = self.0.state().join("logs").join(name).join("worker.log");
         fs::read_to_string(path).unwrap_or_default()
@@ -704,6 +714,38 @@ impl Drop for Engine<'_> {
     }
 }
 
+/// What each of ten wrote goes back, and on in another worker; the forks go again. There are twenty, which run.
+fn roll_back_and_fork(
+    managed: &Managed<'_>,
+    engine: &mut Engine<'_>,
+    all_are: &dyn Fn(&str, usize),
+) {
+    for n in 10..20 {
+        let (name, fork) = (format!("box{n}"), format!("fork{n}"));
+        managed.says(&name, "runs=1");
+        managed.run(&["snapshot", &name, "first"]).ok();
+        managed.run(&["restart", &name]).ok();
+        managed.says(&name, "runs=2");
+        managed.run(&["fork", &name, &fork]).ok();
+        managed.run(&["rollback", &name, "first"]).ok();
+        let ran_twice = || managed.log(&name).matches("runs=2").count() == 2;
+        assert!(holds_within(LIMIT, ran_twice), "{}", managed.log(&name));
+    }
+    engine.look();
+    all_are("running", 30);
+    for n in 10..20 {
+        managed.says(&format!("fork{n}"), "runs=3");
+    }
+    managed.only(30);
+    let forks: Vec<String> = (10..20).map(|n| format!("fork{n}")).collect();
+    let mut args = vec!["remove", "-y"];
+    args.extend(forks.iter().map(String::as_str));
+    managed.run(&args).ok();
+    engine.look();
+    all_are("running", 20);
+    managed.only(20);
+}
+
 #[test]
 fn the_engine_drives_twenty_workers_of_five_kinds() {
     let home = Home::with_busybox();
@@ -751,6 +793,8 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
         assert!(alive(managed.pid(&name).unwrap()));
     }
 
+    managed.only(20);
+
     // An edit of the source, and one of what install looked at.
     projects[0].write("main.txt", "main of box00, edited\n");
     projects[1].write("deps.txt", "deps, edited\n");
@@ -764,6 +808,9 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
         .ok()
         .says(&["deps.txt changed"]);
     managed.says("box01", "deps, edited");
+    managed.only(20);
+
+    roll_back_and_fork(&managed, &mut engine, &all_are);
 
     // Removed by hand, and by us.
     let config = home.path().join("config.yaml");
@@ -777,6 +824,7 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
     engine.look();
     assert_eq!(managed.list().len(), 18);
     all_are("running", 18);
+    managed.only(18);
 
     engine.end();
     all_are("stopped", 18);
@@ -791,7 +839,7 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
     // Nothing of any worker keeps anything.
     home.run(&["store", "gc", "--keep", "0s", "--grace", "0s"])
         .ok();
-    for dir in ["leases", "tmp", "refs/managed", "locks"] {
+    for dir in ["leases", "tmp", "refs/managed", "refs/snapshot", "locks"] {
         let left = files(&home.state().join("store/v1").join(dir));
         assert!(left.is_empty(), "{left:?}");
     }
