@@ -25,7 +25,11 @@ const FILES: usize = 18;
 const MADE: usize = 1000;
 /// MiB of the file that is read and written at once.
 const LARGE: usize = 64;
-/// Longest wait for a server to listen.
+/// What our start of a microVM may take until its machine is entered.
+const ENTER_MS: f64 = 30.0;
+/// What the process is called from then on; `msb_krun` names it.
+const ENTERED: &str = "libkrun VM";
+/// Longest wait for a server to listen, and for a machine to be entered.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the guest does, and whether that is bound by metadata. It knows how many files to make.
@@ -88,8 +92,7 @@ fn scale(kernel: Kernel) -> usize {
 
 /// A root filesystem of busybox and a tree as npm leaves one.
 fn make_root(root: &Path, scale: usize) -> Result<()> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/make-busybox-base");
-    run(Command::new(script).arg(root))?;
+    run(Command::new(corpus::repository("scripts/make-busybox-base")).arg(root))?;
     for package in 0..PACKAGES * scale {
         let dir = root.join(format!("node_modules/package-{package}/lib"));
         fs::create_dir_all(&dir).map_err(failed("making", &dir))?;
@@ -108,10 +111,10 @@ fn make_root(root: &Path, scale: usize) -> Result<()> {
     fs::write(&path, large).map_err(failed("writing", &path))
 }
 
-fn iii(home: &Path) -> Command {
-    let mut iii = Command::new(env!("CARGO_BIN_EXE_iii"));
-    iii.env("HOME", home).env("III_GC", "off");
-    iii
+fn tool(home: &Path) -> Command {
+    let mut tool = Command::new(env!("CARGO_BIN_EXE_iii"));
+    tool.env("HOME", home).env("III_GC", "off");
+    tool
 }
 
 /// Boots one machine on `server` and returns what each phase took there, by the guest's clock.
@@ -134,7 +137,7 @@ fn measure(
         command.args(["--cache", "always", "--sandbox", "none", "--tag", "root"]);
         command
     } else {
-        let mut command = iii(home);
+        let mut command = tool(home);
         command.args(["store", "serve", "--image", IMAGE, "--socket"]);
         command.arg(&socket);
         command
@@ -176,6 +179,95 @@ fn measure(
     Ok(taken)
 }
 
+/// The processes that `pid` has started, and those that they have.
+fn descendants(pid: u32) -> Vec<String> {
+    let mut found = vec![pid.to_string()];
+    let mut next = 0;
+    while let Some(pid) = found.get(next) {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten();
+        let children = tasks
+            .flatten()
+            .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        let children: Vec<String> = children
+            .flat_map(|text| {
+                text.split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        found.extend(children);
+        next += 1;
+    }
+    found
+}
+
+/// From the start of `worker dev --runtime libkrun` until the process of its machine enters that. What the guest does then, and
+/// whether `/dev/kvm` can run it, makes no difference.
+fn enters(
+    home: &Path,
+    base: &Path,
+    libkrunfw: &Path,
+    rounds: usize,
+    interrupt: &Interrupt,
+) -> Result<Samples> {
+    run(tool(home)
+        .args(["image", "import"])
+        .arg(base)
+        .args(["--as", "docker.io/iiidev/node:latest"]))?;
+    let project = home.join("project");
+    let manifest = "name: box\nruntime: {kind: javascript}\nresources: {memory: 256, cpus: 1}\nscripts:\n  start: echo started\n";
+    fs::create_dir(&project).map_err(failed("making", &project))?;
+    let path = project.join("iii.worker.yaml");
+    fs::write(&path, manifest).map_err(failed("writing", &path))?;
+    let boot = Path::new("/proc/sys/kernel/random/boot_id");
+    let boot = fs::read_to_string(boot).map_err(failed("reading", boot))?;
+    let mut samples = Samples::default();
+    for _ in 0..rounds {
+        interrupt.check()?;
+        // As if the probe had found that guests run here.
+        let path = home.join(".iii/kvm.json");
+        let answer = format!(
+            "{{\"version\":1,\"boot\":\"{}\",\"unusable\":null}}",
+            boot.trim()
+        );
+        fs::write(&path, answer).map_err(failed("writing", &path))?;
+        let mut command = tool(home);
+        command.env("III_LIBKRUNFW", libkrunfw);
+        command.args([
+            "worker",
+            "dev",
+            "--runtime",
+            "libkrun",
+            "--no-watch",
+            "--port",
+            "1",
+        ]);
+        command
+            .arg(&project)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let begin = Instant::now();
+        let child = command
+            .spawn()
+            .map_err(|error| went_wrong(&command, &error))?;
+        let running = Running(child);
+        let entered = |pid: &String| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.trim() == ENTERED)
+        };
+        while !descendants(running.0.id()).iter().any(entered) {
+            if begin.elapsed() > START_LIMIT {
+                return Err(went_wrong(&command, &"it enters no machine"));
+            }
+        }
+        samples.0.push(begin.elapsed());
+    }
+    Ok(samples)
+}
+
 fn bench(rounds: usize) -> Result<bool> {
     let interrupt = Interrupt::catch()?;
     let cache = corpus::cache()?;
@@ -199,7 +291,7 @@ fn bench(rounds: usize) -> Result<bool> {
     let (home, root) = (scratch.path().join("home"), scratch.path().join("root"));
     fs::create_dir(&home).map_err(failed("making", &home))?;
     make_root(&root, scale(kernel))?;
-    run(iii(&home)
+    run(tool(&home)
         .args(["image", "import"])
         .arg(&root)
         .args(["--as", IMAGE]))?;
@@ -237,6 +329,28 @@ fn bench(rounds: usize) -> Result<bool> {
         &rows,
     );
     let mut bounds = Bounds::default();
+    let libkrunfw = std::env::var_os("III_LIBKRUNFW")
+        .map_or_else(|| cache.join("lib/libkrunfw.so.5"), PathBuf::from);
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(why) = kvm.and(fs::metadata(&libkrunfw)) {
+        skip("the start of a microVM", why);
+    } else {
+        let starts = scratch.path().join("starts");
+        fs::create_dir(&starts).map_err(failed("making", &starts))?;
+        let base = scratch.path().join("base");
+        run(Command::new(corpus::repository("scripts/make-busybox-base")).arg(&base))?;
+        let taken = enters(&starts, &base, &libkrunfw, 4 * rounds, &interrupt)?;
+        println!(
+            "\nUntil `worker dev` enters its microVM: {} ms",
+            taken.show()
+        );
+        bounds.at_most(
+            "until a microVM is entered",
+            taken.median(),
+            ENTER_MS,
+            " ms",
+        );
+    }
     if virtiofsd.is_some() {
         for ((what, _, metadata), [ours, theirs]) in PHASES.iter().zip(&samples) {
             // A tenth is what the emulation leaves in doubt.
