@@ -14,7 +14,7 @@ use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
 use crate::pack::{Index, PackError};
-use crate::trash::Places;
+use crate::trash::{self, Places};
 
 /// Files of the store that are held open for reading, of packs and of loose objects each.
 const MAX_OPEN_FILES: usize = 64;
@@ -407,7 +407,7 @@ impl Objects {
         if !self.writable {
             return Ok(());
         }
-        self.places().take_back_object(id).map(drop)
+        trash::patiently(|| self.places().take_back_object(id)).map(drop)
     }
 
     /// All bytes of an object of a pack, which are what its id says.

@@ -19,7 +19,7 @@ use crate::lock::FileLock;
 use crate::objects::{LOOKS, Objects, lock};
 use crate::refs::RefKind;
 use crate::seal;
-use crate::trash::Places;
+use crate::trash::{self, Places};
 
 /// Version of the layout described in the crate's documentation.
 pub const FORMAT_VERSION: u32 = 1;
@@ -396,7 +396,7 @@ impl Store {
         if self.0.read_only.is_some() {
             return Ok(false);
         }
-        self.places().take_back_layer(id)
+        trash::patiently(|| self.places().take_back_layer(id))
     }
 
     /// Whether the object is there, and so durable and whole.

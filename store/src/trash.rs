@@ -14,6 +14,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,10 @@ pub(crate) const OUTBOARD: &str = "cv";
 
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
+
+/// How often who may not take anything back looks whether it still has to, and how long it waits in between. A collection that has
+/// taken out what a lease pins puts it back as soon as it has read the leases.
+const PATIENCE: (u32, Duration) = (250, Duration::from_millis(20));
 
 /// The generations in the trash of the store in `dir`, oldest first.
 pub(crate) fn generations(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>, StoreError> {
@@ -63,6 +68,30 @@ pub(crate) fn move_name(disk: &dyn Disk, from: &Path, to: &Path) -> Result<bool,
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(err) => Err(err).at("renaming", from),
     }
+}
+
+/// Takes something back. Where this process may read the store and not rename in it, as that of a microVM, a collection
+/// is left the time to do so.
+pub(crate) fn patiently(
+    mut take_back: impl FnMut() -> Result<bool, StoreError>,
+) -> Result<bool, StoreError> {
+    let (looks, pause) = PATIENCE;
+    for _ in 0..looks {
+        match take_back() {
+            Err(err) if is_refusal(&err) => thread::sleep(pause),
+            other => return other,
+        }
+    }
+    take_back()
+}
+
+fn is_refusal(err: &StoreError) -> bool {
+    // Landlock says either.
+    let refusals = [
+        io::ErrorKind::PermissionDenied,
+        io::ErrorKind::CrossesDevices,
+    ];
+    err.io_kind().is_some_and(|kind| refusals.contains(&kind))
 }
 
 /// Where things are when they are not in the trash.
@@ -245,4 +274,32 @@ pub(crate) fn is_over(born: SystemTime, grace: Duration) -> bool {
     // A clock that was set back makes nothing younger than new.
     let age = SystemTime::now().duration_since(born).unwrap_or_default();
     age >= grace
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_take_back_waits_for_who_may() {
+        let fails = |kind: io::ErrorKind| Err(io::Error::from(kind)).at("renaming", Path::new("x"));
+        let refusals = [
+            io::ErrorKind::PermissionDenied,
+            io::ErrorKind::CrossesDevices,
+        ];
+        let mut answers = refusals.map(fails).into_iter();
+        // By then it is not in the trash any more.
+        let taken = patiently(|| answers.next().unwrap_or(Ok(false)));
+        assert!(!taken.unwrap());
+        assert!(answers.next().is_none());
+        let mut looks = 0;
+        let failed = patiently(|| {
+            looks += 1;
+            fails(io::ErrorKind::StorageFull)
+        });
+        assert_eq!(
+            (failed.unwrap_err().io_kind(), looks),
+            (Some(io::ErrorKind::StorageFull), 1)
+        );
+    }
 }
