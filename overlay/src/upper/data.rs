@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{UpperError, io_error};
+use super::{UpperError, io_error, options};
 
 /// Flat files in one directory. Files that are made one after the other stand together, as the host's filesystem likes it.
 const SHARD: u64 = 4096;
@@ -102,7 +102,7 @@ impl FlatFiles {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.path(number);
         let create = || {
-            File::options()
+            options()
                 .read(true)
                 .write(true)
                 .create_new(true)
@@ -134,14 +134,14 @@ impl FlatFiles {
             }
         }
         let path = self.path(number);
-        let file = Arc::new(File::options().read(true).write(true).open(path)?);
+        let file = Arc::new(options().read(true).write(true).open(path)?);
         self.cache().insert(number, &file);
         Ok(file)
     }
 
     /// Length, mtime and blocks of a flat file.
     pub fn stat(&self, number: u64) -> io::Result<rustix::fs::Stat> {
-        Ok(rustix::fs::stat(self.path(number))?)
+        Ok(rustix::fs::lstat(self.path(number))?)
     }
 
     /// Removes a flat file. What is left behind where that fails goes at the next opening.
@@ -166,7 +166,14 @@ impl FlatFiles {
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, UpperError> {
-    std::fs::read_dir(dir)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-        .map_err(io_error("listing", dir))
+    let list = || {
+        // Not where a link leads: what is found and not known is removed.
+        if !dir.symlink_metadata()?.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        std::fs::read_dir(dir)?
+            .map(|entry| Ok(entry?.path()))
+            .collect()
+    };
+    list().map_err(io_error("listing", dir))
 }

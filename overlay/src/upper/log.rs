@@ -20,7 +20,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::record::Op;
-use super::{UpperError, io_error};
+use super::{UpperError, io_error, options};
 use crate::fs::{Allocate, Errno};
 
 /// Version of the format described above and of the records in it. Version 2 knew no [`Op::Thawed`], version 1 no
@@ -46,7 +46,7 @@ const NEW_NAME: &str = "log.new";
 pub fn first(dir: &Path) -> Result<Option<Vec<Op>>, UpperError> {
     let path = dir.join(NAME);
     let fail = |what| io_error(what, &path);
-    let file = match File::open(&path) {
+    let file = match options().read(true).open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(fail("opening"))?,
     };
@@ -123,7 +123,7 @@ impl Log {
     pub fn open(dir: &Path) -> Result<(Self, Vec<Vec<Op>>), UpperError> {
         let path = dir.join(NAME);
         let fail = |what| io_error(what, &path);
-        let mut file = File::options()
+        let mut file = options()
             .read(true)
             .write(true)
             .create(true)
@@ -227,7 +227,7 @@ impl Log {
         durable: bool,
     ) -> io::Result<()> {
         let new = self.path.with_file_name(NEW_NAME);
-        let mut file = File::options()
+        let mut file = options()
             .read(true)
             .write(true)
             .create(true)

@@ -32,8 +32,9 @@ pub mod state;
 pub mod writers;
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -113,6 +114,14 @@ pub(crate) fn io_error(what: &'static str, path: &Path) -> impl Fn(io::Error) ->
     }
 }
 
+/// How files of an upper are opened. What wrote it before may have been a guest that had taken over its server, so that no name
+/// leads elsewhere, and nothing is waited for.
+fn options() -> OpenOptions {
+    let mut options = File::options();
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    options
+}
+
 /// The errno of an I/O error, for the sandbox to see.
 pub(crate) fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(match error.kind() {
@@ -137,7 +146,7 @@ impl Opened {
     pub fn new(dir: &Path) -> Result<Self, UpperError> {
         std::fs::create_dir_all(dir).map_err(io_error("creating", dir))?;
         let path = dir.join("lock");
-        let lock = File::options()
+        let lock = options()
             .read(true)
             .write(true)
             .create(true)
@@ -441,6 +450,32 @@ impl Drop for Upper {
         if !self.volatile {
             // What is not written down here is read from the flat files at the next opening.
             let _ = self.settle();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_name_leads_out_of_an_upper() {
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::create_dir(outside.path().join("dir")).unwrap();
+        std::fs::write(outside.path().join("file"), "").unwrap();
+        for (name, target) in [
+            ("data", "dir"),
+            ("data/0", "dir"),
+            ("log", "file"),
+            ("lock", "file"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            if name == "data/0" {
+                std::fs::create_dir(dir.path().join("data")).unwrap();
+            }
+            let link = dir.path().join(name);
+            std::os::unix::fs::symlink(outside.path().join(target), link).unwrap();
+            assert!(Opened::new(dir.path()).is_err(), "{name}");
         }
     }
 }
