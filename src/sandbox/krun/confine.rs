@@ -2,8 +2,8 @@
 //! [`super::filter`] for the rest.
 //!
 //! It is put on before there are threads, layers or a guest. From then on the process reads the store, writes its upper and the
-//! directories that the guest mounts, and opens `/dev/kvm`. In the store it may still take back what a collection has moved into
-//! the trash, which never replaces anything.
+//! directories that the guest mounts, and opens `/dev/kvm`. The upper is opened by the tool afterwards, which nothing confines: so
+//! only regular files and directories can be made there, and nothing can be moved or linked to it or from it.
 //!
 //! Landlock says who may open a file, and make or remove a name. It says nothing of modes, owners and times, nor of asking
 //! whether something is there. A kernel without it, or before 5.19, confines files by their owners and modes alone; before
@@ -34,8 +34,10 @@ pub(super) struct Files<'a> {
     pub store: &'a Path,
     /// The library with the guest's kernel.
     pub libkrunfw: &'a Path,
-    /// Directories to read and write: the upper, and what the guest mounts. They are there.
-    pub own: Vec<&'a Path>,
+    /// The directory of the upper, which is there.
+    pub upper: &'a Path,
+    /// Directories that the guest mounts. They are there.
+    pub volumes: Vec<&'a Path>,
 }
 
 /// Why a process cannot be confined.
@@ -89,8 +91,8 @@ fn restrict(files: &Files<'_>) -> Result<(), RulesetError> {
         return Ok(());
     }
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let arrive = AccessFs::Refer | AccessFs::MakeReg;
-    let leave = AccessFs::Refer | AccessFs::RemoveFile;
+    let change = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::RemoveFile;
+    let of_upper = read | change | AccessFs::MakeReg | AccessFs::MakeDir;
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
     let all = AccessFs::from_all(KNOWN) & !AccessFs::Execute;
     let mut ruleset = Ruleset::default()
@@ -105,13 +107,10 @@ fn restrict(files: &Files<'_>) -> Result<(), RulesetError> {
         Ok::<_, RulesetError>(())
     };
     allow(files.store, read)?;
-    for place in ["layers", "packs", "loose"] {
-        allow(&files.store.join(place), arrive)?;
-    }
-    allow(&files.store.join("trash"), leave)?;
     allow(files.libkrunfw, AccessFs::ReadFile.into())?;
     allow(kvm::DEVICE.as_ref(), device)?;
-    for dir in &files.own {
+    allow(files.upper, of_upper)?;
+    for dir in &files.volumes {
         allow(dir, all)?;
     }
     ruleset.restrict_self()?;
@@ -124,9 +123,11 @@ mod tests {
     use std::io::{ErrorKind, Write as _};
     use std::net::TcpStream;
     use std::os::fd::AsFd as _;
+    use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixStream;
     use std::thread;
 
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
     use rustix::thread::capabilities;
     use tempfile::TempDir;
 
@@ -158,6 +159,7 @@ mod tests {
             "store/packs",
             "store/trash/1",
             "upper",
+            "volume",
             "ssh",
         ] {
             fs::create_dir_all(path(name)).unwrap();
@@ -167,15 +169,21 @@ mod tests {
             "store/packs/b",
             "store/trash/1/c",
             "ssh/key",
+            "volume/file",
             "fw.so",
         ] {
             fs::write(path(name), "text").unwrap();
         }
         let (store, upper, libkrunfw) = (path("store"), path("upper"), path("fw.so"));
+        let volume = path("volume");
+        let node = |name: &str, kind| {
+            mknodat(CWD, path(name), kind, Mode::RUSR, 0).map_err(io::Error::from)
+        };
         let files = Files {
             store: &store,
             libkrunfw: &libkrunfw,
-            own: vec![&upper],
+            upper: &upper,
+            volumes: vec![&volume],
         };
         let kinds = confined(&files, || {
             assert_eq!(fs::read(path("store/layers/a")).unwrap(), b"text");
@@ -185,9 +193,10 @@ mod tests {
             let mut file = File::create(path("upper/data/1")).unwrap();
             file.write_all(b"text").unwrap();
             file.set_len(1).unwrap();
-            fs::rename(path("upper/data/1"), path("upper/2")).unwrap();
-            // As a collection's victim is taken back.
-            fs::rename(path("store/trash/1/c"), path("store/layers/c")).unwrap();
+            // As a log is written anew.
+            fs::rename(path("upper/data/1"), path("upper/data/2")).unwrap();
+            symlink("/etc/shadow", path("volume/link")).unwrap();
+            node("volume/fifo", FileType::Fifo).unwrap();
             File::open(path("store/layers"))
                 .unwrap()
                 .sync_all()
@@ -203,7 +212,19 @@ mod tests {
                 fs::remove_file(path("store/layers/a")).err(),
                 fs::rename(path("store/layers/a"), path("upper/a")).err(),
                 fs::write(path("store/packs/b"), "other").err(),
-                fs::rename(path("upper/2"), path("ssh/2")).err(),
+                fs::rename(path("upper/data/2"), path("ssh/2")).err(),
+                // Of what is in the upper, the tool opens what it finds.
+                symlink("/etc/shadow", path("upper/data/3")).err(),
+                node("upper/data/3", FileType::Fifo).err(),
+                node("upper/data/3", FileType::Socket).err(),
+                fs::rename(path("volume/link"), path("upper/data/3")).err(),
+                fs::rename(path("volume/fifo"), path("upper/data/3")).err(),
+                fs::hard_link(path("volume/file"), path("upper/data/3")).err(),
+                // Whoever has a file open can write to it wherever it is.
+                fs::hard_link(path("upper/data/2"), path("store/layers/d")).err(),
+                fs::rename(path("upper/data/2"), path("store/packs/d")).err(),
+                fs::rename(path("volume/file"), path("store/packs/d")).err(),
+                fs::rename(path("store/trash/1/c"), path("store/layers/c")).err(),
                 fs::read("/proc/self/environ").err(),
                 File::open("/dev/null").err(),
                 // Whom nobody answers for, does not connect.
@@ -211,14 +232,15 @@ mod tests {
             ]
             .map(|error| error.map(|error| error.kind()))
         });
-        for (index, kind) in kinds[..11].iter().enumerate() {
+        let (connected, opened) = kinds.split_last().unwrap();
+        for (index, kind) in opened.iter().enumerate() {
             let refused = [ErrorKind::PermissionDenied, ErrorKind::CrossesDevices];
             assert!(
                 kind.is_some_and(|kind| refused.contains(&kind)),
                 "{index}: {kind:?}"
             );
         }
-        assert!(kinds[11].is_some());
+        assert!(connected.is_some());
         assert_eq!(fs::read(path("store/packs/b")).unwrap(), b"text");
     }
 }

@@ -234,7 +234,8 @@ fn confine(control: &OwnedFd, plan: &VmPlan) -> Result<(), VmError> {
     let files = confine::Files {
         store: &plan.store,
         libkrunfw: &plan.libkrunfw,
-        own: volumes.chain([plan.upper.as_path()]).collect(),
+        upper: &plan.upper,
+        volumes: volumes.collect(),
     };
     let listener = confine::confine(&files, control.as_fd())?;
     packet::send(control, &FromVm::Confined, &[listener.as_fd()]).map_err(at("talk to the tool"))
