@@ -34,6 +34,10 @@ const REFUSED: &[i64] = &[
     libc::SYS_execve,
     libc::SYS_execveat,
     // Other processes.
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_fork,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_vfork,
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -242,8 +246,11 @@ fn program(control: RawFd, pid: u32) -> Vec<sock_filter> {
     program.on(libc::SYS_clone3, |it| {
         it.answer(fails_with(libc::ENOSYS));
     });
+    // Threads, and nothing else: another process would have the socket to the tool, and outlive this one.
     program.on(libc::SYS_clone, |it| {
-        it.only(0, NEW_NAMESPACE, &[0], refuse).answer(allow);
+        let thread = libc::CLONE_THREAD as u32;
+        it.only(0, NEW_NAMESPACE | thread, &[thread], refuse)
+            .answer(allow);
     });
     program.on(libc::SYS_tgkill, |it| {
         it.only(0, ALL, &[pid], refuse).answer(allow);
