@@ -271,10 +271,11 @@ impl Started {
     /// Waits until the command has ended, and all that it printed is where its streams lead. The error is
     /// [`SandboxError::Killed`] where the sandbox ended before it.
     pub fn wait(self) -> Result<ExitStatus, SandboxError> {
-        let (mut outputs, mut connected, mut ended) = (Vec::new(), 0, None);
+        let (mut outputs, mut ended) = (Vec::new(), None);
+        let mut awaited = vec![true; self.fds.len()];
         loop {
             // The streams come another way than the reports, and may be late.
-            if let Some(status) = ended.filter(|_| connected == self.fds.len()) {
+            if let Some(status) = ended.filter(|_| !awaited.contains(&true)) {
                 for output in outputs {
                     // It ended, if only for want of a reader.
                     let _ = JoinHandle::join(output);
@@ -287,17 +288,18 @@ impl Started {
                 Ok(News::Report(Report::Failed(_, failure))) => return Err(failure.into()),
                 Ok(News::Report(Report::Exited(_, status))) => ended = Some(status),
                 Ok(News::Stream(hello, stream)) => {
-                    self.connect(hello, stream, &mut outputs)?;
-                    connected += 1;
+                    if let Some(index) = take_awaited(&mut awaited, hello) {
+                        self.connect(index, stream, &mut outputs)?;
+                    }
                 }
             }
         }
     }
 
-    /// Has a stream of the command lead to where it belongs.
+    /// Has a stream of the command lead to where it belongs, by its index.
     fn connect(
         &self,
-        hello: Hello,
+        index: usize,
         stream: OwnedFd,
         outputs: &mut Vec<JoinHandle<()>>,
     ) -> Result<(), SandboxError> {
@@ -307,12 +309,6 @@ impl Started {
             source,
         };
         let is_terminal = self.fds.len() == 1;
-        let index = match hello {
-            Hello::Input(_) => 0,
-            Hello::Output(_) => 1,
-            Hello::Errors(_) => 2,
-            Hello::Control => return Ok(()),
-        };
         let Some(fd) = self.fds.get(index) else {
             return Ok(());
         };
@@ -334,6 +330,17 @@ impl Drop for Started {
     }
 }
 
+/// Which of a command's streams has come, if it is one that has not come before: a guest may say so of as many as it likes.
+fn take_awaited(awaited: &mut [bool], hello: Hello) -> Option<usize> {
+    let index = match hello {
+        Hello::Input(_) => 0,
+        Hello::Output(_) => 1,
+        Hello::Errors(_) => 2,
+        Hello::Control => return None,
+    };
+    std::mem::take(awaited.get_mut(index)?).then_some(index)
+}
+
 /// Moves bytes until none come, and says so.
 fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<JoinHandle<()>> {
     let copy = move || {
@@ -343,4 +350,25 @@ fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<JoinHandle<()>> {
         let _ = shutdown(&to, Shutdown::Write);
     };
     thread::Builder::new().name("stream".into()).spawn(copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_of_a_command_comes_once() {
+        let [input, output, errors] = [Hello::Input(7), Hello::Output(7), Hello::Errors(7)];
+        for (streams, hellos, taken) in [
+            (3, [output, output, input], [Some(1), None, Some(0)]),
+            (3, [Hello::Control, errors, errors], [None, Some(2), None]),
+            // A terminal, and what runs in namespaces.
+            (1, [output, errors, input], [None, None, Some(0)]),
+            (0, [input, output, errors], [None; 3]),
+        ] {
+            let mut awaited = vec![true; streams];
+            let came = hellos.map(|hello| take_awaited(&mut awaited, hello));
+            assert_eq!(came, taken, "{hellos:?}");
+        }
+    }
 }
