@@ -74,6 +74,10 @@ use watch::Watch;
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// What a guest has beyond the grace of a stop, to do what its init was told, and to go off once its command has ended.
 const GOING_LIMIT: Duration = Duration::from_secs(30);
+/// What the process of a VM has to end in once its socket is closed.
+const END_LIMIT: Duration = Duration::from_secs(1);
+/// How often it is looked whether it has.
+const END_POLL: Duration = Duration::from_millis(5);
 /// Bytes at the end of a console log that are shown.
 const CONSOLE_TAIL: u64 = 16 << 10;
 /// Streams of commands that are kept until they are asked for.
@@ -106,7 +110,7 @@ pub struct Machine {
 /// What happens to a VM.
 enum Event {
     Vm(FromVm, Vec<OwnedFd>),
-    /// The VM's process is gone.
+    /// The VM's process is gone, or talks nonsense.
     VmGone,
     Guest(FromGuest),
     /// The guest's init is gone, or talks nonsense.
@@ -193,11 +197,15 @@ impl Vm {
     pub fn wait(&mut self) -> Result<ExitStatus, SandboxError> {
         // What was printed has to be out of the guest before it goes off.
         while self.exited.is_none() || self.draining > 0 {
+            if self.gone && self.exited.is_none() {
+                return Err(self.ended());
+            }
+            if self.gone {
+                // Its streams end with it.
+                let _ = self.reap();
+            }
             match self.next(None) {
                 Ok(Some(Event::Vm(FromVm::Failed(cause), _))) => return Err(cause.into()),
-                Ok(Some(Event::VmGone)) if self.exited.is_none() => return Err(self.ended()),
-                // A guest that only lost its init goes off by itself.
-                Ok(Some(Event::GuestGone)) => self.end_within(GOING_LIMIT),
                 Ok(_) => {}
                 Err(_) => {
                     self.kill();
@@ -308,6 +316,10 @@ impl Vm {
             Ok(event) => Ok(event),
             Err(RecvTimeoutError::Timeout) => {
                 self.kill();
+                // Of one that has spoken, it is known that guests run here.
+                if self.is_ready {
+                    return Err(self.ended());
+                }
                 Err(SandboxError::Boot {
                     limit: BOOT_LIMIT,
                     status: None,
@@ -346,6 +358,8 @@ impl Vm {
             Event::Vm(FromVm::Stream(hello), fds) => self.keep(hello, fds),
             Event::EndBy(at) => self.end_at(at),
             Event::Drained => self.draining = self.draining.saturating_sub(1),
+            // A guest that only lost its init goes off by itself.
+            Event::GuestGone => self.end_within(GOING_LIMIT),
             Event::Guest(FromGuest::Report(Report::Exited(MAIN, status))) => {
                 self.exited.get_or_insert(status);
             }
@@ -482,9 +496,19 @@ impl Vm {
         self.gone = true;
     }
 
+    /// Has the VM's process end, by itself if it soon does: that its socket is closed can be its own doing.
+    fn reap(&mut self) -> io::Result<ExitStatus> {
+        let deadline = Instant::now() + END_LIMIT;
+        while self.child.try_wait()?.is_none() && Instant::now() < deadline {
+            thread::sleep(END_POLL);
+        }
+        self.kill();
+        self.child.wait()
+    }
+
     /// Why the VM's process is gone while something was expected of it.
     fn ended(&mut self) -> SandboxError {
-        match self.child.wait() {
+        match self.reap() {
             Ok(status) if !self.is_ready => SandboxError::Boot {
                 limit: BOOT_LIMIT,
                 status: Some(status),
