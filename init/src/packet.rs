@@ -101,10 +101,13 @@ pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, Vec
         None | Some([]) => Ok(None),
         Some([HERE, bytes @ ..]) => Ok(Some((decode(bytes)?, fds))),
         Some([IN_FILE]) if !fds.is_empty() => {
+            let file = File::from(fds.remove(0));
+            // Of anything else, the end may never come.
+            if !file.metadata()?.is_file() {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
             let mut bytes = Vec::new();
-            File::from(fds.remove(0))
-                .take(MAX_FILE)
-                .read_to_end(&mut bytes)?;
+            file.take(MAX_FILE).read_to_end(&mut bytes)?;
             Ok(Some((decode(&bytes)?, fds)))
         }
         Some(_) => Err(io::ErrorKind::InvalidData.into()),
@@ -134,6 +137,20 @@ mod tests {
         assert!(message == long && fds.len() == 1);
         drop(ours);
         assert!(recv::<String>(&theirs).expect("recv").is_none());
+    }
+
+    #[test]
+    fn a_message_in_a_pipe_is_not_waited_for() {
+        let (ours, theirs) = pair().expect("pair");
+        let (reader, _writer) = std::io::pipe().expect("pipe");
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [reader.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let packet = [IoSlice::new(&[IN_FILE])];
+        sendmsg(&ours, &packet, &mut ancillary, SendFlags::NOSIGNAL).expect("send");
+        let error = recv::<String>(&theirs).expect_err("no file");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
