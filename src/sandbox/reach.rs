@@ -91,9 +91,15 @@ impl Reach {
 
     /// Where a connection, or a datagram, to this address goes; `None` if nowhere.
     pub fn target(&self, address: SocketAddr) -> Option<SocketAddr> {
+        // A libc that asks servers of both families at once does so from one socket of IPv6.
+        let inside = address.ip().to_canonical();
         let mut known = self.name_servers.iter();
-        if let Some((_, outside)) = known.find(|(inside, _)| *inside == address.ip()) {
-            return (address.port() == DNS).then_some((*outside, DNS).into());
+        if let Some((_, outside)) = known.find(|(known, _)| *known == inside) {
+            let outside = match *outside {
+                IpAddr::V4(v4) if address.is_ipv6() => v4.to_ipv6_mapped().into(),
+                outside => outside,
+            };
+            return (address.port() == DNS).then_some((outside, DNS).into());
         }
         let is_open =
             self.loopback || !is_local(address.ip()) || self.ports.contains(&address.port());
@@ -217,7 +223,9 @@ mod tests {
         for (address, target) in [
             ("192.0.2.53:53", Some("127.0.0.53:53")),
             ("[2001:db8::36]:53", Some("[::1]:53")),
+            ("[::ffff:192.0.2.53]:53", Some("[::ffff:127.0.0.53]:53")),
             ("192.0.2.53:80", None),
+            ("[::ffff:192.0.2.53]:80", None),
             ("192.0.2.54:53", Some("192.0.2.54:53")),
         ] {
             let target = target.map(|target| target.parse().unwrap());
