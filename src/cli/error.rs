@@ -275,11 +275,15 @@ fn snapshot_hint(error: &SnapshotError) -> Option<String> {
         SnapshotError::Open {
             source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. }),
             name,
-        } => {
-            format!("to drop what it wrote and begin anew: iii worker clear {name}")
-        }
+        } => drop_hint(name),
         _ => return None,
     })
+}
+
+fn drop_hint(name: &str) -> String {
+    format!(
+        "to drop what it wrote, and keep its layers: iii worker dev --fresh, or, of a managed worker: iii worker clear {name}"
+    )
 }
 
 #[cfg(target_os = "linux")]
@@ -335,8 +339,8 @@ impl CliError {
             }
             Self::Run(RunError::Compose {
                 source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. } | UpperError::NotAnUpper(_)),
-                ..
-            }) => "--fresh drops what the sandbox wrote, and keeps the layers".into(),
+                name,
+            }) => drop_hint(name),
             Self::Run(RunError::NeverRun { .. }) => {
                 "only what `iii worker dev` has run has a name; export its project by its path, as in: iii worker export ./my-project".into()
             }
