@@ -14,6 +14,11 @@ const PIECE: usize = 8 << 10;
 
 /// Sends a message that is no longer than [`MAX_FRAME`].
 pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    stream.write_all(&bytes_of(message)?)
+}
+
+/// What a message that is no longer than [`MAX_FRAME`] is sent as.
+pub fn bytes_of(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let body = encode(message)?;
     if body.len() > MAX_FRAME {
         return Err(io::ErrorKind::FileTooLarge.into());
@@ -21,7 +26,7 @@ pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()>
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend((body.len() as u32).to_le_bytes());
     frame.extend(body);
-    stream.write_all(&frame)
+    Ok(frame)
 }
 
 /// Puts messages together from what a stream brings.

@@ -35,13 +35,13 @@ mod watch;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, PipeReader, Read as _, Seek as _};
+use std::io::{self, PipeReader, Read as _, Seek as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
@@ -80,6 +80,8 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 const END_POLL: Duration = Duration::from_millis(5);
 /// Bytes at the end of a console log that are shown.
 const CONSOLE_TAIL: u64 = 16 << 10;
+/// Messages that wait for the guest to read them. More are not sent.
+const MAX_UNREAD: usize = 256;
 /// Streams of commands that are kept until they are asked for.
 const MAX_STREAMS: usize = 16;
 
@@ -121,6 +123,21 @@ enum Event {
     EndBy(Instant),
 }
 
+/// The way to the guest's init.
+struct Guest {
+    stream: UnixStream,
+    /// To a thread that writes, since a guest that does not read may hold up nobody else.
+    frames: SyncSender<Vec<u8>>,
+}
+
+impl Guest {
+    /// Where it cannot be told, it has ended, or will be ended. The error is that of a message that is too long.
+    fn send(&self, message: &ToGuest) -> io::Result<()> {
+        let _ = self.frames.try_send(frame::bytes_of(message)?);
+        Ok(())
+    }
+}
+
 /// A running microVM. Dropped, it is killed.
 pub(super) struct Vm {
     child: Child,
@@ -131,7 +148,7 @@ pub(super) struct Vm {
     reach: Option<Reach>,
     events: Receiver<Event>,
     sender: Sender<Event>,
-    guest: Arc<Mutex<Option<UnixStream>>>,
+    guest: Arc<Mutex<Option<Guest>>>,
     commands: Arc<Commands>,
     /// Connected by the guest, and not asked for yet.
     streams: HashMap<Hello, OwnedFd>,
@@ -215,8 +232,8 @@ impl Vm {
         }
         self.commands.close();
         if let Some(guest) = lock(&self.guest).take() {
-            // The other thread that has it only sees the end.
-            let _ = guest.shutdown(std::net::Shutdown::Both);
+            // The other threads that have it only see the end.
+            let _ = guest.stream.shutdown(std::net::Shutdown::Both);
         }
         self.end_within(GOING_LIMIT);
         while !self.gone {
@@ -401,9 +418,18 @@ impl Vm {
         if guest.is_some() {
             return;
         }
-        let (Ok(mut reading), sender) = (stream.try_clone(), self.sender.clone()) else {
+        let (Ok(mut reading), Ok(mut writing)) = (stream.try_clone(), stream.try_clone()) else {
             return;
         };
+        let sender = self.sender.clone();
+        let (frames, unwritten) = sync_channel::<Vec<u8>>(MAX_UNREAD);
+        let telling = spawn_thread("to guest", move || {
+            for frame in unwritten {
+                if writing.write_all(&frame).is_err() {
+                    return;
+                }
+            }
+        });
         let listening = spawn_thread("guest", move || {
             let mut receiver = frame::Receiver::new(MAX_MESSAGE);
             while let Ok(frame::Received::Message(message)) = receiver.read(&mut reading) {
@@ -413,8 +439,8 @@ impl Vm {
             }
             let _ = sender.send(Event::GuestGone);
         });
-        if listening.is_ok() {
-            *guest = Some(stream);
+        if listening.is_ok() && telling.is_ok() {
+            *guest = Some(Guest { stream, frames });
         }
     }
 
@@ -483,8 +509,8 @@ impl Vm {
     }
 
     fn send(&self, message: &ToGuest) -> Result<(), SandboxError> {
-        match &mut *lock(&self.guest) {
-            Some(guest) => frame::send(guest, message).map_err(SandboxError::Talk),
+        match &*lock(&self.guest) {
+            Some(guest) => guest.send(message).map_err(SandboxError::Talk),
             None => Ok(()),
         }
     }
@@ -550,7 +576,7 @@ impl Drop for Vm {
 /// Reaches the guest from other threads.
 #[derive(Clone)]
 pub(super) struct Link {
-    guest: Arc<Mutex<Option<UnixStream>>>,
+    guest: Arc<Mutex<Option<Guest>>>,
     events: Sender<Event>,
 }
 
@@ -562,9 +588,8 @@ impl Link {
             // Whether or not the guest does as it is told.
             let _ = self.events.send(Event::EndBy(end));
         }
-        if let Some(guest) = &mut *lock(&self.guest) {
-            // Where it cannot be told, it has ended, or will be ended.
-            let _ = frame::send(guest, &ToGuest::Request(request));
+        if let Some(guest) = &*lock(&self.guest) {
+            let _ = guest.send(&ToGuest::Request(request));
         }
     }
 }
