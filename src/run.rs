@@ -732,9 +732,7 @@ impl Place {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             renamed => renamed.map_err(at("put away", &upper))?,
         }
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(at("sync", &self.dir))?;
+        self.sync()?;
         self.drop_new_upper()
     }
 
@@ -749,7 +747,14 @@ impl Place {
         remove_all(&self.dir.join(NEW_UPPER))
     }
 
-    /// Has the new upper and the upper take each other's place, in one step.
+    /// Makes its names durable.
+    fn sync(&self) -> Result<(), RunError> {
+        File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(at("sync", &self.dir))
+    }
+
+    /// Has the new upper and the upper take each other's place, in one step, which is durable when this returns.
     pub fn exchange_upper(&self) -> Result<(), RunError> {
         let (new, upper) = (self.dir.join(NEW_UPPER), self.upper());
         let flags = if upper.exists() {
@@ -758,7 +763,8 @@ impl Place {
             RenameFlags::NOREPLACE
         };
         renameat_with(CWD, &new, CWD, &upper, flags)
-            .map_err(|error| at("put a new upper in the place of", &upper)(error.into()))
+            .map_err(|error| at("put a new upper in the place of", &upper)(error.into()))?;
+        self.sync()
     }
 
     /// Removes it. Somebody who waits for it makes it anew.

@@ -11,7 +11,6 @@
 //! its place in one step, after the worker's ref names what it needs. What is left beside it goes when the worker is next held.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -564,8 +563,6 @@ fn put(
     let (own, besides) = (name.as_str(), frozen.besides());
     keep_also(store, keeper, own, &frozen.layers, &besides)?;
     place.exchange_upper()?;
-    let dir = File::open(place.dir()).and_then(|dir| dir.sync_all());
-    dir.map_err(at("sync", place.dir()))?;
     frozen.keep(store, keeper, name)?;
     Ok(place.drop_new_upper()?)
 }
