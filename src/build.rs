@@ -12,7 +12,7 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::Mode;
 use iii_overlay::{FreezeError, OpenError, OverlayOptions, Project as ProjectAt};
 use iii_store::snapshot::{self, SnapshotError};
 use iii_store::{

@@ -4,7 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession, Mode};
+use iii_overlay::adapter::Mode;
+use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, UpdateError};
 use iii_store::{Fact, Layer, LayerId, Store};
 

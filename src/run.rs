@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::Mode;
 use iii_overlay::{OpenError, OverlayOptions};
 use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
 use rustix::fs::{CWD, RenameFlags, renameat_with};

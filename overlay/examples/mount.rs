@@ -18,7 +18,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use iii_overlay::adapter::fuse::{Mode, serve};
+use iii_overlay::adapter::Mode;
+use iii_overlay::adapter::fuse::serve;
 use iii_overlay::{Overlay, OverlayOptions, Project};
 use iii_store::tree::{Content, Dir, Leaf, Meta, Mtime, Node, Rdev, Tree};
 use iii_store::{Ingest, Layer, Store};

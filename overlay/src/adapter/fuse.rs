@@ -34,8 +34,7 @@ use fuser::{
 };
 use iii_store::layer::Kind;
 
-pub use super::Mode;
-use super::linux;
+use super::{Mode, linux};
 use crate::Stale;
 use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
 

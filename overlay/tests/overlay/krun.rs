@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use iii_overlay::Overlay;
-use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::Mode;
 use iii_overlay::adapter::krun::{Krun, RESERVED};
 use iii_overlay::fs::{Errno, Filesystem as _, Kind};
 use iii_overlay::ino::ROOT;

@@ -7,7 +7,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use iii_overlay::adapter::fuse::{FuseSession, Mode, serve};
+use iii_overlay::adapter::Mode;
+use iii_overlay::adapter::fuse::{FuseSession, serve};
 use iii_overlay::fs::{Caller, Errno, Filesystem, Special};
 use iii_overlay::ino::ROOT;
 use iii_overlay::{Overlay, OverlayOptions, Project};

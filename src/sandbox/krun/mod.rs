@@ -50,7 +50,7 @@ use iii_init::frame;
 use iii_init::message::{MAIN, Report, Request};
 use iii_init::packet::{self, MAX_MESSAGE};
 use iii_init::vm::{FromGuest, Hello, Start, ToGuest, Volume};
-use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::Mode;
 use iii_overlay::{MAX_FACTS, OverlayOptions};
 use iii_store::{Fact, LayerId};
 #[cfg(target_os = "linux")]

@@ -10,7 +10,7 @@ use std::thread;
 
 use iii_init::packet;
 use iii_init::vm::{Hello, PORT};
-use iii_overlay::adapter::fuse::Mode;
+use iii_overlay::adapter::Mode;
 use iii_overlay::adapter::krun::{INIT_PATH, Krun};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, Project};
 use iii_store::{Fact, LayerId, Store, StoreError};
