@@ -13,7 +13,7 @@ use crate::oci::{self, Image};
 use crate::plan::Kind;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, Worker};
-use crate::reload::{Inbox, Session, Sieve};
+use crate::reload::{Session, Sieve};
 use crate::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
 use crate::sandbox::{Sandbox, Stdio};
 use crate::supervise::Signals;
@@ -105,8 +105,6 @@ pub fn dev(
         &wanted.project.root,
         drop_upper,
     )?;
-    // From before the project is looked at.
-    let inbox = Inbox::new(options.watch.then_some(&wanted.project.root));
     let store = Store::open(home.store())?;
     let sieve = Sieve::default();
     let named = |_: Option<&WorkerName>, event: Event<'_>| {
@@ -136,6 +134,7 @@ pub fn dev(
         engine: &options.engine,
         config: &options.config,
         stdio: Stdio::Inherit,
+        watch: options.watch,
         is_patient: true,
         collect: target.collect,
         signals,
@@ -154,7 +153,7 @@ pub fn dev(
         }
         Ok::<_, RunError>(sandbox.wait()?)
     };
-    session.run(inbox, worker, lease, &mut attend)
+    session.run(worker, lease, &mut attend)
 }
 
 /// A worker whose layers are all there, and pinned for as long as this lives.

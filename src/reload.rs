@@ -16,7 +16,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::error::Error;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -47,7 +47,7 @@ const FORMER: usize = 16;
 const MAX_TOLD: usize = 1 << 10;
 
 enum Message {
-    /// The watch is set up. What changed before is not known.
+    /// The watch is set up.
     Watching(Stopper),
     Unwatched(WatchError),
     Changed,
@@ -57,36 +57,51 @@ enum Message {
     Ended,
 }
 
-/// What happens to a worker. Changes of its project are told from when this is made on, until it is dropped.
-pub(crate) struct Inbox {
+/// What happens to a worker.
+struct Inbox {
     sender: Sender<Message>,
     messages: Receiver<Message>,
+    /// The project whose changes are to be told, and are not yet.
+    root: Option<PathBuf>,
     /// Something has changed, and that was not told yet.
     changed: bool,
+    /// A change has begun that is not told before it has come to rest.
+    restless: Arc<AtomicBool>,
+    /// What was last seen was not used, since it may have been half of a change.
+    again: bool,
     stopper: Option<Stopper>,
 }
 
 impl Inbox {
-    /// With the changes of the project in `root`, if there is one to follow.
-    pub fn new(root: Option<&Path>) -> Self {
+    /// With the changes of the project in `root`, if there is one to follow, once it is [watched](Self::watch).
+    fn new(root: Option<&PathBuf>) -> Self {
         let (sender, messages) = channel();
-        if let Some(root) = root {
-            let (root, sender) = (root.to_owned(), sender.clone());
-            let failed = sender.clone();
-            let watch = move || {
-                if let Err(error) = watch(&root, &sender) {
-                    let _ = sender.send(Message::Unwatched(error));
-                }
-            };
-            if let Err(source) = thread::Builder::new().name("watch".into()).spawn(watch) {
-                let _ = failed.send(Message::Unwatched(WatchError::Thread(source)));
-            }
-        }
         Self {
             sender,
             messages,
+            root: root.cloned(),
             changed: false,
+            restless: Arc::default(),
+            again: false,
             stopper: None,
+        }
+    }
+
+    /// Has the changes of the project told from now on, until this is dropped. That whoever starts a worker does not wait for it is
+    /// why it comes after the start: what has changed before is found by looking once more.
+    fn watch(&mut self) {
+        let Some(root) = self.root.take() else {
+            return;
+        };
+        let (sender, restless) = (self.sender.clone(), Arc::clone(&self.restless));
+        let failed = sender.clone();
+        let watch = move || {
+            if let Err(error) = watch(&root, &restless, &sender) {
+                let _ = sender.send(Message::Unwatched(error));
+            }
+        };
+        if let Err(source) = thread::Builder::new().name("watch".into()).spawn(watch) {
+            let _ = failed.send(Message::Unwatched(WatchError::Thread(source)));
         }
     }
 
@@ -109,6 +124,13 @@ impl Inbox {
         }
     }
 
+    /// Whether what was just seen may be half of a change, which is told when it has come to rest. Not twice in a row: a project that
+    /// never rests is followed as well.
+    fn looks_again(&mut self) -> bool {
+        self.again = self.restless.load(Ordering::Relaxed) && !self.again;
+        self.again
+    }
+
     /// Waits for the end of the sandbox.
     fn end(&mut self) {
         while let Ok(message) = self.messages.recv() {
@@ -121,10 +143,7 @@ impl Inbox {
     fn sort(&mut self, message: Message) -> Option<Message> {
         match message {
             Message::Changed => self.changed = true,
-            Message::Watching(stopper) => {
-                self.changed = true;
-                self.stopper = Some(stopper);
-            }
+            Message::Watching(stopper) => self.stopper = Some(stopper),
             message => return Some(message),
         }
         None
@@ -139,12 +158,19 @@ impl Drop for Inbox {
     }
 }
 
-/// Tells `sender` of changes for as long as anybody listens.
-fn watch(root: &Path, sender: &Sender<Message>) -> Result<(), WatchError> {
+/// Tells `sender` of changes for as long as anybody listens, and whether one is under way.
+fn watch(root: &Path, restless: &AtomicBool, sender: &Sender<Message>) -> Result<(), WatchError> {
     let mut watch = Watch::new(root, &EXCLUDED)?;
-    let mut told = sender.send(Message::Watching(watch.stopper()));
-    while told.is_ok() && watch.changed()? {
-        told = sender.send(Message::Changed);
+    if sender.send(Message::Watching(watch.stopper())).is_err() {
+        return Ok(());
+    }
+    // What changed before is not known: it is one change, which may be none.
+    while watch.settled()? {
+        restless.store(false, Ordering::Relaxed);
+        if sender.send(Message::Changed).is_err() || !watch.stirred()? {
+            break;
+        }
+        restless.store(true, Ordering::Relaxed);
     }
     Ok(())
 }
@@ -194,6 +220,8 @@ pub(crate) struct Session<'a> {
     /// The engine's config.yaml.
     pub config: &'a Path,
     pub stdio: Stdio,
+    /// Whether it follows its project.
+    pub watch: bool,
     /// Whether a worker that ends by itself after it was reloaded is started again at the next change.
     pub is_patient: bool,
     /// Whether the store may be cleared when something was built.
@@ -291,13 +319,13 @@ impl Session<'_> {
     /// told whether it is the first; it waits for its end.
     pub fn run<E: Error + From<RunError> + Send>(
         &self,
-        mut inbox: Inbox,
         worker: Worker,
         lease: Lease,
         attend: &mut Attend<'_, E>,
     ) -> Result<Ended, E> {
         self.sieve.following.store(true, Ordering::Relaxed);
         let ready = self.ready(worker, lease)?;
+        let mut inbox = Inbox::new(self.watch.then_some(&ready.worker.project.root));
         let name = ready.worker.name.clone();
         let caller = inbox.sender.clone();
         let told = move || {
@@ -415,6 +443,7 @@ impl Session<'_> {
             stdio: self.stdio,
         };
         start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
+            inbox.watch();
             if let Some((begun, files)) = change {
                 self.reloaded(begun, files, &ready.worker);
             }
@@ -450,7 +479,7 @@ impl Session<'_> {
                 }
             }
             let last = shown.as_ref().unwrap_or(ready);
-            let Some(change) = self.change(last) else {
+            let Some(change) = self.change(inbox, last) else {
                 continue;
             };
             if self.show(live, ready, last, &change) {
@@ -513,7 +542,7 @@ impl Session<'_> {
             match inbox.next() {
                 Message::Signal => return None,
                 Message::Changed => {
-                    if let Some(change) = self.change(last) {
+                    if let Some(change) = self.change(inbox, last) {
                         return Some(change);
                     }
                 }
@@ -523,9 +552,13 @@ impl Session<'_> {
     }
 
     /// The project as it is now, if that is not as it was and can be realised.
-    fn change(&self, last: &Ready) -> Option<Change> {
+    fn change(&self, inbox: &mut Inbox, last: &Ready) -> Option<Change> {
         let begun = Instant::now();
-        match self.realise(&last.worker) {
+        let now = self.realise(&last.worker);
+        if inbox.looks_again() {
+            return None;
+        }
+        match now {
             Ok(ready) if ready.is_like(last) => None,
             Ok(ready) => Some(Change::new(ready, begun, last)),
             Err(error) => {

@@ -88,7 +88,7 @@ pub struct Watch {
 pub struct Stopper(Sender<Message>);
 
 impl Stopper {
-    /// [`Watch::changed`] returns false from now on.
+    /// Waiting returns false from now on.
     pub fn stop(&self) {
         // Where nobody waits, nothing is to be stopped.
         let _ = self.0.send(Message::Stop);
@@ -125,18 +125,22 @@ impl Watch {
         Stopper(self.sender.clone())
     }
 
-    /// Waits until something has changed and come to rest. False once it was stopped.
-    pub fn changed(&mut self) -> Result<bool, WatchError> {
+    /// Waits until something changes. False once it was stopped.
+    pub fn stirred(&mut self) -> Result<bool, WatchError> {
         loop {
             match self.messages.recv() {
                 Ok(Message::Event(event)) => {
                     if self.matters(event)? {
-                        break;
+                        return Ok(true);
                     }
                 }
                 Ok(Message::Stop) | Err(_) => return Ok(false),
             }
         }
+    }
+
+    /// Waits until what has changed, if anything, has come to rest. False once it was stopped.
+    pub fn settled(&mut self) -> Result<bool, WatchError> {
         let begun = Instant::now();
         let mut rest = begun + QUIET;
         while begun.elapsed() < PATIENCE {
@@ -252,6 +256,13 @@ mod tests {
     use super::*;
 
     const EXCLUDED: &[&str] = &["node_modules", ".git"];
+
+    impl Watch {
+        /// Waits until something has changed and come to rest. False once it was stopped.
+        fn changed(&mut self) -> Result<bool, WatchError> {
+            Ok(self.stirred()? && self.settled()?)
+        }
+    }
 
     fn project() -> TempDir {
         let dir = TempDir::new().unwrap();

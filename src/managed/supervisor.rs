@@ -29,7 +29,7 @@ use crate::home::Home;
 use crate::logs::Log;
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, With};
-use crate::reload::{Inbox, Session, Sieve};
+use crate::reload::{Session, Sieve};
 use crate::run::{Ended, Engine, Place, RunError, SandboxOptions};
 use crate::sandbox::{self, Sandbox};
 use crate::supervise::Signals;
@@ -336,7 +336,6 @@ pub fn supervise(
     voice.with(|ears| ears.log = Some(log));
     remember(place.dir(), orders)?;
 
-    let inbox = Inbox::new(orders.watch.then_some(&project.root));
     let store = Store::open(home.store())?;
     let sieve = Sieve::default();
     let named = |_: Option<&WorkerName>, event: Event<'_>| {
@@ -363,6 +362,7 @@ pub fn supervise(
         engine: &orders.engine,
         config: &orders.config,
         stdio: sandbox::Stdio::Joined,
+        watch: orders.watch,
         is_patient: false,
         collect,
         signals,
@@ -380,7 +380,7 @@ pub fn supervise(
         let _ = recorder.join();
         Ok::<_, ManagedError>(status.map_err(RunError::from)?)
     };
-    session.run(inbox, worker, lease, &mut attend)
+    session.run(worker, lease, &mut attend)
 }
 
 /// Has what the worker prints written into the log, by a thread that ends with its output.

@@ -1,8 +1,9 @@
 //! Runs the `iii` binary in a home of its own and checks what it leaves behind.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -124,10 +125,17 @@ impl Project {
         self.path().to_str().unwrap()
     }
 
+    /// Writes a file, in one step: on a busy machine, who follows the project would see one that is empty yet.
     pub fn write(&self, name: &str, text: &str) {
         let path = self.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
+        let mode = fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o7777);
+        let file = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(mode))
+            .tempfile()
+            .unwrap();
+        fs::write(file.path(), text).unwrap();
+        file.persist(path).unwrap();
     }
 
     /// Replaces `old`, which must be there, in the file `name`.
@@ -135,7 +143,7 @@ impl Project {
         let path = self.path().join(name);
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains(old), "{name} has no {old:?}");
-        fs::write(path, text.replace(old, new)).unwrap();
+        self.write(name, &text.replace(old, new));
     }
 
     pub fn remove(&self, name: &str) {
