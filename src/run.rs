@@ -329,28 +329,8 @@ pub(crate) fn run_on(kept: &Ref) -> &[LayerId] {
     kept.layers.get(..count).unwrap_or(&kept.layers)
 }
 
-/// What a worker's name keeps.
-fn kept(store: &Store, kind: RefKind, name: &str) -> Result<Ref, StoreError> {
-    let kept = match store.get_ref(kind, name) {
-        // It is about to be written anew.
-        Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
-        other => other?,
-    };
-    Ok(kept.unwrap_or_else(|| Ref {
-        layers: Vec::new(),
-        info: serde_json::Value::Null,
-    }))
-}
-
-/// Has a worker's name keep the layers that it runs on, bottom first, those that its upper needs besides, and no others. They are
-/// pinned.
-pub(crate) fn keep_layers(
-    store: &Store,
-    kind: RefKind,
-    name: &str,
-    mut layers: Vec<LayerId>,
-    besides: &[LayerId],
-) -> Result<(), StoreError> {
+/// The ref of a worker that runs on some layers, bottom first, and whose upper needs others besides.
+fn worker_ref(mut layers: Vec<LayerId>, besides: &[LayerId]) -> Ref {
     let runs_on = layers.len();
     for id in besides {
         if !layers.contains(id) {
@@ -362,11 +342,23 @@ pub(crate) fn keep_layers(
     } else {
         serde_json::json!(RefInfo { runs_on })
     };
-    store.set_ref(kind, name, &Ref { layers, info })
+    Ref { layers, info }
 }
 
-/// Has a worker's name keep these layers, those that it needs besides, which are all pinned, and what it keeps already. Returns
-/// whether it did not keep just these before.
+/// Has a worker's name keep the layers that it runs on, bottom first, those that its upper needs besides, and no others. They are
+/// pinned. Only who holds the worker knows what those are.
+pub(crate) fn keep_layers(
+    store: &Store,
+    kind: RefKind,
+    name: &str,
+    layers: Vec<LayerId>,
+    besides: &[LayerId],
+) -> Result<(), StoreError> {
+    store.set_ref(kind, name, &worker_ref(layers, besides))
+}
+
+/// Has a worker's name keep these layers, those that it needs besides, which are all pinned, and what it keeps already, whoever
+/// changes that meanwhile. Returns whether it did not keep just these before.
 pub(crate) fn keep_also(
     store: &Store,
     kind: RefKind,
@@ -374,25 +366,28 @@ pub(crate) fn keep_also(
     layers: &[LayerId],
     besides: &[LayerId],
 ) -> Result<bool, StoreError> {
-    let last = kept(store, kind, name)?;
-    let mut wanted = layers.to_vec();
-    for id in besides {
-        if !wanted.contains(id) {
-            wanted.push(*id);
-        }
-    }
-    if last.layers == wanted && run_on(&last) == layers {
+    let edit = store.edit_ref(kind, name)?;
+    let last = match edit.get() {
+        // It is about to be written anew.
+        Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
+        other => other?,
+    };
+    let wanted = worker_ref(layers.to_vec(), besides);
+    if last.as_ref() == Some(&wanted) {
         return Ok(false);
     }
     let there = |ids: &[LayerId]| -> Vec<LayerId> {
         let there = ids.iter().filter(|id| store.has_layer(id));
         there.copied().collect()
     };
-    let (runs_on, all) = (there(run_on(&last)), there(&last.layers));
+    let (runs_on, all) = match &last {
+        Some(last) => (there(run_on(last)), there(&last.layers)),
+        None => Default::default(),
+    };
     if all.is_empty() {
-        keep_layers(store, kind, name, layers.to_vec(), besides)?;
-    } else if !wanted.iter().all(|id| all.contains(id)) {
-        keep_layers(store, kind, name, runs_on, &[all, wanted].concat())?;
+        edit.set(&wanted)?;
+    } else if !wanted.layers.iter().all(|id| all.contains(id)) {
+        edit.set(&worker_ref(runs_on, &[all, wanted.layers].concat()))?;
     }
     Ok(true)
 }
@@ -790,7 +785,39 @@ fn is_at(file: &File, path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use iii_store::tree::Tree;
+
     use super::*;
+
+    /// As when a worker is added anew that runs and takes a change of its project.
+    #[test]
+    fn who_keeps_layers_at_once_loses_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let lease = store.lease("test").unwrap();
+        let layers: Vec<_> = (b'a'..=b'p')
+            .map(|name| {
+                let mut tree = Tree::implicit();
+                tree.dir_at(&[name]).unwrap();
+                let ingest = store.ingest(&lease).unwrap();
+                ingest.finish(&tree).unwrap().layer_id
+            })
+            .collect();
+        thread::scope(|scope| {
+            for id in &layers {
+                let store = &store;
+                scope.spawn(move || {
+                    keep_also(store, RefKind::Managed, "box", &[*id], &[]).unwrap();
+                });
+            }
+        });
+        let mut kept = store.get_ref(RefKind::Managed, "box").unwrap().unwrap();
+        assert_eq!(run_on(&kept).len(), 1);
+        let mut layers = layers;
+        kept.layers.sort();
+        layers.sort();
+        assert_eq!(kept.layers, layers);
+    }
 
     #[test]
     fn engines_are_named_by_urls() {

@@ -15,6 +15,7 @@
 //! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
+//! locks/<name>.refs.<kind> flocked by who changes a ref; gone when free
 //! locks/format             flocked by who makes the store, or adds a feature to its format
 //! locks/gc                 flocked by who takes things out of the store, repairs or migrates it
 //! stat/<project>           the stat cache of a project: `snapshot`
@@ -61,8 +62,8 @@
 //!
 //! # Locks
 //!
-//! Among processes, in this order: flight (a key is being built), lease, gc, key (its records are being written). Among
-//! threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
+//! Among processes, in this order: flight (a key is being built), lease, gc, key (its records are being written), a ref,
+//! format. Among threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
 pub mod account;
 mod blob;
@@ -111,7 +112,7 @@ pub use layer::{Kind, Layer, NodeRef};
 pub use lease::{Lease, LiveLease};
 pub use migrate::{MigrateEvent, Migration};
 pub use objects::LOOSE_MIN;
-pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefKind};
+pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefEdit, RefKind};
 pub use repair::Mended;
 pub use roots::{Root, Roots};
 pub use store::{Flight, Store};

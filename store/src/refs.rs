@@ -1,4 +1,4 @@
-//! Refs: names that keep layers.
+//! Refs: names that keep layers. A file of one is replaced at once, by who holds its lock.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::names;
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
+use crate::lock::FileLock;
 use crate::store::{Store, read_json, write_json};
 
 /// Longest name, in bytes.
@@ -108,27 +109,24 @@ impl Store {
         Ok(self.dir().join(kind.path()).join(escape(name)))
     }
 
+    /// Keeps others from a name until the guard is dropped, so that what it has may depend on what it had.
+    pub fn edit_ref(&self, kind: RefKind, name: &str) -> Result<RefEdit<'_>, StoreError> {
+        self.require_writable()?;
+        let path = self.ref_path(kind, name)?;
+        let lock = format!("{}.{}", escape(name), kind.path().replace('/', "."));
+        let lock = self.dir().join("locks").join(lock);
+        Ok(RefEdit {
+            _lock: FileLock::acquire(self.disk(), &lock, &|| {})?,
+            store: self,
+            kind,
+            name: name.to_owned(),
+            path,
+        })
+    }
+
     /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned by the caller.
     pub fn set_ref(&self, kind: RefKind, name: &str, content: &Ref) -> Result<(), StoreError> {
-        let path = self.ref_path(kind, name)?;
-        if content.layers.len() > MAX_REF_LAYERS {
-            return Err(StoreError::TooLarge {
-                what: "the number of layers of a ref",
-                limit: MAX_REF_LAYERS as u64,
-            });
-        }
-        let lease = self.lease("ref")?;
-        if let Some(feature) = kind.feature() {
-            self.require_feature(feature)?;
-        }
-        for id in &content.layers {
-            self.require_layer(id)?;
-        }
-        let file = RefFile {
-            name: name.to_owned(),
-            content: content.clone(),
-        };
-        write_json(self, &lease, &path, &file, MAX_REF_FILE)
+        self.edit_ref(kind, name)?.set(content)
     }
 
     /// What has this name.
@@ -175,8 +173,7 @@ impl Store {
 
     /// Removes a name, durably. Says whether there was one.
     pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
-        let path = self.ref_path(kind, name)?;
-        self.require_writable()?;
+        let RefEdit { path, _lock, .. } = self.edit_ref(kind, name)?;
         match self.disk().remove(&path) {
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             other => other.at("removing", &path)?,
@@ -184,5 +181,44 @@ impl Store {
         let dir = path.parent().unwrap_or(&path);
         self.disk().sync_dir(dir).at("syncing", dir)?;
         Ok(true)
+    }
+}
+
+/// The right to change one ref, see [`Store::edit_ref`].
+#[derive(Debug)]
+pub struct RefEdit<'a> {
+    _lock: FileLock,
+    store: &'a Store,
+    kind: RefKind,
+    name: String,
+    path: PathBuf,
+}
+
+impl RefEdit<'_> {
+    /// What has the name.
+    pub fn get(&self) -> Result<Option<Ref>, StoreError> {
+        self.store.get_ref(self.kind, &self.name)
+    }
+
+    /// As [`Store::set_ref`].
+    pub fn set(&self, content: &Ref) -> Result<(), StoreError> {
+        if content.layers.len() > MAX_REF_LAYERS {
+            return Err(StoreError::TooLarge {
+                what: "the number of layers of a ref",
+                limit: MAX_REF_LAYERS as u64,
+            });
+        }
+        let lease = self.store.lease("ref")?;
+        if let Some(feature) = self.kind.feature() {
+            self.store.require_feature(feature)?;
+        }
+        for id in &content.layers {
+            self.store.require_layer(id)?;
+        }
+        let file = RefFile {
+            name: self.name.clone(),
+            content: content.clone(),
+        };
+        write_json(self.store, &lease, &self.path, &file, MAX_REF_FILE)
     }
 }
