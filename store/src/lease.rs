@@ -121,32 +121,28 @@ impl Lease {
             if !try_lock(&file).at("locking", &tmp)? {
                 continue;
             }
+            // What fails from here on leaves nothing.
+            let mut lease = Self {
+                store: store.clone(),
+                name,
+                path: tmp,
+                file,
+                written: Mutex::default(),
+                next_tmp: AtomicU64::new(0),
+            };
             let purpose: String = purpose
                 .chars()
                 .map(|c| if c.is_control() { ' ' } else { c })
                 .take(MAX_PURPOSE)
                 .collect();
-            let line = format!("{MAGIC}{purpose}\n");
-            let disk = store.disk();
-            disk.write_at(&file, line.as_bytes(), 0)
-                .at("writing", &tmp)?;
-            match store.disk().rename(&tmp, &path) {
+            lease.append(&mut lock(&lease.written), &format!("{MAGIC}{purpose}\n"))?;
+            match store.disk().rename(&lease.path, &path) {
                 // Swept between create and lock.
                 Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
-                other => other.at("renaming", &tmp)?,
+                other => other.at("renaming", &lease.path)?,
             }
-            return Ok(Self {
-                store: store.clone(),
-                name,
-                path,
-                file,
-                written: Mutex::new(Written {
-                    len: line.len() as u64,
-                    pinned: HashSet::new(),
-                    ingests: 0,
-                }),
-                next_tmp: AtomicU64::new(0),
-            });
+            lease.path = path;
+            return Ok(lease);
         }
     }
 

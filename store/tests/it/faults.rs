@@ -11,7 +11,7 @@ use iii_store::disk::Disk;
 use iii_store::{Store, StoreError};
 use rustix::io::Errno;
 
-use crate::helpers::{Files, NoSync, copy, publish};
+use crate::helpers::{Files, NoSync, copy, names, publish};
 use crate::seam::{Call, Hook, Hooked};
 use crate::workload::{Promised, Work, causes, check, project, scratch};
 
@@ -247,4 +247,25 @@ fn a_failed_ingest_is_void() {
         ingest.finish(&iii_store::tree::Tree::default()),
         Err(StoreError::Poisoned)
     ));
+}
+
+/// On a full disk, say: there it would take what room there is, and stay until leases are swept.
+#[test]
+fn a_lease_that_cannot_be_taken_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    Store::open(dir.path()).unwrap();
+    for at in 0.. {
+        let disk = Arc::new(Hooked(Failing::new(Fault::NoSpace, i64::MAX)));
+        let store = Store::open_on(dir.path(), disk.clone()).unwrap();
+        let calls = disk.0.calls.load(Ordering::Relaxed);
+        disk.0.at.store(calls + at, Ordering::Relaxed);
+        let taken = store.lease("test");
+        if taken.is_ok() {
+            assert!(at > 2, "it is made, written and renamed");
+            break;
+        }
+        for name in ["tmp", "leases"] {
+            assert!(names(&dir.path().join(name)).is_empty(), "{name} at {at}");
+        }
+    }
 }
