@@ -1,12 +1,14 @@
 //! Snapshots of workers: taken, gone back to, forked from.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::time::Duration;
 
+use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::harness::{Ended, Home, LIMIT, Project};
+use crate::harness::{Ended, Home, LIMIT, Project, files, is_root, skip};
 use crate::managed::Managed;
 
 /// The most that a fork of a worker may take on disk: metadata.
@@ -282,4 +284,71 @@ fn sandboxes_of_worker_dev_have_snapshots_too() {
     managed.run(&["start", "fork", "--port", "1"]).ok();
     assert_eq!(shell(&managed, "fork", read), "two\n");
     run(&home, &["worker", "export", "it"]);
+}
+
+#[test]
+fn a_snapshot_on_a_full_disk() {
+    if !is_root() {
+        return skip(
+            "snapshots on a full disk",
+            "needs root to mount a small tmpfs",
+        );
+    }
+    let home = Home::new();
+    fs::create_dir(home.state()).unwrap();
+    let size = Some(c"size=40m");
+    mount("tmpfs", home.state(), "tmpfs", MountFlags::empty(), size).unwrap();
+    home.import_busybox();
+    let managed = Managed(&home);
+    let project = project();
+    managed.run(&["add", project.arg(), "--port", "1"]).ok();
+    managed.run(&["start", "api", "--port", "1"]).ok();
+    let pid = managed.pid("api");
+    // More than there will be room for, in small files and in a large one.
+    let much = "mkdir /many && for n in 1 2 3 4 5 6 7 8 9; do head -c 300000 /dev/urandom >/many/$n; done; \
+                head -c 4000000 /dev/urandom >/large; cat /many/* /large | md5sum >/sum";
+    shell(&managed, "api", much);
+    managed.run(&["snapshot", "api", "before"]).ok();
+    let more = "head -c 300000 /dev/urandom >>/many/1; head -c 4000000 /dev/urandom >>/large; cat /many/* /large | md5sum >/sum";
+    shell(&managed, "api", more);
+
+    let kept = || {
+        let store = home.state().join("store/v1");
+        let mut kept = files(&store);
+        kept.retain(|path| !path.strip_prefix(&store).unwrap().starts_with("leases"));
+        kept.sort();
+        kept
+    };
+    let before = kept();
+    let filler = home.state().join("filler");
+    for room in [0, 1 << 16, 1 << 20, 3 << 20] {
+        let mut file = File::create(&filler).unwrap();
+        for size in [1 << 20, 1 << 12] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+        let length = file.metadata().unwrap().len();
+        file.set_len(length - room).unwrap();
+        for tag in [&["after"][..], &["before", "--force"]] {
+            managed
+                .run(&[&["snapshot", "api"], tag].concat())
+                .fails()
+                .says(&["No space left on device"]);
+        }
+        assert_eq!(kept(), before, "with room for {room} bytes");
+        assert_eq!(tags(&managed, "api"), ["before"]);
+        assert_eq!(managed.pid("api"), pid, "it went on");
+        assert_eq!(shell(&managed, "api", "echo here"), "here\n");
+    }
+    fs::remove_file(&filler).unwrap();
+
+    let is_whole = "cat /many/* /large | md5sum | cmp - /sum && wc -c </large";
+    assert_eq!(shell(&managed, "api", is_whole), "8000000\n");
+    managed.run(&["snapshot", "api", "after"]).ok();
+    managed.run(&["rollback", "api", "before"]).ok();
+    assert_eq!(shell(&managed, "api", is_whole), "4000000\n");
+    managed.run(&["rollback", "api", "after"]).ok();
+    assert_eq!(shell(&managed, "api", is_whole), "8000000\n");
+    run(&home, &["store", "verify", "--data"]);
+    managed.run(&["remove", "-y", "api"]).ok();
+    home.assert_nothing_left();
 }
