@@ -81,6 +81,17 @@ pub fn busybox_base() -> &'static Path {
     root
 }
 
+/// Makes a program (`-static`) or a library (`-shared`) of C.
+pub fn gcc(kind: &str, source: &str, to: &Path) {
+    let mut gcc = Command::new("gcc");
+    gcc.args([kind, "-fPIC", "-x", "c", "-o"]).arg(to).arg("-");
+    let mut gcc = gcc.stdin(Stdio::piped()).spawn().expect("gcc is installed");
+    let mut stdin = gcc.stdin.take().unwrap();
+    stdin.write_all(source.as_bytes()).unwrap();
+    drop(stdin);
+    assert!(gcc.wait().unwrap().success());
+}
+
 /// A project directory under test.
 pub struct Project {
     dir: TempDir,

@@ -2,16 +2,15 @@
 //! a `/dev/kvm`, on which the tool boots libkrun's own kernel. Everything is some 20 times slower than on hardware.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use iii::firmware::{Package, Places};
 use iii::oci::Settings;
 use tempfile::TempDir;
 
-use crate::harness::{self, NODE_IMAGE, busybox_base, skip};
+use crate::harness::{self, NODE_IMAGE, busybox_base, gcc, skip};
 use crate::machine::{self, Vm};
 use crate::vm;
 
@@ -55,17 +54,6 @@ fn root(libkrunfw: &Path) -> TempDir {
     gcc("-static", RESOLVER, &dir.path().join("bin/resolver"));
     gcc("-shared", SILENT, &dir.path().join("silent"));
     dir
-}
-
-/// Makes a program or a library.
-fn gcc(kind: &str, source: &str, to: &Path) {
-    let mut gcc = Command::new("gcc");
-    gcc.args([kind, "-fPIC", "-x", "c", "-o"]).arg(to).arg("-");
-    let mut gcc = gcc.stdin(Stdio::piped()).spawn().expect("gcc is installed");
-    let mut stdin = gcc.stdin.take().unwrap();
-    stdin.write_all(source.as_bytes()).unwrap();
-    drop(stdin);
-    assert!(gcc.wait().unwrap().success());
 }
 
 /// A name server: every name has the address 10.9.8.7.

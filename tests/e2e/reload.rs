@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::engine::holds_within;
-use crate::harness::{Home, LIMIT, Project, Running, files, is_root, skip};
+use crate::harness::{Home, LIMIT, Project, Running, files, gcc, is_root, skip};
 
 /// Says what it sees, how often it was started, and on which mount.
 const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); exec sleep 1000";
@@ -201,6 +201,57 @@ fn who_has_a_file_open_goes_on_with_what_it_has() {
         dev.wait_for(&format!("had {}", turn - 1));
     }
     dev.wait_for("sees main 4");
+    dev.stop();
+}
+
+/// Maps a file, looks at its first page, and at its first and last when it is to end: the one is in memory, the other is not.
+const MAPPER: &str = r#"
+        #include <fcntl.h>
+        #include <signal.h>
+        #include <stdio.h>
+        #include <sys/mman.h>
+        #include <sys/stat.h>
+        #include <unistd.h>
+        static volatile sig_atomic_t over;
+        static void end(int signal) { over = signal; }
+        int main(void) {
+            struct stat is;
+            int file = open("data", O_RDONLY);
+            if (file < 0 || fstat(file, &is)) return 1;
+            const volatile char *data = mmap(0, is.st_size, PROT_READ, MAP_SHARED, file, 0);
+            if (data == MAP_FAILED) return 2;
+            close(file);
+            madvise((void *)data, is.st_size, MADV_RANDOM);
+            sigset_t term, none;
+            sigemptyset(&none);
+            sigemptyset(&term);
+            sigaddset(&term, SIGTERM);
+            sigprocmask(SIG_BLOCK, &term, 0);
+            signal(SIGTERM, end);
+            printf("sees %c\n", data[0]);
+            fflush(stdout);
+            while (!over) sigsuspend(&none);
+            printf("had %c and %c\n", data[0], data[is.st_size - 1]);
+        }
+"#;
+
+#[test]
+fn who_has_a_file_mapped_goes_on_with_its_pages() {
+    let home = Home::with_busybox();
+    let project = project("true", "exec ./mapper");
+    gcc("-static", MAPPER, &project.path().join("mapper"));
+    // The next one is shorter, or has no page where the last had its last.
+    let data = |turn: u8| char::from(b'0' + turn).to_string();
+    let sizes = [4 << 20, 5000, 0, 9 << 20].map(|size| size + 1);
+    project.write("data", &data(0).repeat(sizes[0]));
+    let mut dev = home.dev(&project, &[]);
+    for (turn, size) in (1..).zip(&sizes[1..]) {
+        let last = data(turn - 1);
+        dev.wait_for(&format!("sees {last}"));
+        project.write("data", &data(turn).repeat(*size));
+        dev.wait_for(&format!("had {last} and {last}"));
+    }
+    dev.wait_for("sees 3");
     dev.stop();
 }
 
