@@ -6,9 +6,10 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, IsTerminal as _};
+use std::io::{self, IsTerminal as _, PipeReader, PipeWriter};
+use std::net::Shutdown;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -16,15 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use iii_init::packet;
+use iii_init::packet::Socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
-use rustix::net::sockopt::socket_peercred;
-use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, shutdown, socket_with,
-};
-use rustix::process::Signal;
+use rustix::process::{Signal, Uid};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use serde::{Deserialize, Serialize};
 
@@ -33,8 +28,6 @@ use crate::snapshot::{Keeper, SnapshotError, Taken, Taking};
 
 /// The socket's name.
 const SOCKET: &str = "exec.sock";
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 16;
 
 /// Why a command did not run in a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -121,8 +114,9 @@ enum NotTaken {
 
 /// Serves a sandbox's socket until it is dropped.
 pub struct Serving {
-    listener: Arc<OwnedFd>,
     path: PathBuf,
+    /// Ends with this the thread that accepts.
+    _end: PipeWriter,
     worker: Arc<Mutex<Command>>,
     snapshots: Taking,
 }
@@ -137,16 +131,18 @@ pub fn serve(
     let path = dir.join(SOCKET);
     // The lock of the sandbox is held: whoever made it is gone.
     let _ = fs::remove_file(&path);
-    let listener = socket().map_err(at("make a socket"))?;
-    with_address(dir, |address| bind(&listener, address)).map_err(at("listen for commands"))?;
-    listen(&listener, BACKLOG).map_err(at("listen for commands"))?;
-    let listener = Arc::new(listener);
-    let accepting = Arc::clone(&listener);
+    let listener = at_address(dir, |path| {
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    let listener = listener.map_err(at("listen for commands"))?;
+    let (ended, end) = io::pipe().map_err(at("make a pipe"))?;
     let worker = Arc::new(Mutex::new(worker));
     let like = Arc::clone(&worker);
     let taking = snapshots.clone();
     let accept = move || {
-        while let Ok(client) = accept_with(&accepting, SocketFlags::CLOEXEC) {
+        while let Some(client) = accept(&listener, &ended) {
             let worker = like.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (controller, snapshots) = (controller.clone(), taking.clone());
             let attend = move || attend(&client, &controller, worker, &snapshots);
@@ -156,8 +152,8 @@ pub fn serve(
     let thread = thread::Builder::new().name("exec".into()).spawn(accept);
     thread.map_err(at("start a thread"))?;
     Ok(Serving {
-        listener,
         path,
+        _end: end,
         worker,
         snapshots,
     })
@@ -173,17 +169,64 @@ impl Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
-        let _ = shutdown(&self.listener, Shutdown::Both);
         self.snapshots.end();
     }
 }
 
-fn attend(client: &OwnedFd, controller: &Controller, worker: Command, snapshots: &Taking) {
-    let me = rustix::process::geteuid();
-    if !socket_peercred(client).is_ok_and(|peer| peer.uid == me || peer.uid.is_root()) {
-        return;
+/// The next client that may ask for anything; `None` once it is over.
+fn accept(listener: &UnixListener, ended: &PipeReader) -> Option<Socket> {
+    loop {
+        let mut fds = [
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(ended, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return None,
+            Ok(_) => {}
+        }
+        let [_, end] = fds;
+        if !end.revents().is_empty() {
+            return None;
+        }
+        match listener.accept() {
+            Ok((client, _)) if may_ask(&client) && client.set_nonblocking(false).is_ok() => {
+                return Some(client.into());
+            }
+            // It may have gone again.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(_) => return None,
+        }
     }
-    let answer = match packet::recv(client) {
+}
+
+/// Whether it is this user's, or root's.
+fn may_ask(client: &UnixStream) -> bool {
+    let me = rustix::process::geteuid();
+    peer(client).is_ok_and(|user| user == me || user.is_root())
+}
+
+#[cfg(target_os = "linux")]
+fn peer(client: &UnixStream) -> io::Result<Uid> {
+    Ok(rustix::net::sockopt::socket_peercred(client)?.uid)
+}
+
+/// Compiled, and not run yet.
+#[cfg(target_os = "macos")]
+fn peer(client: &UnixStream) -> io::Result<Uid> {
+    let (mut user, mut group) = (0, 0);
+    // SAFETY: the descriptor is a socket for as long as the call takes, which writes to both.
+    let done = unsafe { libc::getpeereid(client.as_raw_fd(), &raw mut user, &raw mut group) };
+    if done == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Uid::from_raw(user))
+}
+
+fn attend(client: &Socket, controller: &Controller, worker: Command, snapshots: &Taking) {
+    let answer = match client.recv() {
         Ok(Some((FromClient::Run(asked), fds))) => {
             match run(client, controller, merged(worker, asked), fds) {
                 Ok(status) => ToClient::Exited(status.into_raw()),
@@ -200,7 +243,7 @@ fn attend(client: &OwnedFd, controller: &Controller, worker: Command, snapshots:
         _ => return,
     };
     // Where nobody is there any more, nobody wants to know.
-    let _ = packet::send(client, &answer, &[]);
+    let _ = client.send(&answer, &[]);
 }
 
 /// The command that was asked for, as the worker's would be.
@@ -218,7 +261,7 @@ fn merged(mut command: Command, asked: Asked) -> Command {
 }
 
 fn run(
-    client: &OwnedFd,
+    client: &Socket,
     controller: &Controller,
     command: Command,
     fds: Vec<OwnedFd>,
@@ -229,15 +272,15 @@ fn run(
         scope.spawn(|| heed(client, &controller));
         let status = started.wait();
         // Only what is to be read: the answer is still to be written.
-        let _ = shutdown(client, Shutdown::Read);
+        let _ = client.shutdown(Shutdown::Read);
         status
     })
 }
 
 /// Does with the command what its client says, until it says no more.
-fn heed(client: &OwnedFd, command: &CommandController) {
+fn heed(client: &Socket, command: &CommandController) {
     loop {
-        let done = match packet::recv(client) {
+        let done = match client.recv() {
             Ok(Some((FromClient::Signal(signal), _))) => {
                 Signal::from_named_raw(signal).map_or(Ok(()), |signal| command.signal(signal))
             }
@@ -281,7 +324,8 @@ pub(crate) fn ask_for_snapshot(
     keeper: Keeper,
 ) -> Result<Result<Taken, SnapshotError>, ExecError> {
     let server = connected(dir, name)?;
-    packet::send(&server, &FromClient::Snapshot(keeper), &[])
+    server
+        .send(&FromClient::Snapshot(keeper), &[])
         .map_err(at("ask for the snapshot"))?;
     let name = name.to_owned();
     Ok(match answer(&server, None)? {
@@ -294,12 +338,12 @@ pub(crate) fn ask_for_snapshot(
 }
 
 /// A connection to whoever runs the sandbox `name`, whose directory is `dir`.
-fn connected(dir: &Path, name: &str) -> Result<OwnedFd, ExecError> {
-    let server = socket().map_err(at("make a socket"))?;
-    with_address(dir, |address| connect(&server, address)).map_err(|_| ExecError::NotRunning {
+fn connected(dir: &Path, name: &str) -> Result<Socket, ExecError> {
+    let server = at_address(dir, |path| UnixStream::connect(path));
+    let not_running = |_| ExecError::NotRunning {
         name: name.to_owned(),
-    })?;
-    Ok(server)
+    };
+    server.map(Socket::from).map_err(not_running)
 }
 
 /// The size of the terminal that this process runs in; `None` if its input and output are none.
@@ -315,7 +359,7 @@ pub fn terminal() -> Option<Size> {
 }
 
 fn on_streams(
-    server: &OwnedFd,
+    server: &Socket,
     asked: Asked,
     timeout: Option<Duration>,
 ) -> Result<ToClient, ExecError> {
@@ -326,7 +370,9 @@ fn on_streams(
         rustix::stdio::stdout(),
         rustix::stdio::stderr(),
     ];
-    packet::send(server, &FromClient::Run(asked), &fds).map_err(at("ask for the command"))?;
+    server
+        .send(&FromClient::Run(asked), &fds)
+        .map_err(at("ask for the command"))?;
     drop(reader);
     let stdin = rustix::stdio::stdin().try_clone_to_owned();
     copy(stdin.map_err(at("read standard input"))?, writer.into())?;
@@ -334,12 +380,13 @@ fn on_streams(
 }
 
 fn in_terminal(
-    server: &Arc<OwnedFd>,
+    server: &Arc<Socket>,
     asked: Asked,
     timeout: Option<Duration>,
 ) -> Result<ToClient, ExecError> {
     let (ours, theirs) = UnixStream::pair().map_err(at("make a socket"))?;
-    packet::send(server, &FromClient::Run(asked), &[theirs.as_fd()])
+    server
+        .send(&FromClient::Run(asked), &[theirs.as_fd()])
         .map_err(at("ask for the command"))?;
     drop(theirs);
     let raw = Raw::enter().map_err(at("set up the terminal"))?;
@@ -355,7 +402,7 @@ fn in_terminal(
     let follow = move || {
         for _ in changes.forever() {
             let told = terminal().map(FromClient::Resize);
-            if told.is_some_and(|told| packet::send(&resized, &told, &[]).is_err()) {
+            if told.is_some_and(|told| resized.send(&told, &[]).is_err()) {
                 return;
             }
         }
@@ -371,14 +418,14 @@ fn in_terminal(
 }
 
 /// What becomes of the command, within `timeout`.
-fn answer(server: &OwnedFd, timeout: Option<Duration>) -> Result<ToClient, ExecError> {
+fn answer(server: &Socket, timeout: Option<Duration>) -> Result<ToClient, ExecError> {
     let limit = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
     loop {
         let mut fds = [PollFd::new(server, PollFlags::IN)];
         match (poll(&mut fds, limit.as_ref()), timeout) {
             (Ok(0), Some(limit)) => {
                 let kill = FromClient::Signal(Signal::KILL.as_raw());
-                packet::send(server, &kill, &[]).map_err(at("end the command"))?;
+                server.send(&kill, &[]).map_err(at("end the command"))?;
                 return Err(ExecError::Timeout { limit });
             }
             (Err(rustix::io::Errno::INTR), _) => {}
@@ -386,7 +433,7 @@ fn answer(server: &OwnedFd, timeout: Option<Duration>) -> Result<ToClient, ExecE
             (Ok(_), _) => break,
         }
     }
-    match packet::recv(server).map_err(at("hear of the command"))? {
+    match server.recv().map_err(at("hear of the command"))? {
         Some((answer, _)) => Ok(answer),
         None => Err(ExecError::Ended),
     }
@@ -419,22 +466,18 @@ fn copy(from: OwnedFd, to: OwnedFd) -> Result<JoinHandle<()>, ExecError> {
     thread.map_err(at("start a thread"))
 }
 
-fn socket() -> rustix::io::Result<OwnedFd> {
-    socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-}
+/// Calls with the path of the socket in `dir`, by a name that is short: an address has room for 108 bytes.
+#[cfg(target_os = "linux")]
+fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    use rustix::fs::{Mode, OFlags};
 
-/// The socket in `dir` by a short name: an address has room for 108 bytes.
-fn with_address(
-    dir: &Path,
-    call: impl FnOnce(&SocketAddrUnix) -> rustix::io::Result<()>,
-) -> rustix::io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(dir, flags, Mode::empty())?;
-    let name = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
-    call(&SocketAddrUnix::new(name)?)
+    call(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_ref())
+}
+
+/// Calls with the path of the socket in `dir`. An address has room for 104 bytes.
+#[cfg(not(target_os = "linux"))]
+fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    call(&dir.join(SOCKET))
 }

@@ -4,10 +4,13 @@ use std::io::{self, Read, Write};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::packet::{decode, encode};
-
-/// Largest message: an environment, and the host's certificates.
+/// Largest message of a machine: an environment, and the host's certificates.
 pub const MAX_FRAME: usize = 16 << 20;
+/// Largest message that a sandbox may send.
+pub const MAX_REPORT: usize = 4096;
+
+/// Bytes of a message's length.
+pub(crate) const LENGTH: usize = 4;
 
 /// How much is read at once. A frame's buffer grows with what has come, not with what its length claims.
 const PIECE: usize = 8 << 10;
@@ -19,14 +22,29 @@ pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()>
 
 /// What a message that is no longer than [`MAX_FRAME`] is sent as.
 pub fn bytes_of(message: &impl Serialize) -> io::Result<Vec<u8>> {
-    let body = encode(message)?;
-    if body.len() > MAX_FRAME {
+    framed(message, MAX_FRAME)
+}
+
+/// What a message that is no longer than `limit`, which a length can tell, is sent as.
+pub(crate) fn framed(message: &impl Serialize, limit: usize) -> io::Result<Vec<u8>> {
+    let mut frame = postcard::to_extend(message, vec![0; LENGTH]).map_err(invalid)?;
+    let length = frame.len() - LENGTH;
+    if length > limit {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
-    let mut frame = Vec::with_capacity(4 + body.len());
-    frame.extend((body.len() as u32).to_le_bytes());
-    frame.extend(body);
+    for (to, byte) in frame.iter_mut().zip((length as u32).to_le_bytes()) {
+        *to = byte;
+    }
     Ok(frame)
+}
+
+/// The message in these bytes.
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
+    postcard::from_bytes(bytes).map_err(invalid)
+}
+
+fn invalid(error: postcard::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 /// Puts messages together from what a stream brings.
@@ -80,7 +98,7 @@ impl Receiver {
     }
 
     fn take<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
-        let Some((length, rest)) = self.bytes.split_first_chunk::<4>() else {
+        let Some((length, rest)) = self.bytes.split_first_chunk::<LENGTH>() else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*length) as usize;
@@ -91,7 +109,7 @@ impl Receiver {
             return Ok(None);
         };
         let message = decode(body)?;
-        self.bytes.drain(..4 + length);
+        self.bytes.drain(..LENGTH + length);
         Ok(Some(message))
     }
 }
@@ -99,7 +117,8 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Report;
+    use crate::failure::{Failure, Step};
+    use crate::message::{MAIN, Report};
 
     /// Gives one byte at a time, and between them nothing.
     struct Trickle<'a>(&'a [u8], bool);
@@ -134,6 +153,21 @@ mod tests {
             }
         }
         assert_eq!(came, sent);
+    }
+
+    #[test]
+    fn the_longest_failure_is_a_report() {
+        let enoent = io::Error::from_raw_os_error(libc::ENOENT);
+        let failure = Failure::new(Step::Bind, "ü".repeat(MAX_REPORT), &enoent);
+        let bytes =
+            framed(&Report::Failed(MAIN, failure), MAX_REPORT).expect("no longer than that");
+        let read = Receiver::new(MAX_REPORT).read(&mut bytes.as_slice());
+        let Ok(Received::Message(Report::Failed(MAIN, Failure { step, what, errno }))) = read
+        else {
+            panic!("{read:?}");
+        };
+        assert_eq!((step, errno), (Step::Bind, libc::ENOENT));
+        assert!(what.chars().all(|c| c == 'ü') && what.len() <= Failure::MAX_WHAT);
     }
 
     #[test]

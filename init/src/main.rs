@@ -8,7 +8,7 @@
 // SAFETY: no other function of this program has that name.
 #[unsafe(no_mangle)]
 pub extern "C" fn main() -> std::ffi::c_int {
-    iii_init::vm::main()
+    iii_init::machine::main()
 }
 
 #[cfg(not(target_os = "linux"))]

@@ -14,7 +14,7 @@ use rustix::thread::{
 
 use crate::failure::{At as _, Failure, Step};
 use crate::message::Command;
-use crate::packet;
+use crate::packet::Socket;
 use crate::passwd::{self, Identity};
 use crate::signals::Signals;
 
@@ -91,15 +91,15 @@ pub fn fork() -> rustix::io::Result<Option<Pid>> {
 pub fn spawn(command: &Command, kernel: Kernel, streams: Streams) -> Result<Pid, Failure> {
     let identity = find_user(&command.user)?;
     std::fs::create_dir_all(&command.cwd).at(Step::Chdir, &command.cwd)?;
-    let (ours, theirs) = packet::pair().at(Step::Fork, "")?;
+    let (ours, theirs) = Socket::pair().at(Step::Fork, "")?;
     let Some(pid) = fork().at(Step::Fork, "")? else {
         let failure = become_command(command, kernel, &identity, &streams);
-        let _ = packet::send(&theirs, &failure, &[]);
+        let _ = theirs.send(&failure, &[]);
         std::process::exit(127);
     };
     drop((streams, theirs));
     // Closed by the exec, unless it fails.
-    match packet::recv(&ours).at(Step::Talk, "")? {
+    match ours.recv().at(Step::Talk, "")? {
         Some((failure, _)) => Err(failure),
         None => Ok(pid),
     }

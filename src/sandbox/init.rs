@@ -1,12 +1,11 @@
 //! The inside: what runs between the tool and the command. Single-threaded throughout.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use iii_init::failure::{At as _, Failure, Step};
 use iii_init::message::{Command, CommandId, MAIN, Report};
-use iii_init::packet;
+use iii_init::packet::Socket;
 use iii_init::process::{self, Kernel, fork, set_groups};
 use iii_init::supervise::{Connected, Link, Received, Supervisor};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
@@ -40,10 +39,10 @@ type Streams = [OwnedFd; 3];
 fn stage_1() -> i32 {
     // SAFETY: nothing but the standard streams is owned yet.
     unsafe { process::close_others() };
-    let Ok(control) = take_control_socket() else {
+    let Ok(control) = Socket::take_stdin() else {
         return 1;
     };
-    let start = match packet::recv(&control) {
+    let start = match control.recv() {
         Ok(Some((ToInit::Start(plan), fds))) => Streams::try_from(fds).ok().zip(Some(plan)),
         _ => None,
     };
@@ -58,22 +57,15 @@ fn stage_1() -> i32 {
     }
 }
 
-/// Moves the socket away from standard input, which becomes empty.
-pub(super) fn take_control_socket() -> io::Result<OwnedFd> {
-    let control = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-    Ok(control)
-}
-
-fn report_failure(control: &OwnedFd, failure: Failure) -> i32 {
+fn report_failure(control: &Socket, failure: Failure) -> i32 {
     // Where the tool is gone there is nobody to tell.
-    let _ = packet::send(control, &FromInit::Failed(failure), &[]);
+    let _ = control.send(&FromInit::Failed(failure), &[]);
     1
 }
 
 /// Ends as root of a new user namespace, with pid 1 to be forked. `None` if the tool is gone.
 fn enter_namespaces(
-    control: &OwnedFd,
+    control: &Socket,
     plan: &Plan,
 ) -> Result<Option<(Sources, Option<OwnedFd>)>, Failure> {
     // A session of its own, so that the terminal's Ctrl-C reaches the tool alone.
@@ -98,8 +90,8 @@ fn enter_namespaces(
         }
     };
 
-    packet::send(control, &FromInit::Unshared, &[]).at(Step::Talk, "")?;
-    match packet::recv(control).at(Step::Talk, "")? {
+    control.send(&FromInit::Unshared, &[]).at(Step::Talk, "")?;
+    match control.recv().at(Step::Talk, "")? {
         Some((ToInit::MapsWritten, _)) => {}
         _ => return Ok(None),
     }
@@ -129,7 +121,7 @@ fn unshare() -> Result<(), Failure> {
 }
 
 fn fork_pid_1(
-    control: OwnedFd,
+    control: Socket,
     plan: &Plan,
     streams: Streams,
     sources: Sources,
@@ -151,17 +143,17 @@ fn fork_pid_1(
 }
 
 fn pid_1(
-    control: OwnedFd,
+    control: Socket,
     plan: &Plan,
     streams: Streams,
     sources: Sources,
     fuse: Option<OwnedFd>,
-) -> Result<(), (OwnedFd, Failure)> {
+) -> Result<(), (Socket, Failure)> {
     if let Err(failure) = furnish(&control, plan, sources, fuse) {
         return Err((control, failure));
     }
     if matches!(plan.root, Root::Probe) {
-        let _ = packet::send(&control, &FromInit::Probed, &[]);
+        let _ = control.send(&FromInit::Probed, &[]);
         return Ok(());
     }
     let reporter = control.try_clone();
@@ -182,7 +174,7 @@ fn pid_1(
 
 /// Mounts what the sandbox sees.
 fn furnish(
-    control: &OwnedFd,
+    control: &Socket,
     plan: &Plan,
     sources: Sources,
     fuse: Option<OwnedFd>,
@@ -200,7 +192,7 @@ fn furnish(
 
 /// The socket to the tool.
 struct Control {
-    socket: OwnedFd,
+    socket: Socket,
     owns_output: bool,
 }
 
@@ -210,7 +202,7 @@ impl Link for Control {
     }
 
     fn receive(&mut self) -> io::Result<Received> {
-        Ok(match packet::recv(&self.socket)? {
+        Ok(match self.socket.recv()? {
             Some((ToInit::Request(request), fds)) => Received::Request(request, fds),
             Some((ToInit::Start(_) | ToInit::MapsWritten, _)) => Received::Nothing,
             None => Received::Closed,
@@ -218,7 +210,7 @@ impl Link for Control {
     }
 
     fn report(&mut self, report: &Report) -> io::Result<()> {
-        packet::send(&self.socket, &FromInit::Report(report.clone()), &[])
+        self.socket.send(&FromInit::Report(report.clone()), &[])
     }
 
     fn connect(

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, PipeReader};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -12,9 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iii_init::message::{Command as SandboxCommand, MAIN, Report, Request};
-use iii_init::packet;
+use iii_init::packet::Socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{Shutdown, shutdown};
 use rustix::process::Signal;
 
 use super::commands::Commands;
@@ -26,7 +26,7 @@ use super::{FuseServer, RootSource, SandboxError, SandboxSpec, ServeFuse, Stdio,
 /// A running sandbox of namespaces.
 pub(super) struct Namespace {
     child: Child,
-    control: Arc<OwnedFd>,
+    control: Arc<Socket>,
     server: Option<Box<dyn FuseServer>>,
     status: Option<ExitStatus>,
     commands: Arc<Commands>,
@@ -105,7 +105,7 @@ impl Namespace {
             return Ok(status);
         }
         let status = loop {
-            match packet::recv(&self.control).map_err(SandboxError::Talk)? {
+            match self.control.recv().map_err(SandboxError::Talk)? {
                 Some((FromInit::Report(Report::Exited(MAIN, status)), _)) => break status,
                 Some((FromInit::Report(report), _)) => self.commands.report(report),
                 Some((report, _)) => return Err(unexpected(&report)),
@@ -141,14 +141,14 @@ impl Namespace {
         plan: Plan,
         streams: [BorrowedFd<'_>; 3],
     ) -> Result<Self, SandboxError> {
-        let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
+        let (ours, theirs) = Socket::pair().map_err(SandboxError::Talk)?;
         // The socket rides as standard input and the streams over it, so that nothing has to lose
         // its close-on-exec flag while other threads may be spawning, too. The environment stays
         // behind: pid 1's could be read from inside.
         let child = Command::new(program)
             .arg(MARKER)
             .env_clear()
-            .stdin(theirs)
+            .stdin(OwnedFd::from(theirs))
             .stdout(std::process::Stdio::null())
             .spawn()
             .map_err(|source| SandboxError::Spawn {
@@ -178,7 +178,7 @@ impl Namespace {
     fn set_up(&mut self, ids: &IdMaps, serve: Option<Box<ServeFuse>>) -> Result<(), SandboxError> {
         let mut serve = serve;
         loop {
-            let message = packet::recv(&self.control).map_err(SandboxError::Talk)?;
+            let message = self.control.recv().map_err(SandboxError::Talk)?;
             let (report, mut fds) = message.ok_or(SandboxError::Killed)?;
             match report {
                 FromInit::Unshared => {
@@ -213,14 +213,14 @@ impl Drop for Namespace {
         self.commands.close();
         // The init takes the end of the socket for the end of the tool. Killed instead, stage 1
         // would be gone before those that it waits for. Nobody is left to tell of a failure.
-        let _ = shutdown(&self.control, Shutdown::Both);
+        let _ = self.control.shutdown(Shutdown::Both);
         let _ = self.end();
     }
 }
 
 /// Reaches the init from other threads.
 #[derive(Clone)]
-pub(super) struct Link(Arc<OwnedFd>);
+pub(super) struct Link(Arc<Socket>);
 
 impl Link {
     pub fn request(&self, message: Request, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
@@ -228,12 +228,8 @@ impl Link {
     }
 }
 
-fn request(
-    control: &OwnedFd,
-    request: &ToInit,
-    fds: &[BorrowedFd<'_>],
-) -> Result<(), SandboxError> {
-    match packet::send(control, request, fds) {
+fn request(control: &Socket, request: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+    match control.send(request, fds) {
         // The other side has ended, which the next `recv` tells.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(SandboxError::Talk),

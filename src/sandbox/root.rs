@@ -9,7 +9,8 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use iii_init::failure::{At as _, Failure, Step};
-use iii_init::{mounts, packet};
+use iii_init::mounts;
+use iii_init::packet::Socket;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
@@ -76,7 +77,7 @@ impl Sources {
 
 /// Mounts the root, still invisible to the sandbox; returns the host's.
 pub(super) fn mount(
-    control: &OwnedFd,
+    control: &Socket,
     root: &Root,
     sources: &Sources,
     fuse: Option<OwnedFd>,
@@ -90,7 +91,9 @@ pub(super) fn mount(
     if let Some(fuse) = fuse {
         mount_fuse(&fuse).at(Step::MountFuse, "")?;
         // Our copy goes at once: the connection has to end with the tool.
-        packet::send(control, &FromInit::FuseMounted, &[fuse.as_fd()]).at(Step::Talk, "")?;
+        control
+            .send(&FromInit::FuseMounted, &[fuse.as_fd()])
+            .at(Step::Talk, "")?;
     }
     if let (Root::Dir(path), Some(tree)) = (root, &sources.root) {
         attach(tree, NEW_ROOT).at(Step::MountRoot, &path.to_string_lossy())?;

@@ -46,9 +46,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
-use iii_init::frame;
+use iii_init::frame::{self, MAX_REPORT};
 use iii_init::message::{MAIN, Report, Request};
-use iii_init::packet::{self, MAX_MESSAGE};
+use iii_init::packet::Socket;
 use iii_init::vm::{FromGuest, Hello, Start, ToGuest, Volume};
 use iii_overlay::adapter::Mode;
 use iii_overlay::{MAX_FACTS, OverlayOptions};
@@ -142,7 +142,7 @@ impl Guest {
 pub(super) struct Vm {
     child: Child,
     /// Closed by the tool's end, with which the VM's process ends.
-    control: Arc<OwnedFd>,
+    control: Arc<Socket>,
     console: PathBuf,
     /// What the guest may reach, until its process has asked for it.
     reach: Option<Reach>,
@@ -272,11 +272,11 @@ impl Vm {
         console: &Path,
         reach: Reach,
     ) -> Result<Self, SandboxError> {
-        let (ours, theirs) = packet::pair().map_err(SandboxError::Talk)?;
+        let (ours, theirs) = Socket::pair().map_err(SandboxError::Talk)?;
         let child = Command::new(program)
             .arg(vm::MARKER)
             .env_clear()
-            .stdin(theirs)
+            .stdin(OwnedFd::from(theirs))
             .stdout(std::process::Stdio::null())
             .spawn()
             .map_err(|source| SandboxError::Spawn {
@@ -304,10 +304,10 @@ impl Vm {
             stderr: None,
         };
         let start = ToVm::Start(Box::new(plan));
-        packet::send(&vm.control, &start, &[]).map_err(SandboxError::Talk)?;
+        vm.control.send(&start, &[]).map_err(SandboxError::Talk)?;
         let (control, sender) = (Arc::clone(&vm.control), vm.sender.clone());
         spawn_thread("vm", move || {
-            while let Ok(Some((message, fds))) = packet::recv(&control) {
+            while let Ok(Some((message, fds))) = control.recv() {
                 if sender.send(Event::Vm(message, fds)).is_err() {
                     return;
                 }
@@ -431,7 +431,7 @@ impl Vm {
             }
         });
         let listening = spawn_thread("guest", move || {
-            let mut receiver = frame::Receiver::new(MAX_MESSAGE);
+            let mut receiver = frame::Receiver::new(MAX_REPORT);
             while let Ok(frame::Received::Message(message)) = receiver.read(&mut reading) {
                 if sender.send(Event::Guest(message)).is_err() {
                     return;

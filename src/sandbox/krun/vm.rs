@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use iii_init::packet;
+use iii_init::packet::Socket;
 use iii_init::vm::{Hello, PORT};
 use iii_overlay::adapter::Mode;
 use iii_overlay::adapter::krun::{INIT_PATH, Krun};
@@ -28,7 +28,6 @@ use super::Machine;
 #[cfg(target_os = "linux")]
 use super::confine;
 use crate::sandbox::RemoteError;
-use crate::sandbox::init::take_control_socket;
 
 /// The argument by which the program knows that it is to be a VM.
 pub(super) const MARKER: &str = "__sandbox-vm";
@@ -146,10 +145,10 @@ pub fn maybe_run() {
 fn run() -> i32 {
     // SAFETY: nothing but the standard streams is owned yet.
     unsafe { iii_init::process::close_others() };
-    let Ok(control) = take_control_socket() else {
+    let Ok(control) = Socket::take_stdin() else {
         return 1;
     };
-    let Ok(Some((ToVm::Start(plan), _))) = packet::recv(&control) else {
+    let Ok(Some((ToVm::Start(plan), _))) = control.recv() else {
         eprintln!("{MARKER} is how this program starts its own microVMs; it is not for people");
         return 2;
     };
@@ -157,11 +156,11 @@ fn run() -> i32 {
     let Err(error) = enter(&control, *plan);
     let failed = FromVm::Failed(RemoteError::new(&error));
     // Where the tool is gone there is nobody to tell.
-    let _ = packet::send(&control, &failed, &[]);
+    let _ = control.send(&failed, &[]);
     1
 }
 
-fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
+fn enter(control: &Arc<Socket>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
     // A session of its own, so that the terminal's Ctrl-C reaches the tool alone.
     setsid().map_err(|error| at("start a session")(error.into()))?;
     let log = File::create(&plan.console).map_err(at("open the console's log"))?;
@@ -211,7 +210,7 @@ fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallibl
     let facts_to = Arc::clone(control);
     builder
         .on_exit(move |_| {
-            let _ = packet::send(&facts_to, &FromVm::Facts(overlay.facts()), &[]);
+            let _ = facts_to.send(&FromVm::Facts(overlay.facts()), &[]);
         })
         .build()
         .and_then(msb_krun::Vm::enter)
@@ -220,7 +219,7 @@ fn enter(control: &Arc<OwnedFd>, plan: VmPlan) -> Result<std::convert::Infallibl
 
 /// Gives up what this process and its guest do not need. Before it there may be no thread, and behind it is nothing of the guest's.
 #[cfg(target_os = "linux")]
-fn confine(control: &OwnedFd, plan: &VmPlan) -> Result<(), VmError> {
+fn confine(control: &Socket, plan: &VmPlan) -> Result<(), VmError> {
     // As many files as may be open: the guest's files in shared directories are some of them.
     let limit = getrlimit(Resource::Nofile);
     let most = Rlimit {
@@ -238,7 +237,9 @@ fn confine(control: &OwnedFd, plan: &VmPlan) -> Result<(), VmError> {
         volumes: volumes.collect(),
     };
     let listener = confine::confine(&files, control.as_fd())?;
-    packet::send(control, &FromVm::Confined, &[listener.as_fd()]).map_err(at("talk to the tool"))
+    control
+        .send(&FromVm::Confined, &[listener.as_fd()])
+        .map_err(at("talk to the tool"))
 }
 
 /// A second filesystem, for libkrun forwards the guest's Unix sockets to the host's where the root is the only one.
@@ -247,10 +248,10 @@ struct Nothing;
 impl DynFileSystem for Nothing {}
 
 /// Ends this process, and the VM in it, when the tool has gone.
-fn end_with_the_tool(control: Arc<OwnedFd>) -> Result<(), VmError> {
+fn end_with_the_tool(control: Arc<Socket>) -> Result<(), VmError> {
     let watch = move || {
         // The tool says nothing more.
-        while let Ok(Some((ToVm::Start(_), _))) = packet::recv(&control) {}
+        while let Ok(Some((ToVm::Start(_), _))) = control.recv() {}
         // SAFETY: nothing needs to be undone: what the guest was told to be written is written.
         unsafe { libc::_exit(0) };
     };
@@ -272,7 +273,7 @@ fn console(log: File) -> io::Result<io::PipeWriter> {
 
 /// The host's end of the guest's connections: each becomes a socket of the tool's.
 struct Streams {
-    control: Arc<OwnedFd>,
+    control: Arc<Socket>,
     left: Mutex<u32>,
 }
 
@@ -297,7 +298,7 @@ impl VsockPortBackend for Streams {
 /// One connection.
 struct Stream {
     ours: UnixStream,
-    control: Arc<OwnedFd>,
+    control: Arc<Socket>,
     /// What has come of its first bytes, and the tool's end, until it is handed over.
     hello: Mutex<Option<(Vec<u8>, UnixStream)>>,
 }
@@ -316,7 +317,7 @@ impl VsockStreamBackend for Stream {
         come.extend(bytes.iter().take(taken));
         if let Ok(bytes) = <[u8; Hello::LEN]>::try_from(come.as_slice()) {
             let theirs: BorrowedFd<'_> = theirs.as_fd();
-            packet::send(&self.control, &FromVm::Stream(bytes), &[theirs])?;
+            self.control.send(&FromVm::Stream(bytes), &[theirs])?;
             *hello = None;
         }
         Ok(taken)

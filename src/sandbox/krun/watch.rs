@@ -224,7 +224,7 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    use iii_init::packet;
+    use iii_init::packet::Socket;
     use rustix::net::SocketAddrUnix;
 
     use super::super::filter;
@@ -271,11 +271,11 @@ mod tests {
     /// Runs `act` under the filter, in a thread of its own.
     fn confined<T: Send + 'static>(
         reach: &Reach,
-        act: impl FnOnce(OwnedFd) -> T + Send + 'static,
+        act: impl FnOnce(Socket) -> T + Send + 'static,
     ) -> Option<T> {
         let (sender, receiver) = mpsc::channel();
         let acting = thread::spawn(move || {
-            let (control, _tool) = packet::pair().unwrap();
+            let (control, _tool) = Socket::pair().unwrap();
             let listener = match filter::install(control.as_fd()) {
                 Ok(listener) => listener,
                 Err(error) => {
@@ -359,8 +359,8 @@ mod tests {
             let fd = i64::from(control.as_raw_fd());
             let of_ours = i64::from(ours.as_raw_fd());
             let parent = i64::from(rustix::process::getppid().unwrap().as_raw_pid());
-            let message = packet::send(&control, &"from the guest", &[theirs.as_fd()]);
-            let elsewhere = packet::send(&ours, &"from the guest", &[]);
+            let message = control.send(&"from the guest", &[theirs.as_fd()]);
+            let elsewhere = Socket::from(ours.try_clone().unwrap()).send(&"from the guest", &[]);
             let spawned = std::process::Command::new("/bin/true").spawn();
             // A thread is well.
             assert_eq!(thread::spawn(|| 1).join().unwrap(), 1);
