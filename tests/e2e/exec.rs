@@ -115,7 +115,7 @@ fn a_terminal_is_one() {
     let stream = || Stdio::from(slave.try_clone().unwrap());
     let mut exec = Command::new(env!("CARGO_BIN_EXE_iii"))
         .args(["worker", "exec", "box", "-t", "--", "sh", "-c"])
-        .arg("tty -s && stty size; read line; echo got $line; trap 'echo interrupted; exit 4' INT; while :; do sleep 1; done")
+        .arg("trap 'echo interrupted; exit 4' INT; tty -s && stty size; read line; echo got $line; while :; do sleep 1; done")
         .env("HOME", home.path())
         .stdin(stream())
         .stdout(stream())
