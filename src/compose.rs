@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use iii_overlay::adapter::Mode;
+#[cfg(target_os = "linux")]
 use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, UpdateError};
 use iii_store::{Fact, Layer, LayerId, Store};
@@ -13,6 +14,9 @@ use iii_store::{Fact, Layer, LayerId, Store};
 use crate::sandbox::Machine;
 use crate::sandbox::reach::Reach;
 use crate::sandbox::{FuseServer, RootSource, Sandbox};
+
+#[cfg(not(target_os = "linux"))]
+use fuse::{Forgetter, FuseSession};
 
 /// Threads that serve one sandbox.
 const THREADS: usize = 4;
@@ -201,6 +205,41 @@ impl Composed {
             #[cfg(feature = "libkrun")]
             Self::There(_) => None,
         }
+    }
+}
+
+/// In place of the adapter to Linux's FUSE, on systems that have none: nothing is served.
+#[cfg(not(target_os = "linux"))]
+mod fuse {
+    use std::io;
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    use iii_overlay::adapter::Mode;
+    use iii_overlay::{Overlay, Stale};
+
+    pub enum FuseSession {}
+
+    pub enum Forgetter {}
+
+    impl FuseSession {
+        pub fn forgetter(&self) -> Forgetter {
+            match *self {}
+        }
+
+        pub fn join(self) -> io::Result<()> {
+            match self {}
+        }
+    }
+
+    impl Forgetter {
+        pub fn forget(&self, _: &Stale) -> io::Result<()> {
+            match *self {}
+        }
+    }
+
+    pub fn serve(_: Arc<Overlay>, _: OwnedFd, _: usize, _: Mode) -> io::Result<FuseSession> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -81,7 +81,7 @@ pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let kvm = kvm::usable_now(&home.kvm());
     let firmware = firmware::Places::from_environment(home.lib(), None).find();
     let can_fetch = Package::of_this_machine().is_some();
-    let namespaces = sandbox::probe("/proc/self/exe".as_ref());
+    let namespaces = sandbox::probe(&crate::process::this_program());
     let has_kernel = firmware
         .as_ref()
         .is_ok_and(|found| found.is_some() || can_fetch);
@@ -93,7 +93,9 @@ pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let mut findings = vec![of_kvm(kvm), of_firmware(firmware, can_fetch)];
     #[cfg(all(feature = "libkrun", target_os = "linux"))]
     findings.push(of_confinement(sandbox::has_landlock()));
-    findings.push(of_namespaces(namespaces.blocker.as_ref()));
+    if sandbox::HAS_NAMESPACES {
+        findings.push(of_namespaces(namespaces.blocker.as_ref()));
+    }
     if namespaces.blocker.is_none() {
         findings.push(of_ids(&namespaces.warnings));
     }
@@ -104,13 +106,24 @@ pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
 }
 
 fn of_kvm(kvm: Result<(), Unusable>) -> Finding {
+    const WHAT: &str = if cfg!(target_os = "macos") {
+        "hypervisor"
+    } else {
+        "kvm"
+    };
+    let (state, means) = if sandbox::HAS_NAMESPACES {
+        let means = "no microVMs here; workers run in namespaces, on this machine's kernel";
+        (State::Fair, means)
+    } else {
+        (
+            State::Bad,
+            "no microVMs here, and workers run in nothing else",
+        )
+    };
     match kvm {
-        Ok(()) => Finding::good("kvm", "a guest runs on /dev/kvm"),
-        Err(unusable) => Finding::good("kvm", unusable.to_string())
-            .but(
-                State::Fair,
-                "no microVMs here; workers run in namespaces, on this machine's kernel",
-            )
+        Ok(()) => Finding::good(WHAT, format!("a guest runs on {}", kvm::DEVICE)),
+        Err(unusable) => Finding::good(WHAT, unusable.to_string())
+            .but(state, means)
             .advise(unusable.advice()),
     }
 }

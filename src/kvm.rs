@@ -17,8 +17,16 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// The device.
-pub const DEVICE: &str = "/dev/kvm";
+use crate::process;
+
+/// What runs guests.
+pub const DEVICE: &str = if cfg!(target_os = "macos") {
+    "the Hypervisor framework"
+} else {
+    "/dev/kvm"
+};
+/// What macOS wants of a program that runs guests: `iii.entitlements` at the top of the repository.
+const ENTITLEMENT: &str = "com.apple.security.hypervisor";
 /// The argument by which the program knows that it is to run the guest.
 const MARKER: &str = "__kvm-probe";
 /// How long the guest may take.
@@ -48,6 +56,10 @@ impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing => write!(f, "there is no {DEVICE}"),
+            Self::Forbidden if cfg!(target_os = "macos") => write!(
+                f,
+                "{DEVICE} is closed to this program, which is not signed with the entitlement {ENTITLEMENT}"
+            ),
             Self::Forbidden => write!(f, "{DEVICE} may not be opened by this user"),
             Self::Broken(what) => write!(f, "{DEVICE} does not run a guest: {what}"),
             Self::Slow => write!(
@@ -65,6 +77,12 @@ impl Unusable {
     /// What to do about it.
     pub fn advice(&self) -> &'static str {
         match self {
+            Self::Missing if cfg!(target_os = "macos") => {
+                "use a Mac that has it: `sysctl kern.hv_support` says 1"
+            }
+            Self::Forbidden if cfg!(target_os = "macos") => {
+                "sign it: codesign --sign - --force --entitlements iii.entitlements $(which iii)"
+            }
             Self::Missing => {
                 "on hardware: enable virtualization in the firmware and `modprobe kvm_intel` or `kvm_amd`; in a virtual machine or container: have its host allow nested virtualization and pass the device on"
             }
@@ -91,10 +109,10 @@ struct Remembered {
 /// As [`usable_now`], but an answer of this boot that `cache` holds is taken. Permissions change without a boot, so what may
 /// not be opened or is missing is asked for again each time, which takes no time.
 pub fn usable(cache: &Path) -> Result<(), Unusable> {
-    open()?;
+    guest::open()?;
     if let Some(remembered) = recall(cache)
         && remembered.version == VERSION
-        && boot_id().as_ref() == Some(&remembered.boot)
+        && process::boot_id().as_ref() == Some(&remembered.boot)
     {
         return remembered.unusable.map_or(Ok(()), Err);
     }
@@ -103,22 +121,27 @@ pub fn usable(cache: &Path) -> Result<(), Unusable> {
 
 /// Whether a guest can run, found out by running one, and written to `cache`.
 pub fn usable_now(cache: &Path) -> Result<(), Unusable> {
-    open()?;
+    guest::open()?;
     let result = probe();
-    if let Some(boot) = boot_id() {
+    // Permissions change without a boot.
+    if result != Err(Unusable::Forbidden)
+        && let Some(boot) = process::boot_id()
+    {
         remember(cache, boot, result.clone().err());
     }
     result
 }
 
-fn open() -> Result<(), Unusable> {
+/// Whether the device is there, and may be opened.
+#[cfg(all(feature = "libkrun", target_os = "linux"))]
+fn open_device() -> Result<(), Unusable> {
     let device = fs::File::options().read(true).write(true).open(DEVICE);
     device.map(drop).map_err(|error| cannot_open(&error))
 }
 
 /// Has the answer for this boot be that guests do not run: one was started and said nothing.
 pub fn distrust(cache: &Path, why: String) {
-    if let Some(boot) = boot_id() {
+    if let Some(boot) = process::boot_id() {
         remember(cache, boot, Some(Unusable::Broken(why)));
     }
 }
@@ -149,11 +172,7 @@ fn remember(cache: &Path, boot: String, unusable: Option<Unusable>) {
     let _ = write();
 }
 
-fn boot_id() -> Option<String> {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim().to_owned())
-}
-
+#[cfg(any(all(feature = "libkrun", target_os = "linux"), test))]
 fn cannot_open(error: &io::Error) -> Unusable {
     match error.kind() {
         io::ErrorKind::NotFound => Unusable::Missing,
@@ -166,7 +185,7 @@ fn cannot_open(error: &io::Error) -> Unusable {
 /// in its `main`.
 fn probe() -> Result<(), Unusable> {
     let broken = |error: io::Error| Unusable::Broken(error.to_string());
-    let mut child = Command::new("/proc/self/exe")
+    let mut child = Command::new(process::this_program())
         .arg(MARKER)
         .env_clear()
         .stdin(Stdio::null())
@@ -216,6 +235,8 @@ mod guest {
     use memmap2::MmapMut;
 
     use super::{Unusable, cannot_open};
+
+    pub(super) use super::open_device as open;
 
     const MEMORY: usize = 2 << 20;
     const CODE: usize = 0x1000;
@@ -372,6 +393,8 @@ mod guest {
 
     use super::{Unusable, cannot_open};
 
+    pub(super) use super::open_device as open;
+
     pub fn run() -> Result<(), Unusable> {
         let kvm = Kvm::new().map_err(|error| cannot_open(&error.into()))?;
         kvm.create_vm()
@@ -381,13 +404,67 @@ mod guest {
     }
 }
 
+#[cfg(all(feature = "libkrun", target_os = "macos", target_arch = "aarch64"))]
+mod guest {
+    //! That the system lets this program have a machine says enough: there is hardware behind it, or none. Compiled, and not run.
+
+    use std::ptr;
+
+    use super::Unusable;
+
+    /// `hv_error.h`: the entitlement is missing.
+    const HV_DENIED: i32 = 0xfae9_4007_u32 as i32;
+
+    #[link(name = "Hypervisor", kind = "framework")]
+    unsafe extern "C" {
+        fn hv_vm_create(config: *mut libc::c_void) -> i32;
+    }
+
+    /// Whether this Mac has the framework.
+    pub fn open() -> Result<(), Unusable> {
+        let (mut has, mut length) = (0_i32, size_of::<i32>());
+        let name = c"kern.hv_support".as_ptr();
+        // SAFETY: the name ends with a NUL, and the call writes no more than the length it is given.
+        let done = unsafe {
+            let to = (&raw mut has).cast();
+            libc::sysctlbyname(name, to, &raw mut length, ptr::null_mut(), 0)
+        };
+        if done == 0 && has == 1 {
+            Ok(())
+        } else {
+            Err(Unusable::Missing)
+        }
+    }
+
+    /// Makes this process's machine, which goes with the process.
+    pub fn run() -> Result<(), Unusable> {
+        // SAFETY: no configuration asks for the usual one.
+        match unsafe { hv_vm_create(ptr::null_mut()) } {
+            0 => Ok(()),
+            HV_DENIED => Err(Unusable::Forbidden),
+            error => Err(Unusable::Broken(format!(
+                "making a machine failed: {error:#x}"
+            ))),
+        }
+    }
+}
+
 #[cfg(not(all(
     feature = "libkrun",
-    target_os = "linux",
-    any(target_arch = "x86_64", target_arch = "aarch64")
+    any(
+        all(
+            target_os = "linux",
+            any(target_arch = "x86_64", target_arch = "aarch64")
+        ),
+        all(target_os = "macos", target_arch = "aarch64")
+    )
 )))]
 mod guest {
     use super::Unusable;
+
+    pub fn open() -> Result<(), Unusable> {
+        Err(Unusable::Unsupported)
+    }
 
     pub fn run() -> Result<(), Unusable> {
         Err(Unusable::Unsupported)

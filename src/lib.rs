@@ -24,6 +24,7 @@ pub mod logs;
 pub mod managed;
 pub mod oci;
 pub mod plan;
+pub mod process;
 pub mod project;
 pub mod realise;
 mod reload;

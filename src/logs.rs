@@ -5,14 +5,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::inotify;
+use notify::{RecursiveMode, Watcher as _};
 
 /// Bytes at which a file is put aside.
 pub const MAX_FILE: u64 = 10 << 20;
@@ -177,14 +175,23 @@ impl Reader {
         is_over: &mut dyn FnMut() -> bool,
         show: &mut dyn FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let changes = watch(&self.dir)?;
+        let (sender, changes) = mpsc::sync_channel(1);
+        let told = move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                // What waits to be looked at is one change, however often it was told.
+                let _ = sender.try_send(());
+            }
+        };
+        let mut watcher = notify::recommended_watcher(told).map_err(io::Error::other)?;
+        let watched = watcher.watch(&self.dir, RecursiveMode::NonRecursive);
+        watched.map_err(io::Error::other)?;
         loop {
             let over = is_over();
             self.catch_up(show)?;
             if over {
                 return Ok(());
             }
-            wait(&changes, pause)?;
+            let _ = changes.recv_timeout(pause);
         }
     }
 
@@ -260,27 +267,6 @@ fn start_of_last(file: &mut File, lines: usize) -> io::Result<(u64, usize)> {
     }
     // The first line has no newline before it.
     Ok((0, if len > 0 { found + 1 } else { 0 }))
-}
-
-fn watch(dir: &Path) -> io::Result<OwnedFd> {
-    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-    let changes = inotify::init(flags)?;
-    let kinds = inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE;
-    inotify::add_watch(&changes, dir, kinds)?;
-    Ok(changes)
-}
-
-fn wait(changes: &OwnedFd, pause: Duration) -> io::Result<()> {
-    let pause = Timespec::try_from(pause).ok();
-    let mut fds = [PollFd::from_borrowed_fd(changes.as_fd(), PollFlags::IN)];
-    match poll(&mut fds, pause.as_ref()) {
-        Err(rustix::io::Errno::INTR) | Ok(_) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let mut events = inotify::Reader::new(changes, &mut buffer);
-    while events.next().is_ok() {}
-    Ok(())
 }
 
 #[cfg(test)]

@@ -38,8 +38,8 @@ use crate::realise::Worker;
 #[cfg(feature = "libkrun")]
 use crate::sandbox::reach::Reach;
 use crate::sandbox::{
-    BindMount, Command as SandboxCommand, Controller, HostSettings, Sandbox, SandboxError,
-    SandboxSpec, Stdio,
+    BindMount, Command as SandboxCommand, Controller, HAS_NAMESPACES, HostSettings, Sandbox,
+    SandboxError, SandboxSpec, Stdio,
 };
 use crate::snapshot::Taking;
 use crate::supervise::{GRACE, Signals};
@@ -245,6 +245,11 @@ pub(crate) fn isolation(
     match options.runtime {
         Runtime::Namespace => Ok(Isolation::Namespace),
         Runtime::Libkrun => machine(),
+        Runtime::Auto if !HAS_NAMESPACES => {
+            let machine = machine()?;
+            events(Event::Chosen(&machine, None));
+            Ok(machine)
+        }
         Runtime::Auto => {
             let (chosen, why) = match machine() {
                 Ok(machine) => (machine, None),
@@ -302,7 +307,7 @@ fn machine(
         cpus: u8::try_from(project.resources.cpus).unwrap_or(u8::MAX),
         memory_mib: project.resources.memory_mib,
         reach: Reach::of_loopback(loopback.ports, loopback.all),
-        may_fall_back: options.runtime == Runtime::Auto,
+        may_fall_back: options.runtime == Runtime::Auto && HAS_NAMESPACES,
     }))
 }
 

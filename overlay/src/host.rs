@@ -51,7 +51,7 @@ mod other {
     }
 
     /// `syncfs`, where there is none: everything is on its way to the disk, and the disk has it when the directory is synced.
-    pub fn syncfs(dir: File) -> Result<()> {
+    pub fn syncfs(dir: &File) -> Result<()> {
         rustix::fs::sync();
         dir.sync_all().map_err(|error| crate::upper::errno(&error))
     }

@@ -26,6 +26,7 @@ use error::CliError;
 
 /// The `iii` program.
 pub fn iii() -> ExitCode {
+    #[cfg(target_os = "linux")]
     sandbox::maybe_run_init();
     #[cfg(feature = "libkrun")]
     sandbox::maybe_run_vm();
@@ -43,6 +44,7 @@ pub fn iii() -> ExitCode {
 
 /// The `iii-worker` program: `iii worker`, under the name that the engine calls.
 pub fn iii_worker() -> ExitCode {
+    #[cfg(target_os = "linux")]
     sandbox::maybe_run_init();
     #[cfg(feature = "libkrun")]
     sandbox::maybe_run_vm();

@@ -23,16 +23,15 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use iii_store::{LayerId, RefKind, Store, StoreError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 
 use crate::home::Home;
+use crate::process::Process;
 use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
@@ -331,7 +330,7 @@ fn unix_seconds(time: SystemTime) -> i64 {
 pub struct Stopping {
     name: WorkerName,
     pid: u32,
-    process: OwnedFd,
+    process: Process,
     deadline: Instant,
 }
 
@@ -344,14 +343,13 @@ pub fn begin_stop(home: &Home, name: &WorkerName) -> Result<Option<Stopping>, Ma
             return Ok(None);
         }
         let handle = pid.and_then(|pid| {
-            let handle = pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::empty()).ok()?;
-            Some((pid, handle))
+            let process = Process::open(pid as i32).ok()?;
+            Some((pid, process))
         });
         if let Some((pid, process)) = handle {
             // What holds the lock now under that pid held it when the handle was made, so the handle is for it.
             if self::state(home, name)?.1 == Some(pid) {
-                // It can only fail if the process has ended.
-                let _ = pidfd_send_signal(&process, Signal::TERM);
+                process.signal(Signal::TERM);
                 return Ok(Some(Stopping {
                     name: name.clone(),
                     pid,
@@ -374,9 +372,9 @@ pub fn begin_stop(home: &Home, name: &WorkerName) -> Result<Option<Stopping>, Ma
 impl Stopping {
     /// Waits for the end of the supervisor, which is that of its worker, and kills it if it does not come. Returns its pid.
     pub fn finish(self, home: &Home) -> Result<u32, ManagedError> {
-        if !ends(&self.process, self.deadline) {
-            let _ = pidfd_send_signal(&self.process, Signal::KILL);
-            if !ends(&self.process, Instant::now() + MARGIN) {
+        if !self.process.ends(Some(self.deadline)) {
+            self.process.signal(Signal::KILL);
+            if !self.process.ends(Some(Instant::now() + MARGIN)) {
                 return Err(ManagedError::Lives {
                     name: self.name.to_string(),
                     pid: self.pid,
@@ -385,19 +383,6 @@ impl Stopping {
         }
         state(home, &self.name)?;
         Ok(self.pid)
-    }
-}
-
-/// Waits for the end of a process until `deadline`.
-fn ends(process: &OwnedFd, deadline: Instant) -> bool {
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).ok();
-        match poll(&mut [PollFd::new(process, PollFlags::IN)], left.as_ref()) {
-            Ok(0) => return false,
-            Err(rustix::io::Errno::INTR) => {}
-            _ => return true,
-        }
     }
 }
 

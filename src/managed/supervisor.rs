@@ -16,8 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use iii_store::{RefKind, Store};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
+use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -27,6 +26,7 @@ use super::{
 use crate::build::Event;
 use crate::home::Home;
 use crate::logs::Log;
+use crate::process::{Process, started, this_program};
 use crate::project::{Project, WorkerName};
 use crate::realise::{Realiser, Wanted, With};
 use crate::reload::{Session, Sieve};
@@ -68,7 +68,7 @@ pub struct Orders {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineProcess {
     pid: i32,
-    /// In clock ticks since the machine's.
+    /// As [`started`] tells it.
     started: u64,
 }
 
@@ -103,9 +103,8 @@ impl EngineProcess {
             // Our own process is there.
             let _ = kill_process(getpid(), Signal::TERM);
         };
-        let handle = Pid::from_raw(self.pid).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
-        let handle = match handle {
-            Some(Ok(handle)) if started(self.pid) == Some(self.started) => handle,
+        let engine = match Process::open(self.pid) {
+            Ok(engine) if self.is_alive() => engine,
             _ => {
                 end();
                 return Ok(());
@@ -115,20 +114,11 @@ impl EngineProcess {
             .name("engine".into())
             .stack_size(64 << 10)
             .spawn(move || {
-                let mut fds = [PollFd::new(&handle, PollFlags::IN)];
-                while poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
+                engine.ends(None);
                 end();
             })?;
         Ok(())
     }
-}
-
-/// When a process started, in clock ticks since the machine's start: see `proc_pid_stat(5)`.
-fn started(pid: i32) -> Option<u64> {
-    let stat = read_small(Path::new(&format!("/proc/{pid}/stat")))?;
-    // The name before the last parenthesis may hold anything.
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-    fields.nth(19)?.parse().ok()
 }
 
 /// What a supervisor says before its worker runs.
@@ -177,7 +167,8 @@ pub fn start(
         return Err(ManagedError::Moved { name, path });
     }
     orders.path = path;
-    let program = Path::new("/proc/self/exe");
+    let program = this_program();
+    let program = program.as_path();
     let orders =
         serde_json::to_vec(&orders).map_err(|error| at("describe", program)(error.into()))?;
     let mut child = Command::new(program)
@@ -420,17 +411,4 @@ fn replace(dir: &Path, path: &Path, text: &[u8]) -> Result<(), ManagedError> {
     file.persist(path)
         .map_err(|error| at("write", path)(error.error))?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_is_known_by_its_start() {
-        let own = started(getpid().as_raw_pid());
-        assert!(own.is_some_and(|own| own > 0));
-        assert_eq!(started(getpid().as_raw_pid()), own);
-        assert_eq!(started(0), None);
-    }
 }

@@ -202,7 +202,7 @@ impl<'a> Walk<'a> {
         Ok(Self {
             root,
             fd,
-            device: stat.st_dev,
+            device: device(&stat),
             ingest,
             links: Mutex::default(),
         })
@@ -242,7 +242,7 @@ impl<'a> Walk<'a> {
         let stat = rustix::fs::fstat(&fd).map_err(self.io("reading", path))?;
         let xattrs = fd_xattrs(&fd).map_err(self.io("reading the xattrs of", path))?;
         listing.dir.meta = meta(&stat, xattrs);
-        if stat.st_dev != self.device {
+        if device(&stat) != self.device {
             listing.left_out.push(self.left_out(path, MOUNTED));
             return Ok(listing);
         }
@@ -361,7 +361,7 @@ impl<'a> Walk<'a> {
         }
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         let next = links.len() as u64;
-        Some(*links.entry((stat.st_dev, stat.st_ino)).or_insert(next))
+        Some(*links.entry((device(stat), stat.st_ino)).or_insert(next))
     }
 
     fn left_out(&self, path: &Path, why: &'static str) -> LeftOut {
@@ -379,6 +379,10 @@ fn os_str(name: &[u8]) -> &std::ffi::OsStr {
     std::os::unix::ffi::OsStrExt::from_bytes(name)
 }
 
+#[allow(
+    clippy::unnecessary_cast,
+    reason = "operating systems have numbers of different widths for it"
+)]
 fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
     Meta {
         mode: (stat.st_mode & 0o7777) as u16,
@@ -398,6 +402,15 @@ fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
         },
         xattrs,
     }
+}
+
+/// Which filesystem it is on.
+#[allow(
+    clippy::unnecessary_cast,
+    reason = "operating systems have numbers of different widths for it"
+)]
+fn device(stat: &Stat) -> u64 {
+    stat.st_dev as u64
 }
 
 fn fd_xattrs(fd: impl AsFd) -> rustix::io::Result<Xattrs> {

@@ -16,6 +16,9 @@ pub enum SandboxError {
     /// The spec contradicts itself.
     #[error("sandbox: {0}")]
     Spec(String),
+    /// This operating system has no namespaces.
+    #[error("sandboxes of namespaces need Linux; elsewhere workers run in microVMs")]
+    NoNamespaces,
     /// The init program did not start.
     #[error("sandbox: cannot start {}", program.display())]
     Spawn {

@@ -2,7 +2,7 @@
 //!
 //! A [`SandboxSpec`] says what to run on which root filesystem. The libkrun runtime (`krun`) runs it in a microVM. The
 //! namespace runtime runs it as an ordinary process tree in Linux namespaces of its own (user, mount, pid, ipc, uts, cgroup);
-//! the rest of this page is about that one.
+//! the rest of this page is about that one, which is Linux's.
 //!
 //! What it isolates, and what not: files, processes, ids, System V ipc and host name are the
 //! sandbox's own; the **kernel and the network are the host's**. `localhost` inside is `localhost`
@@ -44,21 +44,32 @@
 mod commands;
 mod error;
 mod host;
+#[cfg(target_os = "linux")]
 mod ids;
+#[cfg(target_os = "linux")]
 mod init;
 #[cfg(feature = "libkrun")]
 mod krun;
+#[cfg(target_os = "linux")]
 mod namespace;
+#[cfg(not(target_os = "linux"))]
+mod no_namespace;
 pub mod reach;
+#[cfg(target_os = "linux")]
 mod root;
 mod running;
 mod spec;
+#[cfg(target_os = "linux")]
 mod wire;
+
+#[cfg(not(target_os = "linux"))]
+use no_namespace as namespace;
 
 pub use error::{RemoteError, SandboxError, Warning};
 pub use host::{CA_BUNDLE, HostSettings};
 pub use iii_init::failure::Step;
 pub use iii_init::message::{Command, Size};
+#[cfg(target_os = "linux")]
 pub use init::maybe_run_init;
 #[cfg(all(feature = "libkrun", target_os = "linux"))]
 pub use krun::has_landlock;
@@ -67,3 +78,6 @@ pub use krun::{BOOT_LIMIT, Machine, maybe_run as maybe_run_vm};
 pub use namespace::{NamespaceSupport, probe};
 pub use running::{CommandController, Controller, Sandbox, Started};
 pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};
+
+/// Whether this operating system has namespaces to run sandboxes in.
+pub const HAS_NAMESPACES: bool = cfg!(target_os = "linux");

@@ -9,6 +9,7 @@ use iii_init::message::Command;
 
 use super::reach::Reach;
 use super::{HostSettings, SandboxError};
+use crate::process;
 
 /// Linux's bound on a host name.
 const MAX_HOSTNAME: usize = 64;
@@ -57,7 +58,7 @@ impl SandboxSpec {
             stdio: Stdio::Inherit,
             host: HostSettings::detect(),
             reach: Reach::default(),
-            init: "/proc/self/exe".into(),
+            init: process::this_program(),
         }
     }
 

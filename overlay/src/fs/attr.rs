@@ -99,7 +99,7 @@ impl Overlay {
     pub(super) fn do_statfs(&self) -> Result<StatFs> {
         let host = rustix::fs::statfs(self.upper.dir())?;
         Ok(StatFs {
-            block_size: u32::try_from(host.f_bsize).unwrap_or(4096),
+            block_size: u32::try_from(host.f_bsize as u64).unwrap_or(4096),
             blocks: host.f_blocks,
             free: host.f_bfree,
             available: host.f_bavail,

@@ -399,7 +399,7 @@ impl Upper {
         if self.volatile {
             return Ok(());
         }
-        crate::host::syncfs(File::open(&self.dir).map_err(|error| errno(&error))?)?;
+        crate::host::syncfs(&File::open(&self.dir).map_err(|error| errno(&error))?)?;
         self.sync()
     }
 

@@ -23,12 +23,14 @@
 //! closes, and the process goes with the VM in it.
 //!
 //! On Linux, that process gives up all that it does not need before it opens a layer (`confine`, `filter`), and its connections are
-//! made by the tool (`watch`), where [`Reach`] allows them.
+//! made by the tool (`watch`), where [`Reach`] allows them. On macOS it is started in a sandbox of the system's (`seatbelt`).
 
 #[cfg(target_os = "linux")]
 mod confine;
 #[cfg(target_os = "linux")]
 mod filter;
+#[cfg(any(target_os = "macos", test))]
+mod seatbelt;
 mod vm;
 #[cfg(target_os = "linux")]
 mod watch;
@@ -40,7 +42,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+#[cfg(not(target_os = "macos"))]
+use std::process::Command;
+use std::process::{Child, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -145,6 +149,7 @@ pub(super) struct Vm {
     control: Arc<Socket>,
     console: PathBuf,
     /// What the guest may reach, until its process has asked for it.
+    #[cfg(target_os = "linux")]
     reach: Option<Reach>,
     events: Receiver<Event>,
     sender: Sender<Event>,
@@ -182,7 +187,7 @@ impl Vm {
         let plan = VmPlan::new(machine, volumes.collect());
         let reach = spec.reach.clone().with_settings_of(&spec.host);
         let mut start = start(spec, &plan, &reach);
-        let mut vm = Self::spawn(&spec.init, plan, &machine.console, reach)?;
+        let mut vm = Self::spawn(&spec.init, plan, &machine.console, &reach)?;
         let deadline = Instant::now() + BOOT_LIMIT;
         while !vm.is_ready {
             let event = vm.next_of_start(deadline)?;
@@ -270,10 +275,14 @@ impl Vm {
         program: &Path,
         plan: VmPlan,
         console: &Path,
-        reach: Reach,
+        reach: &Reach,
     ) -> Result<Self, SandboxError> {
         let (ours, theirs) = Socket::pair().map_err(SandboxError::Talk)?;
-        let child = Command::new(program)
+        #[cfg(target_os = "macos")]
+        let mut command = seatbelt::confined(program, &plan, reach);
+        #[cfg(not(target_os = "macos"))]
+        let mut command = Command::new(program);
+        let child = command
             .arg(vm::MARKER)
             .env_clear()
             .stdin(OwnedFd::from(theirs))
@@ -288,7 +297,8 @@ impl Vm {
             child,
             control: Arc::new(ours),
             console: console.to_owned(),
-            reach: Some(reach),
+            #[cfg(target_os = "linux")]
+            reach: Some(reach.clone()),
             events,
             sender,
             guest: Arc::default(),

@@ -50,17 +50,17 @@ const MAX_CONNECTIONS: u32 = 1 << 20;
 /// What the process is to do.
 #[derive(Serialize, Deserialize)]
 pub(super) struct VmPlan {
-    store: PathBuf,
+    pub store: PathBuf,
     layers: Vec<[u8; 32]>,
-    upper: PathBuf,
+    pub upper: PathBuf,
     project: Option<(Vec<u8>, usize)>,
     observe: bool,
     volatile: bool,
     quiet: bool,
     cpus: u8,
     memory_mib: u32,
-    libkrunfw: PathBuf,
-    console: PathBuf,
+    pub libkrunfw: PathBuf,
+    pub console: PathBuf,
     pub volumes: Vec<VmVolume>,
 }
 
@@ -143,8 +143,12 @@ pub fn maybe_run() {
 }
 
 fn run() -> i32 {
+    // Elsewhere nothing is inherited that was not meant to be.
+    #[cfg(target_os = "linux")]
     // SAFETY: nothing but the standard streams is owned yet.
-    unsafe { iii_init::process::close_others() };
+    unsafe {
+        iii_init::process::close_others();
+    }
     let Ok(control) = Socket::take_stdin() else {
         return 1;
     };
