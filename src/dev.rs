@@ -9,6 +9,7 @@ use iii_store::{Layer, Lease, RefKind, Store};
 use crate::build::{Event, Report};
 use crate::environment::{self, Env};
 use crate::home::Home;
+use crate::managed::PATIENCE;
 use crate::oci::{self, Image};
 use crate::plan::Kind;
 use crate::project::{Project, WorkerName};
@@ -16,6 +17,7 @@ use crate::realise::{Realiser, Wanted, Worker};
 use crate::reload::{Session, Sieve};
 use crate::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
 use crate::sandbox::{Sandbox, Stdio};
+use crate::snapshot;
 use crate::supervise::Signals;
 
 /// What leases are for.
@@ -154,6 +156,31 @@ pub fn dev(
         Ok::<_, RunError>(sandbox.wait()?)
     };
     session.run(worker, lease, &mut attend)
+}
+
+/// Whether there is a sandbox called `name`, or anything that the store keeps for one.
+pub fn is_there(home: &Home, name: &WorkerName) -> Result<bool, RunError> {
+    if owner(&home.dev(name.as_str()))?.is_some() {
+        return Ok(true);
+    }
+    let dir = home.store();
+    if !dir.exists() {
+        return Ok(false);
+    }
+    let kept = Store::open(dir)?.get_ref(RefKind::Worker, name.as_str())?;
+    Ok(kept.is_some())
+}
+
+/// Removes the sandbox `name`, which does not run, and all that is kept for it: what it wrote, its snapshots, and its hold on its
+/// layers.
+pub fn remove(home: &Home, name: &WorkerName) -> Result<(), RunError> {
+    let place = Place::hold(home.dev(name.as_str()), name, PATIENCE)?;
+    // What the refs keep is what the upper needs. The worker's goes last, as it is what says that there is one.
+    place.drop_upper()?;
+    let store = Store::open(home.store())?;
+    snapshot::remove_all(&store, RefKind::Worker, name)?;
+    store.remove_ref(RefKind::Worker, name.as_str())?;
+    place.remove()
 }
 
 /// A worker whose layers are all there, and pinned for as long as this lives.

@@ -284,9 +284,13 @@ pub fn remove(store: &Store, subject: &Subject, tag: &Tag) -> Result<(), Snapsho
     Ok(())
 }
 
-/// Removes all snapshots of the managed worker `name`. Returns how many there were.
-pub(crate) fn remove_all(store: &Store, name: &WorkerName) -> Result<usize, StoreError> {
-    let prefix = prefix(RefKind::Managed, name);
+/// Removes all snapshots of the worker `name` whose layers `keeper` keeps. Returns how many there were.
+pub(crate) fn remove_all(
+    store: &Store,
+    keeper: RefKind,
+    name: &WorkerName,
+) -> Result<usize, StoreError> {
+    let prefix = prefix(keeper, name);
     let mut removed = 0;
     for (name, _) in store.list_refs(RefKind::Snapshot)? {
         if name.starts_with(&prefix) && store.remove_ref(RefKind::Snapshot, &name)? {

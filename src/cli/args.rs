@@ -199,9 +199,11 @@ Environment:
     /// Remove workers from config.yaml, with all that is kept for them
     ///
     /// One that runs is stopped. What it wrote, its snapshots and its log are gone; its layers stay in the store while others need
-    /// them, and what was forked from it is not touched.
+    /// them, and what was forked from it is not touched. Sandboxes of `worker dev` are removed by their names, too, when they
+    /// do not run; `iii store df` shows those that keep anything.
     #[command(after_help = "Examples:
   iii worker remove api
+  iii worker remove iii-dev-my-project # what `worker dev` has left of ./my-project
   iii worker remove -y api mailer      # also if they run")]
     Remove(RemoveWorkers),
     /// List the workers

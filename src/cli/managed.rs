@@ -21,6 +21,7 @@ use super::table::{Align, Table};
 use super::worker::{Printer, caches, outcome, sandbox_options, usual_sandbox};
 use super::{CliError, image, limits, print, print_json};
 use crate::build::{Event, Status, Stream};
+use crate::dev;
 use crate::home::Home;
 use crate::logs::Reader;
 use crate::managed::supervisor::{self, EngineProcess, MARKER, Orders, Started, Told, Voice};
@@ -217,7 +218,16 @@ pub fn restart(home: &Home, args: &StartWorker, ui: &Ui) -> Result<ExitCode, Cli
 
 pub fn remove(home: &Home, args: &RemoveWorkers, ui: &Ui) -> Result<ExitCode, CliError> {
     let config = config_path(&args.config)?;
-    let names = known(home, &config, &args.names)?;
+    let (mut names, mut sandboxes) = (Vec::new(), Vec::new());
+    for text in &args.names {
+        let name = text.parse()?;
+        if managed::path_of(home, &config, &name)?.is_some() || !dev::is_there(home, &name)? {
+            names.push(text.clone());
+        } else if !sandboxes.contains(&name) {
+            sandboxes.push(name);
+        }
+    }
+    let names = known(home, &config, &names)?;
     if !args.yes {
         for name in &names {
             if managed::state(home, name)?.0 != State::Stopped {
@@ -232,6 +242,12 @@ pub fn remove(home: &Home, args: &RemoveWorkers, ui: &Ui) -> Result<ExitCode, Cl
             Ok(false) => ui.ok(format_args!(
                 "{name} removed; config.yaml had no such worker"
             )),
+            Err(error) => code = fail(&error.into(), ui),
+        }
+    }
+    for name in &sandboxes {
+        match dev::remove(home, name) {
+            Ok(()) => ui.ok(format_args!("{name}, a sandbox of worker dev, removed")),
             Err(error) => code = fail(&error.into(), ui),
         }
     }

@@ -402,7 +402,7 @@ pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, Man
     stop(home, name)?;
     // While there is still a worker whose they are.
     if let Some(store) = open_store(home)? {
-        snapshot::remove_all(&store, name)?;
+        snapshot::remove_all(&store, RefKind::Managed, name)?;
     }
     forget(home, name)?;
     Ok(had)

@@ -284,6 +284,41 @@ fn sandboxes_of_worker_dev_have_snapshots_too() {
     managed.run(&["start", "fork", "--port", "1"]).ok();
     assert_eq!(shell(&managed, "fork", read), "two\n");
     run(&home, &["worker", "export", "it"]);
+
+    // All of it goes together, whatever became of the project; what was forked stays.
+    managed.run(&["stop", "fork"]).ok();
+    let sandbox = dev(&[]);
+    managed
+        .run(&["remove", "it"])
+        .fails()
+        .says(&["it is in use by process"]);
+    sandbox.stop();
+    let away = project.path().with_extension("away");
+    fs::rename(project.path(), &away).unwrap();
+    managed.run(&["remove", "nobody", "it"]).fails();
+    assert_eq!(tags(&managed, "it"), ["one", "two"]);
+    managed
+        .run(&["remove", "it"])
+        .ok()
+        .says(&["it, a sandbox of worker dev, removed"]);
+    managed
+        .run(&["remove", "it"])
+        .fails()
+        .says(&["no worker called it"]);
+    let names = |dir: &str| {
+        let dir = fs::read_dir(home.state().join(dir)).unwrap();
+        dir.map(|entry| entry.unwrap().file_name())
+            .collect::<Vec<_>>()
+    };
+    for dir in ["dev", "store/v1/refs/worker", "store/v1/refs/snapshot"] {
+        assert!(names(dir).is_empty(), "{dir}: {:?}", names(dir));
+    }
+    collect(&home);
+    fs::rename(&away, project.path()).unwrap();
+    managed.run(&["start", "fork", "--port", "1"]).ok();
+    assert_eq!(shell(&managed, "fork", read), "two\n");
+    managed.run(&["remove", "-y", "fork"]).ok();
+    run(&home, &["store", "verify", "--data"]);
 }
 
 #[test]
