@@ -31,6 +31,8 @@ use crate::home::{Home, HomeError};
 use crate::kvm::{self, Unusable};
 use crate::oci::{Image, ImageError, Limits, Settings};
 use crate::plan::Kind;
+#[cfg(feature = "libkrun")]
+use crate::project::MANIFEST_NAME;
 use crate::project::{
     DocumentError, HostLoopback, NameError, Project, ProjectError, WorkerConfig, WorkerName,
 };
@@ -103,6 +105,12 @@ pub enum RunError {
     Outdated { name: String, project: PathBuf },
     #[error("libkrun cannot run a microVM here: {why}")]
     NoKvm { why: Unusable },
+    #[error("{}: resources.memory: {asked} MiB are more than the {there} MiB that this machine has", manifest.display())]
+    Memory {
+        manifest: PathBuf,
+        asked: u32,
+        there: u32,
+    },
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
     #[error(transparent)]
@@ -253,6 +261,8 @@ pub(crate) fn isolation(
         Runtime::Auto => {
             let (chosen, why) = match machine() {
                 Ok(machine) => (machine, None),
+                // Namespaces would run it, and what it was to have would not be missed before it is needed.
+                Err(error @ RunError::Memory { .. }) => return Err(error),
                 Err(error) => (Isolation::Namespace, Some(error)),
             };
             // That a machine has no KVM is how most of them are; `worker doctor` says so.
@@ -274,6 +284,14 @@ fn machine(
     events: &dyn Fn(Event<'_>),
 ) -> Result<Isolation, RunError> {
     kvm::usable(&home.kvm()).map_err(|why| RunError::NoKvm { why })?;
+    let (memory, cpus) = (memory_mib(), thread::available_parallelism());
+    let cpus = cpus.map_or(u32::MAX, |cpus| cpus.get() as u32);
+    let asked = project.resources;
+    let resources = asked.within(memory, cpus).ok_or_else(|| RunError::Memory {
+        manifest: project.root.join(MANIFEST_NAME),
+        asked: asked.memory_mib,
+        there: memory,
+    })?;
     let places = Places::from_environment(home.lib(), None);
     let libkrunfw = if let Some((path, _)) = places.find()? {
         path
@@ -304,11 +322,26 @@ fn machine(
     Ok(Isolation::Machine(Hardware {
         libkrunfw,
         // The manifest allows what fits.
-        cpus: u8::try_from(project.resources.cpus).unwrap_or(u8::MAX),
-        memory_mib: project.resources.memory_mib,
+        cpus: u8::try_from(resources.cpus).unwrap_or(u8::MAX),
+        memory_mib: resources.memory_mib,
         reach: Reach::of_loopback(loopback.ports, loopback.all),
         may_fall_back: options.runtime == Runtime::Auto && HAS_NAMESPACES,
     }))
+}
+
+/// What this machine has of memory, swap space included.
+#[cfg(all(feature = "libkrun", target_os = "linux"))]
+fn memory_mib() -> u32 {
+    let info = rustix::system::sysinfo();
+    let units = info.totalram.saturating_add(info.totalswap);
+    let bytes = units.saturating_mul(info.mem_unit.into());
+    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
+}
+
+/// Where it is not asked, all that a manifest may ask for.
+#[cfg(all(feature = "libkrun", not(target_os = "linux")))]
+fn memory_mib() -> u32 {
+    u32::MAX
 }
 
 #[cfg(not(feature = "libkrun"))]

@@ -357,6 +357,7 @@ impl CliError {
                 "the name is that of a worker that runs: a managed one, or of `worker dev`, which is iii-dev-<directory> unless it was given another".into()
             }
             Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
+            Self::Run(RunError::Memory { .. }) => "ask for less; or use --runtime namespace, which does not limit memory".into(),
             Self::NeedsYes { .. } => "-y says yes".into(),
             Self::Managed(error) => managed_hint(error)?,
             Self::Snapshot(error) => snapshot_hint(error)?,

@@ -142,6 +142,17 @@ pub struct Resources {
     pub cpus: u32,
 }
 
+impl Resources {
+    /// What of it a machine gives that has so much memory and so many CPUs: no more CPUs than it has. `None` if it has too little
+    /// memory; a machine that is smaller than the default does with what it has, since many manifests just say that.
+    pub fn within(self, memory_mib: u32, cpus: u32) -> Option<Self> {
+        (self.memory_mib <= memory_mib.max(DEFAULT_MEMORY_MIB)).then(|| Self {
+            memory_mib: self.memory_mib.min(memory_mib),
+            cpus: self.cpus.min(cpus),
+        })
+    }
+}
+
 impl Default for Resources {
     fn default() -> Self {
         Resources {

@@ -821,3 +821,24 @@ fn the_root_and_the_name_come_from_the_real_directory() {
     assert_eq!(opened.warnings.len(), 1);
     assert!(opened.warnings[0].ends_with("not read; the manifest is named iii.worker.yaml"));
 }
+
+#[test]
+fn resources_of_small_machines() {
+    let of = |(memory_mib, cpus)| Resources { memory_mib, cpus };
+    for (asked, there, given) in [
+        ((2048, 2), (8000, 8), Some((2048, 2))),
+        ((8000, 8), (8000, 8), Some((8000, 8))),
+        ((8001, 8), (8000, 8), None),
+        ((64, 255), (8000, 8), Some((64, 8))),
+        ((2048, 2), (1900, 1), Some((1900, 1))),
+        ((2049, 1), (1900, 1), None),
+        ((1 << 20, 1), (8000, 8), None),
+    ] {
+        let (memory, cpus) = there;
+        assert_eq!(
+            of(asked).within(memory, cpus),
+            given.map(of),
+            "{asked:?} of {there:?}"
+        );
+    }
+}
