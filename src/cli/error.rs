@@ -267,7 +267,9 @@ fn snapshot_hint(error: &SnapshotError) -> Option<String> {
         SnapshotError::Taken { .. } => {
             "give the new one another name, or remove that one first".into()
         }
-        SnapshotError::InVm { name } => format!("stop it first: iii worker stop {name}"),
+        SnapshotError::InVm { name } => {
+            format!("stop it first; a managed worker with: iii worker stop {name}")
+        }
         SnapshotError::Freeze {
             source: FreezeError::Restless,
             ..

@@ -119,13 +119,17 @@ fn on_kvm(job: &str) -> Result<Vec<String>, String> {
             printf '{{"version":1,"boot":"%s","unusable":null}}' "$(cat /proc/sys/kernel/random/boot_id)" >/root/.iii/kvm.json
             mkdir -p /project && cd /project
             manifest() {{
-                printf 'name: box\nruntime: {{kind: javascript}}\nresources: {{memory: 256, cpus: 1}}\n' >iii.worker.yaml
+                printf 'name: box\nruntime: {{kind: javascript}}\nresources: {{memory: 256, cpus: 8}}\n' >iii.worker.yaml
                 printf 'env: {{GREETING: "good day"}}\n' >>iii.worker.yaml
                 printf 'scripts:\n  setup: "%s"\n  install: "%s"\n  start: "%s"\n' "$@" >>iii.worker.yaml
             }}
             dev="iii worker dev . --name box --runtime libkrun --port 49000"
+            # Runs it beside what follows.
+            begin() {{ >/tmp/out; $dev "$@" >/tmp/out 2>/tmp/err & dev_pid=$!; }}
             # Says what went wrong where, since a shell that ends says nothing.
             expect() {{ "$@" || {{ echo "FAILED: $*"; cat /tmp/out /tmp/err /tmp/exec-err; cat /root/.iii/dev/box/console.log; exit 1; }}; }}
+            # Waits until the worker says so.
+            await() {{ n=0; until grep -q "$1" /tmp/out; do sleep 1; expect kill -0 $dev_pid; n=$((n + 1)); expect [ $n -lt 150 ]; done; }}
             # Debian's busybox has no pgrep.
             vms() {{ ps -o pid,args | awk '/__sandbox-vm/ && !/awk/ {{ print $1 }}'; }}
             {job}
@@ -163,9 +167,8 @@ printf 'network: {host_loopback: [5434]}\n' >/tmp/more
 manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
     'for p in 5432 5433 5434 49000; do wget -qO- http://127.0.0.1:$p/hello || echo none; done; wget -qO- http://[::1]:5432/hello || echo none; nslookup -type=a engine.test | grep -c 10.9.8.7; nslookup -type=a engine.test 127.0.0.2 | grep -c 10.9.8.7 || true; echo waiting; sleep 10000'
 cat /tmp/more >>iii.worker.yaml
-$dev --allow-host-loopback 5433 >/tmp/out 2>/tmp/err &
-dev_pid=$!
-until grep -q waiting /tmp/out; do sleep 1; expect kill -0 $dev_pid; done
+begin --allow-host-loopback 5433
+await waiting
 printf 'none\nof the host\nof the host\nfrom outside\nnone\n1\n0\nwaiting\n' >/tmp/wanted
 expect cmp /tmp/out /tmp/wanted
 expect grep -q 'localhost:5434 of this machine' /tmp/err
@@ -185,10 +188,10 @@ expect wait $dev_pid
 
 # What install did not look at changes nothing for it; what the worker wrote stays.
 manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' \
-    'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started; while :; do sleep 1; done'
-$dev >/tmp/out 2>/tmp/err &
-dev_pid=$!
-until grep -q started /tmp/out; do sleep 1; done
+    'echo kept >>kept; trap \"echo bye; exit 3\" INT; echo started $(cat edit); while :; do sleep 1; done'
+echo once >edit
+begin
+await started
 expect grep -q 'install  cached' /tmp/err
 code=0
 echo typed | iii worker exec box -e A=b -- sh -c 'cat; echo $A; pwd; echo to stderr >&2; exit 6' >/tmp/exec 2>/tmp/exec-err || code=$?
@@ -205,6 +208,24 @@ expect iii worker exec box -- true
 expect wait $!
 expect [ $(wc -c </tmp/exec) = $((2 * $(wc -c </bin/busybox))) ]
 echo "PASSED exec"
+
+# What only the process of the VM has cannot be frozen from here.
+code=0
+iii worker snapshot box 2>/tmp/exec-err || code=$?
+expect [ $code = 1 ]
+expect grep -q 'in a microVM, where no snapshot can be taken while it runs' /tmp/exec-err
+expect grep -q 'stop it first' /tmp/exec-err
+echo "PASSED snapshot"
+
+# A machine takes the place of another when the project changes.
+vm_pid=$(vms)
+echo again >/root/edit && mv /root/edit edit
+await 'started again'
+expect grep -q 'reloaded: 1 file changed' /tmp/err
+expect [ $(vms | wc -l) = 1 ]
+expect [ $(vms) != $vm_pid ]
+expect [ "$(iii worker exec box -- cat edit)" = again ]
+echo "PASSED reload"
 kill -INT $dev_pid
 expect wait $dev_pid
 expect grep -q bye /tmp/out
@@ -212,11 +233,11 @@ expect grep -q stopped /tmp/err
 echo "PASSED interrupt"
 
 # Nothing outlives the tool.
-$dev >/tmp/out 2>/tmp/err &
-until grep -q started /tmp/out; do sleep 1; done
+begin
+await started
 vm_pid=$(vms)
-kill -KILL $!
-wait $! || true
+kill -KILL $dev_pid
+wait $dev_pid || true
 expect [ -n "$vm_pid" ]
 for try in 1 2 3 4 5 6 7 8 9 10; do [ -n "$(vms)" ] || break; sleep 1; done
 expect [ -z "$(vms)" ]
@@ -229,6 +250,16 @@ expect grep -q 'install failed: exit code 5' /tmp/err
 expect grep -q first /tmp/err
 echo "PASSED failing step"
 
+# More memory than there is is refused before anything is started, whatever else might be tried.
+sed -i 's/memory: 256/memory: 1048576/' iii.worker.yaml
+for runtime in libkrun auto; do
+    code=0
+    iii worker dev . --name box --runtime $runtime >/tmp/out 2>/tmp/err || code=$?
+    expect [ $code = 1 ]
+    expect grep -q 'error: /project/iii.worker.yaml: resources.memory: 1048576 MiB are more than' /tmp/err
+done
+echo "PASSED memory"
+
 # A guest that says nothing, as its kernel is none. Layers are the same in namespaces.
 manifest 'echo s >/etc/setup; echo in setup' 'cat in >out; ls /nowhere || true' 'echo $III_ISOLATION; cat kept'
 export III_LIBKRUNFW=/silent
@@ -238,7 +269,7 @@ expect grep -q 'runtime libkrun: a microVM' /tmp/err
 expect grep -q 'no microVM: .* did not start' /tmp/err
 expect grep -q 'runtime namespace: ' /tmp/err
 expect grep -q 'install  cached' /tmp/err
-printf 'namespace\nkept\nkept\n' >/tmp/wanted
+printf 'namespace\nkept\nkept\nkept\n' >/tmp/wanted
 expect cmp /tmp/out /tmp/wanted
 # From then on nobody tries it but who says so.
 expect $dev >/tmp/out 2>/tmp/err
@@ -266,9 +297,13 @@ fn workers_run_in_microvms() {
                 "network",
                 "confinement",
                 "exec",
+                "snapshot",
+                "reload",
                 "interrupt",
                 "kill",
                 "failing step",
+                "memory",
+                "fallback",
             ] {
                 let passed = format!("PASSED {what}");
                 assert!(console.contains(&passed), "{console:#?}");
