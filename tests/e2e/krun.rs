@@ -15,7 +15,7 @@ use crate::machine::{self, Vm};
 use crate::vm;
 
 /// How long everything may take, of which the emulated machine's own boot is 15 s, and a microVM 4 to 15 s.
-const LIMIT: Duration = Duration::from_secs(420);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// The guest kernel's library, fetched once as the tool does; says why where it cannot be.
 fn libkrunfw() -> Result<PathBuf, String> {
