@@ -5,9 +5,10 @@
 //!
 //! # Threads
 //!
-//! Every request queue has a thread that takes requests from it, and answers them itself as long as they come one by one,
-//! since handing one on costs more than most take to answer. What comes in bursts, and what waits for the disk, goes to a
-//! pool that all queues share. Priority requests say what is forgotten, and nobody waits for them.
+//! Every request queue has a thread that takes requests from it, and answers them itself as long as few wait, as the two that
+//! a kernel sends to read ahead: waking another thread costs more than most take to answer. What comes in long bursts, and
+//! what waits for the disk, goes to a pool that all queues share. Priority requests say what is forgotten, and nobody waits for
+//! them.
 //!
 //! # What a guest can do
 //!
@@ -74,6 +75,8 @@ const QUEUES: usize = 1 + REQUEST_QUEUES;
 const QUEUE_SIZE: usize = 1024;
 /// Most descriptors of one chain that are looked at. The longest request takes one for every page, and a few.
 const MAX_SEGMENTS: usize = 1024;
+/// Most requests of a queue that wait for its own thread, and not for the pool.
+const IN_TURN: u16 = 4;
 /// Most requests that wait for the pool.
 const BACKLOG: usize = 256;
 
@@ -535,7 +538,8 @@ struct Backend<F> {
 }
 
 impl<F: Filesystem> Backend<F> {
-    fn pop(&self, vring: &Vring) -> Result<Option<Chain>, virtio_queue::Error> {
+    /// The next request, and how many more there are.
+    fn pop(&self, vring: &Vring) -> Result<Option<(Chain, u16)>, virtio_queue::Error> {
         if self.session.stopping.load(Ordering::Acquire) {
             return Ok(None);
         }
@@ -544,15 +548,18 @@ impl<F: Filesystem> Backend<F> {
         if !queue.ready() {
             return Ok(None);
         }
-        Ok(queue.iter(self.memory.memory())?.next())
+        let memory = self.memory.memory();
+        let Some(chain) = queue.iter(memory.clone())?.next() else {
+            return Ok(None);
+        };
+        let end = queue.avail_idx(&*memory, Ordering::Relaxed)?.0;
+        Ok(Some((chain, end.wrapping_sub(queue.next_avail()))))
     }
 
     fn drain(&self, vring: &Vring, busy: &Arc<Busy>) -> Result<(), virtio_queue::Error> {
-        let mut next = self.pop(vring)?;
-        while let Some(chain) = next {
-            next = self.pop(vring)?;
+        while let Some((chain, more)) = self.pop(vring)? {
             let mut mine = Some(chain);
-            if next.is_some() || mine.as_ref().is_some_and(waits_for_disk) {
+            if more >= IN_TURN || mine.as_ref().is_some_and(waits_for_disk) {
                 mine = mine.and_then(|chain| {
                     let job = Job {
                         vring: vring.clone(),
@@ -564,9 +571,6 @@ impl<F: Filesystem> Backend<F> {
             }
             if let Some(chain) = mine {
                 self.session.answer(vring, &chain)?;
-            }
-            if next.is_none() {
-                next = self.pop(vring)?;
             }
         }
         Ok(())
