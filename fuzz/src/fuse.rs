@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use iii_overlay::adapter::server::Server;
+use iii_overlay::adapter::server::{Room, Server};
 use iii_overlay::adapter::wire::Reply;
 use iii_overlay::fs::Filesystem;
 use iii_overlay::ino::{Ino, ROOT};
@@ -90,6 +90,32 @@ pub fn overlay(upper: &std::path::Path) -> Arc<Overlay> {
     Arc::new(overlay.expect("an overlay"))
 }
 
+/// Room for a reply, and what it was filled with besides.
+struct Bounded {
+    size: usize,
+    filled: Vec<u8>,
+}
+
+impl Room for Bounded {
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn fill(&mut self, skip: usize, file: &File, offset: u64, size: usize) -> io::Result<usize> {
+        assert!(skip + size <= self.size, "{skip} + {size} > {}", self.size);
+        let mut done = 0;
+        self.filled.resize(size, 0);
+        while done < size {
+            match file.read_at(&mut self.filled[done..], offset + done as u64)? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        self.filled.truncate(done);
+        Ok(done)
+    }
+}
+
 /// Puts `message` where the next one in `session` is to be, with this much room for its reply.
 pub fn frame(session: &mut Vec<u8>, room: u16, message: &[u8]) {
     session.extend(room.to_le_bytes());
@@ -109,9 +135,13 @@ pub fn check_session(overlay: &Arc<Overlay>, mut bytes: &[u8]) {
         bytes = rest;
         let mut message = message.to_vec();
         tame(&mut message, room & AS_IS == 0, &known);
-        let room = usize::from(room & !AS_IS);
-        let reply = server.handle(&message, room, &mut buffer);
-        check_reply(&message, room, reply, &mut known);
+        let mut room = Bounded {
+            size: usize::from(room & !AS_IS),
+            filled: Vec::new(),
+        };
+        let reply = server.handle(&message, &mut room, &mut buffer);
+        let reply = [reply, &room.filled].concat();
+        check_reply(&message, room.size, &reply, &mut known);
     }
     server.reset();
     let listed = overlay.readdir(ROOT, 0, false, &mut |_| true);

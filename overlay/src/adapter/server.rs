@@ -5,6 +5,8 @@
 //! is `O_TMPFILE`, `syncfs`, and setuid goes exactly when the kernel says so. Not offered: birth times, since to ask for them
 //! takes a request for every inode (`FUSE_STATX`), locks, POSIX ACLs, export by NFS, writeback, and DAX.
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,7 +15,7 @@ use super::wire::{
     ATTR_OUT, ENTRY, Header, INIT_OUT, MAX_MESSAGE, NUMBER_OUT, OPEN_OUT, OUT_HEADER, Reply,
     Request, STATFS_OUT, flags,
 };
-use crate::fs::{Attr, Errno, Filesystem, Result};
+use crate::fs::{Attr, Errno, Filesystem, ReadTo, Result};
 
 /// What is agreed to if the client offers it. Not `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a
 /// directory without attributes, and then has to look up every entry that is looked at.
@@ -27,6 +29,32 @@ const WANTED: u64 = flags::ASYNC_READ
     | flags::CACHE_SYMLINKS
     | flags::NO_OPENDIR_SUPPORT
     | flags::HANDLE_KILLPRIV_V2;
+
+/// Where a reply goes.
+pub trait Room {
+    /// How many bytes it may have.
+    fn size(&self) -> usize;
+    /// Reads up to `size` bytes at `offset` of `file` to `skip` bytes behind the beginning; less only at the end of the file.
+    fn fill(&mut self, skip: usize, file: &File, offset: u64, size: usize) -> io::Result<usize>;
+}
+
+/// The body of the reply to a read.
+struct Body<'a> {
+    reply: &'a mut Reply,
+    room: &'a mut dyn Room,
+}
+
+impl ReadTo for Body<'_> {
+    fn memory(&mut self, size: usize) -> &mut [u8] {
+        self.reply.space(size)
+    }
+
+    fn file(&mut self, file: &File, offset: u64, size: usize) -> io::Result<usize> {
+        let filled = self.room.fill(OUT_HEADER, file, offset, size)?;
+        self.reply.elsewhere(filled);
+        Ok(filled)
+    }
+}
 
 /// Serves one filesystem to one client. Any number of threads may hand in messages.
 #[derive(Debug)]
@@ -52,24 +80,30 @@ impl<F: Filesystem + ?Sized> Server<F> {
         }
     }
 
-    /// Does what `message` asks and returns the reply, at most `room` bytes; nothing where the client waits for none, or has
-    /// no room for even an error. `buffer` is memory to be used again.
-    pub fn handle<'r>(&self, message: &[u8], room: usize, buffer: &'r mut Reply) -> &'r [u8] {
+    /// Does what `message` asks and returns the reply, for which there has to be `room`; nothing where the client waits for
+    /// none, or has no room for even an error. What the room was filled with belongs behind it. `buffer` is memory to be used
+    /// again.
+    pub fn handle<'r>(
+        &self,
+        message: &[u8],
+        room: &mut dyn Room,
+        buffer: &'r mut Reply,
+    ) -> &'r [u8] {
         let Some(header) = Header::parse(message) else {
             return &[];
         };
-        let room = match room.checked_sub(OUT_HEADER) {
-            Some(room) => room,
+        let size = match room.size().checked_sub(OUT_HEADER) {
+            Some(size) => size,
             None if header.wants_reply() => return &[],
             None => 0,
         };
         buffer.begin();
         let done = Request::parse(&header, message).and_then(|request| {
             // Before anything is done: what was done and cannot be told would count as a lookup that nobody takes back.
-            if needs(&request) > room {
+            if needs(&request) > size {
                 return Err(Errno::INVAL);
             }
-            self.serve(&header, request, room, buffer)
+            self.serve(&header, request, size, room, buffer)
         });
         if header.wants_reply() {
             buffer.end(header.unique, done)
@@ -90,7 +124,8 @@ impl<F: Filesystem + ?Sized> Server<F> {
         &self,
         header: &Header,
         request: Request<'_>,
-        room: usize,
+        size: usize,
+        room: &mut dyn Room,
         reply: &mut Reply,
     ) -> Result<()> {
         let fs = &*self.fs;
@@ -124,7 +159,7 @@ impl<F: Filesystem + ?Sized> Server<F> {
             Request::Setattr(set) => reply.attr(&fs.setattr(node, &set)?),
             Request::Readlink => {
                 let target = fs.readlink(node)?;
-                if target.len() > room {
+                if target.len() > size {
                     return Err(Errno::INVAL);
                 }
                 reply.put(&target);
@@ -165,10 +200,13 @@ impl<F: Filesystem + ?Sized> Server<F> {
             }
             Request::Opendir => reply.opened_dir(),
             Request::Release | Request::Interrupt => {}
-            Request::Read { offset, size } => {
-                let size = room.min(size as usize);
-                let read = fs.read(node, reply.space(size), offset)?;
-                reply.shrink(size.saturating_sub(read));
+            Request::Read {
+                offset,
+                size: asked,
+            } => {
+                let size = size.min(asked as usize);
+                let read = fs.read_to(node, &mut Body { reply, room }, offset, size)?;
+                reply.cut(read);
             }
             Request::Write {
                 offset,
@@ -179,16 +217,16 @@ impl<F: Filesystem + ?Sized> Server<F> {
             Request::Syncfs => fs.sync()?,
             Request::Readdir {
                 cookie,
-                size,
+                size: asked,
                 attrs,
-            } => self.readdir(header, cookie, room.min(size as usize), attrs, reply)?,
+            } => self.readdir(header, cookie, size.min(asked as usize), attrs, reply)?,
             Request::Statfs => reply.statfs(&fs.statfs()?),
             Request::Setxattr { name, value, how } => fs.setxattr(node, name, value, how)?,
-            Request::Getxattr { name, size } => {
-                xattr(reply, &fs.getxattr(node, name)?, size, room)?;
+            Request::Getxattr { name, size: asked } => {
+                xattr(reply, &fs.getxattr(node, name)?, asked, size)?;
             }
-            Request::Listxattr { size } => {
-                xattr(reply, &fs.listxattr(node)?, size, room)?;
+            Request::Listxattr { size: asked } => {
+                xattr(reply, &fs.listxattr(node)?, asked, size)?;
             }
             Request::Removexattr { name } => fs.removexattr(node, name)?,
             Request::Fallocate { how, offset, len } => fs.fallocate(node, how, offset, len)?,

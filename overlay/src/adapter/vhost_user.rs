@@ -31,7 +31,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -50,15 +50,15 @@ use vhost_user_backend::{
 };
 use virtio_queue::{DescriptorChain, QueueOwnedT as _, QueueT as _};
 use vm_memory::{
-    Bytes as _, GuestAddress, GuestAddressSpace as _, GuestMemory as _, GuestMemoryAtomic,
-    GuestMemoryLoadGuard, GuestMemoryMmap, Permissions,
+    Address as _, Bytes as _, GuestAddress, GuestAddressSpace as _, GuestMemory as _,
+    GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap, Permissions,
 };
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use super::server::Server;
+use super::server::{Room, Server};
 use super::wire::Reply;
 use crate::fs::Filesystem;
 
@@ -75,6 +75,8 @@ const QUEUES: usize = 1 + REQUEST_QUEUES;
 const QUEUE_SIZE: usize = 1024;
 /// Most descriptors of one chain that are looked at. The longest request takes one for every page, and a few.
 const MAX_SEGMENTS: usize = 1024;
+/// Most pieces of memory that the kernel reads a file into at once.
+const IOV_MAX: usize = 1024;
 /// Most requests of a queue that wait for its own thread, and not for the pool.
 const IN_TURN: u16 = 4;
 /// Most requests that wait for the pool.
@@ -394,6 +396,86 @@ struct Buffers {
     reply: Reply,
     /// Where in the guest's memory the reply goes.
     room: Vec<(GuestAddress, usize)>,
+    /// The same, or a part of it, for the kernel.
+    targets: Vec<libc::iovec>,
+}
+
+/// The memory of a guest that a reply goes to.
+struct GuestRoom<'a> {
+    memory: &'a GuestMemoryMmap,
+    parts: &'a [(GuestAddress, usize)],
+    /// The sum of the parts.
+    size: usize,
+    targets: &'a mut Vec<libc::iovec>,
+    /// How much the room was filled with.
+    filled: usize,
+}
+
+impl GuestRoom<'_> {
+    /// Makes `targets` what there is behind the first `skip` bytes, up to `size` bytes in up to `IOV_MAX` pieces.
+    fn target(&mut self, mut skip: usize, mut size: usize) -> io::Result<()> {
+        self.targets.clear();
+        for &(at, len) in self.parts {
+            let skipped = skip.min(len);
+            skip -= skipped;
+            let len = size.min(len - skipped);
+            let at = at.checked_add(skipped as u64);
+            let Some(at) = at.filter(|_| len > 0) else {
+                continue;
+            };
+            let fault = |_| io::Error::from_raw_os_error(libc::EFAULT);
+            let slices = self.memory.get_slices(at, len, Permissions::Write);
+            for slice in slices.map_err(fault)? {
+                if self.targets.len() == IOV_MAX {
+                    return Ok(());
+                }
+                let slice = slice.map_err(fault)?;
+                self.targets.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+            size -= len;
+        }
+        Ok(())
+    }
+}
+
+impl Room for GuestRoom<'_> {
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn fill(&mut self, skip: usize, file: &File, offset: u64, size: usize) -> io::Result<usize> {
+        let mut done = 0;
+        while done < size {
+            self.target(skip + done, size - done)?;
+            let at = libc::off_t::try_from(offset.saturating_add(done as u64))
+                .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+            // SAFETY: the targets are ranges of the guest's memory, which `self.memory` keeps mapped, and which no reference
+            // of ours points to. There are at most `IOV_MAX` of them.
+            let got = unsafe {
+                libc::preadv(
+                    file.as_raw_fd(),
+                    self.targets.as_ptr(),
+                    self.targets.len() as libc::c_int,
+                    at,
+                )
+            };
+            match usize::try_from(got) {
+                Ok(0) => break,
+                Ok(got) => done += got,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        self.filled = done;
+        Ok(done)
+    }
 }
 
 impl Buffers {
@@ -402,16 +484,16 @@ impl Buffers {
     fn answer<F: Filesystem>(&mut self, server: &Server<F>, chain: &Chain) -> u32 {
         let memory = chain.memory();
         self.room.clear();
-        let (mut read, mut room) = (0, 0);
+        let (mut read, mut size) = (0, 0);
         for segment in chain.clone().take(MAX_SEGMENTS) {
             let (at, len) = (segment.addr(), segment.len() as usize);
             if segment.is_write_only() {
-                let len = len.min(Server::<F>::MAX_REPLY - room);
+                let len = len.min(Server::<F>::MAX_REPLY - size);
                 if !memory.check_range(at, len, Permissions::Write) {
                     break;
                 }
                 self.room.push((at, len));
-                room += len;
+                size += len;
             } else if self.room.is_empty() {
                 let end = read + len.min(Server::<F>::MAX_MESSAGE - read);
                 if self.message.len() < end {
@@ -426,16 +508,24 @@ impl Buffers {
                 break;
             }
         }
-        let reply = server.handle(&self.message[..read], room, &mut self.reply);
+        let mut room = GuestRoom {
+            memory,
+            parts: &self.room,
+            size,
+            targets: &mut self.targets,
+            filled: 0,
+        };
+        let reply = server.handle(&self.message[..read], &mut room, &mut self.reply);
+        let filled = room.filled;
         let mut rest = reply;
         for &(at, len) in &self.room {
             let (part, after) = rest.split_at(len.min(rest.len()));
-            if part.is_empty() || memory.write_slice(part, at).is_err() {
+            if rest.is_empty() || memory.write_slice(part, at).is_err() {
                 break;
             }
             rest = after;
         }
-        (reply.len() - rest.len()) as u32
+        (reply.len() - rest.len() + filled) as u32
     }
 }
 

@@ -596,12 +596,15 @@ pub struct Reply {
     bytes: Vec<u8>,
     /// How much of `bytes` is the reply.
     len: usize,
+    /// How much of it follows elsewhere.
+    elsewhere: usize,
 }
 
 impl Reply {
     /// Begins a reply.
     pub fn begin(&mut self) {
         self.len = 0;
+        self.elsewhere = 0;
         self.space(OUT_HEADER);
     }
 
@@ -611,12 +614,13 @@ impl Reply {
             Ok(()) => 0,
             Err(error) => {
                 self.len = OUT_HEADER;
+                self.elsewhere = 0;
                 -error.raw_os_error()
             }
         };
         let len = self.len;
         self.len = 0;
-        self.u32(len as u32);
+        self.u32((len + self.elsewhere) as u32);
         self.u32(error as u32);
         self.u64(unique);
         self.len = len;
@@ -638,9 +642,14 @@ impl Reply {
         &mut self.bytes[start..self.len]
     }
 
-    /// Takes back the last `len` bytes.
-    pub fn shrink(&mut self, len: usize) {
-        self.len = self.len.saturating_sub(len).max(OUT_HEADER);
+    /// Counts `len` bytes as part of it, which are where it goes already.
+    pub fn elsewhere(&mut self, len: usize) {
+        self.elsewhere = len;
+    }
+
+    /// Cuts what was put in to `len` bytes.
+    pub fn cut(&mut self, len: usize) {
+        self.len = self.len.min(OUT_HEADER + len);
     }
 
     /// Puts in bytes as they are.

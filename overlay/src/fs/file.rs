@@ -9,7 +9,7 @@ use iii_store::{Kind, ObjectId};
 use rustix::fs::SeekFrom;
 
 use super::dir::strip_privileges;
-use super::{Allocate, Errno, Open, Result, Seek, Time};
+use super::{Allocate, Errno, Open, ReadTo, Result, Seek, Time};
 use crate::host;
 use crate::ino::Ino;
 use crate::overlay::Overlay;
@@ -39,15 +39,34 @@ impl Overlay {
         Ok(())
     }
 
+    /// Where the bytes of `ino` are, for somebody who reads them.
+    fn readable(&self, ino: Ino) -> Result<Bytes> {
+        let inner = self.upper.read();
+        if let Some(observer) = &self.observer {
+            observer.contents(&inner.state, ino);
+        }
+        inner.state.bytes(ino)
+    }
+
     pub(super) fn do_read(&self, ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize> {
-        let bytes = {
-            let inner = self.upper.read();
-            if let Some(observer) = &self.observer {
-                observer.contents(&inner.state, ino);
-            }
-            inner.state.bytes(ino)?
+        self.read_bytes(self.readable(ino)?, buf, offset)
+    }
+
+    pub(super) fn do_read_to(
+        &self,
+        ino: Ino,
+        to: &mut dyn ReadTo,
+        offset: u64,
+        size: usize,
+    ) -> Result<usize> {
+        let bytes = self.readable(ino)?;
+        let left = bytes.size.saturating_sub(offset);
+        let size = size.min(usize::try_from(left).unwrap_or(usize::MAX));
+        let Data::Flat { number, .. } = bytes.data else {
+            return self.read_bytes(bytes, to.memory(size), offset);
         };
-        self.read_bytes(bytes, buf, offset)
+        let file = self.upper.data.get(number).map_err(|error| errno(&error))?;
+        to.file(&file, offset, size).map_err(|error| errno(&error))
     }
 
     /// The flat file of `ino`, ready to be written to: its record is dirty. Copies up the first `keep` bytes of a file whose
@@ -257,13 +276,7 @@ impl Overlay {
         to_offset: u64,
         len: u64,
     ) -> Result<u64> {
-        let source = {
-            let inner = self.upper.read();
-            if let Some(observer) = &self.observer {
-                observer.contents(&inner.state, from);
-            }
-            inner.state.bytes(from)?
-        };
+        let source = self.readable(from)?;
         let len = len.min(source.size.saturating_sub(from_offset));
         if len == 0 {
             return Ok(0);

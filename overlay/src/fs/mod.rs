@@ -10,6 +10,9 @@ mod dir;
 mod file;
 mod serve;
 
+use std::fs::File;
+use std::io;
+
 use serde::{Deserialize, Serialize};
 
 pub use iii_store::layer::Kind;
@@ -239,6 +242,14 @@ pub struct StatFs {
     pub name_max: u32,
 }
 
+/// Where a read goes. It comes by one of these, called once at most.
+pub trait ReadTo {
+    /// Memory for `size` bytes. What was read begins there.
+    fn memory(&mut self, size: usize) -> &mut [u8];
+    /// Reads up to `size` bytes at `offset` of a file of the host; less only at its end.
+    fn file(&mut self, file: &File, offset: u64, size: usize) -> io::Result<usize>;
+}
+
 /// A filesystem.
 ///
 /// `lookup`, everything that makes a node, `link`, and entries with attributes that a `readdir` sink took each count as
@@ -291,6 +302,8 @@ pub trait Filesystem: Send + Sync {
     fn open(&self, ino: Ino, how: Open) -> Result<()>;
     /// Reads at `offset`; less than `buf` holds only at the end of the file.
     fn read(&self, ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize>;
+    /// Reads up to `size` bytes as [`Self::read`] does, to where the caller wants them.
+    fn read_to(&self, ino: Ino, to: &mut dyn ReadTo, offset: u64, size: usize) -> Result<usize>;
     /// Writes at `offset`. `kill_suid`: take setuid and setgid away, as the caller lacks `CAP_FSETID`.
     fn write(&self, ino: Ino, data: &[u8], offset: u64, kill_suid: bool) -> Result<usize>;
     /// Allocates or frees a range.

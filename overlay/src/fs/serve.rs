@@ -2,8 +2,8 @@
 //! to keep still.
 
 use super::{
-    Allocate, Attr, Caller, DirEntry, Filesystem, Open, Rename, Result, Seek, SetAttr, SetXattr,
-    Special, StatFs,
+    Allocate, Attr, Caller, DirEntry, Filesystem, Open, ReadTo, Rename, Result, Seek, SetAttr,
+    SetXattr, Special, StatFs,
 };
 use crate::ino::Ino;
 use crate::overlay::Overlay;
@@ -46,6 +46,7 @@ serve! {
     Link: fn link => do_link(ino: Ino, new_parent: Ino, new_name: &[u8]) -> Result<Attr>;
     Open: fn open => do_open(ino: Ino, how: Open) -> Result<()>;
     Read: fn read => do_read(ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize>;
+    Read: fn read_to => do_read_to(ino: Ino, to: &mut dyn ReadTo, offset: u64, size: usize) -> Result<usize>;
     Write: fn write => do_write(ino: Ino, data: &[u8], offset: u64, kill_suid: bool) -> Result<usize>;
     Fallocate: fn fallocate => do_fallocate(ino: Ino, how: Allocate, offset: u64, len: u64) -> Result<()>;
     Lseek: fn lseek => do_lseek(ino: Ino, offset: u64, whence: Seek) -> Result<u64>;

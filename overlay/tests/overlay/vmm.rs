@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use iii_overlay::Overlay;
 use iii_overlay::adapter::vhost_user::{End, Socket, VhostUserError, serve};
-use iii_overlay::fs::{Caller, Filesystem};
+use iii_overlay::fs::{Caller, Filesystem, Special};
 use iii_overlay::ino::ROOT;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::MemfdFlags;
@@ -312,6 +312,73 @@ fn bursts_on_all_queues_are_answered() {
             let base = machine.vmm.get_vring_base(2).unwrap();
             assert_eq!(base, u32::from(machine.offered[2]));
             machine.start(2);
+        }
+    }
+}
+
+/// What the guest has written and what is in a layer come to where the guest wants them, and nothing else does.
+#[test]
+fn reads_fill_their_room_however_it_is_cut() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.ask(&init()), 0);
+    let overlay = Arc::clone(&machine.overlay);
+    let mut below = ROOT;
+    for name in [&b"dir"[..], b"below"] {
+        below = overlay.lookup(below, name).unwrap().ino;
+    }
+    let lower = overlay.lookup(below, b"large").unwrap().ino;
+    let written = overlay.mknod(Caller::default(), ROOT, b"written", 0o644, Special::File);
+    let written = written.unwrap().ino;
+    let contents: Vec<u8> = (0..70_000_u32).map(|at| (at % 251) as u8).collect();
+    assert_eq!(overlay.write(written, &contents, 0, false), Ok(70_000));
+
+    let asked_at = BUFFERS + 0x8_0000;
+    let tiny: &[u32] = &[7, 5, 0, 10, 1, 300, 4096];
+    // Lengths of the pieces of the room, the range that is asked for, and how much of it comes.
+    let cases: [(&str, &[u32], u64, u32, usize); 8] = [
+        ("one piece", &[9000], 0, 8192, 8192),
+        ("pages", &[16, 4096, 4096], 4096, 8192, 8192),
+        ("the header in pieces", tiny, 100, 4000, 4000),
+        ("more room than that", &[16, 4096, 4096], 0, 10, 10),
+        ("less room than that", &[16, 100, 100], 69, 8192, 200),
+        ("across the end", &[16, 4096, 4096], 68_000, 8192, 2000),
+        ("at the end", &[16, 4096], 70_000, 4096, 0),
+        ("far behind the end", &[16, 4096], u64::MAX - 9, 4096, 0),
+    ];
+    for (ino, contents) in [(written, contents), (lower, vec![7; 70_000])] {
+        for &(what, pieces, offset, size, expected) in &cases {
+            let mut body = [0_u64.to_le_bytes(), offset.to_le_bytes()].concat();
+            body.extend(size.to_le_bytes());
+            body.extend([0; 20]);
+            let asked = message(15, ino, &body);
+            machine.put(asked_at, &asked);
+            machine.describe(RINGS, 10, (asked_at, asked.len() as u32, NEXT, 11));
+            machine.put(REPLIES, &vec![0xee; 0x2_0000]);
+            // The later a piece, the lower it lies.
+            let place = |index: usize| REPLIES + 0x2_0000 - 0x4000 * (index as u64 + 1);
+            for (index, len) in pieces.iter().enumerate() {
+                let last = index + 1 == pieces.len();
+                let (flags, next) = if last {
+                    (0, 0)
+                } else {
+                    (NEXT, 12 + index as u16)
+                };
+                let piece = (place(index), *len, WRITE | flags, next);
+                machine.describe(RINGS, 11 + index as u16, piece);
+            }
+            assert_eq!(machine.go(1, 10) as usize, 16 + expected, "{what}");
+            let mut reply: Vec<u8> = Vec::new();
+            for (index, len) in pieces.iter().enumerate() {
+                let all: [u8; 0x4000] = machine.get(place(index));
+                let (piece, behind) = all.split_at(*len as usize);
+                reply.extend(piece);
+                assert!(behind.iter().all(|byte| *byte == 0xee), "{what}");
+            }
+            let (reply, behind) = reply.split_at(16 + expected);
+            assert_eq!(reply[..4], (16 + expected as u32).to_le_bytes(), "{what}");
+            let from = contents.get(offset as usize..).unwrap_or_default();
+            assert!(reply[16..] == from[..expected], "{what}");
+            assert!(behind.iter().all(|byte| *byte == 0xee), "{what}");
         }
     }
 }
