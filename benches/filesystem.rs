@@ -3,6 +3,7 @@
 mod corpus;
 #[path = "corpus/packages.rs"]
 mod packages;
+#[allow(dead_code, reason = "each bench uses its part")]
 mod support;
 
 use std::fs;

@@ -5,6 +5,8 @@
 mod corpus;
 #[allow(dead_code, reason = "each bench uses its part")]
 mod support;
+#[path = "support/workers.rs"]
+mod workers;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,11 +16,10 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::{Bounds, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use support::{Bounds, Result, Samples, failed, field, field_mib, run, skip, went_wrong};
 use tempfile::TempDir;
+use workers::{Bench, Home, PORT, project};
 
-/// The base that a JavaScript project gets without a word.
-const IMAGE: &str = "docker.io/iiidev/node:latest";
 /// How many workers are added, and of how many kinds.
 const WORKERS: usize = 20;
 const KINDS: usize = 5;
@@ -38,80 +39,16 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Longest wait for anything.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Our program with a home of its own. Dropped, it stops what runs there.
-struct Home {
-    dir: TempDir,
+fn add(home: &Home, projects: &[PathBuf]) -> Command {
+    let mut add = home.iii(&["worker", "add", "--no-wait"]);
+    add.args(projects);
+    add
 }
 
-impl Home {
-    fn new(scratch: &Path, base: &Path) -> Result<Self> {
-        let dir = TempDir::with_prefix_in("home-", scratch);
-        let home = Home {
-            dir: dir.map_err(failed("making a directory in", scratch))?,
-        };
-        run(home
-            .iii(&["image", "import"])
-            .arg(base)
-            .args(["--as", IMAGE]))?;
-        Ok(home)
-    }
-
-    fn iii(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_iii"));
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("III_") {
-                command.env_remove(&name);
-            }
-        }
-        command
-            .args(args)
-            .env("HOME", self.dir.path())
-            .env("III_CONFIG_PATH", self.dir.path().join("config.yaml"))
-            .current_dir(self.dir.path());
-        command
-    }
-
-    fn add(&self, projects: &[PathBuf]) -> Command {
-        let mut add = self.iii(&["worker", "add", "--no-wait"]);
-        add.args(projects);
-        add
-    }
-
-    fn remove_all(&self, projects: &[PathBuf]) -> Command {
-        let mut remove = self.iii(&["worker", "remove", "-y"]);
-        remove.args(projects.iter().filter_map(|path| path.file_name()));
-        remove
-    }
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).map_err(failed("making", dir))?;
-    }
-    fs::write(path, text).map_err(failed("writing", path))
-}
-
-/// A project called `name` with `files` source files of its own.
-fn project(
-    scratch: &Path,
-    name: &str,
-    files: usize,
-    install: &str,
-    start: &str,
-) -> Result<PathBuf> {
-    let dir = scratch.join(name);
-    let manifest = format!(
-        "name: {name}\nruntime:\n  kind: javascript\nscripts:\n  setup: \"true\"\n  install: {}\n  start: {}\n",
-        serde_json::json!(install),
-        serde_json::json!(start),
-    );
-    write(&dir.join("iii.worker.yaml"), &manifest)?;
-    for number in 0..files {
-        let line = format!("exports.value{number} = '{name}';\n");
-        let path = dir.join(format!("src/{}/{number}.js", number / 50));
-        write(&path, &line.repeat(1 + number % 100))?;
-    }
-    Ok(dir)
+fn remove_all(home: &Home, projects: &[PathBuf]) -> Command {
+    let mut remove = home.iii(&["worker", "remove", "-y"]);
+    remove.args(projects.iter().filter_map(|path| path.file_name()));
+    remove
 }
 
 /// Bytes that a directory takes on disk.
@@ -191,13 +128,8 @@ impl Drop for Podman {
     }
 }
 
-fn adds(
-    home: &Home,
-    base: &Path,
-    scratch: &Path,
-    interrupt: &Interrupt,
-    bounds: &mut Bounds,
-) -> Result<()> {
+fn adds(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
+    let (home, scratch) = (&bench.home, bench.scratch());
     let mut projects = Vec::new();
     for number in 0..WORKERS {
         let kind = number % KINDS;
@@ -208,22 +140,22 @@ fn adds(
         let name = format!("worker{number:02}");
         projects.push(project(scratch, &name, FILES, &install, "exec sleep 1000")?);
     }
-    let podman = match Podman::new(scratch, base) {
+    let podman = match Podman::new(scratch, &bench.base) {
         Ok(podman) => Some(podman),
         Err(error) => {
             skip("adding beside podman", error);
             None
         }
     };
-    run(&mut home.add(&projects))?;
+    run(&mut add(home, &projects))?;
     let (mut ours, mut theirs) = (Samples::default(), Samples::default());
     let (mut added, mut created) = (0, 0);
     for _ in 0..support::option("--rounds", 10) {
-        interrupt.check()?;
-        run(&mut home.remove_all(&projects))?;
+        bench.interrupt.check()?;
+        run(&mut remove_all(home, &projects))?;
         let before = on_disk(home.dir.path())?;
         let begin = Instant::now();
-        run(&mut home.add(&projects))?;
+        run(&mut add(home, &projects))?;
         ours.0.push(begin.elapsed());
         added = added.max(on_disk(home.dir.path())?.saturating_sub(before));
         if let Some(podman) = &podman {
@@ -253,7 +185,7 @@ fn adds(
     support::table(&[&head, "ms", "ours / this", "more on disk, MiB"], &rows);
     bounds.at_most("adding all", ours.median(), ADD_MS, " ms");
     bounds.at_most("on disk", mib(added), ADD_MIB, " MiB");
-    run(&mut home.remove_all(&projects)).map(drop)
+    run(&mut remove_all(home, &projects)).map(drop)
 }
 
 /// Where a start command says that it runs: it connects.
@@ -314,32 +246,17 @@ impl Bell {
     }
 }
 
-fn starts(
-    home: &Home,
-    base: &Path,
-    scratch: &Path,
-    interrupt: &Interrupt,
-    bounds: &mut Bounds,
-) -> Result<()> {
+fn starts(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
+    let (home, scratch) = (&bench.home, bench.scratch());
     let bell = Bell::new()?;
     let stays = format!("{}; exec sleep 1000", bell.start);
     let managed = project(scratch, "managed", STARTED_FILES, "true", &stays)?;
     let fore = project(scratch, "foreground", STARTED_FILES, "true", &bell.start)?;
-    run(&mut home.add(std::slice::from_ref(&managed)))?;
+    run(&mut add(home, std::slice::from_ref(&managed)))?;
     // Nobody listens where the engine would: the bell is the worker's alone.
-    let start = || home.iii(&["worker", "start", "managed", "--port", "1"]);
-    let dev = || {
-        let mut dev = home.iii(&["worker", "dev", "--runtime", "namespace", "--port", "1"]);
-        dev.arg(&fore);
-        dev
-    };
-    let bare = || {
-        let mut bare = Command::new("unshare");
-        bare.args(["-Urmpf", "--mount-proc", "chroot"])
-            .arg(base)
-            .args(["/bin/sh", "-ec", &bell.start]);
-        bare
-    };
+    let start = || home.iii(&["worker", "start", "managed", "--port", PORT]);
+    let dev = || home.dev(&fore);
+    let bare = || bench.bare(&bell.start);
     let stop = || run(&mut home.iii(&["worker", "stop", "-y", "managed"]));
     bell.time(&mut dev())?;
     bell.time(&mut start())?;
@@ -347,7 +264,7 @@ fn starts(
     stop()?;
     let mut samples = [(); 3].map(|()| Samples::default());
     for _ in 0..support::option("--rounds", 10) {
-        interrupt.check()?;
+        bench.interrupt.check()?;
         samples[0].0.push(bell.time(&mut start())?);
         stop()?;
         samples[1].0.push(bell.time(&mut dev())?);
@@ -370,41 +287,27 @@ fn starts(
     Ok(())
 }
 
-/// The sum of what the threads of a process have of a field in their `status`.
-fn of_threads(pid: &str, field: &str) -> u64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
-        .into_iter()
-        .flatten();
-    let statuses = tasks
-        .flatten()
-        .filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
-    statuses
-        .filter_map(|text| {
-            let mut lines = text.lines();
-            let line = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-            line?.trim().parse::<u64>().ok()
-        })
-        .sum()
+/// How often the threads of a process were scheduled.
+fn woken(process: &Path) -> u64 {
+    let tasks = fs::read_dir(process.join("task")).into_iter().flatten();
+    let switches = tasks.flatten().flat_map(|task| {
+        let status = task.path().join("status");
+        ["voluntary_ctxt_switches", "nonvoluntary_ctxt_switches"]
+            .map(|name| field(&status, name).unwrap_or_default())
+    });
+    switches.sum()
 }
 
 /// What the supervisor of the worker that runs costs while nothing happens.
 fn idle(home: &Home, bounds: &mut Bounds) -> Result<()> {
     let path = home.dir.path().join(".iii/managed/managed/vm.pid");
     let pid = fs::read_to_string(&path).map_err(failed("reading", &path))?;
+    let process = Path::new("/proc").join(pid.trim());
     thread::sleep(Duration::from_secs(1));
-    let woken = || {
-        of_threads(&pid, "voluntary_ctxt_switches") + of_threads(&pid, "nonvoluntary_ctxt_switches")
-    };
-    let before = woken();
+    let before = woken(&process);
     thread::sleep(IDLE);
-    let woken = woken() - before;
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mib = |field: &str| {
-        let mut lines = status.lines();
-        let line = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-        let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<f64>().ok());
-        kib.unwrap_or(f64::NAN) / 1024.0
-    };
+    let woken = woken(&process) - before;
+    let mib = |name: &str| field_mib(&process.join("status"), name);
     println!(
         "\nThe supervisor of a sleeping worker: {:.1} MiB resident ({:.1} anonymous, {:.1} mapped files), woken {woken} times in {} s",
         mib("VmRSS"),
@@ -417,23 +320,11 @@ fn idle(home: &Home, bounds: &mut Bounds) -> Result<()> {
     Ok(())
 }
 
-fn bench() -> Result<bool> {
-    let interrupt = Interrupt::catch()?;
-    let cache = corpus::cache()?;
-    let scratch = TempDir::with_prefix_in("scratch-", &cache)
-        .map_err(failed("making a directory in", &cache))?;
-    let base = scratch.path().join("busybox");
-    run(Command::new(corpus::repository("scripts/make-busybox-base")).arg(&base))?;
-    let home = Home::new(scratch.path(), &base)?;
-    let mut bounds = Bounds::default();
-    support::print_machine();
-    let measured = adds(&home, &base, scratch.path(), &interrupt, &mut bounds)
-        .and_then(|()| starts(&home, &base, scratch.path(), &interrupt, &mut bounds));
-    let _ = run(&mut home.iii(&["worker", "stop", "-y", "managed"]));
-    measured?;
-    Ok(bounds.print())
-}
-
 fn main() -> ExitCode {
-    support::end("managed", bench())
+    let measured = workers::bench(|bench, bounds| {
+        let measured = adds(bench, bounds).and_then(|()| starts(bench, bounds));
+        let _ = run(&mut bench.home.iii(&["worker", "stop", "-y", "managed"]));
+        measured
+    });
+    support::end("managed", measured)
 }

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use support::{
+    Bounds, Error, Interrupt, Result, Samples, failed, field_mib, run, skip, went_wrong,
+};
 use tempfile::TempDir;
 
 /// What a pull may take, as a part of what the fastest peer takes.
@@ -204,11 +206,8 @@ fn measure(commands: Vec<Command>) -> Result<(Duration, f64)> {
             if let Some(status) = ended.map_err(|error| went_wrong(&command, &error))? {
                 break status;
             }
-            let path = format!("/proc/{}/status", child.id());
-            let text = fs::read_to_string(path).unwrap_or_default();
-            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-            let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
-            highest = highest.max(kib.unwrap_or_default() / 1024.0);
+            let status = PathBuf::from(format!("/proc/{}/status", child.id()));
+            highest = highest.max(field_mib(&status, "VmHWM"));
             std::thread::sleep(GLANCE);
         };
         if !status.success() {

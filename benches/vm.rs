@@ -7,16 +7,20 @@ mod corpus;
 mod machine;
 #[allow(dead_code, reason = "each bench uses its part")]
 mod support;
+#[allow(dead_code, reason = "each bench uses its part")]
+#[path = "support/workers.rs"]
+mod workers;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use machine::{Kernel, Vm};
-use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
+use support::{Bounds, Error, Interrupt, Result, Running, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
+use workers::{Home, PORT, write};
 
 /// The root of the guests, an image of ours.
 const IMAGE: &str = "bench:latest";
@@ -64,16 +68,6 @@ const PHASES: [(&str, &str, bool); 8] = [
 enum Server {
     Ours,
     Virtiofsd,
-}
-
-/// Dropped, it is killed.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 fn virtiofsd(cache: &Path) -> Option<PathBuf> {
@@ -206,44 +200,31 @@ fn descendants(pid: u32) -> Vec<String> {
 /// From the start of `worker dev --runtime libkrun` until the process of its machine enters that. What the guest does then, and
 /// whether `/dev/kvm` can run it, makes no difference.
 fn enters(
-    home: &Path,
+    scratch: &Path,
     base: &Path,
     libkrunfw: &Path,
     rounds: usize,
     interrupt: &Interrupt,
 ) -> Result<Samples> {
-    run(tool(home)
-        .args(["image", "import"])
-        .arg(base)
-        .args(["--as", "docker.io/iiidev/node:latest"]))?;
-    let project = home.join("project");
+    let home = Home::new(scratch, base)?;
+    let project = scratch.join("project");
     let manifest = "name: box\nruntime: {kind: javascript}\nresources: {memory: 256, cpus: 1}\nscripts:\n  start: echo started\n";
-    fs::create_dir(&project).map_err(failed("making", &project))?;
-    let path = project.join("iii.worker.yaml");
-    fs::write(&path, manifest).map_err(failed("writing", &path))?;
+    write(&project.join("iii.worker.yaml"), manifest)?;
     let boot = Path::new("/proc/sys/kernel/random/boot_id");
     let boot = fs::read_to_string(boot).map_err(failed("reading", boot))?;
     let mut samples = Samples::default();
     for _ in 0..rounds {
         interrupt.check()?;
         // As if the probe had found that guests run here.
-        let path = home.join(".iii/kvm.json");
+        let path = home.dir.path().join(".iii/kvm.json");
         let answer = format!(
             "{{\"version\":1,\"boot\":\"{}\",\"unusable\":null}}",
             boot.trim()
         );
         fs::write(&path, answer).map_err(failed("writing", &path))?;
-        let mut command = tool(home);
-        command.env("III_LIBKRUNFW", libkrunfw);
-        command.args([
-            "worker",
-            "dev",
-            "--runtime",
-            "libkrun",
-            "--no-watch",
-            "--port",
-            "1",
-        ]);
+        let mut command = home.iii(&["worker", "dev", "--runtime", "libkrun", "--no-watch"]);
+        command.env("III_LIBKRUNFW", libkrunfw).env("III_GC", "off");
+        command.args(["--port", PORT]);
         command
             .arg(&project)
             .stdin(Stdio::null())

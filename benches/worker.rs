@@ -1,25 +1,24 @@
 //! Restart, edit and sharing with the finished program; see benches/README.md.
 
 mod corpus;
+#[allow(dead_code, reason = "each bench uses its part")]
 mod support;
+#[path = "support/workers.rs"]
+mod workers;
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
-use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
-use tempfile::TempDir;
+use support::{Bounds, Error, Result, Running, Samples, failed, field_mib, run, skip, went_wrong};
+use workers::{Bench, Home, project, write};
 
-/// The base that a JavaScript project gets without a word.
-const IMAGE: &str = "docker.io/iiidev/node:latest";
 /// What the start command prints once it runs. The tool never prints it: the shell computes it.
 const MARK: &[u8] = b"started-42";
 const START: &str = "echo started-$((6 * 7))";
@@ -40,65 +39,15 @@ const MAX_RESIDENT_MIB: f64 = 64.0;
 /// Descriptors that the tool may have open then: none of them an inode's.
 const MAX_DESCRIPTORS: u64 = 64;
 
-/// A home directory, and with it a store, of its own.
-struct Home {
-    dir: TempDir,
-    port: String,
-}
-
-impl Home {
-    fn new(scratch: &Path, base: &Path) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")
-            .map_err(failed("finding", Path::new("a free port")))?;
-        let port = listener
-            .local_addr()
-            .map_err(failed("finding", Path::new("a free port")))?
-            .port();
-        let home = Home {
-            dir: TempDir::with_prefix_in("home-", scratch)
-                .map_err(failed("making a directory in", scratch))?,
-            port: port.to_string(),
-        };
-        run(home
-            .iii(["image", "import"])
-            .arg(base)
-            .args(["--as", IMAGE]))?;
-        Ok(home)
-    }
-
-    fn iii<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_iii"));
-        command
-            .args(args)
-            .env("HOME", self.dir.path())
-            .current_dir(self.dir.path());
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("III_") {
-                command.env_remove(&name);
-            }
-        }
-        command
-    }
-
-    /// `worker dev`, with nothing listening where the engine would.
-    fn dev(&self, project: &Path) -> Command {
-        let mut command = self.iii(["worker", "dev"]);
-        command
-            .arg(project)
-            .args(["--runtime", "namespace", "--port", &self.port]);
-        command
-    }
-
-    fn build(&self, project: &Path) -> Result<(Duration, Vec<Layer>)> {
-        let mut command = self.iii(["worker", "build", "--json", "--runtime", "namespace"]);
-        command.arg(project);
-        let begin = Instant::now();
-        let output = run(&mut command)?;
-        let took = begin.elapsed();
-        let layers: Layers =
-            serde_json::from_slice(&output.stdout).map_err(|error| went_wrong(&command, &error))?;
-        Ok((took, layers.layers))
-    }
+fn build(home: &Home, project: &Path) -> Result<(Duration, Vec<Layer>)> {
+    let mut command = home.iii(&["worker", "build", "--json", "--runtime", "namespace"]);
+    command.arg(project);
+    let begin = Instant::now();
+    let output = run(&mut command)?;
+    let took = begin.elapsed();
+    let layers: Layers =
+        serde_json::from_slice(&output.stdout).map_err(|error| went_wrong(&command, &error))?;
+    Ok((took, layers.layers))
 }
 
 #[derive(Deserialize)]
@@ -113,16 +62,6 @@ struct Layer {
     status: String,
     bytes: u64,
     files: u64,
-}
-
-/// A running command, killed and reaped when dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Starts `command`. Returns when each [`MARK`] that it prints comes.
@@ -206,69 +145,31 @@ fn start_and_end(command: &mut Command) -> Result<Duration> {
     }
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).map_err(failed("making", dir))?;
-    }
-    fs::write(path, text).map_err(failed("writing", path))
+/// A project of `files` files, and no install.
+fn sources(bench: &Bench, name: &str, files: usize, start: &str) -> Result<PathBuf> {
+    let name = format!("{name}-{files}");
+    project(bench.scratch(), &name, files, "true", start)
 }
 
-/// A project directory called `name` with a manifest of these scripts.
-fn project(scratch: &Path, name: &str, install: &str, start: &str) -> Result<PathBuf> {
-    let dir = scratch.join(name);
-    let manifest = format!(
-        "name: {name}\nruntime:\n  kind: javascript\nscripts:\n  setup: \"true\"\n  install: {}\n  start: {}\n",
-        serde_json::json!(install),
-        serde_json::json!(start),
-    );
-    write(&dir.join("iii.worker.yaml"), &manifest)?;
-    Ok(dir)
-}
-
-/// A project of `files` small source files, no two the same.
-fn sources(scratch: &Path, name: &str, files: usize, start: &str) -> Result<PathBuf> {
-    let dir = project(scratch, &format!("{name}-{files}"), "true", start)?;
-    for number in 0..files {
-        let path = dir.join(format!("src/{}/{}/{number}.js", number / 1000, number / 50));
-        let line = format!("exports.value{number} = {number};\n");
-        write(&path, &line.repeat(1 + number % 100))?;
-    }
-    Ok(dir)
-}
-
-fn restart(
-    home: &Home,
-    base: &Path,
-    project: &Path,
-    rounds: usize,
-    interrupt: &Interrupt,
-) -> Result<[Samples; 2]> {
-    let mut bare = Command::new("unshare");
-    bare.args(["-Urmpf", "--mount-proc", "chroot"])
-        .arg(base)
-        .args(["/bin/sh", "-ec", START]);
+fn restart(bench: &Bench, project: &Path, rounds: usize) -> Result<[Samples; 2]> {
+    let home = &bench.home;
+    let mut bare = bench.bare(START);
     let mut samples = [Samples::default(), Samples::default()];
     start_and_end(&mut home.dev(project))?;
     for _ in 0..rounds {
-        interrupt.check()?;
+        bench.interrupt.check()?;
         samples[0].0.push(start_and_end(&mut home.dev(project))?);
         samples[1].0.push(start_and_end(&mut bare)?);
     }
     Ok(samples)
 }
 
-fn restarts(
-    home: &Home,
-    base: &Path,
-    scratch: &Path,
-    interrupt: &Interrupt,
-    bounds: &mut Bounds,
-) -> Result<()> {
+fn restarts(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     let rounds = support::option("--rounds", 15);
     let mut rows = Vec::new();
     for (files, bound) in RESTARTS {
-        let project = sources(scratch, "files", files, START)?;
-        let [ours, bare] = restart(home, base, &project, rounds, interrupt)?;
+        let project = sources(bench, "files", files, START)?;
+        let [ours, bare] = restart(bench, &project, rounds)?;
         let over = ours.median() - bare.median();
         rows.push(vec![
             format!("{files} files"),
@@ -295,18 +196,19 @@ fn restarts(
     Ok(())
 }
 
-fn edit(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+fn edit(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
+    let home = &bench.home;
     let files = RESTARTS[RESTARTS.len() - 1].0;
-    let project = scratch.join(format!("files-{files}"));
+    let project = bench.scratch().join(format!("files-{files}"));
     let (mut edited, mut unchanged) = (Samples::default(), Samples::default());
     let mut new = 0;
-    home.build(&project)?;
+    build(home, &project)?;
     for round in 0..support::option("--rounds", 15) {
-        interrupt.check()?;
-        unchanged.0.push(home.build(&project)?.0);
+        bench.interrupt.check()?;
+        unchanged.0.push(build(home, &project)?.0);
         let text = format!("exports.edited = {round};\n");
         write(&project.join("src/3/70/3500.js"), &text)?;
-        let (took, layers) = home.build(&project)?;
+        let (took, layers) = build(home, &project)?;
         edited.0.push(took);
         new = new.max(layers.iter().map(|layer| layer.files).sum());
     }
@@ -330,13 +232,7 @@ fn edit(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds)
 }
 
 /// Edits a file under a worker that runs, until the next run says so; and the same without us: a shell that is killed and run again.
-fn reload(
-    home: &Home,
-    project: &Path,
-    script: &str,
-    rounds: usize,
-    interrupt: &Interrupt,
-) -> Result<[Samples; 2]> {
+fn reload(bench: &Bench, project: &Path, script: &str, rounds: usize) -> Result<[Samples; 2]> {
     let mut samples = [Samples::default(), Samples::default()];
     let edit = |round: usize| {
         let text = format!("exports.edited = {round};\n");
@@ -346,13 +242,13 @@ fn reload(
         what: "a reload".into(),
         why: "never came".into(),
     };
-    let (mut running, marks_of) = marks(&mut home.dev(project))?;
+    let (mut running, marks_of) = marks(&mut bench.home.dev(project))?;
     marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
     // Until its watch is set up, and has had a look.
     edit(rounds)?;
     marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
     for round in 0..rounds {
-        interrupt.check()?;
+        bench.interrupt.check()?;
         // What editors and people take between two saves, and then some.
         thread::sleep(Duration::from_millis(300));
         let begin = Instant::now();
@@ -378,13 +274,13 @@ fn reload(
     Ok(samples)
 }
 
-fn reloads(home: &Home, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
+fn reloads(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     let rounds = support::option("--rounds", 15);
     let script = format!("{START}; exec sleep 1000");
     let mut rows = Vec::new();
     for (files, bound) in RELOADS {
-        let project = sources(scratch, "edited", files, &script)?;
-        let [ours, bare] = reload(home, &project, &script, rounds, interrupt)?;
+        let project = sources(bench, "edited", files, &script)?;
+        let [ours, bare] = reload(bench, &project, &script, rounds)?;
         rows.push(vec![format!("{files} files"), ours.show(), bare.show()]);
         bounds.at_most(
             &format!("edit of one of {files} files to the next run"),
@@ -414,7 +310,7 @@ fn stop(running: &mut Running) -> Result<()> {
     Ok(())
 }
 
-fn share(home: &Home, scratch: &Path, bounds: &mut Bounds) -> Result<()> {
+fn share(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     let install = format!(
         "cat package.json >/dev/null; mkdir node_modules; i=0; \
          while [ $i -lt {INSTALLED} ]; do echo module $i >node_modules/$i.js; i=$((i + 1)); done"
@@ -422,13 +318,13 @@ fn share(home: &Home, scratch: &Path, bounds: &mut Bounds) -> Result<()> {
     let mut times = Vec::new();
     let mut added = [0, 0];
     for name in ["first", "second"] {
-        let dir = project(scratch, name, &install, START)?;
+        let dir = project(bench.scratch(), name, 0, &install, START)?;
         write(
             &dir.join("package.json"),
             "{\"dependencies\": {\"five-thousand\": \"1.0.0\"}}\n",
         )?;
         write(&dir.join("main.js"), &format!("// {name}\n"))?;
-        let (took, layers) = home.build(&dir)?;
+        let (took, layers) = build(&bench.home, &dir)?;
         times.push(took.as_secs_f64());
         let own = |layer: &&Layer| layer.kind != "project";
         added = layers
@@ -454,41 +350,31 @@ fn share(home: &Home, scratch: &Path, bounds: &mut Bounds) -> Result<()> {
     Ok(())
 }
 
-/// A field of a file in `/proc/PID` that is in KiB.
-fn kib(pid: u32, file: &str, field: &str) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let number = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
-    number.unwrap_or(f64::NAN)
-}
-
 /// How many descriptors a process has open.
-fn descriptors(pid: u32) -> u64 {
-    fs::read_dir(format!("/proc/{pid}/fd")).map_or(u64::MAX, |fds| fds.count() as u64)
+fn descriptors(process: &Path) -> u64 {
+    fs::read_dir(process.join("fd")).map_or(u64::MAX, |fds| fds.count() as u64)
 }
 
 /// The tool's memory and descriptors after everything in a Debian base was looked at.
-fn memory(scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
-    interrupt.check()?;
+fn memory(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
+    bench.interrupt.check()?;
     let bases = corpus::cache()?.join("bases");
     let mut make = Command::new(corpus::repository("scripts/make-base"));
     if let Err(error) = run(make.arg("node").arg(&bases)) {
         skip("memory with a Debian base", error);
         return Ok(());
     }
-    let home = Home::new(scratch, &bases.join("node.tar"))?;
+    let home = Home::new(bench.scratch(), &bases.join("node.tar"))?;
     let install =
         format!("mkdir /many; i=0; while [ $i -lt {MORE} ]; do : >/many/$i; i=$((i + 1)); done");
     let walk = format!("find / -xdev -printf '%s\\n' | wc -l; {START}; exec sleep 1000");
-    let dir = project(scratch, "walk", &install, &walk)?;
+    let dir = project(bench.scratch(), "walk", 0, &install, &walk)?;
     let (_, said, mut running) = until_mark(&mut home.dev(&dir))?;
     let entries = said.split_whitespace().next().unwrap_or("?");
-    let pid = running.0.id();
-    let mib = |file: &str, field: &str| kib(pid, file, field) / 1024.0;
+    let process = PathBuf::from(format!("/proc/{}", running.0.id()));
+    let mib = |file: &str, name: &str| field_mib(&process.join(file), name);
     let resident = mib("status", "VmRSS");
-    let descriptors = descriptors(pid);
+    let descriptors = descriptors(&process);
     println!(
         "\niii after `find / -xdev` over {entries} entries: {resident:.1} MiB resident ({:.1} anonymous, {:.1} mapped files), \
          at its highest {:.1}, {:.1} proportional; {descriptors} descriptors",
@@ -502,24 +388,13 @@ fn memory(scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<
     stop(&mut running)
 }
 
-fn bench() -> Result<bool> {
-    let interrupt = Interrupt::catch()?;
-    let cache = corpus::cache()?;
-    let scratch = TempDir::with_prefix_in("scratch-", &cache)
-        .map_err(failed("making a directory in", &cache))?;
-    let base = scratch.path().join("busybox");
-    run(Command::new(corpus::repository("scripts/make-busybox-base")).arg(&base))?;
-    let home = Home::new(scratch.path(), &base)?;
-    let mut bounds = Bounds::default();
-    support::print_machine();
-    restarts(&home, &base, scratch.path(), &interrupt, &mut bounds)?;
-    edit(&home, scratch.path(), &interrupt, &mut bounds)?;
-    reloads(&home, scratch.path(), &interrupt, &mut bounds)?;
-    share(&home, scratch.path(), &mut bounds)?;
-    memory(scratch.path(), &interrupt, &mut bounds)?;
-    Ok(bounds.print())
-}
-
 fn main() -> ExitCode {
-    support::end("worker", bench())
+    let measured = workers::bench(|bench, bounds| {
+        restarts(bench, bounds)?;
+        edit(bench, bounds)?;
+        reloads(bench, bounds)?;
+        share(bench, bounds)?;
+        memory(bench, bounds)
+    });
+    support::end("worker", measured)
 }

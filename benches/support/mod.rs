@@ -1,7 +1,7 @@
 //! What the benches share: errors, commands, samples and their comparison, scratch directories.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -67,6 +67,30 @@ pub fn run(command: &mut Command) -> Result<Output> {
     let said = String::from_utf8_lossy(&output.stderr);
     let why = format!("{}: {}", output.status, said.trim());
     Err(went_wrong(command, &why))
+}
+
+/// A running command, killed and reaped when dropped.
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The number of a field in a file that is made up as `/proc/PID/status` is; KiB, where that says so.
+pub fn field(path: &Path, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let mut lines = text.lines();
+    let rest = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    rest.trim().trim_end_matches(" kB").parse().ok()
+}
+
+/// The same in MiB, of a field in KiB; NaN where there is none.
+pub fn field_mib(path: &Path, name: &str) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 KiB")]
+    field(path, name).map_or(f64::NAN, |kib| kib as f64 / 1024.0)
 }
 
 /// Says that something was not measured.
