@@ -1,7 +1,7 @@
 //! Builds the init of microVMs, a static Linux program, for the tool to embed.
 //!
-//! Cargo cannot build a dependency for another target or with other flags, so this runs it once more, on the same lock file,
-//! with what is downloaded already: the init's dependencies are the tool's.
+//! Cargo cannot build a dependency for another target or with other flags, so this runs it once more, on the same lock file. On
+//! Linux with what is downloaded already: the init's dependencies are the tool's. Elsewhere some are Linux's alone.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,8 @@ fn build(os: &str) -> PathBuf {
     let directory = Path::new(&variable("OUT_DIR")).join("init");
     let mut cargo = Command::new(variable("CARGO"));
     cargo
-        .args(["build", "--quiet", "--locked", "--offline"])
+        .args(["build", "--quiet", "--locked"])
+        .args((os == "linux").then_some("--offline"))
         .args(["--package", "iii-init", "--bin", "iii-init"])
         .args(["--profile", "init", "--target", &target])
         .arg("--target-dir")

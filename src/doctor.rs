@@ -121,6 +121,10 @@ fn of_kvm(kvm: Result<(), Unusable>) -> Finding {
         )
     };
     match kvm {
+        Ok(()) if cfg!(target_os = "macos") => Finding::good(
+            WHAT,
+            format!("{} gives this program a machine", kvm::DEVICE),
+        ),
         Ok(()) => Finding::good(WHAT, format!("a guest runs on {}", kvm::DEVICE)),
         Err(unusable) => Finding::good(WHAT, unusable.to_string())
             .but(state, means)

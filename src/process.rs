@@ -25,14 +25,23 @@ impl Process {
     pub fn open(pid: i32) -> io::Result<Self> {
         let no_such = || io::Error::from(rustix::io::Errno::SRCH);
         let pid = Pid::from_raw(pid).ok_or_else(no_such)?;
+        #[cfg(not(target_os = "linux"))]
+        let began = started(pid.as_raw_pid()).ok_or_else(no_such)?;
+        let end = system::open(pid)?;
+        // Another one may have got the pid before its end was asked for.
+        #[cfg(not(target_os = "linux"))]
+        if started(pid.as_raw_pid()) != Some(began) {
+            return Err(no_such());
+        }
         Ok(Self {
-            end: system::open(pid)?,
+            end,
             #[cfg(not(target_os = "linux"))]
-            id: (pid, started(pid.as_raw_pid()).ok_or_else(no_such)?),
+            id: (pid, began),
         })
     }
 
-    /// Sends a signal. It does nothing where the process has ended.
+    /// Sends a signal. It does nothing where the process has ended. Where the system has no handles of processes (macOS), one that gets
+    /// the pid in the moment between a look and the signal is hit in its place.
     pub fn signal(&self, signal: Signal) {
         // It can only fail for one that has ended, or is another user's, whose end is waited for all the same.
         let _ = system::signal(self, signal);

@@ -219,6 +219,14 @@ impl Watch {
 
     /// Watches a directory and those in it. What goes meanwhile is gone.
     fn add(&mut self, dir: PathBuf) -> Result<(), WatchError> {
+        // One watch is of all that is below, and each more would begin it anew.
+        if cfg!(target_os = "macos") {
+            if self.dirs.insert(self.root.clone()) {
+                let watched = self.watcher.watch(&self.root, RecursiveMode::Recursive);
+                watched.map_err(|source| WatchError::Watch { path: dir, source })?;
+            }
+            return Ok(());
+        }
         let mut pending = vec![dir];
         while let Some(dir) = pending.pop() {
             if self.dirs.len() == MAX_DIRS && !self.dirs.contains(&dir) {

@@ -15,6 +15,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -53,13 +54,14 @@ pub struct Krun<F> {
 }
 
 impl<F: Filesystem> Krun<F> {
-    /// Serves `fs`. Fails where there is no memory for a request's data.
-    pub fn new(fs: Arc<F>, mode: Mode, init: &'static [u8]) -> io::Result<Self> {
+    /// Serves `fs`. A request's data passes through memory, or where the host has no files in memory through one without a name in
+    /// the directory `scratch`. Fails where that cannot be had.
+    pub fn new(fs: Arc<F>, mode: Mode, init: &'static [u8], scratch: &Path) -> io::Result<Self> {
         Ok(Self {
             fs,
             mode,
             init,
-            scratch: Mutex::new(Scratch::new()?),
+            scratch: Mutex::new(Scratch::new(scratch)?),
         })
     }
 
@@ -721,8 +723,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new() -> io::Result<Self> {
-        let file = memory()?;
+    fn new(dir: &Path) -> io::Result<Self> {
+        let file = memory(dir)?;
         file.set_len(u64::from(MAX_IO))?;
         // SAFETY: the file has no name, so nobody else can shorten or change it; its contents are bytes.
         let map = unsafe { MmapMut::map_mut(&file)? };
@@ -736,13 +738,13 @@ impl Scratch {
 }
 
 #[cfg(target_os = "linux")]
-fn memory() -> io::Result<File> {
+fn memory(_: &Path) -> io::Result<File> {
     let flags = rustix::fs::MemfdFlags::CLOEXEC;
     Ok(rustix::fs::memfd_create("iii-krun", flags)?.into())
 }
 
-/// The host has no files in memory; one without a name is as good as cached.
+/// One without a name is as good as cached.
 #[cfg(not(target_os = "linux"))]
-fn memory() -> io::Result<File> {
-    tempfile::tempfile()
+fn memory(dir: &Path) -> io::Result<File> {
+    tempfile::tempfile_in(dir)
 }

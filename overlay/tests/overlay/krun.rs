@@ -53,7 +53,7 @@ fn guest(mode: Mode) -> (Home, Arc<Overlay>, Krun<Overlay>) {
     let mut tree = Tree::default();
     put(&mut tree, b"dir/file", CONTENTS[1]);
     let overlay = Arc::new(home.open(&[home.layer(&tree, &CONTENTS)]));
-    let krun = Krun::new(Arc::clone(&overlay), mode, INIT).unwrap();
+    let krun = Krun::new(Arc::clone(&overlay), mode, INIT, home.dir.path()).unwrap();
     (home, overlay, krun)
 }
 

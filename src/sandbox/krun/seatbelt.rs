@@ -1,13 +1,15 @@
 //! What the process of a microVM may do on macOS: a profile of the system's own sandbox, which `sandbox-exec` puts on before it runs
 //! the program. Compiled, and not run yet.
 //!
-//! Files: it writes the upper, the shared directories and the console's log, and reads, of what is in people's homes, those, the
-//! store and the guest's kernel. Network: as [`Reach`] has it, but for what needs somebody who looks at each connection: a name
-//! server on the loopback has no address inside, and what the guest listens on is not narrowed to the loopback. Unix sockets:
-//! none. Programs: none but this one.
+//! Files: it writes the upper, the shared directories, the console's log and devices, and of what is in people's homes it reads
+//! those, the store and the guest's kernel. Network: it connects as [`Reach`] has it, as far as `localhost` is a word for the
+//! loopback; whether it covers the unspecified address, too, is not known. A name server on the loopback has no address inside,
+//! and what the guest listens on is not narrowed. Processes: it starts none, runs no other program and signals nobody. What it
+//! may still do that Linux's confinement refuses: make symlinks and other kinds of files in the upper, which the tool opens without
+//! following them, and ask the system's services.
 //!
-//! The language is documented by its examples in `/usr/share/sandbox` alone; later rules win. Only what other programs rely on is used
-//! here: Bazel's `darwin-sandbox` has each of these forms.
+//! The language is documented by its examples in `/System/Library/Sandbox/Profiles` alone; later rules win. What is written here is to be
+//! found in the profiles of Bazel (`DarwinSandboxedSpawnRunner`), Chromium (`sandbox/policy/mac`) and Codex (`seatbelt`).
 
 use std::ffi::OsString;
 use std::fs;
@@ -73,15 +75,18 @@ fn profile(program: &Path, plan: &VmPlan, reach: &Reach) -> (String, Vec<(String
         format!("(allow file-read-data {read} {write})"),
         "(deny process-exec*)".into(),
         format!("(allow process-exec* (literal {}))", name(program)),
-        "(deny network* (remote unix-socket))".into(),
+        "(deny process-fork)".into(),
+        "(deny signal)".into(),
+        "(allow signal (target self))".into(),
+        "(deny network-outbound (remote unix-socket))".into(),
     ];
     if !reach.loopback {
-        rules.push("(deny network* (remote ip \"localhost:*\"))".into());
+        rules.push("(deny network-outbound (remote ip \"localhost:*\"))".into());
         let port = |port| format!("(remote ip \"localhost:{port}\")");
         let ports: Vec<_> = reach.ports.iter().map(port).collect();
         let ports = ports.join(" ");
         if !ports.is_empty() {
-            rules.push(format!("(allow network* {ports})"));
+            rules.push(format!("(allow network-outbound {ports})"));
         }
     }
     (rules.join("\n"), paths)
@@ -131,9 +136,12 @@ mod tests {
 (subpath (param \"PATH3\")) (literal (param \"PATH4\")) (subpath (param \"PATH5\")))
 (deny process-exec*)
 (allow process-exec* (literal (param \"PATH6\")))
-(deny network* (remote unix-socket))
-(deny network* (remote ip \"localhost:*\"))
-(allow network* (remote ip \"localhost:49134\") (remote ip \"localhost:5432\"))";
+(deny process-fork)
+(deny signal)
+(allow signal (target self))
+(deny network-outbound (remote unix-socket))
+(deny network-outbound (remote ip \"localhost:*\"))
+(allow network-outbound (remote ip \"localhost:49134\") (remote ip \"localhost:5432\"))";
         assert_eq!(profile, expected);
         let paths: Vec<_> = paths.iter().map(|(_, path)| path.as_path()).collect();
         let of = |name: &str| real.join(name);
@@ -147,7 +155,7 @@ mod tests {
         let none = Reach::of_loopback([], false);
         let (profile, _) = super::profile("/bin/iii".as_ref(), &plan, &none);
         assert!(
-            profile.ends_with("(deny network* (remote ip \"localhost:*\"))"),
+            profile.ends_with("(deny network-outbound (remote ip \"localhost:*\"))"),
             "{profile}"
         );
     }

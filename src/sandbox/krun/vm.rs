@@ -143,12 +143,8 @@ pub fn maybe_run() {
 }
 
 fn run() -> i32 {
-    // Elsewhere nothing is inherited that was not meant to be.
-    #[cfg(target_os = "linux")]
     // SAFETY: nothing but the standard streams is owned yet.
-    unsafe {
-        iii_init::process::close_others();
-    }
+    unsafe { close_others() };
     let Ok(control) = Socket::take_stdin() else {
         return 1;
     };
@@ -190,7 +186,8 @@ fn enter(control: &Arc<Socket>, plan: VmPlan) -> Result<std::convert::Infallible
     } else {
         Mode::Observed
     };
-    let root = Krun::new(Arc::clone(&overlay), mode, INIT).map_err(at("make a buffer"))?;
+    let root = Krun::new(Arc::clone(&overlay), mode, INIT, &plan.upper);
+    let root = root.map_err(at("make a buffer"))?;
 
     let streams = Streams {
         control: Arc::clone(control),
@@ -250,6 +247,27 @@ fn confine(control: &Socket, plan: &VmPlan) -> Result<(), VmError> {
 struct Nothing;
 
 impl DynFileSystem for Nothing {}
+
+#[cfg(target_os = "linux")]
+use iii_init::process::close_others;
+
+/// Closes every descriptor but the standard streams: whatever the tool inherited and left open for others. Compiled, and not run yet.
+///
+/// # Safety
+///
+/// No Rust value owns such a descriptor.
+#[cfg(not(target_os = "linux"))]
+unsafe fn close_others() {
+    let Ok(entries) = std::fs::read_dir(DESCRIPTORS) else {
+        return;
+    };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let open: Vec<i32> = names.filter(|fd| *fd > 2).collect();
+    for fd in open {
+        // SAFETY: nobody has it; that of the directory that was read is closed already.
+        unsafe { libc::close(fd) };
+    }
+}
 
 /// Ends this process, and the VM in it, when the tool has gone.
 fn end_with_the_tool(control: Arc<Socket>) -> Result<(), VmError> {
