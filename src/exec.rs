@@ -1,6 +1,7 @@
 //! One more command in a sandbox that runs: `worker exec`.
 //!
-//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory, for its own user alone. Whoever connects
+//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory, for its own user alone (elsewhere than on Linux
+//! at a shorter name). Whoever connects
 //! sends a command with its streams, then signals and sizes of its terminal, and is told how it ended. When it goes, the
 //! command is killed. Instead of a command, a snapshot can be asked for.
 
@@ -27,7 +28,13 @@ use crate::sandbox::{Command, CommandController, Controller, RemoteError, Sandbo
 use crate::snapshot::{Keeper, SnapshotError, Taken, Taking};
 
 /// The socket's name.
+#[cfg(target_os = "linux")]
 const SOCKET: &str = "exec.sock";
+/// Time before who could not be accepted is tried again.
+const PAUSE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Why a command did not run in a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +135,7 @@ pub fn serve(
     worker: Command,
     snapshots: Taking,
 ) -> Result<Serving, ExecError> {
-    let path = dir.join(SOCKET);
+    let path = socket_of(dir);
     // The lock of the sandbox is held: whoever made it is gone.
     let _ = fs::remove_file(&path);
     let listener = at_address(dir, |path| {
@@ -193,11 +200,13 @@ fn accept(listener: &UnixListener, ended: &PipeReader) -> Option<Socket> {
             Ok((client, _)) if may_ask(&client) && client.set_nonblocking(false).is_ok() => {
                 return Some(client.into());
             }
-            // It may have gone again.
             Ok(_) => {}
+            // It has gone again.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(_) => return None,
+            // No descriptor is left, say. The client waits meanwhile.
+            Err(_) => {
+                let _ = poll(&mut [PollFd::new(ended, PollFlags::IN)], Some(&PAUSE));
+            }
         }
     }
 }
@@ -340,10 +349,14 @@ pub(crate) fn ask_for_snapshot(
 /// A connection to whoever runs the sandbox `name`, whose directory is `dir`.
 fn connected(dir: &Path, name: &str) -> Result<Socket, ExecError> {
     let server = at_address(dir, |path| UnixStream::connect(path));
-    let not_running = |_| ExecError::NotRunning {
-        name: name.to_owned(),
-    };
-    server.map(Socket::from).map_err(not_running)
+    server
+        .map(Socket::from)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ExecError::NotRunning {
+                name: name.to_owned(),
+            },
+            _ => at("connect to who runs the sandbox")(error),
+        })
 }
 
 /// The size of the terminal that this process runs in; `None` if its input and output are none.
@@ -466,7 +479,13 @@ fn copy(from: OwnedFd, to: OwnedFd) -> Result<JoinHandle<()>, ExecError> {
     thread.map_err(at("start a thread"))
 }
 
-/// Calls with the path of the socket in `dir`, by a name that is short: an address has room for 108 bytes.
+/// Where the socket of the sandbox in `dir` is.
+#[cfg(target_os = "linux")]
+fn socket_of(dir: &Path) -> PathBuf {
+    dir.join(SOCKET)
+}
+
+/// Calls with the path of the socket of the sandbox in `dir`, by a name that is short: an address has room for 108 bytes.
 #[cfg(target_os = "linux")]
 fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
     use rustix::fs::{Mode, OFlags};
@@ -476,8 +495,17 @@ fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::R
     call(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_ref())
 }
 
-/// Calls with the path of the socket in `dir`. An address has room for 104 bytes.
+/// Where the socket of the sandbox in `dir`, which is `~/.iii/dev/<name>` or the like, is. An address has room for 104 bytes, and a
+/// directory has no other name, so it is one of a fixed length in `~/.iii`.
+#[cfg(not(target_os = "linux"))]
+fn socket_of(dir: &Path) -> PathBuf {
+    let name = blake3::hash(dir.as_os_str().as_encoded_bytes()).to_hex();
+    let home = dir.ancestors().nth(2).unwrap_or(dir);
+    home.join(format!("{:.16}.sock", name.as_str()))
+}
+
+/// Calls with the path of the socket of the sandbox in `dir`.
 #[cfg(not(target_os = "linux"))]
 fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
-    call(&dir.join(SOCKET))
+    call(&socket_of(dir))
 }
