@@ -18,7 +18,7 @@ use std::error::Error;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -65,8 +65,8 @@ struct Inbox {
     root: Option<PathBuf>,
     /// Something has changed, and that was not told yet.
     changed: bool,
-    /// A change has begun that is not told before it has come to rest.
-    restless: Arc<AtomicBool>,
+    /// How often a change has begun or come to rest: while it is odd, one is under way that is not told yet.
+    stirs: Arc<AtomicU64>,
     /// What was last seen was not used, since it may have been half of a change.
     again: bool,
     stopper: Option<Stopper>,
@@ -81,7 +81,7 @@ impl Inbox {
             messages,
             root: root.cloned(),
             changed: false,
-            restless: Arc::default(),
+            stirs: Arc::default(),
             again: false,
             stopper: None,
         }
@@ -93,10 +93,10 @@ impl Inbox {
         let Some(root) = self.root.take() else {
             return;
         };
-        let (sender, restless) = (self.sender.clone(), Arc::clone(&self.restless));
+        let (sender, stirs) = (self.sender.clone(), Arc::clone(&self.stirs));
         let failed = sender.clone();
         let watch = move || {
-            if let Err(error) = watch(&root, &restless, &sender) {
+            if let Err(error) = watch(&root, &stirs, &sender) {
                 let _ = sender.send(Message::Unwatched(error));
             }
         };
@@ -124,11 +124,18 @@ impl Inbox {
         }
     }
 
-    /// Whether what was just seen may be half of a change, which is told when it has come to rest. Not twice in a row: a project that
-    /// never rests is followed as well.
-    fn looks_again(&mut self) -> bool {
-        self.again = self.restless.load(Ordering::Relaxed) && !self.again;
-        self.again
+    /// Looks, and tells what is seen, unless that may be half of a change, which is told when it has come to rest. Not twice in a
+    /// row: a project that never rests is followed as well.
+    fn look<T>(&mut self, look: impl FnOnce() -> T) -> Result<T, Unsure<T>> {
+        let before = self.stirs.load(Ordering::Acquire);
+        let seen = look();
+        let after = self.stirs.load(Ordering::Acquire);
+        self.again = !self.again && (before != after || after % 2 == 1);
+        if self.again {
+            Err(Unsure(seen))
+        } else {
+            Ok(seen)
+        }
     }
 
     /// Waits for the end of the sandbox.
@@ -144,6 +151,11 @@ impl Inbox {
         match message {
             Message::Changed => self.changed = true,
             Message::Watching(stopper) => self.stopper = Some(stopper),
+            // The end of the change that was under way will not be told.
+            Message::Unwatched(error) => {
+                self.changed |= self.again;
+                return Some(Message::Unwatched(error));
+            }
             message => return Some(message),
         }
         None
@@ -158,19 +170,23 @@ impl Drop for Inbox {
     }
 }
 
-/// Tells `sender` of changes for as long as anybody listens, and whether one is under way.
-fn watch(root: &Path, restless: &AtomicBool, sender: &Sender<Message>) -> Result<(), WatchError> {
+/// What was seen, and is not to be used.
+struct Unsure<T>(T);
+
+/// Tells `sender` of changes for as long as anybody listens, and counts their beginnings and ends.
+fn watch(root: &Path, stirs: &AtomicU64, sender: &Sender<Message>) -> Result<(), WatchError> {
     let mut watch = Watch::new(root, &EXCLUDED)?;
     if sender.send(Message::Watching(watch.stopper())).is_err() {
         return Ok(());
     }
     // What changed before is not known: it is one change, which may be none.
+    stirs.fetch_add(1, Ordering::Release);
     while watch.settled()? {
-        restless.store(false, Ordering::Relaxed);
+        stirs.fetch_add(1, Ordering::Release);
         if sender.send(Message::Changed).is_err() || !watch.stirred()? {
             break;
         }
-        restless.store(true, Ordering::Relaxed);
+        stirs.fetch_add(1, Ordering::Release);
     }
     Ok(())
 }
@@ -554,10 +570,15 @@ impl Session<'_> {
     /// The project as it is now, if that is not as it was and can be realised.
     fn change(&self, inbox: &mut Inbox, last: &Ready) -> Option<Change> {
         let begun = Instant::now();
-        let now = self.realise(&last.worker);
-        if inbox.looks_again() {
-            return None;
-        }
+        let now = match inbox.look(|| self.realise(&last.worker)) {
+            Ok(now) => now,
+            Err(Unsure(unused)) => {
+                if unused.is_ok_and(|ready| ready.worker.has_grown()) {
+                    self.clear();
+                }
+                return None;
+            }
+        };
         match now {
             Ok(ready) if ready.is_like(last) => None,
             Ok(ready) => Some(Change::new(ready, begun, last)),
