@@ -32,7 +32,7 @@ use msb_krun_devices::virtio::linux_errno::linux_error;
 
 use super::Mode;
 use super::linux::{self, FOREVER, MAX_COPY, MAX_IO};
-use crate::fs::{Attr, Caller, Errno, Filesystem, SetAttr, SetTime, Time};
+use crate::fs::{Attr, Caller, Errno, Filesystem, ReadTo, SetAttr, SetTime, Time};
 use crate::ino::{Ino, ROOT};
 
 /// The name, in the root, of the directory that the adapter adds.
@@ -443,29 +443,30 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
         _: u32,
     ) -> io::Result<usize> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let buffer = scratch.bytes(size);
+        let size = scratch.bytes(size).len();
         let count = match self.reserved(inode) {
             Some(attr) if attr.kind == Kind::Dir => return Err(error(Errno::ISDIR)),
             Some(_) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX);
                 let rest = self.init.get(start..).unwrap_or_default();
-                let count = rest.len().min(buffer.len());
-                buffer[..count].copy_from_slice(&rest[..count]);
+                let count = rest.len().min(size);
+                scratch.bytes(count as u32).copy_from_slice(&rest[..count]);
                 count
             }
-            None => self.fs.read(inode, buffer, offset).map_err(error)?,
-        };
-        let mut sent = 0;
-        while sent < count {
-            match to.write_from(&scratch.file, count - sent, sent as u64) {
-                // The guest has no room for what it asked for.
-                Ok(0) => break,
-                Ok(moved) => sent += moved,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(guest_error(error)),
+            None => {
+                let mut body = Body {
+                    scratch: &mut scratch,
+                    to: &mut *to,
+                    sent: None,
+                };
+                let read = self.fs.read_to(inode, &mut body, offset, size);
+                match body.sent {
+                    Some(sent) => return sent.map_err(guest_error),
+                    None => read.map_err(error)?,
+                }
             }
-        }
-        Ok(sent)
+        };
+        send(to, &scratch.file, count, 0).map_err(guest_error)
     }
 
     fn write(
@@ -714,6 +715,42 @@ impl<F: Filesystem> Krun<F> {
             None => listed.map_err(error),
         }
     }
+}
+
+/// Where a read goes: from a file of the host's to the guest without a look, or through memory.
+struct Body<'a> {
+    scratch: &'a mut Scratch,
+    to: &'a mut dyn ZeroCopyWriter,
+    /// What became of a file.
+    sent: Option<io::Result<usize>>,
+}
+
+impl ReadTo for Body<'_> {
+    fn memory(&mut self, size: usize) -> &mut [u8] {
+        self.scratch.bytes(size as u32)
+    }
+
+    fn file(&mut self, file: &File, offset: u64, size: usize) -> io::Result<usize> {
+        let sent = send(self.to, file, size, offset);
+        let count = sent.as_ref().map_or(0, |count| *count);
+        self.sent = Some(sent);
+        Ok(count)
+    }
+}
+
+/// Sends `size` bytes at `offset` of a file; less where it ends, or where the guest has no room for what it asked for.
+fn send(to: &mut dyn ZeroCopyWriter, file: &File, size: usize, offset: u64) -> io::Result<usize> {
+    let mut sent = 0;
+    while sent < size {
+        match to.write_from(file, size - sent, offset.saturating_add(sent as u64)) {
+            Ok(0) => break,
+            Ok(moved) => sent += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sent)
 }
 
 /// A file in memory that a request's data passes through, and its bytes.
