@@ -213,7 +213,8 @@ fn enters(
     let boot = Path::new("/proc/sys/kernel/random/boot_id");
     let boot = fs::read_to_string(boot).map_err(failed("reading", boot))?;
     let mut samples = Samples::default();
-    for _ in 0..rounds {
+    let mut missed = 0;
+    while samples.0.len() < rounds {
         interrupt.check()?;
         // As if the probe had found that guests run here.
         let path = home.dir.path().join(".iii/kvm.json");
@@ -234,17 +235,32 @@ fn enters(
         let child = command
             .spawn()
             .map_err(|error| went_wrong(&command, &error))?;
-        let running = Running(child);
+        let mut running = Running(child);
         let entered = |pid: &String| {
             let name = fs::read_to_string(format!("/proc/{pid}/comm"));
             name.is_ok_and(|name| name.trim() == ENTERED)
         };
-        while !descendants(running.0.id()).iter().any(entered) {
+        loop {
+            if descendants(running.0.id()).iter().any(entered) {
+                samples.0.push(begin.elapsed());
+                break;
+            }
+            // Where guests do not run, one may have come and gone between two looks.
+            let ended = running.0.try_wait();
+            if ended
+                .map_err(|error| went_wrong(&command, &error))?
+                .is_some()
+            {
+                missed += 1;
+                break;
+            }
             if begin.elapsed() > START_LIMIT {
                 return Err(went_wrong(&command, &"it enters no machine"));
             }
         }
-        samples.0.push(begin.elapsed());
+        if missed > rounds {
+            return Err(went_wrong(&command, &"it ends before it enters a machine"));
+        }
     }
     Ok(samples)
 }
