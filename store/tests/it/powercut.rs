@@ -555,10 +555,9 @@ fn the_power_is_cut_while_another_has_not_synced_what_was_reused() {
         let done = Arc::clone(&cut_at);
         let work = Box::new(move || {
             let tell = |promised: &Promised| other.promise(promised);
-            Worker::open(&dir, disk, &tell)
-                .unwrap()
-                .store_all()
-                .unwrap();
+            let mut worker = Worker::open(&dir, disk, &tell).unwrap();
+            // For the name itself it would wait, and the first waits for it.
+            worker.store_all_as("other").unwrap();
             done.set(other.ops()).unwrap();
         });
         *recorder.meanwhile.lock().unwrap() = Some(Meanwhile { at, work });

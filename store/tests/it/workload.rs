@@ -193,8 +193,13 @@ impl<'a> Worker<'a> {
 
     /// Stores a layer, or finds it there, and names it.
     pub fn store_all(&mut self) -> Outcome<()> {
+        self.store_all_as("image")
+    }
+
+    /// The same, under another name.
+    pub fn store_all_as(&mut self, name: &'static str) -> Outcome<()> {
         let published = self.publish(contents())?;
-        self.set_ref(RefKind::Image, "image", published.layer_id)
+        self.set_ref(RefKind::Image, name, published.layer_id)
     }
 
     /// Leaves behind what somebody leaves who dies.
