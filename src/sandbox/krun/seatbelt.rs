@@ -8,8 +8,9 @@
 //! may still do that Linux's confinement refuses: make symlinks and other kinds of files in the upper, which the tool opens without
 //! following them, and ask the system's services.
 //!
-//! The language is documented by its examples in `/System/Library/Sandbox/Profiles` alone; later rules win. What is written here is to be
-//! found in the profiles of Bazel (`DarwinSandboxedSpawnRunner`), Chromium (`sandbox/policy/mac`) and Codex (`seatbelt`).
+//! The language is documented by its examples in `/System/Library/Sandbox/Profiles` alone; later rules win. Nearly all that is written here
+//! is in the profiles of Bazel (`DarwinSandboxedSpawnRunner`) and Chromium (`sandbox/policy/mac`) as well; a port behind `localhost` is in
+//! neither.
 
 use std::ffi::OsString;
 use std::fs;
