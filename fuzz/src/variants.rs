@@ -1,4 +1,7 @@
-//! Variants of seeds, for tests that run without a fuzzer. Part of those of two crates.
+//! Seeds and variants of them, for tests that run without a fuzzer. Part of those of several crates.
+
+use std::fs;
+use std::path::Path;
 
 /// One to four changes of the kinds that decoders stumble over, chosen by 64 bytes of noise.
 pub fn mutate(seed: &[u8], random: &[u8]) -> Vec<u8> {
@@ -49,4 +52,17 @@ pub fn mutate(seed: &[u8], random: &[u8]) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// That the seeds in `dir` are these. Writes them there where `III_WRITE_SEEDS` is set.
+pub fn check_seeds(dir: &Path, seeds: &[Vec<u8>]) {
+    for (number, seed) in seeds.iter().enumerate() {
+        let path = dir.join(format!("seed-{number}"));
+        if std::env::var_os("III_WRITE_SEEDS").is_some() {
+            fs::create_dir_all(dir).unwrap();
+            fs::write(&path, seed).unwrap();
+        }
+        let same = fs::read(&path).is_ok_and(|bytes| bytes == *seed);
+        assert!(same, "{}", path.display());
+    }
 }

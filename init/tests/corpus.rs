@@ -8,7 +8,7 @@ use iii_init::failure::{Failure, Step};
 use iii_init::frame;
 use iii_init::message::{MAIN, Report};
 use iii_init::vm::{FromGuest, Hello};
-use variants::mutate;
+use variants::{check_seeds, mutate};
 
 #[path = "../../fuzz/src/init.rs"]
 mod checks;
@@ -87,16 +87,5 @@ fn no_message_of_the_corpus_makes_it_stumble() {
 /// The seeds are what is written here.
 #[test]
 fn seeds_are_current() {
-    for (number, seed) in seeds().iter().enumerate() {
-        let path = corpus().join(format!("seed-{number}"));
-        if std::env::var_os("III_WRITE_SEEDS").is_some() {
-            fs::create_dir_all(corpus()).unwrap();
-            fs::write(&path, seed).unwrap();
-        }
-        assert!(
-            fs::read(&path).is_ok_and(|bytes| bytes == *seed),
-            "{}",
-            path.display()
-        );
-    }
+    check_seeds(&corpus(), &seeds());
 }

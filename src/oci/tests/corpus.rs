@@ -9,7 +9,7 @@ use serde_json::json;
 use super::archives::sample;
 use super::hostile::zstd_frame;
 use super::*;
-use variants::mutate;
+use variants::{check_seeds, mutate};
 
 #[path = "../../../fuzz/src/oci.rs"]
 pub mod checks;
@@ -145,14 +145,6 @@ fn seeds_are_current() {
         ("oci_manifest", documents()),
         ("oci_reference", names()),
     ] {
-        for (number, seed) in seeds.iter().enumerate() {
-            let path = corpus(target).join(format!("seed-{number}"));
-            if std::env::var_os("III_WRITE_SEEDS").is_some() {
-                fs::create_dir_all(corpus(target)).unwrap();
-                fs::write(&path, seed).unwrap();
-            }
-            let same = fs::read(&path).is_ok_and(|bytes| bytes == *seed);
-            assert!(same, "{}", path.display());
-        }
+        check_seeds(&corpus(target), &seeds);
     }
 }

@@ -14,7 +14,7 @@ use crate::decoders::{
     check_stat_cache,
 };
 use crate::helpers::{names, noise, put};
-use crate::variants::mutate;
+use crate::variants::{check_seeds, mutate};
 
 type Check = fn(&[u8]);
 const TARGETS: [(&str, Check); 7] = [
@@ -218,17 +218,6 @@ fn seeds_are_current() {
         ("store_lease", leases()),
         ("store_outboard", outboards()),
     ] {
-        for (number, seed) in seeds.iter().enumerate() {
-            let path = corpus(target).join(format!("seed-{number}"));
-            if std::env::var_os("III_WRITE_SEEDS").is_some() {
-                fs::create_dir_all(corpus(target)).unwrap();
-                fs::write(&path, seed).unwrap();
-            }
-            assert!(
-                fs::read(&path).is_ok_and(|bytes| bytes == *seed),
-                "{}",
-                path.display()
-            );
-        }
+        check_seeds(&corpus(target), &seeds);
     }
 }
