@@ -23,7 +23,7 @@ use crate::oci::export::ExportError;
 use crate::oci::{ImageError, LayoutError, RegistryError};
 use crate::project::NameError;
 use crate::run::RunError;
-use crate::sandbox::SandboxError;
+use crate::sandbox::{HAS_NAMESPACES, SandboxError};
 use crate::scaffold::ScaffoldError;
 #[cfg(target_os = "linux")]
 use crate::serve::ServeError;
@@ -358,8 +358,14 @@ impl CliError {
             Self::Run(RunError::Exec(ExecError::NotRunning { .. })) => {
                 "the name is that of a worker that runs: a managed one, or of `worker dev`, which is iii-dev-<directory> unless it was given another".into()
             }
-            Self::Run(RunError::NoKvm { why }) => format!("{}; or use --runtime namespace", why.advice()),
-            Self::Run(RunError::Memory { .. }) => "ask for less; or use --runtime namespace, which does not limit memory".into(),
+            Self::Run(RunError::NoKvm { why }) if HAS_NAMESPACES => {
+                format!("{}; or use --runtime namespace", why.advice())
+            }
+            Self::Run(RunError::NoKvm { why }) => why.advice().into(),
+            Self::Run(RunError::Memory { .. }) if HAS_NAMESPACES => {
+                "ask for less; or use --runtime namespace, which does not limit memory".into()
+            }
+            Self::Run(RunError::Memory { .. }) => "ask for less".into(),
             Self::NeedsYes { .. } => "-y says yes".into(),
             Self::Managed(error) => managed_hint(error)?,
             Self::Snapshot(error) => snapshot_hint(error)?,
