@@ -1,9 +1,8 @@
 //! One more command in a sandbox that runs: `worker exec`.
 //!
-//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory, for its own user alone (elsewhere than on Linux
-//! at a shorter name). Whoever connects
-//! sends a command with its streams, then signals and sizes of its terminal, and is told how it ended. When it goes, the
-//! command is killed. Instead of a command, a snapshot can be asked for.
+//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory (elsewhere than on Linux at a shorter name), for its
+//! own user alone. Whoever connects sends a command with its streams, then signals and sizes of its terminal, and is told how it
+//! ended. When it goes, the command is killed. Instead of a command, a snapshot can be asked for.
 
 use std::ffi::OsString;
 use std::fs::{self, File};

@@ -52,10 +52,11 @@ fn profile(program: &Path, plan: &VmPlan, reach: &Reach) -> (String, Vec<(String
         paths.push((name.clone(), real.unwrap_or_else(|_| path.to_owned())));
         format!("(param \"{name}\")")
     };
+    let own = format!("(literal {})", name(program));
     let read = [
         format!("(subpath {})", name(&plan.store)),
         format!("(literal {})", name(&plan.libkrunfw)),
-        format!("(literal {})", name(program)),
+        own.clone(),
     ];
     let mut write = vec![
         format!("(subpath {})", name(&plan.upper)),
@@ -75,7 +76,7 @@ fn profile(program: &Path, plan: &VmPlan, reach: &Reach) -> (String, Vec<(String
         format!("(deny file-read-data {})", private.join(" ")),
         format!("(allow file-read-data {read} {write})"),
         "(deny process-exec*)".into(),
-        format!("(allow process-exec* (literal {}))", name(program)),
+        format!("(allow process-exec* {own})"),
         "(deny process-fork)".into(),
         "(deny signal)".into(),
         "(allow signal (target self))".into(),
@@ -133,10 +134,10 @@ mod tests {
 (deny file-write*)
 (allow file-write* (subpath \"/dev\") (subpath (param \"PATH3\")) (literal (param \"PATH4\")) (subpath (param \"PATH5\")))
 (deny file-read-data (subpath \"/Users\") (subpath \"/Volumes\") (subpath \"/private/var/root\"))
-(allow file-read-data (subpath (param \"PATH0\")) (literal (param \"PATH1\")) (literal (param \"PATH2\")) \
+(allow file-read-data (subpath (param \"PATH1\")) (literal (param \"PATH2\")) (literal (param \"PATH0\")) \
 (subpath (param \"PATH3\")) (literal (param \"PATH4\")) (subpath (param \"PATH5\")))
 (deny process-exec*)
-(allow process-exec* (literal (param \"PATH6\")))
+(allow process-exec* (literal (param \"PATH0\")))
 (deny process-fork)
 (deny signal)
 (allow signal (target self))
@@ -146,7 +147,7 @@ mod tests {
         assert_eq!(profile, expected);
         let paths: Vec<_> = paths.iter().map(|(_, path)| path.as_path()).collect();
         let of = |name: &str| real.join(name);
-        assert_eq!(paths[0], of("store"));
+        assert_eq!(paths[1], of("store"));
         assert_eq!(paths[3], of("up\" (subpath \""));
         assert_eq!(paths[4..6], [of("console.log"), of("npm")]);
 
