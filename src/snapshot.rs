@@ -373,6 +373,8 @@ impl Taker<'_> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let taken = now.unwrap_or_default().as_secs() as i64;
         let tag = self.tag(keeper, taken)?;
+        // Those of snapshots that were interrupted.
+        self.store.sweep_dead_leases()?;
         let lease = self.store.lease(&format!("snapshot of {}", self.name))?;
         let frozen = frozen(&lease)?;
         if let Keeper::Worker(name) = keeper {

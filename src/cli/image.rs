@@ -48,6 +48,7 @@ fn pull(store: &Store, args: &Pull, ui: &Ui) -> Result<ExitCode, CliError> {
 fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
     let limits = limits::with(&args.limits.limits)?;
     let bars = Bars::new(ui, "importing");
+    store.sweep_dead_leases()?;
     let imported = oci::import(store, &args.path, &args.name, &limits, &|event| {
         bars.show(&event);
     });

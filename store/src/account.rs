@@ -5,7 +5,8 @@
 //! - [`Account::areas`]: what the filesystem says each directory takes, in blocks, the directories themselves included. Their
 //!   sum is what `du` says.
 //! - [`Account::named`], [`in_trash`](Account::in_trash), [`unnamed`](Account::unnamed),
-//!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes), [`other`](Account::other) by their lengths, and
+//!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes), [`unfinished`](Account::unfinished),
+//!   [`abandoned`](Account::abandoned), [`other`](Account::other) by their lengths, and
 //!   [`padding`](Account::padding): what the filesystem takes beyond them.
 //! - What only one [layer](LayerUse) or one [ref](RefUse) has, and what several share: together they are everything that
 //!   layers name, and the layers' own files.
@@ -28,6 +29,7 @@ use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, TreeId};
 use crate::layer::Layer;
+use crate::lease::Leftovers;
 use crate::refs::RefKind;
 use crate::stat_cache::StatCache;
 use crate::store::Store;
@@ -108,6 +110,10 @@ pub struct Account {
     pub layer_files: u64,
     /// The indexes of the packs, and the outboards of loose objects.
     pub indexes: u64,
+    /// Temporary files of living processes.
+    pub unfinished: u64,
+    /// Temporary files that interrupted processes left: the next gc, build or import removes them.
+    pub abandoned: u64,
     /// All other files.
     pub other: u64,
     /// Stored bytes that several layers name.
@@ -135,7 +141,8 @@ impl Account {
     /// it compresses.
     pub fn padding(&self) -> i64 {
         let objects = self.named + self.in_trash + self.unnamed;
-        let lengths = objects + self.layer_files + self.indexes + self.other;
+        let tmp = self.unfinished + self.abandoned;
+        let lengths = objects + self.layer_files + self.indexes + tmp + self.other;
         self.on_disk() as i64 - lengths as i64
     }
 }
@@ -170,6 +177,9 @@ impl Store {
     /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes meanwhile is counted or not.
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
+        let leftovers = Leftovers::find(self)?;
+        let abandoned = leftovers.tmp.iter().map(|file| file.len).sum();
+        let abandoned = files.tmp.min(abandoned);
         let mut refs = self.all_refs()?;
         let mut census = self.census()?;
         let mut unreadable = std::mem::take(&mut census.damaged);
@@ -219,6 +229,8 @@ impl Store {
             in_trash: files.in_trash,
             areas: files.areas,
             indexes: files.indexes,
+            unfinished: files.tmp - abandoned,
+            abandoned,
             other: files.other,
             ..Account::default()
         };
@@ -282,6 +294,7 @@ struct Files {
     trashed: Vec<(LayerId, PathBuf)>,
     in_trash: u64,
     indexes: u64,
+    tmp: u64,
     other: u64,
 }
 
@@ -332,6 +345,7 @@ impl Files {
             // Counted object by object; the rest is padding.
             ("packs", "pack") | ("loose", "") => {}
             ("packs", "idx") | ("loose", "cv") => self.indexes += len,
+            ("tmp", _) => self.tmp += len,
             ("trash", extension) => {
                 self.in_trash += len;
                 if extension == trash::LAYER

@@ -7,12 +7,15 @@
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, Metadata};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{IoContext, StoreError};
+
+/// Bytes of one block of [`MetadataExt::blocks`].
+const BLOCK: u64 = 512;
 
 /// The calls that the store makes.
 ///
@@ -184,6 +187,11 @@ impl Disk for RealDisk {
             total: fs.f_blocks.saturating_mul(fs.f_frsize),
         })
     }
+}
+
+/// What the filesystem takes for a file, in bytes.
+pub(crate) fn on_disk(meta: &Metadata) -> u64 {
+    meta.blocks() * BLOCK
 }
 
 /// The names in a directory of the store. Those that are not UTF-8 are not the store's.

@@ -18,12 +18,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::disk::{Disk, TmpFile, names, read_file};
+use crate::disk::{Disk, TmpFile, names, on_disk, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
-use crate::lock::{self, try_lock};
+use crate::lock::{self, FileLock, try_lock};
 use crate::objects::lock;
-use crate::store::Store;
+use crate::store::{FORMAT_TMP, Store, format_lock};
 
 /// Longest purpose, in bytes.
 const MAX_PURPOSE: usize = 200;
@@ -221,38 +221,113 @@ impl Drop for Lease {
     }
 }
 
-/// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held. Returns how many leases there were.
-pub(crate) fn sweep(store: &Store) -> Result<usize, StoreError> {
-    let (leases, tmp) = (store.dir().join("leases"), store.dir().join("tmp"));
-    let mut alive = HashSet::new();
-    // Listed before the leases: a file that is here belongs to a lease that is there by then, or is dead.
-    let disk = store.disk().as_ref();
-    let leftovers = names(disk, &tmp)?;
-    let mut dead = Vec::new();
-    for name in names(disk, &leases)? {
-        match dead_lease(disk, &leases.join(&name)).at("locking", &leases.join(&name))? {
-            Some(file) => dead.push((name, file)),
-            None => {
+/// A file that a process which died has left in `tmp` or `leases`.
+#[derive(Debug)]
+pub(crate) struct Leftover {
+    path: PathBuf,
+    /// What the filesystem takes for it, in bytes.
+    pub(crate) on_disk: u64,
+    /// Its length in bytes.
+    pub(crate) len: u64,
+}
+
+/// What processes that died have left.
+#[derive(Debug, Default)]
+pub(crate) struct Leftovers {
+    /// Temporary files without a living lease.
+    pub(crate) tmp: Vec<Leftover>,
+    /// Leases without a holder.
+    pub(crate) leases: Vec<Leftover>,
+}
+
+impl Leftovers {
+    /// Looks for them. Holds one file open at a time, however many there are.
+    pub(crate) fn find(store: &Store) -> Result<Self, StoreError> {
+        let (leases, tmp) = (store.dir().join("leases"), store.dir().join("tmp"));
+        let disk = store.disk().as_ref();
+        let mut found = Self::default();
+        let mut alive = HashSet::new();
+        // Listed before the leases: the owner of a file that is here has a lease there by then, or is dead.
+        let files = names(disk, &tmp)?;
+        for name in names(disk, &leases)? {
+            let path = leases.join(&name);
+            if dead_lease(disk, &path).at("locking", &path)?.is_some() {
+                found.leases.extend(leftover(disk, path)?);
+            } else {
                 alive.insert(name);
             }
         }
+        for name in files {
+            let (owner, rest) = name.split_once('.').unwrap_or((&name, ""));
+            let path = tmp.join(&name);
+            // A lease that is being taken is a temporary file itself, and locked but for a moment; its taker tries again.
+            let taking = rest == "lease" && !matches!(dead_lease(disk, &path), Ok(Some(_)));
+            if !alive.contains(owner) && !taking && path != format_tmp(store) {
+                found.tmp.extend(leftover(disk, path)?);
+            }
+        }
+        Ok(found)
     }
-    for name in leftovers {
-        let (owner, rest) = name.split_once('.').unwrap_or((&name, ""));
-        let path = tmp.join(&name);
-        // A lease that is being taken is a temporary file itself, and locked but for a moment; its taker tries again.
-        let taking = rest == "lease" && !matches!(dead_lease(disk, &path), Ok(Some(_)));
-        if !alive.contains(owner) && !taking {
-            remove(store, &path)?;
+
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Leftover> {
+        self.tmp.iter().chain(&self.leases)
+    }
+}
+
+fn leftover(disk: &dyn Disk, path: PathBuf) -> Result<Option<Leftover>, StoreError> {
+    match disk.metadata(&path) {
+        // Its process ended in good order meanwhile, or another sweep removed it.
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => {
+            let meta = other.at("looking at", &path)?;
+            let (on_disk, len) = (on_disk(&meta), meta.len());
+            Ok(Some(Leftover { path, on_disk, len }))
         }
     }
-    let count = dead.len();
-    for (name, file) in dead {
-        remove(store, &leases.join(name))?;
-        drop(file);
+}
+
+/// What a sweep removed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Swept {
+    /// Leases.
+    pub(crate) leases: u64,
+    /// Temporary files.
+    pub(crate) files: u64,
+    /// What the filesystem took for both, in bytes.
+    pub(crate) on_disk: u64,
+}
+
+/// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held.
+pub(crate) fn sweep(store: &Store) -> Result<Swept, StoreError> {
+    let found = Leftovers::find(store)?;
+    for file in found.iter() {
+        remove(store, &file.path)?;
     }
+    sweep_format(store)?;
     lock::sweep(store.disk(), &store.dir().join("locks"))?;
-    Ok(count)
+    Ok(Swept {
+        leases: found.leases.len() as u64,
+        files: found.tmp.len() as u64,
+        on_disk: found.iter().map(|file| file.on_disk).sum(),
+    })
+}
+
+/// Removes a half-written format. It belongs to no lease, but to the holder of its lock.
+fn sweep_format(store: &Store) -> Result<(), StoreError> {
+    let path = format_tmp(store);
+    match store.disk().metadata(&path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.at("looking at", &path)?,
+    };
+    match FileLock::try_acquire(store.disk(), &format_lock(store.dir()))? {
+        Some(_lock) => remove(store, &path),
+        None => Ok(()),
+    }
+}
+
+fn format_tmp(store: &Store) -> PathBuf {
+    store.dir().join(FORMAT_TMP)
 }
 
 /// The leases that somebody holds, sorted by name.

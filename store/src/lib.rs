@@ -22,6 +22,7 @@
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
 //! damaged/<n>/             what repair number n set aside: `repair`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
+//! tmp/format               what the holder of `locks/format` is writing
 //! ```
 //!
 //! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every

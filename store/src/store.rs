@@ -44,6 +44,11 @@ pub(crate) const DIRS: [&str; 14] = [
 ];
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
+/// Under this name the format is written before it is renamed. The file belongs to the holder of [`format_lock`].
+pub(crate) const FORMAT_TMP: &str = "tmp/format";
+/// How often the format is written anew because a sweep removed it: programs from before sweeps took [`format_lock`] may run
+/// beside this one.
+const MAX_FORMAT_TRIES: u32 = 8;
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
 pub(crate) const SEALED: &str = "sealed";
 
@@ -273,8 +278,7 @@ impl Store {
         if has(&format()?) {
             return Ok(());
         }
-        let path = self.dir().join("locks/format");
-        let _lock = FileLock::acquire(self.disk(), &path, &|| {})?;
+        let _lock = FileLock::acquire(self.disk(), &format_lock(self.dir()), &|| {})?;
         let mut format = format()?;
         if !has(&format) {
             format.ro_compat.push(feature.to_owned());
@@ -306,7 +310,8 @@ impl Store {
     /// Safe beside everything else.
     pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
         self.require_writable()?;
-        lease::sweep(self)
+        let swept = lease::sweep(self)?;
+        Ok(usize::try_from(swept.leases).unwrap_or(usize::MAX))
     }
 
     /// Begins to write a layer's objects. Nothing is visible before [`Ingest::finish`].
@@ -420,6 +425,11 @@ impl Store {
     }
 }
 
+/// The lock of whoever makes the store in `dir`, or adds a feature to its format.
+pub(crate) fn format_lock(dir: &Path) -> PathBuf {
+    dir.join("locks/format")
+}
+
 /// The right to build one key, see [`Store::flight`].
 #[derive(Debug)]
 pub struct Flight {
@@ -470,7 +480,7 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
         disk.create_dir(&path).at("making", &path)?;
     }
     // Two processes may make the store at once.
-    let _lock = FileLock::acquire(disk, &dir.join("locks/format"), &|| {})?;
+    let _lock = FileLock::acquire(disk, &format_lock(dir), &|| {})?;
     if !matches!(Format::read(disk.as_ref(), dir)?, Found::Nothing) {
         return Ok(());
     }
@@ -494,27 +504,41 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
 }
 
 impl Format {
-    /// Makes it the format of the store in `dir`, durably. The caller holds `locks/format`.
+    /// Makes it the format of the store in `dir`, durably. The caller holds [`format_lock`].
     pub(crate) fn write(&self, disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
-        let (path, tmp) = (dir.join("format"), dir.join("tmp/format"));
-        match disk.remove(&tmp) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("removing", &tmp)?,
-            _ => {}
-        }
-        let file = disk.create(&tmp).at("creating", &tmp)?;
+        let path = dir.join("format");
         let text = serde_json::to_vec(self).map_err(|source| StoreError::Json {
             path: path.clone(),
             source,
         })?;
-        disk.write_at(&file, &seal::seal(text), 0)
-            .at("writing", &tmp)?;
-        disk.sync(&file).at("syncing", &tmp)?;
-        // Where the format is, all directories are.
-        disk.sync_dir(&dir.join("refs")).at("syncing", dir)?;
-        disk.sync_dir(dir).at("syncing", dir)?;
-        disk.rename(&tmp, &path).at("renaming", &tmp)?;
+        let text = seal::seal(text);
+        let tmp = dir.join(FORMAT_TMP);
+        for attempt in 1.. {
+            write_format(disk, &tmp, &text)?;
+            // Where the format is, all directories are.
+            disk.sync_dir(&dir.join("refs")).at("syncing", dir)?;
+            disk.sync_dir(dir).at("syncing", dir)?;
+            match disk.rename(&tmp, &path) {
+                Err(err) if err.kind() == io::ErrorKind::NotFound && attempt < MAX_FORMAT_TRIES => {
+                }
+                other => {
+                    other.at("renaming", &tmp)?;
+                    break;
+                }
+            }
+        }
         disk.sync_dir(dir).at("syncing", dir)
     }
+}
+
+fn write_format(disk: &dyn Disk, tmp: &Path, text: &[u8]) -> Result<(), StoreError> {
+    match disk.remove(tmp) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err).at("removing", tmp)?,
+        _ => {}
+    }
+    let file = disk.create(tmp).at("creating", tmp)?;
+    disk.write_at(&file, text, 0).at("writing", tmp)?;
+    disk.sync(&file).at("syncing", tmp)
 }
 
 /// Reads a sealed JSON file of the store, if there is one.

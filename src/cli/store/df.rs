@@ -84,6 +84,17 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
         account.indexes,
         "indexes of packs, outboards of large files",
     ));
+    for (bytes, what) in [
+        (account.unfinished, "being written now"),
+        (
+            account.abandoned,
+            "what interrupted imports, builds and snapshots left",
+        ),
+    ] {
+        if bytes > 0 {
+            table.row(row(bytes, what));
+        }
+    }
     table.row(row(
         account.other,
         "refs, keys, stat caches, leases, what repair set aside",
@@ -227,6 +238,8 @@ fn as_json(
         "unnamed": account.unnamed,
         "layer_files": account.layer_files,
         "indexes": account.indexes,
+        "unfinished": account.unfinished,
+        "abandoned": account.abandoned,
         "other": account.other,
         "padding": account.padding(),
         "as_copies": as_copies(account),

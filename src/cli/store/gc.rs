@@ -147,6 +147,11 @@ fn plan_text(plan: &GcPlan, catalog: &Catalog, policy: &Policy) -> String {
             "written anew without what is not needed",
         ),
         (caches, "stat cache", "of projects without a layer"),
+        (
+            plan.leftovers,
+            "file",
+            "left by interrupted imports, builds and snapshots",
+        ),
     ] {
         if count > 0 {
             // Writing to a string cannot fail.
@@ -181,6 +186,10 @@ fn report_text(report: &GcReport) -> String {
             // Writing to a string cannot fail.
             let _ = write!(text, ", {} {done}", human_counted(count, "layer"));
         }
+    }
+    if report.leftovers_removed > 0 {
+        let files = human_counted(report.leftovers_removed, "file");
+        let _ = write!(text, ", {files} of interrupted processes removed");
     }
     if report.waiting > 0 {
         let _ = write!(text, "; {} wait in the trash", human_bytes(report.waiting));
@@ -224,5 +233,7 @@ fn plan_json(plan: &GcPlan, catalog: &Catalog) -> Value {
         "dead_packs": plan.dead_packs,
         "rewritten_packs": plan.rewritten_packs,
         "stat_caches": plan.stat_caches,
+        "leftovers": plan.leftovers,
+        "leftover_bytes": plan.leftover_bytes,
     })
 }

@@ -9,9 +9,9 @@ use std::time::Duration;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{GcEvent, GcPlan, GcReport, Packs, decide, on_disk};
+use super::{GcEvent, GcPlan, GcReport, Packs, decide};
 use crate::census::Census;
-use crate::disk::names;
+use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
 use crate::lease::{self, Lease, LiveLease};
@@ -85,7 +85,9 @@ impl<'a> Collection<'a> {
     }
 
     pub(super) fn run(mut self, plan: &GcPlan) -> Result<GcReport, StoreError> {
-        lease::sweep(self.store)?;
+        let swept = lease::sweep(self.store)?;
+        self.report.leftovers_removed = swept.leases + swept.files;
+        self.report.freed += swept.on_disk;
         self.drop_records(plan)?;
         self.trash_layers(plan)?;
         self.remove_expired(plan.grace)?;

@@ -30,14 +30,13 @@
 mod collect;
 mod plan;
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
 use crate::census::Census;
-use crate::disk::{Space, names};
+use crate::disk::{Space, names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, PackId};
 use crate::layer::Layer;
@@ -149,6 +148,10 @@ pub struct GcPlan {
     pub rewritten_packs: u64,
     /// Stat caches of projects whose layer is gone.
     pub stat_caches: Vec<String>,
+    /// Temporary files and leases that interrupted processes left.
+    pub leftovers: u64,
+    /// What the filesystem takes for them, in bytes; part of [`GcPlan::frees`].
+    pub leftover_bytes: u64,
     /// About how much is free after it.
     pub frees: u64,
     /// About how much more a later collection frees, when the grace period is over.
@@ -182,6 +185,8 @@ pub struct GcReport {
     pub files_removed: u64,
     /// Packs whose living objects were written to a new one.
     pub packs_rewritten: u64,
+    /// Temporary files and leases of interrupted processes that were removed.
+    pub leftovers_removed: u64,
     /// Bytes that wait in the trash, for the grace period or for an ingest to end.
     pub waiting: u64,
 }
@@ -203,10 +208,6 @@ struct Present {
     path: PathBuf,
     bytes: u64,
     used: SystemTime,
-}
-
-fn on_disk(meta: &std::fs::Metadata) -> u64 {
-    meta.blocks() * 512
 }
 
 impl Store {

@@ -6,12 +6,13 @@ use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 
-use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide, on_disk};
+use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide};
 use crate::census::{Census, Named};
-use crate::disk::names;
+use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
 use crate::layer::Layer;
+use crate::lease::Leftovers;
 use crate::roots::{Root, Roots};
 use crate::stat_cache::StatCache;
 use crate::store::Store;
@@ -27,6 +28,7 @@ pub(super) struct Planner<'a> {
     layers: Vec<Present>,
     trashed: Vec<TrashedLayer>,
     census: Census,
+    leftovers: Leftovers,
     blocked: Option<String>,
     /// What each layer says; only of those that can be read.
     opened: HashMap<LayerId, Layer>,
@@ -55,6 +57,7 @@ impl<'a> Planner<'a> {
             layers,
             trashed,
             census,
+            leftovers: Leftovers::find(store)?,
             blocked,
             opened,
         })
@@ -80,9 +83,13 @@ impl<'a> Planner<'a> {
                 why.insert(layer.id, Why::Unused);
             }
         }
+        let leftover_bytes = self.leftovers.iter().map(|file| file.on_disk).sum();
         let mut plan = GcPlan {
             store_bytes,
             grace,
+            leftovers: self.leftovers.iter().count() as u64,
+            leftover_bytes,
+            frees: leftover_bytes,
             ..GcPlan::default()
         };
         if self.blocked.is_none() {

@@ -19,6 +19,7 @@ mod reflinks;
 mod repairs;
 mod seam;
 mod snapshots;
+mod sweeps;
 #[path = "../../../fuzz/src/variants.rs"]
 mod variants;
 mod workload;

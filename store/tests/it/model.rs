@@ -380,6 +380,18 @@ fn sweep(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> 
     store.sweep_dead_leases().map(drop)
 }
 
+/// Names a layer in a way that the format does not know of yet.
+fn manage(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
+    let store = Store::open_on(dir, Arc::clone(disk))?;
+    let lease = store.lease("manage")?;
+    lease.pin(&[known.recorded])?;
+    let content = Ref {
+        layers: vec![known.recorded],
+        info: serde_json::Value::Null,
+    };
+    store.set_ref(RefKind::Managed, "managed", &content)
+}
+
 /// Actors on one store.
 struct Scenario {
     acts: Vec<Act>,
@@ -517,7 +529,7 @@ fn explore(acts: &[Act]) {
     );
 }
 
-const SCENARIOS: [(&str, &[Act]); 10] = [
+const SCENARIOS: [(&str, &[Act]); 11] = [
     ("build", &[reuse, store_and_collect]),
     ("reuse", &[reuse, collect]),
     ("repeat", &[repeat, collect]),
@@ -528,6 +540,7 @@ const SCENARIOS: [(&str, &[Act]); 10] = [
     ("writers", &[reuse, repeat, collect]),
     ("plan", &[reuse, plan_and_collect]),
     ("sweep", &[reuse, sweep, sweep]),
+    ("format", &[manage, manage, sweep]),
 ];
 
 fn acts(name: &str) -> &'static [Act] {
@@ -583,6 +596,11 @@ fn a_collection_is_planned_beside_a_writer() {
 #[test]
 fn two_sweeps_and_a_writer() {
     explore(acts("sweep"));
+}
+
+#[test]
+fn a_sweep_beside_the_first_refs_of_a_kind() {
+    explore(acts("format"));
 }
 
 #[test]
