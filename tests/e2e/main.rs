@@ -6,6 +6,7 @@
 mod bad_input;
 mod cache;
 mod doctor;
+mod documents;
 mod engine;
 mod exec;
 mod export;
