@@ -112,6 +112,12 @@ pub enum StoreError {
     /// No such object.
     #[error("object {0} is not in the store")]
     MissingObject(ObjectId),
+    /// Other processes were always faster.
+    #[error("other processes kept changing the cache volume {name}")]
+    VolumeContended {
+        /// The volume.
+        name: String,
+    },
     /// The tree cannot be encoded.
     #[error("the tree cannot be stored")]
     Tree(#[from] TreeError),

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! format                   JSON: version; compat, ro_compat, incompat: names of features (`sealed`: see `seal`;
-//!                          `managed_refs`, `snapshot_refs`: there are such refs, which keep layers: see `refs`)
+//!                          `managed_refs`, `snapshot_refs`, `volume_refs`: there are such refs, which keep layers: see
+//!                          `refs`)
 //! packs/<pack>.pack .idx   objects below 1 MiB that one ingest brought, and where each is: `pack`
 //! loose/<object>           an object of 1 MiB or more
 //! loose/<object>.cv        its outboard, by which a part of it can be checked: `outboard`
@@ -98,6 +99,7 @@ mod syncer;
 mod trash;
 pub mod tree;
 pub mod verify;
+pub mod volume;
 
 pub use account::{Account, Area, LayerUse, RefUse};
 pub use blob::Blob;
@@ -105,7 +107,7 @@ pub use diff::{Change, ChangeKind, diff};
 pub use disk::Space;
 pub use error::StoreError;
 pub use facts::{Fact, Seen};
-pub use gc::{DroppedRecord, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
+pub use gc::{DroppedRecord, DroppedVolume, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
 pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
 pub use keys::{MAX_RECORDS, ORIGIN, Record};
@@ -118,3 +120,4 @@ pub use repair::Mended;
 pub use roots::{Root, Roots};
 pub use store::{Flight, Store};
 pub use verify::{Finding, Problem, Report, Severity, VerifyEvent, VerifyOptions};
+pub use volume::{MAX_VOLUME_LAYERS, Merge};

@@ -32,11 +32,20 @@ pub enum RefKind {
     Managed,
     /// What a worker had written at some time, by the worker's name and a tag.
     Snapshot,
+    /// A cache volume, by its id. It keeps its layers only as long as garbage collection has no reason to drop it: see
+    /// [`crate::volume`].
+    Volume,
 }
 
 impl RefKind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::Image, Self::Worker, Self::Managed, Self::Snapshot];
+    pub const ALL: [Self; 5] = [
+        Self::Image,
+        Self::Worker,
+        Self::Managed,
+        Self::Snapshot,
+        Self::Volume,
+    ];
 
     /// Where its refs are, relative to the store.
     pub(crate) fn path(self) -> &'static str {
@@ -45,6 +54,7 @@ impl RefKind {
             Self::Worker => "refs/worker",
             Self::Managed => "refs/managed",
             Self::Snapshot => "refs/snapshot",
+            Self::Volume => "refs/volume",
         }
     }
 
@@ -55,6 +65,7 @@ impl RefKind {
             Self::Image | Self::Worker => None,
             Self::Managed => Some("managed_refs"),
             Self::Snapshot => Some("snapshot_refs"),
+            Self::Volume => Some("volume_refs"),
         }
     }
 }
@@ -159,13 +170,34 @@ impl Store {
         Ok(Some((name, content)))
     }
 
-    /// All names of a kind, sorted, with what has them. One that is damaged is an error: it may be what keeps a layer.
+    /// The files of the refs of a kind. A store that an older program made, and that can but be read, has no directory of
+    /// kinds that are newer.
+    pub(crate) fn ref_files(&self, kind: RefKind) -> Result<Vec<String>, StoreError> {
+        match names(self.disk().as_ref(), &self.dir().join(kind.path())) {
+            Err(error)
+                if error.io_kind() == Some(std::io::ErrorKind::NotFound)
+                    && self.is_read_only()
+                    && kind.feature().is_some() =>
+            {
+                Ok(Vec::new())
+            }
+            other => other,
+        }
+    }
+
+    /// All names of a kind, sorted, with what has them. One that is damaged is an error, since it may be what keeps a
+    /// layer; but a damaged cache volume is left out.
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
-        let dir = self.dir().join(kind.path());
         let mut refs = Vec::new();
-        for name in names(self.disk().as_ref(), &dir)? {
-            // One that went meanwhile is not there.
-            refs.extend(self.read_ref(kind, &name)?);
+        for name in self.ref_files(kind)? {
+            match self.read_ref(kind, &name) {
+                // One that went meanwhile is not there.
+                Ok(found) => refs.extend(found),
+                // A cache volume can be filled again.
+                Err(StoreError::Json { .. } | StoreError::Damaged { .. })
+                    if kind == RefKind::Volume => {}
+                Err(error) => return Err(error),
+            }
         }
         refs.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(refs)
@@ -173,14 +205,7 @@ impl Store {
 
     /// Removes a name, durably. Says whether there was one.
     pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
-        let RefEdit { path, _lock, .. } = self.edit_ref(kind, name)?;
-        match self.disk().remove(&path) {
-            Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            other => other.at("removing", &path)?,
-        }
-        let dir = path.parent().unwrap_or(&path);
-        self.disk().sync_dir(dir).at("syncing", dir)?;
-        Ok(true)
+        self.edit_ref(kind, name)?.remove()
     }
 }
 
@@ -198,6 +223,18 @@ impl RefEdit<'_> {
     /// What has the name.
     pub fn get(&self) -> Result<Option<Ref>, StoreError> {
         self.store.get_ref(self.kind, &self.name)
+    }
+
+    /// As [`Store::remove_ref`].
+    pub fn remove(self) -> Result<bool, StoreError> {
+        let (disk, path) = (self.store.disk(), &self.path);
+        match disk.remove(path) {
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            other => other.at("removing", path)?,
+        }
+        let dir = path.parent().unwrap_or(path);
+        disk.sync_dir(dir).at("syncing", dir)?;
+        Ok(true)
     }
 
     /// As [`Store::set_ref`].

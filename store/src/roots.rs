@@ -38,6 +38,17 @@ pub enum Root {
     },
 }
 
+impl Root {
+    /// Whether garbage collection may drop this root by age or size: what it keeps can be made again.
+    pub fn may_go(&self) -> bool {
+        match self {
+            Self::Ref { kind, .. } => *kind == RefKind::Volume,
+            Self::Lease { .. } => false,
+            Self::Record { .. } => true,
+        }
+    }
+}
+
 /// All roots of a moment.
 #[derive(Debug, Default)]
 pub struct Roots {
@@ -47,12 +58,15 @@ pub struct Roots {
     pub records: BTreeMap<KeyId, Vec<Record>>,
     /// Keys whose file does not hold: they keep nothing, and are built anew.
     pub damaged_keys: Vec<KeyId>,
+    /// The layers of each cache volume, bottom first.
+    pub volumes: BTreeMap<String, Vec<LayerId>>,
     /// The leases of the living.
     pub(crate) leases: Vec<LiveLease>,
 }
 
 impl Roots {
-    /// Reads them. Safe beside everything else. A ref that is damaged is an error: nobody knows what it keeps.
+    /// Reads them. Safe beside everything else. A ref that is damaged is an error, since it may be the one that keeps a layer; a
+    /// cache volume whose ref is damaged keeps nothing.
     pub fn read(store: &Store) -> Result<Self, StoreError> {
         let mut roots = Self {
             leases: lease::live(store)?,
@@ -68,6 +82,9 @@ impl Roots {
         }
         for kind in RefKind::ALL {
             for (name, content) in store.list_refs(kind)? {
+                if kind == RefKind::Volume {
+                    roots.volumes.insert(name.clone(), content.layers.clone());
+                }
                 for layer in content.layers {
                     let name = name.clone();
                     let root = Root::Ref { kind, name };

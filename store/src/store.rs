@@ -26,7 +26,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-pub(crate) const DIRS: [&str; 14] = [
+pub(crate) const DIRS: [&str; 15] = [
     "packs",
     "loose",
     "layers",
@@ -36,6 +36,7 @@ pub(crate) const DIRS: [&str; 14] = [
     "refs/worker",
     "refs/managed",
     "refs/snapshot",
+    "refs/volume",
     "leases",
     "locks",
     "tmp",

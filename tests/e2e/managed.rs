@@ -839,7 +839,14 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
     // Nothing of any worker keeps anything.
     home.run(&["store", "gc", "--keep", "0s", "--grace", "0s"])
         .ok();
-    for dir in ["leases", "tmp", "refs/managed", "refs/snapshot", "locks"] {
+    for dir in [
+        "leases",
+        "tmp",
+        "refs/managed",
+        "refs/snapshot",
+        "refs/volume",
+        "locks",
+    ] {
         let left = files(&home.state().join("store/v1").join(dir));
         assert!(left.is_empty(), "{left:?}");
     }

@@ -45,7 +45,7 @@ impl Catalog {
         for kind in RefKind::ALL {
             for (name, content) in store.list_refs(kind)? {
                 match kind {
-                    RefKind::Image => {}
+                    RefKind::Image | RefKind::Volume => {}
                     RefKind::Worker | RefKind::Managed => projects.extend(run_on(&content).last()),
                     RefKind::Snapshot => {
                         frozen.extend(content.layers.first());
@@ -155,6 +155,7 @@ pub fn ref_kind_text(kind: RefKind) -> &'static str {
         RefKind::Worker => "worker",
         RefKind::Managed => "managed worker",
         RefKind::Snapshot => "snapshot",
+        RefKind::Volume => "cache",
     }
 }
 

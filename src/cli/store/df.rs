@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use iii_store::{Account, GcPlan, LayerId, LayerUse, Store, StoreError};
+use iii_store::{Account, GcPlan, LayerId, LayerUse, RefKind, Store, StoreError};
 use serde_json::json;
 
 use super::catalog::{Catalog, ref_kind_text, roots_text, unix_seconds};
@@ -65,7 +65,9 @@ fn warn_of_damage(account: &Account, ui: &Ui) {
 
 /// What the refs would take without a store: each with files of its own.
 fn as_copies(account: &Account) -> u64 {
-    account.refs.iter().map(|name| name.logical).sum()
+    let refs = account.refs.iter();
+    let refs = refs.filter(|name| name.kind != RefKind::Volume);
+    refs.map(|name| name.logical).sum()
 }
 
 fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
@@ -130,7 +132,7 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
 
 fn by_ref(account: &Account) -> String {
     let mut table = Table::new([
-        ("WORKER OR IMAGE", Align::Left),
+        ("WORKER, IMAGE OR CACHE", Align::Left),
         ("LAYERS", Align::Right),
         ("LOGICAL", Align::Right),
         ("UNIQUE", Align::Right),

@@ -79,8 +79,13 @@ fn blocked(why: &str, ui: &Ui) {
 
 /// Why each layer that goes does so. What no record kept has no root at all.
 fn reasons(plan: &GcPlan) -> BTreeMap<LayerId, Why> {
-    let dropped = plan.records.iter();
-    dropped.map(|record| (record.layer, record.why)).collect()
+    let records = plan.records.iter();
+    let records = records.map(|record| (record.layer, record.why));
+    let volumes = plan.volumes.iter().flat_map(|volume| {
+        let layers = volume.layers.iter();
+        layers.map(|layer| (*layer, volume.why))
+    });
+    volumes.chain(records).collect()
 }
 
 fn why_text(why: Option<&Why>, policy: &Policy) -> String {
@@ -151,6 +156,11 @@ fn plan_text(plan: &GcPlan, catalog: &Catalog, policy: &Policy) -> String {
             plan.leftovers,
             "file",
             "left by interrupted imports, builds and snapshots",
+        ),
+        (
+            plan.volumes.len() as u64,
+            "package cache",
+            "that a later step fills again",
         ),
     ] {
         if count > 0 {
@@ -227,6 +237,7 @@ fn plan_json(plan: &GcPlan, catalog: &Catalog) -> Value {
         "goes": goes.collect::<Vec<_>>(),
         "stays": stays.collect::<Vec<_>>(),
         "records": plan.records,
+        "volumes": plan.volumes,
         "expired": plan.expired,
         "objects": plan.objects,
         "object_bytes": plan.object_bytes,

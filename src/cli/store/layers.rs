@@ -93,7 +93,7 @@ fn refs_called<'a>(catalog: &'a Catalog, name: &str) -> Vec<(RefKind, &'a str, &
     let image = image.as_deref().unwrap_or(name);
     let refs = catalog.refs.iter().filter(|(kind, own, _)| match kind {
         RefKind::Image => own == image,
-        RefKind::Worker | RefKind::Managed | RefKind::Snapshot => own == name,
+        RefKind::Worker | RefKind::Managed | RefKind::Snapshot | RefKind::Volume => own == name,
     });
     refs.map(|(kind, name, layers)| (*kind, name.as_str(), layers.as_slice()))
         .collect()

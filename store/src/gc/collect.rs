@@ -17,6 +17,7 @@ use crate::id::{KeyId, LayerId, ObjectId, PackId};
 use crate::lease::{self, Lease, LiveLease};
 use crate::objects::lock;
 use crate::pack_writer::PackWriter;
+use crate::refs::{Ref, RefKind};
 use crate::roots::Roots;
 use crate::store::{Store, read_json, write_json};
 use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places, is_over};
@@ -89,6 +90,7 @@ impl<'a> Collection<'a> {
         self.report.leftovers_removed = swept.leases + swept.files;
         self.report.freed += swept.on_disk;
         self.drop_records(plan)?;
+        self.drop_volumes(plan)?;
         self.trash_layers(plan)?;
         self.remove_expired(plan.grace)?;
         match self.collect_objects() {
@@ -135,6 +137,27 @@ impl<'a> Collection<'a> {
         for (key, layers) in &by_key {
             let goes = |layer: &LayerId| layers.contains(layer) && !pinned.contains(layer);
             self.report.records += self.store.drop_records(self.lease, key, &goes)?;
+        }
+        Ok(())
+    }
+
+    fn drop_volumes(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
+        if plan.volumes.is_empty() {
+            return Ok(());
+        }
+        // A step that uses a volume by now has pinned its layers before it looked for them, and keeps it.
+        let leases = lease::live(self.store)?;
+        let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
+        for volume in &plan.volumes {
+            if volume.layers.iter().any(|layer| pinned.contains(layer)) {
+                continue;
+            }
+            let edit = self.store.edit_ref(RefKind::Volume, &volume.name)?;
+            let same = |now: Ref| now.layers == volume.layers;
+            // One that has grown meanwhile is in use, and one that is damaged is for a repair.
+            if let Ok(Some(true)) = edit.get().map(|now| now.map(same)) {
+                self.report.volumes += u64::from(edit.remove()?);
+            }
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 //!
 //! # What is kept
 //!
-//! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key counts until the policy drops
-//! it, because its layer was not used for long or because the store is too large. Objects are kept by layers: by every
+//! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key and a cache volume count until
+//! the policy drops them, because a layer of theirs was not used for long or because the store is too large. Objects are kept by layers: by every
 //! layer file that is there, the ones in the trash included. Policy never looks at objects.
 //!
 //! # Beside writers and readers
@@ -11,7 +11,7 @@
 //! Nobody waits for a collection, and it waits for nobody; two collections never run at once. It deletes in the
 //! order opposite to publishing, each step durable before the next begins:
 //!
-//! 1. Records are dropped.
+//! 1. Records and cache volumes are dropped.
 //! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and what got one meanwhile is moved
 //!    back: who pins a layer writes the pin before looking for the layer, so either the pin is seen here, or the layer is
 //!    not found there, and taken back from the trash or built anew.
@@ -114,6 +114,17 @@ pub struct DroppedRecord {
     pub why: Why,
 }
 
+/// A cache volume that goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DroppedVolume {
+    /// Its id.
+    pub name: String,
+    /// Its layers, bottom first.
+    pub layers: Vec<LayerId>,
+    /// Why.
+    pub why: Why,
+}
+
 /// A layer that goes.
 #[derive(Debug, Clone, Serialize)]
 pub struct Garbage {
@@ -134,6 +145,8 @@ pub struct GcPlan {
     pub kept: Vec<Kept>,
     /// Records that go.
     pub records: Vec<DroppedRecord>,
+    /// Cache volumes that go.
+    pub volumes: Vec<DroppedVolume>,
     /// Layers that go into the trash.
     pub layers: Vec<Garbage>,
     /// Layers in the trash whose time is over.
@@ -177,6 +190,8 @@ pub struct GcReport {
     pub freed: u64,
     /// Records dropped.
     pub records: u64,
+    /// Cache volumes dropped.
+    pub volumes: u64,
     /// Layers moved into the trash, without those that were taken back.
     pub layers_trashed: u64,
     /// Layers removed.

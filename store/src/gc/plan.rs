@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 
-use super::{DroppedRecord, Garbage, GcPlan, Kept, Policy, Present, Why, decide};
+use super::{DroppedRecord, DroppedVolume, Garbage, GcPlan, Kept, Policy, Present, Why, decide};
 use crate::census::{Census, Named};
 use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
@@ -63,10 +63,10 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// The records whose layers only records keep: those that a policy may drop.
+    /// Whether only records and cache volumes keep a layer, which a policy may drop.
     fn may_go(&self, id: &LayerId) -> bool {
         let roots = self.roots.of(id);
-        !roots.is_empty() && roots.iter().all(|root| matches!(root, Root::Record { .. }))
+        !roots.is_empty() && roots.iter().all(Root::may_go)
     }
 
     pub(super) fn plan(self, policy: &Policy) -> Result<GcPlan, StoreError> {
@@ -92,11 +92,13 @@ impl<'a> Planner<'a> {
             frees: leftover_bytes,
             ..GcPlan::default()
         };
+        self.drop_rest_of_volumes(&mut why);
         if self.blocked.is_none() {
             let mut size = Size::new(&self, &why);
             plan.still_over = self.fit(policy, (store_bytes, free), &mut size, &mut why);
             self.count_objects(&mut plan, &size, &why, grace);
         }
+        self.list_volumes(&mut plan, &why);
         self.list_layers(&mut plan, &why);
         let expired = self
             .trashed
@@ -138,15 +140,61 @@ impl<'a> Planner<'a> {
             let Some(id) = candidates.pop() else {
                 return large.max(full);
             };
-            why.insert(
-                id,
-                if large > 0 {
-                    Why::MaxSize
-                } else {
-                    Why::MinFree
-                },
-            );
+            if why.contains_key(&id) {
+                continue;
+            }
+            let reason = if large > 0 {
+                Why::MaxSize
+            } else {
+                Why::MinFree
+            };
+            why.insert(id, reason);
             size.drop_layer(&id);
+            for id in self.drop_rest_of_volumes(why) {
+                size.drop_layer(&id);
+            }
+        }
+    }
+
+    /// A cache volume that loses one layer loses all: adds the others that may go, and returns them.
+    fn drop_rest_of_volumes(&self, why: &mut HashMap<LayerId, Why>) -> Vec<LayerId> {
+        let mut dropped = Vec::new();
+        loop {
+            let before = dropped.len();
+            for layers in self.roots.volumes.values() {
+                let Some(reason) = layers.iter().find_map(|id| why.get(id).copied()) else {
+                    continue;
+                };
+                for id in layers {
+                    if self.may_go(id) && !why.contains_key(id) {
+                        why.insert(*id, reason);
+                        dropped.push(*id);
+                    }
+                }
+            }
+            // A layer may be of several volumes.
+            if dropped.len() == before {
+                return dropped;
+            }
+        }
+    }
+
+    /// Lists the cache volumes that lose a layer, or have lost one.
+    fn list_volumes(&self, plan: &mut GcPlan, why: &HashMap<LayerId, Why>) {
+        for (name, layers) in &self.roots.volumes {
+            let there = |id: &LayerId| {
+                let present = self.layers.binary_search_by_key(id, |layer| layer.id);
+                present.is_ok() || self.trashed.iter().any(|trashed| trashed.id == *id)
+            };
+            let goes = layers.iter().find_map(|id| why.get(id).copied());
+            let goes = goes.or_else(|| (!layers.iter().all(there)).then_some(Why::Missing));
+            if let Some(why) = goes {
+                plan.volumes.push(DroppedVolume {
+                    name: name.clone(),
+                    layers: layers.clone(),
+                    why,
+                });
+            }
         }
     }
 

@@ -22,4 +22,5 @@ mod snapshots;
 mod sweeps;
 #[path = "../../../fuzz/src/variants.rs"]
 mod variants;
+mod volumes;
 mod workload;

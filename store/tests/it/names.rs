@@ -309,7 +309,7 @@ fn refs() {
     assert_eq!(store.list_refs(RefKind::Worker).unwrap(), []);
     assert_eq!(
         names(&dir.path().join("refs")),
-        ["image", "managed", "snapshot", "worker"]
+        ["image", "managed", "snapshot", "volume", "worker"]
     );
     assert!(store.remove_ref(RefKind::Image, "..").unwrap());
     assert!(!store.remove_ref(RefKind::Image, "..").unwrap());
@@ -350,6 +350,10 @@ fn the_format_says_which_newer_kinds_of_refs_there_are() {
         (RefKind::Snapshot, r#""snapshot_refs""#),
         (RefKind::Managed, r#""snapshot_refs","managed_refs""#),
         (RefKind::Snapshot, r#""snapshot_refs","managed_refs""#),
+        (
+            RefKind::Volume,
+            r#""snapshot_refs","managed_refs","volume_refs""#,
+        ),
     ] {
         store.set_ref(kind, "w", &content).unwrap();
         let format = format!(

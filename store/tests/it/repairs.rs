@@ -418,6 +418,7 @@ fn a_store_of_somebody_else() {
         "refs",
         "refs/managed",
         "refs/snapshot",
+        "refs/volume",
         "",
     ] {
         allow(&store.join(name), 0o755);
