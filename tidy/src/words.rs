@@ -22,7 +22,6 @@ const TO_DO: &[&str] = &[
     "oci/",
     "overlay/",
     "sandbox/",
-    "scripts/",
     "src/",
     "store/",
     "test-support/",
