@@ -1,4 +1,5 @@
-//! The overlay over FUSE beside kernel overlayfs and fuse-overlayfs, on one `node_modules`; see benches/README.md.
+//! The overlay over FUSE beside kernel overlayfs and fuse-overlayfs, on one `node_modules`; see
+//! benches/README.md.
 
 mod corpus;
 #[path = "corpus/packages.rs"]
@@ -25,7 +26,8 @@ const CHURN: usize = 2000;
 const CHURN_DIRS: usize = 200;
 /// Files that are appended to.
 const COPY_UPS: usize = 500;
-/// Longest wait for a filesystem to be mounted, which for ours includes taking in the lower directory.
+/// Longest wait for a filesystem to be mounted, which for ours includes taking in the lower
+/// directory.
 const MOUNT_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,8 +47,8 @@ impl Kind {
     }
 }
 
-/// A mounted filesystem with its upper. Dropped, it is unmounted. What was written stays till the end: ext4 takes long to
-/// make files shortly after it has removed many.
+/// A mounted filesystem with its upper. Dropped, it is unmounted. Its files stay till the
+/// end: ext4 takes long to make files shortly after it has removed many.
 struct Mount {
     point: PathBuf,
     server: Option<Child>,
@@ -120,7 +122,7 @@ impl Mount {
             }
             thread::sleep(Duration::from_millis(5));
         }
-        // What was written on the way must not be written back while something is measured.
+        // Dirty pages of the preparation must not be written back during a measurement.
         rustix::fs::sync();
         Ok(mount)
     }
@@ -189,7 +191,8 @@ fn walk(root: &Path) -> Result<usize> {
     Ok(entries)
 }
 
-/// The regular files and the directories below `root`, relative to it and sorted, so that all are asked the same.
+/// The regular files and the directories below `root`, relative to it and sorted, so that all are
+/// asked the same.
 fn list(root: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let (mut files, mut dirs) = (Vec::new(), vec![PathBuf::new()]);
     let mut next = 0;
@@ -264,7 +267,7 @@ fn append(root: &Path, files: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// What is measured of each filesystem, in the order in which it is done to a fresh mount.
+/// The measurements of each filesystem, in their order on a fresh mount.
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     Walk1,
@@ -463,7 +466,8 @@ fn judge(all: &[Measured], dirs: usize, bounds: &mut Bounds) {
             );
         }
     }
-    // The kernel drops the atime of what it has listed or read, and asks for it once more when it is next looked at.
+    // The kernel drops the atime of what it has listed or read, and asks for it once more when it
+    // is next looked at.
     let reads = [
         (Phase::Walk2, dirs as u64),
         (Phase::Walk3, 0),
@@ -478,7 +482,8 @@ fn judge(all: &[Measured], dirs: usize, bounds: &mut Bounds) {
     }
 }
 
-/// Builds and makes what is needed, then runs this program again with mounts and processes of its own.
+/// Builds and makes what is needed, then runs this program again with mounts and processes of its
+/// own.
 fn prepare() -> Result<std::convert::Infallible> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::Command {

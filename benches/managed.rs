@@ -1,5 +1,5 @@
-//! Managed workers with the finished program: adding many, starting one, and what one costs that has nothing to do; see
-//! benches/README.md.
+//! Managed workers with the finished program: adding many, starting one, and the cost of an
+//! idle one; see benches/README.md.
 
 #[allow(dead_code, reason = "each bench uses its part")]
 mod corpus;
@@ -26,13 +26,14 @@ const KINDS: usize = 5;
 /// Files that install makes in each kind, and those of each project.
 const INSTALLED: usize = 500;
 const FILES: usize = 100;
-/// What adding all may take, and add on disk, when everything is in the store.
+/// Most time and disk space that adding all may take when everything is in the store.
 const ADD_MS: f64 = 1000.0;
 const ADD_MIB: f64 = 10.0;
-/// Files of the project that is started, and what its start may take longer than `unshare … chroot`.
+/// Files of the project that is started, and what its start may take longer than
+/// `unshare … chroot`.
 const STARTED_FILES: usize = 1000;
 const START_MS: f64 = 50.0;
-/// What a supervisor may have of memory while its worker sleeps.
+/// Most memory of a supervisor while its worker sleeps.
 const IDLE_MIB: f64 = 16.0;
 /// How long it is looked at.
 const IDLE: Duration = Duration::from_secs(10);
@@ -102,7 +103,7 @@ impl Podman {
         command
     }
 
-    /// What is nearest to an added worker: a container that was created, with its project mounted.
+    /// Creates containers with mounted projects, the nearest equivalent of added workers.
     fn create_all(&self, projects: &[PathBuf]) -> Result<Duration> {
         let begin = Instant::now();
         for (number, project) in projects.iter().enumerate() {
@@ -208,7 +209,7 @@ impl Bell {
         })
     }
 
-    /// Waits until somebody rings.
+    /// Waits until a worker rings.
     fn rung(&self) -> Result<()> {
         let begin = Instant::now();
         loop {
@@ -253,7 +254,7 @@ fn starts(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     let managed = project(scratch, "managed", STARTED_FILES, "true", &stays)?;
     let fore = project(scratch, "foreground", STARTED_FILES, "true", &bell.start)?;
     run(&mut add(home, std::slice::from_ref(&managed)))?;
-    // Nobody listens where the engine would: the bell is the worker's alone.
+    // No process listens at the engine's address: the bell is the worker's alone.
     let start = || home.iii(&["worker", "start", "managed", "--port", PORT]);
     let dev = || home.dev(&fore);
     let bare = || bench.bare(&bell.start);
@@ -298,7 +299,7 @@ fn woken(process: &Path) -> u64 {
     switches.sum()
 }
 
-/// What the supervisor of the worker that runs costs while nothing happens.
+/// The cost of the running worker's supervisor while nothing happens.
 fn idle(home: &Home, bounds: &mut Bounds) -> Result<()> {
     let path = home.dir.path().join(".iii/managed/managed/vm.pid");
     let pid = fs::read_to_string(&path).map_err(failed("reading", &path))?;

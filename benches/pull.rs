@@ -1,4 +1,5 @@
-//! Pulling an image from a registry on loopback, beside podman and skopeo with umoci; see benches/README.md.
+//! Pulling an image from a registry on loopback, beside podman and skopeo with umoci; see
+//! benches/README.md.
 
 #[allow(dead_code, reason = "each bench uses its part")]
 mod corpus;
@@ -16,7 +17,7 @@ use support::{
 };
 use tempfile::TempDir;
 
-/// What a pull may take, as a part of what the fastest peer takes.
+/// Most time of a pull, as a part of the fastest peer's.
 const OF_BEST: f64 = 0.5;
 /// Resident memory that a pull may have at its highest.
 const MAX_RESIDENT_MIB: f64 = 256.0;
@@ -27,7 +28,7 @@ const GLANCE: Duration = Duration::from_millis(5);
 /// How long the registry has to listen.
 const START: Duration = Duration::from_secs(30);
 
-/// Who pulls.
+/// The program that pulls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Peer {
     Ours,
@@ -152,7 +153,8 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Makes the image of the base's archive, compressed with gzip. Returns the bytes of the archive.
+    /// Makes the image of the base's archive, compressed with gzip. Returns the bytes of the
+    /// archive.
     fn fill(&self, dir: &Path) -> Result<u64> {
         let layout = dir.join("layout");
         let image = format!("{}:one", layout.display());
@@ -189,7 +191,8 @@ fn base() -> Result<PathBuf> {
     Ok(bases.join(format!("{BASE}.tar")))
 }
 
-/// Runs the commands one after the other. Returns how long they took, and the highest resident memory of one in MiB.
+/// Runs the commands one after the other. Returns how long they took, and the highest resident
+/// memory of one in MiB.
 fn measure(commands: Vec<Command>) -> Result<(Duration, f64)> {
     let begin = Instant::now();
     let mut highest: f64 = 0.0;

@@ -1,4 +1,5 @@
-//! The store beside archivers and other content-addressed stores, on one `node_modules`; see benches/README.md.
+//! The store beside archivers and other content-addressed stores, on one `node_modules`; see
+//! benches/README.md.
 
 #[allow(dead_code, reason = "each bench uses its part")]
 mod corpus;
@@ -22,29 +23,31 @@ use iii_store::{LayerId, ObjectId, Policy, Ref, RefKind, Store, StoreError, Veri
 use support::{Bounds, Error, Interrupt, Result, Samples, failed, run, skip, went_wrong};
 use tempfile::TempDir;
 
-/// The first argument of this program when it does nothing but one piece of work, so that what that costs, the start of a
-/// process included, is measured as that of the peers is.
+/// The first argument of this program when it does nothing but one piece of work, so that its
+/// cost, including the start of a process, is measured like that of the peers.
 const ALONE: &str = "--alone";
 /// Where `cargo install composefs-ctl` put its program, in the benches' cache.
 const COMPOSEFS: &str = "composefs-ctl-0.9.4";
-/// What a first ingest may take, as a part of what `mkfs.erofs` takes, and of what others that name contents by their hash take.
+/// Most time of a first ingest, as a part of the time of `mkfs.erofs`, and of others that name
+/// contents by their hash.
 const FIRST_OF_EROFS: f64 = 0.85;
 const FIRST_OF_OTHERS: f64 = 0.2;
-/// What an ingest of an unchanged tree may take, as a multiple of `git status`.
+/// Most time of an ingest of an unchanged tree, as a multiple of `git status`.
 const UNCHANGED_OF_GIT: f64 = 1.5;
-/// What an ingest after one edit may take.
+/// Most time of an ingest after one edit.
 const EDIT_MS: f64 = 150.0;
 /// Resident memory that an ingest may have at its highest, whatever the tree.
 const MAX_RESIDENT_MIB: f64 = 256.0;
-/// What a store takes on the disk, as a multiple of what one of each file that differs among the workers takes there.
+/// Most disk space of a store, as a multiple of that of one copy of each file that differs among
+/// the workers.
 const MAX_ON_DISK: f64 = 1.05;
-/// What hashing everything may take, as a part of what others take, and what looking at the structure may.
+/// Most time of hashing everything, as a part of the others' time, and of checking the structure.
 const DATA_OF_OTHERS: f64 = 0.25;
 const STRUCTURE_MS: f64 = 100.0;
-/// What a collection may take.
+/// Most time of a collection.
 const GC_MS: f64 = 500.0;
-/// How much longer a reader's or a writer's work may take beside collections than beside a process that is as busy: of a hundred
-/// times, the longest but one.
+/// How much longer a reader's or a writer's work may take beside collections than beside a process
+/// that is as busy: of a hundred times, the longest but one.
 const HELD_UP_MS: f64 = 10.0;
 /// How long they work beside each; and how long they rest between two times.
 const BESIDE: Duration = Duration::from_secs(3);
@@ -59,7 +62,7 @@ const KINDS: usize = 5;
 /// Source files of a worker. Each has one that no other has.
 const SOURCES: usize = 100;
 
-/// Who stores the tree.
+/// The program that stores the tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Peer {
     Ours,
@@ -210,7 +213,7 @@ impl Peer {
         Ok(Some(command))
     }
 
-    /// Takes `tree` into the store in `dir`; `name` is another one each time.
+    /// Takes `tree` into the store in `dir`; `name` differs each time.
     fn store(self, dir: &Path, tree: &Path, name: &str) -> Result<Command> {
         let repository = dir.join("store");
         Ok(match self {
@@ -295,7 +298,8 @@ fn take(store: &Store, name: &str, tree: &Path) -> std::result::Result<LayerId, 
     Ok(taken.published.layer_id)
 }
 
-/// What this program does when it is told to do one piece of work. Prints the highest resident memory of who did it, in KiB.
+/// Does one piece of work, if the arguments say so. Prints the highest resident memory of the
+/// process that did it, in KiB.
 fn work(mut args: std::env::ArgsOs) -> Result<bool> {
     let mut next = || args.next().unwrap_or_default();
     let (work, dir, name) = (next(), PathBuf::from(next()), next());
@@ -363,7 +367,8 @@ fn rusage(who: libc::c_int) -> libc::rusage {
     usage
 }
 
-/// Has the finished program import a root filesystem, which goes through its tables of entries, into the home directory `home`.
+/// Imports a root filesystem with the finished program, which goes through its tables of entries,
+/// into the home directory `home`.
 fn import(home: &Path, from: &Path) -> Result<bool> {
     let mut iii = Command::new(env!("CARGO_BIN_EXE_iii"));
     iii.args(["image", "import"]).arg(from);
@@ -391,7 +396,7 @@ fn resident(command: &mut Command) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
-/// Waits until the disk has nothing to write, so that nobody pays for who ran before.
+/// Waits until the disk has nothing to write, so that no peer pays for the one before it.
 fn settle(dir: &Path) -> Result<Duration> {
     let begin = Instant::now();
     let opened = File::open(dir).map_err(failed("opening", dir))?;
@@ -419,7 +424,7 @@ impl Row {
         cells
     }
 
-    /// Asks for at most `bound` times what `peer` takes.
+    /// Asks for at most `bound` times the time of `peer`.
     fn bound(&self, what: &str, peer: Peer, bound: f64, bounds: &mut Bounds) {
         if let (Some(ours), Some(theirs)) = (self.get(Peer::Ours), self.get(peer)) {
             let (ratio, ..) = ours.ratio(theirs);
@@ -429,8 +434,9 @@ impl Row {
     }
 }
 
-/// First ingest, ingest again, ingest after an edit: every peer in every round, each with a store of its own. What was
-/// written stays till the end: ext4 takes long to make files shortly after it has removed many.
+/// First ingest, ingest again, ingest after an edit: every peer in every round, each with a store
+/// of its own. Files stay till the end: ext4 takes long to make files shortly after it has
+/// removed many.
 fn ingests(tree: &Path, scratch: &Path, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
     let mut peers = Peer::ALL.to_vec();
     peers.retain(|peer| {
@@ -540,8 +546,9 @@ fn many(dir: &Path, entries: usize) -> Result<()> {
     Ok(())
 }
 
-/// The highest resident memory of an ingest: of `node_modules` and of a tree with very many entries, the first time, again and
-/// after an edit; and of the import of the latter as an image, from a directory and from an archive.
+/// The highest resident memory of an ingest: of `node_modules` and of a tree with very many
+/// entries, the first time, again and after an edit; and of the import of the latter as an image,
+/// from a directory and from an archive.
 fn memory(
     node_modules: &Path,
     scratch: &Path,
@@ -550,7 +557,7 @@ fn memory(
 ) -> Result<()> {
     let entries = support::option("--entries", 100_000);
     let large = scratch.join("large");
-    // What is imported has to look like a root filesystem.
+    // The import has to look like a root filesystem.
     many(&large.join("usr"), entries)?;
     let mut rows = Vec::new();
     let mut measure = |what: String, mut command: Command| -> Result<()> {
@@ -604,7 +611,7 @@ fn memory(
     Ok(())
 }
 
-/// How long some contents are, and what a file of them takes on the disk.
+/// How long some contents are, and the disk space of a file of them.
 type Sizes = (u64, u64);
 
 /// Every regular file below `dir`, by its contents.
@@ -628,7 +635,7 @@ fn part(of: u64, whole: u64) -> f64 {
     of as f64 / whole as f64
 }
 
-/// What everything below `dir` takes on the disk.
+/// Disk space of everything below `dir`, in bytes.
 fn on_disk(dir: &Path) -> Result<u64> {
     let meta = fs::symlink_metadata(dir).map_err(failed("looking at", dir))?;
     let mut bytes = meta.blocks() * 512;
@@ -640,7 +647,7 @@ fn on_disk(dir: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Links what is in `from` into `to`, where the two have the same name for a directory as well.
+/// Links the entries of `from` into `to`, where the two have the same name for a directory as well.
 fn link_tree(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).map_err(failed("making", to))?;
     for entry in fs::read_dir(from).map_err(failed("listing", from))? {
@@ -655,7 +662,8 @@ fn link_tree(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Twenty workers of five kinds: what a kind installed and each worker's own sources, every one a layer of its own.
+/// Twenty workers of five kinds: the installed files of a kind and each worker's own sources, every
+/// one a layer of its own.
 struct Workers {
     dir: PathBuf,
     store: Store,
@@ -753,8 +761,9 @@ impl Workers {
         Ok(())
     }
 
-    /// How long a reader and a writer take beside collections, which take what the writer wrote; and, since whoever shares the
-    /// processors holds others up, beside a process that does nothing but use them. On a tmpfs, where no sync waits for a disk.
+    /// How long a reader and a writer take beside collections, which take the writer's layers;
+    /// and, since every process on the same processors delays others, beside a process that does
+    /// nothing but use them. On a tmpfs, where no sync waits for a disk.
     fn held_up(&self, interrupt: &Interrupt, bounds: &mut Bounds) -> Result<()> {
         interrupt.check()?;
         let dir = TempDir::with_prefix_in("iii-store-", "/dev/shm")
@@ -894,7 +903,7 @@ fn read_some(store: &Store, layer: &LayerId, number: usize) -> std::result::Resu
     Ok(())
 }
 
-/// Stores a layer of one new file, for which nobody has any use.
+/// Stores a layer of one new file, that nothing needs.
 fn write_one(store: &Store, beside: &str, number: usize) -> std::result::Result<(), StoreError> {
     let lease = store.lease("writer")?;
     let ingest = store.ingest(&lease)?;

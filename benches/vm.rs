@@ -29,21 +29,21 @@ const FILES: usize = 18;
 const MADE: usize = 1000;
 /// MiB of the file that is read and written at once.
 const LARGE: usize = 64;
-/// What our start of a microVM may take until its machine is entered.
+/// Most time from our start of a microVM until its machine is entered.
 const ENTER_MS: f64 = 30.0;
-/// What the process is called from then on; `msb_krun` names it.
+/// Name of the process from then on; `msb_krun` sets it.
 const ENTERED: &str = "libkrun VM";
 /// Longest wait for a server to listen, and for a machine to be entered.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// A directory in memory: to make a file on a disk takes 16 µs in one directory and 500 in another of the same ext4, by how full the
-/// part is that it put the directory in.
+/// A directory in memory: to make a file on a disk takes 16 µs in one directory and 500 in another
+/// of the same ext4, by how full the part is that it put the directory in.
 fn scratch() -> Result<TempDir> {
     let memory = Path::new("/dev/shm");
     TempDir::with_prefix_in("vm-", memory).map_err(failed("making", memory))
 }
 
-/// What the guest does, and whether that is bound by metadata. It knows how many files to make.
+/// The guest's work, and whether metadata bounds it. The guest knows how many files to make.
 const PHASES: [(&str, &str, bool); 8] = [
     ("stat walk, 1st", "find /node_modules -size +100000", true),
     ("stat walk, 2nd", "find /node_modules -size +100000", true),
@@ -204,8 +204,8 @@ fn descendants(pid: u32) -> Vec<String> {
     found
 }
 
-/// From the start of `worker dev --runtime libkrun` until the process of its machine enters that. What the guest does then, and
-/// whether `/dev/kvm` can run it, makes no difference.
+/// From the start of `worker dev --runtime libkrun` until the process of its machine enters that.
+/// The guest's later work, and whether `/dev/kvm` can run it, make no difference.
 fn enters(
     scratch: &Path,
     base: &Path,
@@ -275,7 +275,7 @@ fn enters(
 fn bench(rounds: usize) -> Result<bool> {
     let interrupt = Interrupt::catch()?;
     let cache = corpus::cache()?;
-    // The first that can be had, unless one is asked for.
+    // The first available one, unless one is asked for.
     let asked = std::env::args().any(|arg| arg == "--emulated");
     let kernels = Kernel::ALL.into_iter();
     let made = kernels

@@ -19,16 +19,17 @@ use serde::Deserialize;
 use support::{Bounds, Error, Result, Running, Samples, failed, field_mib, run, skip, went_wrong};
 use workers::{Bench, Home, project, write};
 
-/// What the start command prints once it runs. The tool never prints it: the shell computes it.
+/// The output of the start command once it runs. The tool never prints it: the shell computes it.
 const MARK: &[u8] = b"started-42";
 const START: &str = "echo started-$((6 * 7))";
 /// Longest run of anything.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Sizes of the projects, and what a restart of each may take longer than `unshare … chroot`.
 const RESTARTS: [(usize, f64); 2] = [(1000, 50.0), (30_000, 150.0)];
-/// Sizes of the projects that are edited under a worker that runs, and how long its next run may take to begin.
+/// Sizes of the projects that are edited under a worker that runs, and how long its next run may
+/// take to begin.
 const RELOADS: [(usize, f64); 2] = [(1000, 100.0), (30_000, 250.0)];
-/// What taking in one edited file of the largest project may take.
+/// Most time from an edit of one file of the largest project until its layer is published.
 const EDIT_MS: f64 = 150.0;
 /// Files that install makes in the two projects that share it.
 const INSTALLED: usize = 5000;
@@ -89,8 +90,8 @@ fn marks(command: &mut Command) -> Result<(Running, Receiver<Instant>)> {
     Ok((running, mark))
 }
 
-/// Starts `command` and measures the time until [`MARK`] is on its standard output. Also returns what
-/// was printed up to there.
+/// Starts `command` and measures the time until [`MARK`] is on its standard output. Also returns
+/// what was printed up to there.
 fn until_mark(command: &mut Command) -> Result<(Duration, String, Running)> {
     command
         .stdin(Stdio::null())
@@ -231,7 +232,8 @@ fn edit(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     Ok(())
 }
 
-/// Edits a file under a worker that runs, until the next run says so; and the same without us: a shell that is killed and run again.
+/// Edits a file under a worker that runs, until the next run says so; and the same without us: a
+/// shell that is killed and run again.
 fn reload(bench: &Bench, project: &Path, script: &str, rounds: usize) -> Result<[Samples; 2]> {
     let mut samples = [Samples::default(), Samples::default()];
     let edit = |round: usize| {
@@ -249,7 +251,7 @@ fn reload(bench: &Bench, project: &Path, script: &str, rounds: usize) -> Result<
     marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
     for round in 0..rounds {
         bench.interrupt.check()?;
-        // What editors and people take between two saves, and then some.
+        // Longer than editors and people take between two saves.
         thread::sleep(Duration::from_millis(300));
         let begin = Instant::now();
         edit(round)?;

@@ -1,7 +1,7 @@
 //! The namespace runtime, run for real. Needs user namespaces and Debian's `busybox-static`.
 //!
 //! As root, the tests of ordinary users open `/dev/fuse` to all (as distributions other than the
-//! barest do) and add an account for their duration; as somebody else, they are skipped.
+//! barest do) and add an account for their duration; as another user, they are skipped.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -157,7 +157,7 @@ fn spec_on<S: AsRef<OsStr>>(root: RootSource, argv: impl IntoIterator<Item = S>)
     spec
 }
 
-/// What a sandbox came to.
+/// The result of a sandbox.
 #[derive(Debug)]
 struct Outcome {
     status: ExitStatus,
@@ -607,7 +607,7 @@ fn restarted(
 #[test]
 fn a_restarted_command_has_the_old_ones_place() {
     let mark = mark();
-    // The first has a member of its group, and somebody who left that.
+    // The first has a member of its group, and a former member.
     let old = format!(
         "sh -c 'sleep 1000; :' {mark} & setsid sh -c 'sleep 1000; :' {mark} & \
          trap 'echo bye; exit' TERM; echo ready; while :; do sleep 0.01; done"
@@ -1219,7 +1219,7 @@ impl Drop for Account {
     }
 }
 
-/// Plays `name` as somebody else, with programs that anybody can reach.
+/// Plays `name` as another user, with programs that every user can reach.
 fn play_as((uid, gid): (u32, u32), name: &str) {
     let programs = TempDir::new().expect("tempdir");
     fs::set_permissions(programs.path(), Permissions::from_mode(0o755)).expect("chmod");
@@ -1284,7 +1284,7 @@ fn user_with_subordinate_ids() {
     );
     let file = fs::metadata(cache.path().join("file")).expect("stat");
     assert_eq!(file.uid(), own);
-    // What belongs to another id goes the way it came.
+    // A file of another id keeps its owner.
     root.output("chown 0:0 f");
 
     ids_are_mapped();

@@ -1,4 +1,5 @@
-//! What the benches run on: made once, kept under `${XDG_CACHE_HOME:-~/.cache}/iii-tests` by what it is made from.
+//! What the benches run on: made once, kept under `${XDG_CACHE_HOME:-~/.cache}/iii-tests` by what
+//! it is made from.
 
 use std::fs;
 use std::path::{Path, PathBuf};

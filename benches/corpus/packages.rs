@@ -14,7 +14,8 @@ const MANIFEST: &[u8] = include_bytes!("package.json");
 const LOCKFILE: &[u8] = include_bytes!("package-lock.json");
 const REQUIRE: &[u8] = include_bytes!("require.js");
 
-/// A directory with a `node_modules` of about 30,000 files of real packages, and `require.js`, which loads them.
+/// A directory with a `node_modules` of about 30,000 files of real packages, and `require.js`,
+/// which loads them.
 pub fn node_modules() -> Result<PathBuf> {
     let key = Sha256::new()
         .chain_update(MANIFEST)

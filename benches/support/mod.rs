@@ -1,4 +1,5 @@
-//! What the benches share: errors, commands, samples and their comparison, scratch directories.
+//! Parts shared by the benches: errors, commands, samples and their comparison, scratch
+//! directories.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
@@ -17,7 +18,7 @@ pub enum Error {
     Io {
         /// The operation.
         what: &'static str,
-        /// On what.
+        /// The object of the operation.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
@@ -27,7 +28,7 @@ pub enum Error {
     Command {
         /// The command line.
         what: String,
-        /// What it said.
+        /// Its message.
         why: String,
     },
     /// Ctrl-C.
@@ -79,7 +80,8 @@ impl Drop for Running {
     }
 }
 
-/// The number of a field in a file that is made up as `/proc/PID/status` is; KiB, where that says so.
+/// The number of a field in a file that is made up as `/proc/PID/status` is; KiB, where that says
+/// so.
 pub fn field(path: &Path, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;
     let mut lines = text.lines();
@@ -87,7 +89,7 @@ pub fn field(path: &Path, name: &str) -> Option<u64> {
     rest.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// The same in MiB, of a field in KiB; NaN where there is none.
+/// The same in MiB, of a field in KiB; NaN without that field.
 pub fn field_mib(path: &Path, name: &str) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 KiB")]
     field(path, name).map_or(f64::NAN, |kib| kib as f64 / 1024.0)
@@ -130,7 +132,7 @@ pub fn option(name: &str, default: usize) -> usize {
         .unwrap_or(default)
 }
 
-/// What one thing took in each round.
+/// The duration of one thing in each round.
 #[derive(Debug, Clone, Default)]
 pub struct Samples(pub Vec<Duration>);
 
@@ -187,7 +189,7 @@ impl Samples {
     }
 }
 
-/// What was asked of the numbers, and whether they gave it.
+/// Bounds of the numbers, and whether they held.
 #[derive(Debug, Default)]
 pub struct Bounds {
     missed: usize,
@@ -231,7 +233,8 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-/// Makes the result of a bench its exit code: 1 where a bound was missed, 2 where something went wrong.
+/// Makes the result of a bench its exit code: 1 where a bound was missed, 2 where something went
+/// wrong.
 pub fn end(bench: &str, result: Result<bool>) -> ExitCode {
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,4 +1,5 @@
-//! What the benches of workers share: the finished program in a home of its own, and projects for it.
+//! Parts shared by the benches of workers: the finished program in a home of its own, and projects
+//! for it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use crate::support::{Bounds, Interrupt, Result, failed, print_machine, run};
 
 /// The base that a JavaScript project gets without a word.
 pub const IMAGE: &str = "docker.io/iiidev/node:latest";
-/// The engine's port: nobody listens there.
+/// The engine's port, on which no process listens.
 pub const PORT: &str = "1";
 
 /// A home directory, and with it a store, of its own.
@@ -57,7 +58,7 @@ impl Home {
     }
 }
 
-/// What a bench of workers runs on.
+/// The surroundings of a bench of workers.
 pub struct Bench {
     pub interrupt: Interrupt,
     scratch: TempDir,
@@ -83,7 +84,7 @@ impl Bench {
     }
 }
 
-/// Has `measure` do its work, and prints the bounds that it notes. Whether all held.
+/// Runs `measure` and prints the bounds that it notes. Whether all held.
 pub fn bench(measure: impl FnOnce(&Bench, &mut Bounds) -> Result<()>) -> Result<bool> {
     let interrupt = Interrupt::catch()?;
     let cache = corpus::cache()?;
@@ -104,7 +105,7 @@ pub fn bench(measure: impl FnOnce(&Bench, &mut Bounds) -> Result<()>) -> Result<
     Ok(bounds.print())
 }
 
-/// Writes a file, and makes its directory where there is none.
+/// Writes a file, and makes its directory if it is missing.
 pub fn write(path: &Path, text: &str) -> Result<()> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(failed("making", dir))?;
@@ -112,8 +113,8 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(failed("writing", path))
 }
 
-/// A project directory called `name` with a manifest of these scripts, and `files` small source files, no two the same and none
-/// as in another project.
+/// A project directory called `name` with a manifest of these scripts, and `files` small source
+/// files, no two the same and none as in another project.
 pub fn project(
     scratch: &Path,
     name: &str,

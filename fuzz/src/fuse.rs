@@ -1,5 +1,5 @@
-//! FUSE messages, as a guest sends them: whatever the bytes, the server never panics, and what it replies is what the kernel
-//! takes for a reply.
+//! FUSE messages, as a guest sends them: whatever the bytes, the server never panics, and its
+//! replies are replies to the kernel.
 //!
 //! Part of two crates: the fuzz targets, and the overlay's own tests, which run it over the corpus.
 
@@ -123,7 +123,8 @@ pub fn frame(session: &mut Vec<u8>, room: u16, message: &[u8]) {
     session.extend(message);
 }
 
-/// A session of framed messages. Small numbers where a message names an inode stand for those that earlier replies told of.
+/// A session of framed messages. Small numbers where a message names an inode stand for those that
+/// earlier replies told of.
 pub fn check_session(overlay: &Arc<Overlay>, mut bytes: &[u8]) {
     let server = Server::new(Arc::clone(overlay));
     let mut known = vec![ROOT];
@@ -198,7 +199,7 @@ fn check_reply(message: &[u8], room: usize, reply: &[u8], known: &mut Vec<Ino>) 
     let error = i32::from_le_bytes(reply[4..8].try_into().expect("a header"));
     assert_eq!(len as usize, reply.len());
     assert_eq!(word(reply, 8), word(message, 8));
-    // What the kernel takes for an error.
+    // The range of an error in the kernel's eyes.
     assert!(error <= 0 && error > -512, "{error}");
     assert!(error == 0 || len == 16, "{error} in {len} bytes");
     let opcode = opcode(message).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! What a sandbox says to the tool: whatever the bytes, and however they are cut, it never panics, never takes more than there is, and
-//! what is understood can be said again.
+//! Messages of a sandbox to the tool. For all bytes, cut in any way, the decoder never panics and
+//! never takes more than there is, and a decoded message can be encoded again.
 //!
 //! Part of two crates: the fuzz targets, and the tests of the init, which run it over the corpus.
 
@@ -31,7 +31,7 @@ impl Read for Pieces<'_> {
     }
 }
 
-/// What `bytes` say in pieces of at most so many.
+/// The messages of `bytes`, read in pieces of at most `at_most`.
 fn heard(bytes: &[u8], at_most: usize) -> Vec<FromGuest> {
     let mut receiver = Receiver::new(MAX_REPORT);
     let mut pieces = Pieces {

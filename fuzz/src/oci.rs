@@ -1,5 +1,5 @@
-//! What strangers send: layers, documents of images, and names. Whatever the bytes, nothing panics, grows without bound or never ends,
-//! and what is taken is within what was asked for.
+//! Layers, documents of images, and names from strangers. For all bytes, no decoder panics, grows
+//! without bound or never ends, and accepted input keeps the requested limits.
 //!
 //! Part of two crates: the fuzz targets, and the tests of `iii`, which run it over the corpus.
 
@@ -17,7 +17,7 @@ use iii_store::tree::{MAX_DEPTH, check_name, components};
 use iii_store::{Kind, Layer, Lease, NodeRef, Store, layer};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// Little of everything, so that what is not bounded shows.
+/// Little of everything, so that a missing bound shows.
 fn limits() -> Limits {
     Limits {
         entries: 2000,
@@ -66,7 +66,7 @@ impl World {
         }
     }
 
-    /// The tree of an archive as a layer, and whether it depends on what is below.
+    /// The tree of an archive as a layer, and whether it depends on the layers below.
     fn unpack(&self, bytes: &[u8], dialect: Dialect<'_>) -> Result<(Layer, bool), UnpackError> {
         let ingest = self.store.ingest(&self.lease).expect("an ingest");
         let unpacked = unpack(&mut &*bytes, &ingest, dialect, &limits(), &|_| {})?;
@@ -127,7 +127,8 @@ fn check_members(bytes: &[u8]) {
     assert!(archive.offset() <= bytes.len() as u64);
 }
 
-/// What is unpacked can be stored, has no name that leads anywhere, and depends on what is below only where it says so.
+/// An unpacked layer can be stored, has no name that leads elsewhere, and depends on the layers
+/// below only where it says so.
 fn check_trees(world: &World, bytes: &[u8]) {
     if let Ok((layer, took)) = world.unpack(bytes, Dialect::Rootfs) {
         assert!(!took);
@@ -204,8 +205,8 @@ pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     archive
 }
 
-/// A document of an image, in each of the places where one can stand: as an index, a manifest, a configuration, and the list of
-/// what `docker save` has saved.
+/// A document of an image, in each of the places where one can stand: as an index, a manifest, a
+/// configuration, and the list of `docker save`.
 pub fn check_manifest(bytes: &[u8]) {
     let digest = Digest::of(bytes);
     let blob = format!("blobs/sha256/{}", digest.hex());

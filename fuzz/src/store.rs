@@ -1,4 +1,5 @@
-//! The decoders of the store: whatever the bytes, they never panic, and what they take they can give back.
+//! The decoders of the store: for all bytes, they never panic, and accepted values can be encoded
+//! again.
 //!
 //! Part of two crates: the fuzz targets, and the store's own tests, which run it over the corpus.
 
@@ -21,7 +22,8 @@ pub fn check_layer(bytes: &[u8]) {
         assert_eq!(node.xattrs().count(), node.meta().xattrs.len());
         assert_eq!(node.is_hardlinked(), node.links().count() > 0);
     }
-    // What can be read can be written, and then says the same. (What is read may be larger than what may be written.)
+    // Decoded values can be encoded, and then say the same. (Decoded values may be larger than
+    // those that may be encoded.)
     if let Ok(again) = layer::encode(&found.to_tree()) {
         let again = Layer::from_bytes(again.bytes).expect("an encoded layer can be decoded");
         assert!(diff(&found, &again).len() <= found.node_count() as usize);
@@ -63,7 +65,7 @@ pub fn check_stat_cache(bytes: &[u8]) {
     }
 }
 
-/// What a key's or a ref's file holds.
+/// The contents of a key's or a ref's file.
 pub fn check_record(bytes: &[u8]) {
     if let Ok(record) = serde_json::from_slice::<Record>(bytes) {
         let text = serde_json::to_vec(&record).expect("a record can be written");
@@ -94,7 +96,7 @@ pub fn check_lease(bytes: &[u8]) {
     let lease = LiveLease::parse("name".to_owned(), bytes);
     assert!(lease.layers.len() <= bytes.len() / 71);
     assert!(!lease.purpose.contains('\n'));
-    // What is not yet a line changes nothing.
+    // An unfinished line changes nothing.
     let unfinished = [bytes, b"\nlayer 12"].concat();
     let whole = [bytes, b"\n"].concat();
     let parse = |bytes: &[u8]| LiveLease::parse("name".to_owned(), bytes);

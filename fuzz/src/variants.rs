@@ -1,4 +1,5 @@
-//! Seeds and variants of them, for tests that run without a fuzzer. Part of those of several crates.
+//! Seeds and variants of them, for tests that run without a fuzzer. Part of those of several
+//! crates.
 
 use std::fs;
 use std::path::Path;

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::harness::{Home, LIMIT, Project, is_root, skip};
 
-/// What is wrong, the project's only file and its text, and what the error has to say.
+/// The fault, the project's only file and its text, and the words of the error.
 type Case<'a> = (&'a str, Option<(&'a str, &'a str)>, &'a [&'a str]);
 
 #[test]
@@ -80,7 +80,7 @@ fn a_project_that_cannot_be_opened() {
 fn a_missing_base_says_how_to_get_one() {
     let home = Home::new();
     let project = Project::scripts("true", "true", "true");
-    // Nobody listens there, and nobody can be called that.
+    // No process listens there, and no host can have that name.
     for image in ["127.0.0.1:1/some/image:1", "registry.invalid/some/image:1"] {
         let args = ["worker", "build", project.arg(), "--base", image];
         home.run(&args).fails().says(&[image, "iii image import"]);
@@ -283,7 +283,8 @@ fn peak_memory(pid: i32) -> Option<u64> {
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// Imports an archive of so many empty files, a hundred in a directory. Returns the most memory that it took, in KiB.
+/// Imports an archive of so many empty files, a hundred in a directory. Returns the most memory
+/// that it took, in KiB.
 fn import_many(entries: u32, limit: Duration) -> u64 {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("many.tar");

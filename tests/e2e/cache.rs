@@ -1,4 +1,5 @@
-//! The shared layer cache, in Debian's own registry on loopback: what one home builds, another one fetches.
+//! The shared layer cache, in Debian's own registry on loopback: one home builds a layer, a second
+//! one fetches it.
 
 use std::fs;
 use std::net::TcpListener;
@@ -51,7 +52,7 @@ fn what_one_machine_builds_another_fetches() {
     let project = project();
     let built = first.build(&project, &["--cache-to", &to]);
     assert_eq!(built.statuses(), "built built built");
-    // Nothing is sent twice, by whomever.
+    // No home sends a blob that the registry has.
     let stored = files(registry.dir.path()).len();
     let counter = Counter::new(&registry.host, u64::MAX);
     let from = cache(&counter.host);
@@ -74,7 +75,7 @@ fn what_one_machine_builds_another_fetches() {
     let took = counter.take();
     assert!((300_000..400_000).contains(&took), "{took}");
 
-    // From then on it is in the store, and nobody is asked.
+    // From then on it is in the store, and no cache is asked.
     let (hit, _) = build(&second, &theirs, &["--cache-from", &from]);
     assert_eq!(hit.statuses(), "hit hit hit");
     assert_eq!(counter.take(), 0);
@@ -82,7 +83,7 @@ fn what_one_machine_builds_another_fetches() {
     let (own, said) = build(&second, &theirs, &[]);
     assert_eq!(own.statuses(), "built built hit");
     assert!(said.contains("installing"), "{said}");
-    // What was built here comes first from now on.
+    // Layers that were built here come first from now on.
     let (hit, _) = build(&second, &theirs, &["--cache-from", &from]);
     assert_eq!(hit.ids(), own.ids());
     assert_eq!(counter.take(), 0);
@@ -100,12 +101,12 @@ fn facts_decide_over_what_is_fetched() {
     let first = Home::with_busybox();
     let built = first.build(&project, &["--cache-to", &cache]);
     let from = ["--cache-from", &*cache, "--cache-to", &*cache];
-    // What install did not look at may differ.
+    // A file that install did not look at may differ.
     let theirs = copy(&project);
     theirs.write("src.js", "2\n");
     let (fetched, _) = build(&Home::with_busybox(), &theirs, &from);
     assert_eq!(fetched.statuses(), "fetched fetched built");
-    // What it looked at may not.
+    // A file that it looked at may not.
     theirs.write("package.json", "{\"version\": 2}\n");
     let (other, said) = build(&Home::with_busybox(), &theirs, &from);
     assert_eq!(other.statuses(), "fetched built built");
@@ -116,7 +117,7 @@ fn facts_decide_over_what_is_fetched() {
         assert_eq!(fetched.statuses(), "fetched fetched built");
         assert_eq!(fetched.ids()[..3], expected.ids()[..3]);
     }
-    // --rebuild asks nobody, and gives what it makes.
+    // --rebuild asks no cache, and uploads its layers.
     let (rebuilt, _) = build(&first, &project, &[&from[..], &["--rebuild"]].concat());
     assert_eq!(rebuilt.statuses(), "built built hit");
     assert_ne!(rebuilt.get("setup").layer_id, built.get("setup").layer_id);
@@ -124,7 +125,7 @@ fn facts_decide_over_what_is_fetched() {
     assert_eq!(fetched.ids()[..3], rebuilt.ids()[..3]);
 }
 
-/// What a cache holds, and how it is spoilt.
+/// The contents of a cache, and how to spoil them.
 struct Poisoner<'a> {
     registry: &'a Registry,
 }
@@ -291,7 +292,8 @@ fn a_poisoned_cache_is_refused_and_leaves_no_trace() {
         assert_eq!(layers.statuses(), "fetched built built", "{what}: {said}");
         assert!(said.contains(message), "{what}: {said}");
         assert!(said.contains(&cache), "{what}: {said}");
-        // Without the cache, setup has to be made anew, and on it install; nothing that was fetched is used.
+        // Without the cache, setup has to be made anew, and on it install; nothing that was fetched
+        // is used.
         let (layers, said) = build(&home, &project, &[]);
         assert_eq!(layers.statuses(), "built built hit", "{what}: {said}");
         home.run(&["store", "verify", "--data"]).ok();
@@ -382,7 +384,7 @@ fn a_worker_runs_while_its_layers_are_shared() {
         home
     };
     let project = project();
-    // Who may not write there is told so, and works on.
+    // A user without the right to write there is told so, and works on.
     let (layers, said) = build(&guest(), &project, &["--cache-to", &cache]);
     assert_eq!(layers.statuses(), "built built built");
     assert!(said.contains("docker login"), "{said}");

@@ -1,4 +1,5 @@
-//! A stand-in for the iii engine: as much of its WebSocket protocol as the SDKs need to register functions and answer calls.
+//! A stand-in for the iii engine: as much of its WebSocket protocol as the SDKs need to register
+//! functions and answer calls.
 
 use std::collections::HashMap;
 use std::io;
@@ -106,7 +107,8 @@ impl Engine {
     }
 }
 
-/// One connection, from its handshake to its end. Telemetry, which comes in binary, is read and dropped.
+/// One connection, from its handshake to its end. Telemetry, which comes in binary, is read and
+/// dropped.
 fn serve(stream: TcpStream, shared: &Shared) {
     let Ok(mut socket) = accept(stream) else {
         return;
@@ -177,7 +179,7 @@ fn turn(
     true
 }
 
-/// A loopback port on which nobody listens.
+/// A loopback port on which no process listens.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()

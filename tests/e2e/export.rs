@@ -1,4 +1,4 @@
-//! Images and workers on their way out, and what others make of them.
+//! Exports of images and workers, read by other tools.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -13,7 +13,7 @@ use crate::engine::holds_within;
 use crate::harness::{Ended, Home, LIMIT, NODE_IMAGE, Project, busybox_base, files, is_root, skip};
 use crate::registry::{Door, Registry, can_run, has};
 
-/// A worker that says where it is, what it was told, and what its steps have left.
+/// A worker that prints its directory, its environment, and the files of its steps.
 fn worker() -> Project {
     let project = Project::scripts(
         "echo made by setup > /etc/setup; rm /etc/passwd-",
@@ -163,7 +163,8 @@ fn a_worker_is_an_image_like_any_other() {
     runs_in_podman(&home, &archive, &name);
 }
 
-/// In a mount namespace of its own, for the sake of machines with both versions of cgroups, where crun does not run.
+/// In a mount namespace of its own, for the sake of machines with both versions of cgroups, where
+/// crun does not run.
 fn runs_in_podman(home: &Home, archive: &Path, name: &str) {
     const SCRIPT: &str = r#"
         umount -l /sys/fs/cgroup/unified 2>/dev/null
@@ -365,7 +366,7 @@ fn a_name_stands_for_what_last_ran() {
     let built = home.build(&project, &[]);
     assert_eq!(ids(&ran), built.ids());
     assert!(home.path().join("named/index.json").is_file());
-    // What changed since is not in it; a path is built first.
+    // Later changes are not in it; a path is built first.
     project.write("main.js", "// changed\n");
     assert_eq!(
         ids(&export(&home, &["worker", "export", name])),
@@ -374,7 +375,7 @@ fn a_name_stands_for_what_last_ran() {
     let now = export(&home, &["worker", "export", project.arg()]);
     assert_eq!(ids(&now)[..3], built.ids()[..3]);
     assert_ne!(ids(&now)[3], built.ids()[3]);
-    // Which of the layers was made by what cannot be told any more.
+    // The step of each layer is not recorded any more.
     project.edit(
         "iii.worker.yaml",
         "  setup: \"echo made by setup > /etc/setup; rm /etc/passwd-\"\n",
@@ -434,7 +435,7 @@ fn an_export_goes_to_a_registry_and_sends_only_what_is_new() {
     }
 }
 
-/// A layout that skopeo has put another image into, and what a killed export leaves of it.
+/// A layout that skopeo has put another image into, and the remains of a killed export.
 #[test]
 fn a_killed_export_leaves_the_layout_as_it_was() {
     let home = home();

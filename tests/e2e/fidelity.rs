@@ -1,7 +1,9 @@
-//! Images made of Debian packages by umoci and buildah, pulled from a registry, compared entry by entry with what umoci unpacks.
+//! Images made of Debian packages by umoci and buildah, pulled from a registry, compared entry by
+//! entry with umoci's unpacked tree.
 //!
-//! Compared are names, types, modes, owners, device numbers, sizes, contents, targets, all xattrs, hardlinks and mtimes. What umoci does
-//! not restore is not: the metadata of directories that no layer has an entry of, which it makes up.
+//! Compared are names, types, modes, owners, device numbers, sizes, contents, targets, all xattrs,
+//! hardlinks and mtimes. The metadata of directories without an entry in any layer, which
+//! umoci makes up, is not compared.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -46,7 +48,8 @@ enum What {
 
 type Tree = BTreeMap<Vec<u8>, Entry>;
 
-/// The files that have several names, by whatever they have in common, to be told by the first of their paths.
+/// The files that have several names, by whatever they have in common, to be told by the first of
+/// their paths.
 struct Links<K>(HashMap<K, Vec<Vec<u8>>>);
 
 impl<K: std::hash::Hash + Eq> Links<K> {
@@ -64,7 +67,7 @@ fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
     [dir, name].join(&b'/')
 }
 
-/// What a sandbox sees of these layers.
+/// A sandbox's view of these layers.
 fn merged(layers: &Merged) -> Tree {
     let mut tree = Tree::new();
     let mut links = Links(HashMap::<Ino, _>::new());
@@ -98,7 +101,7 @@ fn merged(layers: &Merged) -> Tree {
     tree
 }
 
-/// What is on the disk.
+/// The tree on the disk.
 fn on_disk(root: &Path) -> Tree {
     let mut tree = Tree::new();
     let mut links = Links(HashMap::new());
@@ -257,7 +260,8 @@ impl Workshop {
         insert(&[&files, "/usr/share/misc"]);
     }
 
-    /// Pushes the image, compressed anew, pulls it, and compares what is pulled with what umoci unpacks.
+    /// Pushes the image, compressed anew, pulls it, and compares what is pulled with what umoci
+    /// unpacks.
     fn compare(&self, compressions: &[&str]) {
         let unpacked = self.path("unpacked");
         let unpack = ["raw", "unpack", "--image", "layout:t"];
@@ -304,7 +308,7 @@ impl Workshop {
                 theirs.len(),
                 differ.join("\n")
             );
-            // The contents are what their ids say.
+            // The contents match their ids.
             home.run(&["store", "verify", "--data"]).ok();
         }
     }
@@ -394,8 +398,8 @@ fn add_oddities(root: &Path) {
     time("sparse", 1, 999_999_999);
 }
 
-/// Has buildah make an image of three layers from `root`, as the image `t` of the layout, in a mount namespace of its own: its
-/// storage leaves mounts behind.
+/// Makes an image of three layers from `root` with buildah, as the image `t` of the layout, in a
+/// mount namespace of its own: its storage leaves mounts behind.
 const BUILDAH: &str = r#"
 printf '[storage]\ndriver = "overlay"\ngraphroot = "%s/graph"\nrunroot = "%s/run"\n' "$PWD" "$PWD" >storage.conf
 export CONTAINERS_STORAGE_CONF=$PWD/storage.conf
@@ -422,7 +426,7 @@ buildah commit --quiet $three three
 buildah push --quiet localhost/three oci:layout:t
 "#;
 
-/// Whether what these tests need is there; says so if it is not.
+/// Whether the tools of these tests are installed; reports a skip if not.
 fn can_run(what: &str, also: &[&str]) -> bool {
     if !is_root() {
         skip(

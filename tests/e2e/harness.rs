@@ -1,4 +1,4 @@
-//! Runs the `iii` binary in a home of its own and checks what it leaves behind.
+//! Runs the `iii` binary in a home of its own and checks for remains.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -20,13 +20,14 @@ use tempfile::TempDir;
 
 use crate::engine::holds_within;
 
-/// The image name under which the busybox base is imported: what a Node project gets without a word.
+/// The image name under which the busybox base is imported: the default of a Node
+/// project.
 pub const NODE_IMAGE: &str = "docker.io/iiidev/node:latest";
 
 /// Long enough for anything that a busybox project does, even where other tests share two cores.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// How long what belongs to an ended run may still be seen.
+/// How long remains of an ended run may still be seen.
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// Says on stderr, past the capture of the test harness, that something was not tested.
@@ -136,7 +137,8 @@ impl Project {
         self.path().to_str().unwrap()
     }
 
-    /// Writes a file, in one step: on a busy machine, who follows the project would see one that is empty yet.
+    /// Writes a file, in one step: on a busy machine, who follows the project would see one that is
+    /// empty yet.
     pub fn write(&self, name: &str, text: &str) {
         let path = self.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -184,7 +186,7 @@ fn copy_files(from: &Path, to: &Path) {
 /// A home directory, and with it a store, sandboxes and caches, that one test has for itself.
 pub struct Home {
     dir: TempDir,
-    /// What runs the binary: the program itself, or a wrapper and its arguments in front of it.
+    /// The command that runs the binary: the program itself, or a wrapper with arguments before it.
     program: Vec<PathBuf>,
     /// Whether a build may clear the store, which depends on how full the disk is.
     clears: bool,
@@ -300,7 +302,8 @@ impl Home {
         }
     }
 
-    /// Runs `iii` with `args` to its end, which has to come within [`LIMIT`], and checks that nothing is left of it.
+    /// Runs `iii` with `args` to its end, which has to come within [`LIMIT`], and checks that
+    /// nothing is left of it.
     pub fn run(&self, args: &[&str]) -> Ended {
         self.run_within(args, LIMIT)
     }
@@ -331,7 +334,8 @@ impl Home {
         Layers::parse(&ended)
     }
 
-    /// Processes, mounts and held leases that name this home, each in words; but for the families of `workers`, and a lease of each.
+    /// Processes, mounts and held leases that name this home, each in words; but for the families
+    /// of `workers`, and a lease of each.
     fn remains(&self, workers: &[i32]) -> Vec<String> {
         let home = self.path().to_str().unwrap();
         let mut remains = Vec::new();
@@ -378,7 +382,7 @@ impl Home {
         self.assert_only(&[]);
     }
 
-    /// Nothing is there but what the supervisors `workers` need.
+    /// Nothing is left but the needs of the supervisors `workers`.
     pub fn assert_only(&self, workers: &[i32]) {
         let mut remains = Vec::new();
         let clean = holds_within(SETTLE, || {
@@ -515,7 +519,8 @@ impl Running<'_> {
         }
     }
 
-    /// Blocks until lines with each of `needles` in them have come, in whatever order: the two streams have none.
+    /// Blocks until lines with each of `needles` in them have come, in whatever order: the two
+    /// streams have none.
     pub fn wait_for_each(&mut self, needles: &[&str]) {
         let mut missing = needles.to_vec();
         while let Some(first) = missing.first().copied() {
@@ -550,7 +555,7 @@ impl Running<'_> {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// What a terminal does on Ctrl-C: SIGINT to the tool's whole process group.
+    /// Sends SIGINT to the tool's whole process group, as a terminal does on Ctrl-C.
     pub fn ctrl_c(&mut self) {
         self.remember_family();
         kill_process_group(Pid::from_child(&self.child), Signal::INT).unwrap();
@@ -735,7 +740,8 @@ impl Layers {
         layers
     }
 
-    /// What was built, by kind, bottom first: `"install project"`, or `""` where all was cached.
+    /// The kinds of the built layers, bottom first: `"install project"`, or `""` if all were
+    /// cached.
     pub fn built(&self) -> String {
         let built = self.layers.iter().filter(|layer| layer.status != "hit");
         let kinds: Vec<_> = built.map(|layer| layer.kind.as_str()).collect();
@@ -750,7 +756,7 @@ impl Layers {
             .collect()
     }
 
-    /// What became of the layers above the base, bottom first: `"hit fetched built"`.
+    /// The outcomes of the layers above the base, bottom first: `"hit fetched built"`.
     pub fn statuses(&self) -> String {
         let layers = self.layers.iter().filter(|layer| layer.kind != "base");
         let statuses: Vec<_> = layers.map(|layer| layer.status.as_str()).collect();

@@ -70,7 +70,7 @@ fn kill_for(time: Duration) {
     let (mut kills, mut ends) = (0, 0);
     while begin.elapsed() < time {
         std::thread::sleep(Duration::from_millis(random.below(150)));
-        // Some die at once, before anybody looks after them.
+        // Some die at once, before the test looks after them.
         let fates: Vec<Fate> = running
             .iter_mut()
             .map(|tool| match tool.is_running() {
@@ -88,7 +88,7 @@ fn kill_for(time: Duration) {
             }
             let ended = running.remove(number).finish(LIMIT);
             if let Fate::Ended = fate {
-                // Whoever is not killed succeeds, whatever becomes of the others.
+                // A process that is not killed succeeds, even if the others die.
                 ended.ok();
                 ends += 1;
             } else {

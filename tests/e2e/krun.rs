@@ -1,5 +1,6 @@
-//! Workers in libkrun microVMs, for real, wherever QEMU runs: its software emulation of AMD SVM gives the machine that it emulates
-//! a `/dev/kvm`, on which the tool boots libkrun's own kernel. Everything is some 20 times slower than on hardware.
+//! Workers in libkrun microVMs, for real, wherever QEMU runs: its software emulation of AMD SVM
+//! gives the machine that it emulates a `/dev/kvm`, on which the tool boots libkrun's own kernel.
+//! Everything is some 20 times slower than on hardware.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use crate::harness::{self, NODE_IMAGE, busybox_base, gcc, skip};
 use crate::machine::{self, Vm};
 use crate::vm;
 
-/// How long everything may take, of which the emulated machine's own boot is 15 s, and a microVM 4 to 15 s.
+/// How long everything may take, of which the emulated machine's own boot is 15 s, and a microVM 4
+/// to 15 s.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// The guest kernel's library, fetched once as the tool does; says why where it cannot be.
@@ -79,7 +81,8 @@ const RESOLVER: &str = r"
         }
 ";
 
-/// In place of libkrunfw: a kernel whose first instruction is none, on which the virtual machine goes off.
+/// In place of libkrunfw: a kernel whose first instruction is invalid, so that the virtual
+/// machine shuts down.
 const SILENT: &str = r"
         #include <stddef.h>
         #include <string.h>
@@ -100,7 +103,8 @@ fn on_kvm(job: &str) -> Result<Vec<String>, String> {
     let made = machine::make(script.to_str().unwrap(), &harness::cache())?;
     let root = root(&libkrunfw);
     let mut qemu = Command::new("qemu-system-x86_64");
-    // The cpu's features that are missing are those that TCG gives to a guest's guest and does not emulate there.
+    // The cpu's features that are missing are those that TCG gives to a guest's guest and does not
+    // emulate there.
     qemu.args("-accel tcg,thread=multi -cpu max,+svm,-pku,-cx16,-erms,-fsrm -smp 1 -m 1536".split(' '))
         .args("-M q35,smbus=off,sata=off,hpet=off -vga none".split(' '))
         .arg("-append")

@@ -5,7 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use crate::harness::{Home, LIMIT, Layers, Project};
 
-/// Setup leaves a mark, install uses `deps.txt` and looks for `lock.txt` in vain, start shows what they made.
+/// Setup leaves a mark, install uses `deps.txt` and looks for `lock.txt` in vain, start shows the
+/// files of both.
 fn project() -> Project {
     let project = Project::scripts(
         "echo made >/made-by-setup",
@@ -20,7 +21,8 @@ fn project() -> Project {
 
 type Edit = fn(&Project);
 
-/// One after another: what is edited, the edit, the layers that it redoes, and what the reason for install has to name.
+/// One after another: what is edited, the edit, the layers that it redoes, and what the reason for
+/// install has to name.
 const EDITS: &[(&str, Edit, &str, &str)] = &[
     ("nothing", |_| {}, "", ""),
     (

@@ -94,13 +94,13 @@ fn what_the_sandbox_wrote_stays_until_fresh() {
         dev.wait_for(expected);
         dev.stop();
     }
-    // A new project layer leaves alone what it has no part in.
+    // A new project layer leaves other files alone.
     project.write("main.txt", "main 2\n");
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("runs=3 3");
     dev.wait_for("main 2");
     dev.stop();
-    // What the project changed wins over what the sandbox wrote.
+    // A file that the project changed wins over the sandbox's version.
     project.write("count", "from the project\n");
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("runs=4 2");
@@ -206,7 +206,7 @@ fn the_second_run_of_one_sandbox_is_refused() {
     let second = home.start(&["worker", "dev", project.arg()]);
     second.finish(LIMIT).fails().says(&["in use"]);
     assert!(first.is_running());
-    // Under another name it is another sandbox.
+    // A second name means a second sandbox.
     let mut other = home.dev(&project, &["--name", "other"]);
     other.wait_for("started");
     other.ctrl_c();

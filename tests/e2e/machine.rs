@@ -1,4 +1,5 @@
-//! A real Linux kernel on a root that we serve: in QEMU without KVM, or as an ordinary process. Part of the tests and of a bench.
+//! A real Linux kernel on a root that we serve: in QEMU without KVM, or as an ordinary process.
+//! Part of the tests and of a bench.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 /// How long a machine may take from its start to its end.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// What runs a kernel.
+/// The way to run a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
     /// Debian's kernel in QEMU, which emulates the processor.
@@ -33,7 +34,7 @@ impl Kernel {
         }
     }
 
-    /// The directory with the kernel and its initrd, below `cache`; says why where there is none.
+    /// The directory with the kernel and its initrd, below `cache`, or the reason for its absence.
     pub fn made(self, cache: &Path) -> Result<&'static Path, &'static str> {
         static MADE: [OnceLock<Result<PathBuf, String>>; 2] = [OnceLock::new(), OnceLock::new()];
         let made = MADE[self as usize].get_or_init(|| {
@@ -47,7 +48,8 @@ impl Kernel {
     }
 }
 
-/// Has `script` make a directory with vmlinuz and initrd below `cache`; says why where that cannot be.
+/// Makes a directory with vmlinuz and initrd below `cache` with `script`, or returns the reason why
+/// not.
 pub fn make(script: &str, cache: &Path) -> Result<PathBuf, String> {
     if !cfg!(target_arch = "x86_64") {
         return Err("only for x86_64".into());
@@ -112,7 +114,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Boots the kernel in `made` with a root that is served at `socket`, and has it run the shell script `job` there.
+    /// Boots the kernel in `made` with a root that is served at `socket`, and has it run the shell
+    /// script `job` there.
     pub fn boot(kernel: Kernel, made: &Path, socket: &Path, job: &str) -> Self {
         if kernel == Kernel::Emulated {
             let mut qemu = Command::new("qemu-system-x86_64");
@@ -141,7 +144,8 @@ impl Vm {
         Self::start(linux, dir, LIMIT, None)
     }
 
-    /// Boots what is in `made` on the machine `qemu`, which runs the shell script `job` and may take as long as `limit`.
+    /// Boots what is in `made` on the machine `qemu`, which runs the shell script `job` and may
+    /// take as long as `limit`.
     pub fn emulate(mut qemu: Command, made: &Path, job: &str, limit: Duration) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +191,8 @@ impl Vm {
         }
     }
 
-    /// Blocks until the console shows a line that begins with `beginning`, and returns the rest of it.
+    /// Blocks until the console shows a line that begins with `beginning`, and returns the rest of
+    /// it.
     pub fn wait_for(&mut self, beginning: &str) -> String {
         loop {
             let left = self.until.saturating_duration_since(Instant::now());
@@ -209,7 +214,8 @@ impl Vm {
             .unwrap();
     }
 
-    /// Blocks until the job has ended, which has to be with 0, and the machine with it. Returns what was on the console.
+    /// Blocks until the job has ended, which has to be with 0, and the machine with it. Returns
+    /// what was on the console.
     pub fn finish(mut self) -> Vec<String> {
         let status = self.wait_for("EXIT ");
         assert_eq!(status, "0", "{}", self.seen.join("\n"));

@@ -1,7 +1,7 @@
 //! The `iii` binary from the outside: real processes, mounts and layers, in homes of their own.
 //!
-//! `workers` runs the three examples with their real package managers on base images made from Debian packages; the rest
-//! uses a busybox base that is made in a second.
+//! `workers` runs the three examples with their real package managers on base images made from
+//! Debian packages; the rest uses a busybox base that is made in a second.
 
 mod bad_input;
 mod cache;

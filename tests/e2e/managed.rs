@@ -1,4 +1,5 @@
-//! Managed workers, and a stand-in for the engine that drives `iii-worker` as the real one was seen to.
+//! Managed workers, and a stand-in for the engine that drives `iii-worker` as the real one was seen
+//! to.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,7 +23,8 @@ const NOTICE: Duration = Duration::from_secs(4);
 
 const STAY: &str = "echo started; exec sleep 1000";
 
-/// A project of one of several kinds: those of one kind have the same steps and differ in their files.
+/// A project of one of several kinds: those of one kind have the same steps and differ in their
+/// files.
 fn project(name: &str, kind: usize) -> Project {
     let project = Project::scripts(
         &format!("echo setup {kind} >/set-up"),
@@ -35,7 +37,7 @@ fn project(name: &str, kind: usize) -> Project {
     project
 }
 
-/// What the tests ask of a home with managed workers in it. Dropped, it stops them.
+/// A home with managed workers, and questions about them. Dropped, it stops them.
 pub struct Managed<'a>(pub &'a Home);
 
 impl Managed<'_> {
@@ -110,7 +112,7 @@ impl Drop for Managed<'_> {
     }
 }
 
-/// Whether a process runs; one that nobody has reaped does not.
+/// Whether a process runs; a zombie does not.
 fn alive(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
     stat.is_ok_and(|stat| !stat.contains(") Z "))
@@ -210,7 +212,7 @@ fn a_worker_from_add_to_remove() {
         .ok()
         .says(&["already stopped"]);
 
-    // What it wrote is forgotten, and its layers are not.
+    // Its files are dropped, and its layers are not.
     managed.run(&["clear", "api"]).fails().says(&["-y"]);
     managed.run(&["clear", "-y", "api"]).ok();
     managed
@@ -316,7 +318,7 @@ fn a_killed_supervisor_leaves_nothing_that_the_next_command_does_not_clean() {
         home.assert_nothing_left();
         assert!(managed.pid("api").is_some());
         match runs {
-            // The next start, or whoever asks.
+            // The next start, or the next query.
             1 => {}
             2 => assert_eq!(managed.status("api"), "stopped"),
             _ => drop(
@@ -615,8 +617,8 @@ fn init_makes_projects() {
 /// Time for downloads.
 const INSTALL: Duration = Duration::from_secs(900);
 
-/// Drives `iii-worker` as the real engine was seen to: starts what its file names, watches the file, stops everything on SIGTERM.
-/// Its process is one that sleeps, so that it can be killed.
+/// Drives `iii-worker` as the real engine was seen to: starts the workers of its file, watches the
+/// file, stops everything on SIGTERM. Its process is one that sleeps, so that it can be killed.
 struct Engine<'a> {
     managed: &'a Managed<'a>,
     process: Child,
@@ -694,7 +696,7 @@ impl<'a> Engine<'a> {
         assert!(matches!(status.unwrap().code(), Some(0 | 1)));
     }
 
-    /// What SIGTERM makes it do.
+    /// Ends the engine as SIGTERM does.
     fn end(mut self) {
         for name in &self.known {
             self.stop(name);
@@ -714,7 +716,8 @@ impl Drop for Engine<'_> {
     }
 }
 
-/// What each of ten wrote goes back, and on in another worker; the forks go again. There are twenty, which run.
+/// Rolls ten workers back, forks each, and removes the forks. With the forks, twenty workers
+/// run.
 fn roll_back_and_fork(
     managed: &Managed<'_>,
     engine: &mut Engine<'_>,
@@ -795,7 +798,7 @@ fn the_engine_drives_twenty_workers_of_five_kinds() {
 
     managed.only(20);
 
-    // An edit of the source, and one of what install looked at.
+    // An edit of the source, and one of a file that install looked at.
     projects[0].write("main.txt", "main of box00, edited\n");
     projects[1].write("deps.txt", "deps, edited\n");
     managed
@@ -958,7 +961,7 @@ fn a_real_worker_answers_the_engine() {
     socket.wait_gone("hello::typescript", LIMIT);
     home.assert_nothing_left();
 
-    // What `init` makes is a worker as it is.
+    // A project of `init` is a worker without any edit.
     managed
         .run(&["init", "fresh", "--language", "javascript"])
         .ok();
@@ -1006,7 +1009,7 @@ fn one_that_is_watched_follows_its_project() {
     managed.says("api", "runs=4");
     project.write("main.txt", "edited twice\n");
     managed.says("api", "edited twice");
-    // Who ends after a reload has ended.
+    // A worker that ends after a reload has ended.
     project.edit("iii.worker.yaml", "exec sleep 1000", "exit 7");
     managed.says("api", "the start command ended: exit code 7");
     assert!(holds_within(LIMIT, || managed.status("api") == "stopped"));

@@ -1,4 +1,4 @@
-//! What stands between this machine and a registry: proxies, redirects, logins.
+//! Obstacles between this machine and a registry: proxies, redirects, logins.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -314,7 +314,8 @@ fn a_credential_helper_is_asked() {
     let dir = TempDir::new().unwrap();
     let helper = |name: &str, script: &str| {
         let path = dir.path().join(format!("docker-credential-{name}"));
-        // By a process of its own: a file that this one has written may be open in another test's child, and not run.
+        // By a process of its own: a file that this one has written may be open in another test's
+        // child, and not run.
         let made = Command::new("sh")
             .args([
                 "-c",

@@ -1,7 +1,7 @@
 //! The tool run by an ordinary user with subordinate ids.
 //!
-//! Tests run as root make such a user up in a mount namespace of their own, so that the machine's own files stay as they
-//! are.
+//! Tests run as root make such a user up in a mount namespace of their own, so that the machine's
+//! own files stay as they are.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};

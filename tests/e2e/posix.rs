@@ -1,5 +1,6 @@
-//! What programs do to a filesystem that shell commands cannot, against a model in memory. Runs here on a plain directory, which
-//! shows that the exerciser is right, and inside virtual machines on the overlay: see [`crate::vm`].
+//! Operations on a filesystem that shell commands cannot do, against a model in memory. Runs
+//! here on a plain directory, which shows that the exerciser is right, and inside virtual machines
+//! on the overlay: see [`crate::vm`].
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -61,7 +62,7 @@ struct Fsx {
     file: File,
     model: Vec<u8>,
     random: Random,
-    /// What was done last, for who has to find out why it went wrong.
+    /// The last operations, for the message of a failure.
     log: Vec<String>,
 }
 
@@ -87,7 +88,7 @@ impl Fsx {
     }
 
     fn map(&self) -> MmapMut {
-        // SAFETY: nobody else has the file, and it is not shortened before the mapping goes.
+        // SAFETY: only this process has the file, and it is not shortened before the mapping goes.
         unsafe { MmapOptions::new().map_mut(&self.file) }.unwrap()
     }
 
@@ -207,13 +208,14 @@ fn open(path: &Path) -> File {
     options.open(path).unwrap()
 }
 
-/// Does what fsx does: reads, writes, maps, truncates, allocates and punches one file at random, and compares.
+/// Does what fsx does: reads, writes, maps, truncates, allocates and punches one file at random,
+/// and compares.
 #[test]
 fn fsx() {
     let (_temporary, dir) = place();
     let ops = std::env::var(OPS).map_or(3000, |ops| ops.parse().unwrap());
     let path = dir.join(FSX);
-    // What is there belongs to a layer, and is to be copied up.
+    // The file belongs to a layer, and is to be copied up.
     let model = fs::read(&path).unwrap_or_default();
     let mut fsx = Fsx {
         file: open(&path),
@@ -252,7 +254,7 @@ fn calls() {
     // And one that never gets a name goes.
     drop(rustix::fs::open(&dir, flags, Mode::from(0o600)).unwrap());
 
-    // What is removed stays for who has it open.
+    // A removed file stays readable through open descriptors.
     fs::write(at("removed"), "still here").unwrap();
     let mut removed = File::open(at("removed")).unwrap();
     fs::remove_file(at("removed")).unwrap();

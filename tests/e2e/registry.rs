@@ -21,7 +21,7 @@ const HTPASSWD: &str = "user:$2b$05$OACckZAo.GBuZHFSjURxeun1FsFEWPtnzZkVpnJbHQH/
 const USER: &str = "user";
 const PASSWORD: &str = "secret";
 
-/// What the registry asks of those who come.
+/// The login that the registry demands.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Door {
     Open,
@@ -49,7 +49,7 @@ pub fn has(program: &str) -> bool {
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
-/// Whether what these tests need is there; says so if it is not.
+/// Whether the tools of these tests are installed; reports a skip if not.
 pub fn can_run(what: &str) -> bool {
     let needed = ["docker-registry", "skopeo", "umoci", "openssl"];
     let missing: Vec<_> = needed.into_iter().filter(|one| !has(one)).collect();
@@ -219,7 +219,8 @@ impl Layout {
         run(self.dir.path(), "umoci", args);
     }
 
-    /// The image `tag`: busybox, and what else is given as a name and a size, each in a layer of its own.
+    /// The image `tag`: busybox, and other files, each given as a name and a size, each in a layer
+    /// of its own.
     pub fn image(&self, tag: &str, arch: &str, files: &[(&str, usize)]) {
         let image = format!("layout:{tag}");
         self.umoci(&["new", "--image", &image]);
@@ -260,7 +261,8 @@ pub fn inspect(home: &Home, name: &str) -> Value {
     serde_json::from_str(&ended.stdout).unwrap()
 }
 
-/// Passes connections on, and counts what goes there and what comes back. Past `limit` bytes nothing comes any more, and nothing ends.
+/// Passes connections on, and counts the bytes of both directions. Past `limit` bytes
+/// nothing comes any more, and nothing ends.
 pub struct Counter {
     pub host: String,
     bytes: Arc<AtomicU64>,
@@ -301,12 +303,12 @@ impl Counter {
         Self { host, bytes, sent }
     }
 
-    /// What came back since the last call.
+    /// Bytes received since the last call.
     pub fn take(&self) -> u64 {
         self.bytes.swap(0, Ordering::Relaxed)
     }
 
-    /// What went there since the last call.
+    /// Bytes sent since the last call.
     pub fn take_sent(&self) -> u64 {
         self.sent.swap(0, Ordering::Relaxed)
     }
@@ -343,7 +345,7 @@ fn what_umoci_and_skopeo_make_is_pulled_as_it_is_imported() {
         ("zstd", &["--dest-compress-format", "zstd"]),
         ("docker", &["--format", "v2s2"]),
     ] {
-        // What is in a registry already, skopeo does not compress anew.
+        // Skopeo does not compress a layer anew that a registry has.
         let registry = Registry::start(Door::Open);
         registry.push(&layout, "one", &format!("some/box:{tag}"), options);
         let name = format!("{}/some/box:{tag}", registry.host);
@@ -468,7 +470,7 @@ fn a_killed_pull_goes_on() {
     registry.push(&layout, "one", "box:1", &[]);
     let size = files.len() * LARGE;
     let home = Home::new();
-    // What is not there by then is one layer at most, but for busybox.
+    // At most one layer is missing by then, apart from busybox.
     let stops = Counter::new(&registry.host, (size - LARGE / 2) as u64);
     let name = format!("{}/box:1", stops.host);
     let mut pulling = home.start(&["image", "pull", &name]);
@@ -515,7 +517,7 @@ fn tls_and_logins() {
     registry.push(&layout, "one", "box:1", &[]);
     let name = format!("{}/box:1", registry.host);
     let pull = ["image", "pull", &name];
-    // Nobody trusts this CA.
+    // No client trusts this CA.
     Home::new()
         .run(&pull)
         .fails()
@@ -586,7 +588,7 @@ fn a_worker_brings_its_base() {
     worker.stop();
     let digest = inspect(&home, &name)["digest"].clone();
 
-    // The tag moves, and still stands for what it was.
+    // The tag moves, and still stands for the old image.
     layout.image("two", arch(), &[("b", 10)]);
     registry.push(&layout, "two", "box:1", &[]);
     let ended = home
@@ -607,7 +609,7 @@ fn a_worker_brings_its_base() {
     .says(&["pulled in"]);
     let moved = inspect(&home, &name)["digest"].clone();
     assert_ne!(moved, digest);
-    // Without the registry, what is there serves.
+    // Without the registry, the stored image serves.
     drop(registry);
     home.run(&[
         "worker",

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::engine::holds_within;
 use crate::harness::{Home, LIMIT, Project, Running, files, gcc, is_root, skip};
 
-/// Says what it sees, how often it was started, and on which mount.
+/// Prints its input, the number of its starts, and its mount.
 const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); exec sleep 1000";
 
 /// Says so again and again.
@@ -29,7 +29,7 @@ fn project(install: &str, start: &str) -> Project {
     project
 }
 
-/// What keeps [`INSTALL`] waiting while it exists: a cache is visible from both sides.
+/// Keeps [`INSTALL`] waiting while it exists: a cache is visible from both sides.
 fn gate(home: &Home) -> PathBuf {
     home.state().join("cache/npm/wait")
 }
@@ -65,7 +65,7 @@ fn an_edit_shows_where_the_worker_runs() {
     fs::remove_dir_all(project.path().join("doomed")).unwrap();
     project.write("new/file.txt", "");
     project.write("main.txt", "main 2\n");
-    // What comes first may be taken before the rest.
+    // The first edit may be taken before the rest.
     while dev.wait_for("sees main") != "sees main 2" {}
     let seen: Vec<_> = dev.says_so_far().map(str::to_owned).collect();
     let last = seen
@@ -93,7 +93,7 @@ fn an_edit_shows_where_the_worker_runs() {
     ended.ok().says(&["COLOUR=red"]);
     dev.stop();
 
-    // What it ran on at last is what an image is made of, and the next start has it all.
+    // An image is made of the layers that it ran on last, and the next start has them all.
     let to = home.path().join("image");
     let oci = format!("oci:{}", to.display());
     home.run(&[
@@ -118,7 +118,8 @@ fn an_edit_shows_where_the_worker_runs() {
     dev.stop();
 }
 
-/// A layer of the project that differs from the last in its times alone changes nothing that the upper has of that.
+/// A layer of the project that differs from the last in its times alone changes nothing that the
+/// upper has of that.
 #[test]
 fn what_the_upper_stands_on_is_kept() {
     let home = Home::with_busybox();
@@ -204,7 +205,8 @@ fn who_has_a_file_open_goes_on_with_what_it_has() {
     dev.stop();
 }
 
-/// Maps a file, looks at its first page, and at its first and last when it is to end: the one is in memory, the other is not.
+/// Maps a file, looks at its first page, and at its first and last when it is to end: the one is in
+/// memory, the other is not.
 const MAPPER: &str = r#"
         #include <fcntl.h>
         #include <signal.h>
@@ -274,7 +276,7 @@ fn install_runs_beside_the_worker_and_takes_its_place() {
         project.write("main.txt", &format!("meanwhile {n}\n"));
     }
     fs::remove_file(&gate).unwrap();
-    // What it takes in first may be ended before it says anything.
+    // The first run may be ended before it prints anything.
     loop {
         let line = dev.wait_for("run ");
         assert!(line.ends_with(" on 2"), "{line}");
@@ -379,7 +381,7 @@ fn nothing_is_followed_that_is_not_to_be() {
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("run 2: main 1");
     assert!(holds_within(LIMIT, || watches(&dev) == 1));
-    // Nobody needs to be told to end; the same happens if the tool is killed.
+    // No signal is needed for the end; the same happens if the tool is killed.
     dev.signal(Signal::KILL);
     dev.finish(LIMIT);
     home.assert_nothing_left();

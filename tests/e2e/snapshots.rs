@@ -21,7 +21,7 @@ fn project() -> Project {
     project
 }
 
-/// What a shell in the worker says.
+/// The output of a shell in the worker.
 fn shell(managed: &Managed<'_>, name: &str, script: &str) -> String {
     let ended = managed.run(&["exec", name, "--", "sh", "-c", script]);
     ended.ok().stdout
@@ -46,7 +46,7 @@ fn run(home: &Home, args: &[&str]) -> Ended {
     home.start(args).finish(LIMIT).ok()
 }
 
-/// Takes out of the store whatever nobody needs.
+/// Removes everything unneeded from the store.
 fn collect(home: &Home) -> Ended {
     run(home, &["store", "gc", "--keep", "0s", "--grace", "0s"])
 }
@@ -194,7 +194,7 @@ fn a_fork_shares_everything_and_goes_its_own_way() {
     shell(&managed, "new", "echo x >>/blob; echo three >/state");
     assert_eq!(of("api"), api);
 
-    // What one needs does not go with another.
+    // Files that one needs stay when another goes.
     managed.run(&["remove", "-y", "api"]).ok();
     collect(&home);
     managed.run(&["restart", "old"]).ok();

@@ -1,4 +1,4 @@
-//! `iii store`: what it says of a store that real builds have filled.
+//! `iii store` on a store that real builds have filled.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::harness::{Home, LIMIT, Layers, NODE_IMAGE, Project, files, is_root, skip};
 
-/// What install makes of `deps.txt` is the same as `deps.txt`; `main.txt` is the project's own.
+/// Install copies `deps.txt`; `main.txt` is the project's own.
 fn project(deps: &str, main: &str) -> Project {
     let project = Project::scripts(
         "echo made >/made-by-setup",
@@ -200,7 +200,7 @@ fn list_and_why_say_what_keeps_a_layer() {
         assert_eq!(why["kept_by"], layer["kept_by"]);
         assert_eq!(why["kind"], layer["kind"]);
         let roots = array(layer, "kept_by").iter();
-        // What kind of ref it is, or what else.
+        // The kind of the ref, or of the other root.
         let kind = |root: &Value| root.get("kind").unwrap_or(&root["root"]).clone();
         roots
             .map(|root| kind(root).as_str().unwrap().to_owned())
@@ -438,7 +438,7 @@ fn gc_does_what_its_dry_run_says() {
     assert_eq!(number(&df, "unnamed"), 0, "{df:#}");
     assert_eq!(number(&df, "on_disk"), du(&store));
 
-    // What stayed is whole, and what went is built again.
+    // Layers that stayed are whole, and the others are built again.
     assert_eq!(home.build(&projects[0], &["--name", "one"]).built(), "");
     assert_eq!(
         home.build(&projects[2], &["--name", "three"]).built(),
@@ -589,7 +589,8 @@ fn an_image_clears_a_store_that_fills_the_disk() {
         mount("tmpfs", home.state(), "tmpfs", MountFlags::empty(), options).unwrap();
         std::fs::write(home.state().join("ballast"), vec![1; 10 << 20]).unwrap();
         let mut cleared = 0;
-        // Each takes the name of the one before, which nothing keeps then but that it was unpacked once.
+        // Each takes the name of the one before, which nothing keeps then but that it was unpacked
+        // once.
         for _ in 0..12 {
             let made = Command::new("sh")
                 .args([
@@ -608,7 +609,7 @@ fn an_image_clears_a_store_that_fills_the_disk() {
                 assert!(!ended.stderr.contains("cleared"), "{}", ended.stderr);
             } else {
                 ended.says(&["No space left on device"]);
-                // There is no room for it, and it stays so.
+                // It does not fit, and never will.
                 cleared = 1;
                 break;
             }
@@ -631,7 +632,7 @@ fn flip_in_pack(store: &Path, bytes: &[u8]) {
     panic!("no pack has {bytes:?}");
 }
 
-/// The store's files are immutable; this one is another.
+/// The store's files are immutable, so the new file replaces the old one.
 fn rewrite(path: &Path, bytes: &[u8]) {
     std::fs::remove_file(path).unwrap();
     std::fs::write(path, bytes).unwrap();
@@ -654,7 +655,7 @@ fn verify_finds_damage_and_repair_has_it_built_again() {
         .ok()
         .says(&["verified: 7 layers", "structure only"]);
 
-    // What is in a file shows when all is hashed.
+    // Damaged contents show when everything is hashed.
     flip_in_pack(&store, b"other dep\n");
     let ended = home.run(&["store", "verify", "--data"]).exits(1);
     assert!(
@@ -692,7 +693,7 @@ fn verify_finds_damage_and_repair_has_it_built_again() {
     home.run(&["store", "verify", "--repair"])
         .ok()
         .says(&["worker one dropped"]);
-    // What it wrote stood on what is lost.
+    // Its upper stood on the lost layers.
     home.dev(&projects[0], &["--name", "one"])
         .finish(LIMIT)
         .fails()

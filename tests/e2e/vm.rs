@@ -1,4 +1,5 @@
-//! Layers served over vhost-user-fs to real Linux kernels, in QEMU without KVM and as User-Mode Linux.
+//! Layers served over vhost-user-fs to real Linux kernels, in QEMU without KVM and as User-Mode
+//! Linux.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use crate::harness::{self, Home, busybox_base, repository, skip};
 use crate::machine::{Kernel, Vm};
 use crate::posix;
 
-/// Does `test` with each kernel that can be had; says which cannot.
+/// Does `test` with each available kernel; reports the others as skipped.
 fn with_kernels(what: &str, mut test: impl FnMut(Kernel, &Path)) {
     for kernel in Kernel::ALL {
         match kernel.made(&harness::cache()) {
@@ -46,7 +47,8 @@ fn home(add: impl FnOnce(&Path)) -> Home {
     home
 }
 
-/// Copies a program of this machine and its libraries into the root filesystem `root`, as /bin/`name`.
+/// Copies a program of this machine and its libraries into the root filesystem `root`, as
+/// /bin/`name`.
 pub fn install(program: &Path, root: &Path, name: &str) {
     fs::copy(program, root.join("bin").join(name)).unwrap();
     let libraries = Command::new("ldd").arg(program).output().unwrap();
@@ -123,7 +125,7 @@ fn works_in_its_root(kernel: Kernel, made: &Path) {
     let mut serving = home.start(&serve);
     serving.wait_for("fs.sock");
 
-    // Who else wants the socket is told, and disturbs nobody.
+    // A second server of the socket is refused, and disturbs no session.
     home.start(&["store", "serve", "--image", IMAGE, "--socket", socket_arg])
         .finish(harness::LIMIT)
         .fails()
@@ -175,7 +177,7 @@ fn works_in_its_root(kernel: Kernel, made: &Path) {
     assert_eq!((n.uid, n.gid, n.mode), (12, 34, 0o4750));
     assert_eq!(attr("data/null").kind, Kind::Char);
     assert_eq!(attr("data/c").ino, attr("data/c2").ino);
-    // The exerciser says what its file held in the end.
+    // The exerciser prints the final contents of its file.
     let fsx = contents(&overlay, &format!("data/{}", posix::FSX));
     let expected = format!("FSX {} {:x}", fsx.len(), posix::hash(&fsx));
     assert!(
@@ -219,7 +221,7 @@ fn pjdfstest_passes(pjdfstest: &Path, kernel: Kernel, made: &Path) {
     ];
     let mut serving = home.start(&serve);
     serving.wait_for("fs.sock");
-    // What the guest's tmpfs fails is the kernel's; the rest is ours.
+    // Tests that fail on the guest's tmpfs are the kernel's faults; the rest are ours.
     let vm = Vm::boot(
         kernel,
         made,
@@ -251,8 +253,8 @@ fn pjdfstest_passes(pjdfstest: &Path, kernel: Kernel, made: &Path) {
     assert_eq!(summaries.count(), 2, "{console:#?}");
 }
 
-/// Requests by operation since `before`, where there were any, but those that ask a program that is run for its capabilities, of
-/// which the kernel keeps nothing.
+/// Requests by operation since `before`, where there were any, but those that ask a program that is
+/// run for its capabilities, of which the kernel keeps nothing.
 fn since(overlay: &Overlay, before: &[(&'static str, u64)]) -> Vec<(&'static str, u64)> {
     let now = overlay.stats().into_iter();
     now.zip(before)
@@ -327,7 +329,8 @@ fn asks_once(kernel: Kernel, made: &Path) {
         vm.finish();
         assert_eq!(server.join().unwrap().unwrap(), End::Disconnected);
 
-        // Those that bring entries, of which a page of the kernel's has room for 24, and those that say that these were all.
+        // Those that bring entries, of which a page of the kernel's has room for 24, and those that
+        // say that these were all.
         let (dirs, files) = (1 + 2 * PACKAGES, PACKAGES * (1 + FILES));
         let listings = 2 * dirs + PACKAGES / 24 + 1;
         let expected: [(&str, &[(&str, usize)]); 8] = [
@@ -339,7 +342,7 @@ fn asks_once(kernel: Kernel, made: &Path) {
             // And of what it read.
             ("reads", &[("getattr", files)]),
             ("reads", &[]),
-            // What is absent is in no listing.
+            // An absent name is in no listing.
             ("requires", &[("lookup", 8)]),
             ("requires", &[]),
         ];
@@ -373,7 +376,7 @@ fn a_signal_ends_serving() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut serving = home.start(&serve);
         serving.wait_for("fs.sock");
-        // Somebody has connected, and says nothing.
+        // A client has connected, and sends nothing.
         let connection = (signal == Signal::INT)
             .then(|| std::os::unix::net::UnixStream::connect(&socket).unwrap());
         serving.signal(signal);
@@ -383,7 +386,7 @@ fn a_signal_ends_serving() {
     }
     home.assert_nothing_left();
 
-    // What a server that was killed has left is no obstacle, and no other file is taken for it.
+    // The socket of a killed server is no obstacle, and no other file is taken for it.
     let mut serving = home.start(&serve);
     serving.wait_for("fs.sock");
     serving.signal(Signal::KILL);

@@ -16,7 +16,7 @@ struct Example {
     image: &'static str,
     /// The source file, and a word in it that only the reply shows.
     source: &'static str,
-    /// What an edit of the source redoes.
+    /// The layers that an edit of the source redoes.
     source_redoes: &'static str,
     /// The dependency file, a line of it, and the same with one dependency more.
     dependencies: (&'static str, &'static str, &'static str),
@@ -171,7 +171,7 @@ fn journey(example: &Example) {
         "what held before the failure holds after it: {layers:#?}"
     );
 
-    // What the sandbox wrote goes, the layers stay.
+    // The sandbox's files go, the layers stay.
     assert_eq!(greeting(&project, &["--fresh"]), with_dependency);
     assert_eq!(build(&project, &[]).built(), "");
 
