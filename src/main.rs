@@ -1,5 +1,0 @@
-//! The `iii` program.
-
-fn main() -> std::process::ExitCode {
-    iii::cli::iii()
-}
