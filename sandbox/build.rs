@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=init/Cargo.toml");
-    println!("cargo::rerun-if-changed=init/src");
-    println!("cargo::rerun-if-changed=Cargo.lock");
+    // The workspace's manifest has the profile of that program and the versions that it asks for.
+    println!("cargo::rerun-if-changed=../Cargo.toml");
+    println!("cargo::rerun-if-changed=../init/Cargo.toml");
+    println!("cargo::rerun-if-changed=../init/src");
+    println!("cargo::rerun-if-changed=../Cargo.lock");
     let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if env::var_os("CARGO_FEATURE_LIBKRUN").is_none() || !["linux", "macos"].contains(&os.as_str())
     {

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use iii_engine::project::HostLoopback;
+use iii_engine::shared_cache::CacheName;
+use iii_oci::export::{Compression, Destination};
+use iii_oci::{self as oci, Platform};
 #[cfg(target_os = "linux")]
 use iii_overlay::adapter::vhost_user::Tag;
 
 use super::limits;
 use super::quantity::{self, Limit, Room};
-use crate::cache::CacheName;
-use crate::oci::export::{Compression, Destination};
-use crate::oci::{self, Platform};
-use crate::project::HostLoopback;
 
 /// Runs iii workers in sandboxes made of shared layers.
 #[derive(Debug, Parser)]

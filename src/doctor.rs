@@ -3,15 +3,15 @@
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
+use iii_engine::firmware::{self, FirmwareError, Package, Source};
+use iii_engine::home::Home;
+use iii_engine::worker::run::Engine;
+use iii_sandbox::kvm::{self, Unusable};
+use iii_sandbox::{self as sandbox, SandboxError, Warning};
 use iii_store::Store;
 use serde::Serialize;
 
-use crate::firmware::{self, FirmwareError, Package, Source};
-use crate::home::Home;
-use crate::kvm::{self, Unusable};
-use crate::run::Engine;
-use crate::sandbox::{self, SandboxError, Warning};
-use crate::ui::human_bytes;
+use crate::output::human_bytes;
 
 /// Free space below which images and installs are likely to fail.
 const LITTLE_SPACE: u64 = 2 << 30;
@@ -81,7 +81,7 @@ pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let kvm = kvm::usable_now(&home.kvm());
     let firmware = firmware::Places::from_environment(home.lib(), None).find();
     let can_fetch = Package::of_this_machine().is_some();
-    let namespaces = sandbox::probe(&crate::process::this_program());
+    let namespaces = sandbox::probe(&iii_sandbox::process::this_program());
     let has_kernel = firmware
         .as_ref()
         .is_ok_and(|found| found.is_some() || can_fetch);

@@ -13,26 +13,26 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::build::BuildError;
-pub use crate::build::with_causes;
-use crate::cache::CacheNameError;
-use crate::exec::ExecError;
-use crate::home::HomeError;
-use crate::managed::ManagedError;
-use crate::oci::export::ExportError;
-use crate::oci::{ImageError, LayoutError, RegistryError};
-use crate::project::NameError;
-use crate::run::RunError;
-use crate::sandbox::{HAS_NAMESPACES, SandboxError};
-use crate::scaffold::ScaffoldError;
+use crate::output::Ui;
+use iii_engine::build::BuildError;
+pub use iii_engine::build::with_causes;
+use iii_engine::home::HomeError;
+use iii_engine::managed::ManagedError;
+use iii_engine::project::NameError;
+use iii_engine::project::scaffold::ScaffoldError;
 #[cfg(target_os = "linux")]
-use crate::serve::ServeError;
-use crate::snapshot::SnapshotError;
-use crate::ui::Ui;
+use iii_engine::serve::ServeError;
+use iii_engine::shared_cache::CacheNameError;
+use iii_engine::worker::exec::ExecError;
+use iii_engine::worker::run::RunError;
+use iii_engine::worker::snapshot::SnapshotError;
+use iii_oci::export::ExportError;
+use iii_oci::{ImageError, LayoutError, RegistryError};
 #[cfg(target_os = "linux")]
 use iii_overlay::adapter::vhost_user::VhostUserError;
 use iii_overlay::upper::UpperError;
 use iii_overlay::{FreezeError, OpenError};
+use iii_sandbox::{HAS_NAMESPACES, SandboxError};
 use iii_store::tree::TreeError;
 use iii_store::{LayerId, StoreError};
 

@@ -5,22 +5,22 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use iii_engine::export::{LeftOut, WorkerImage};
+use iii_engine::home::Home;
+use iii_engine::plan::Kind;
+use iii_engine::worker::dev;
+use iii_engine::worker::run::{RunError, Target};
+use iii_engine::worker::supervise::Signals;
+use iii_oci::export::{Destination, Event, Export, ExportedLayer, Part};
+use iii_oci::reference::DEFAULT_TAG;
+use iii_oci::{Digest, Platform, Reference, Settings};
 use iii_store::Store;
 use serde::Serialize;
 
 use super::args::{ExportImage, ExportWorker, Where};
 use super::worker::{Printer, caches, usual_sandbox};
 use super::{CliError, image, limits, print_json};
-use crate::dev;
-use crate::export::{LeftOut, WorkerImage};
-use crate::home::Home;
-use crate::oci::export::{Destination, Event, Export, ExportedLayer, Part};
-use crate::oci::reference::DEFAULT_TAG;
-use crate::oci::{Digest, Platform, Reference, Settings};
-use crate::plan::Kind;
-use crate::run::{RunError, Target};
-use crate::supervise::Signals;
-use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
+use crate::output::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
 
 /// The variable with the time that images are said to be created at, see <https://reproducible-builds.org/specs/source-date-epoch/>.
 const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";

@@ -5,16 +5,18 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
+use iii_engine::build::collect;
+use iii_engine::home::Home;
+use iii_oci::{self as oci, Event, ImageError, Imported, Platform, Settings};
+use iii_sandbox::tail::inert;
 use iii_store::{GcReport, Store};
 
 use super::args::{Image, Import, InspectImage, List, Pull, RemoveImage};
 use super::table::{Align, Table};
 use super::{CliError, export, limits, print, print_json};
-use crate::collect;
-use crate::home::Home;
-use crate::oci::{self, Event, ImageError, Imported, Platform, Settings};
-use crate::tail::inert;
-use crate::ui::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration, human_time};
+use crate::output::{
+    ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration, human_time,
+};
 
 /// Hex digits of a digest that tell images of one machine apart.
 const SHORT_DIGEST: usize = 12;

@@ -1,9 +1,10 @@
 //! The limits of what is brought in, as people raise them: `--limit NAME=VALUE`, and `III_LIMITS=NAME=VALUE,…` for whatever
 //! pulls or imports.
 
+use iii_oci::{Limit, Limits};
+
 use super::CliError;
 use super::quantity::{self, QuantityError};
-use crate::oci::{Limit, Limits};
 
 /// Limits for everything that pulls or imports.
 pub const VARIABLE: &str = "III_LIMITS";

@@ -1,31 +1,39 @@
-//! The command line: arguments in, lines and exit codes out. Nothing else imports it.
+//! The `iii` program, also as `iii-worker`: arguments in, lines and exit codes out.
+//!
+//! The only crate that knows clap and a terminal.
 
 mod args;
+mod doctor;
 mod error;
 mod export;
 mod image;
 mod limits;
 mod managed;
 mod manual;
+mod output;
 mod quantity;
 mod snapshot;
 mod store;
 mod table;
 mod worker;
 
+use std::env;
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser as _};
+use iii_sandbox::{self as sandbox, kvm};
 
-use crate::kvm;
-use crate::sandbox;
-use crate::ui::Ui;
+use crate::output::Ui;
 
 use args::{About, Command, Iii, IiiWorker, WorkerCommand};
 use error::CliError;
 
-/// The `iii` program.
-pub fn iii() -> ExitCode {
+/// The name under which this program is `iii worker`: the engine calls it so.
+const WORKER_NAME: &str = "iii-worker";
+
+fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     sandbox::maybe_run_init();
     #[cfg(feature = "libkrun")]
@@ -33,6 +41,19 @@ pub fn iii() -> ExitCode {
     kvm::maybe_run();
     keep_large_buffers_mapped();
     managed::maybe_supervise();
+    if is_worker(env::args_os().next()) {
+        iii_worker()
+    } else {
+        iii()
+    }
+}
+
+/// Whether a program called by this name is `iii-worker`: a link or a copy in any directory.
+fn is_worker(called: Option<OsString>) -> bool {
+    called.is_some_and(|called| Path::new(&called).file_name() == Some(WORKER_NAME.as_ref()))
+}
+
+fn iii() -> ExitCode {
     let command = Iii::parse().command;
     finish(|ui| match command {
         Command::Worker(command) => worker::run(command, ui),
@@ -42,15 +63,7 @@ pub fn iii() -> ExitCode {
     })
 }
 
-/// The `iii-worker` program: `iii worker`, under the name that the engine calls.
-pub fn iii_worker() -> ExitCode {
-    #[cfg(target_os = "linux")]
-    sandbox::maybe_run_init();
-    #[cfg(feature = "libkrun")]
-    sandbox::maybe_run_vm();
-    kvm::maybe_run();
-    keep_large_buffers_mapped();
-    managed::maybe_supervise();
+fn iii_worker() -> ExitCode {
     let command = IiiWorker::parse().command;
     finish(|ui| match command {
         WorkerCommand::Worker(command) => worker::run(command, ui),

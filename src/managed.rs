@@ -11,6 +11,19 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use iii_engine::build::realise::With;
+use iii_engine::build::{Event, Status, Stream};
+use iii_engine::home::Home;
+use iii_engine::managed::logs::Reader;
+use iii_engine::managed::supervisor::{self, EngineProcess, MARKER, Orders, Started, Told, Voice};
+use iii_engine::managed::{self, State, add as adding};
+use iii_engine::plan::Kind;
+use iii_engine::project::scaffold;
+use iii_engine::project::{Language, WorkerName};
+use iii_engine::worker::dev;
+use iii_engine::worker::run::{Ended, Engine, SandboxOptions};
+use iii_engine::worker::supervise::Signals;
+use iii_sandbox::tail::inert;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::args::{
@@ -20,20 +33,7 @@ use super::args::{
 use super::table::{Align, Table};
 use super::worker::{Printer, caches, outcome, sandbox_options, usual_sandbox};
 use super::{CliError, image, limits, print, print_json};
-use crate::build::{Event, Status, Stream};
-use crate::dev;
-use crate::home::Home;
-use crate::logs::Reader;
-use crate::managed::supervisor::{self, EngineProcess, MARKER, Orders, Started, Told, Voice};
-use crate::managed::{self, State, add as adding};
-use crate::plan::Kind;
-use crate::project::{Language, WorkerName};
-use crate::realise::With;
-use crate::run::{Ended, Engine, SandboxOptions};
-use crate::scaffold;
-use crate::supervise::Signals;
-use crate::tail::inert;
-use crate::ui::{ProgressHandle, StepOutput, Ui, Unit};
+use crate::output::{ProgressHandle, StepOutput, Ui, Unit};
 
 /// Where an engine listens that nobody says anything about.
 const ENGINE: (&str, u16) = ("localhost", 49134);
@@ -638,7 +638,7 @@ fn supervise() -> i32 {
         Ok(ended) if ended.status.success() => ui.ok("the start command ended"),
         Ok(ended) => ui.warn(format_args!(
             "the start command ended: {}",
-            crate::build::describe(ended.status)
+            iii_engine::build::describe(ended.status)
         )),
         Err(error) => {
             error.report(&ui);

@@ -9,7 +9,7 @@ use clap_mangen::Man;
 
 use super::args::{Completions, Manual, ShellKind};
 use super::{CliError, print};
-use crate::ui::Ui;
+use crate::output::Ui;
 
 /// Prints the script by which a shell completes the commands of the program `P`.
 pub fn completions<P: CommandFactory>(args: &Completions) -> Result<ExitCode, CliError> {

@@ -2,17 +2,17 @@
 
 use std::process::ExitCode;
 
+use iii_engine::home::Home;
+use iii_engine::managed::{self, State};
+use iii_engine::project::WorkerName;
+use iii_engine::worker::snapshot::{self, Keeper, Snapshot, Subject, Tag};
 use iii_store::{RefKind, Store};
 
 use super::args::{Fork, ListSnapshots, Rollback, TakeSnapshot};
 use super::managed::{config_path, orders_again, run};
 use super::table::{Align, Table};
 use super::{CliError, print, print_json};
-use crate::home::Home;
-use crate::managed::{self, State};
-use crate::project::WorkerName;
-use crate::snapshot::{self, Keeper, Snapshot, Subject, Tag};
-use crate::ui::Ui;
+use crate::output::Ui;
 
 pub fn take(home: &Home, args: &TakeSnapshot, ui: &Ui) -> Result<ExitCode, CliError> {
     let subject = Subject::find(home, &config_path(&args.config)?, &args.name.parse()?)?;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::tail::inert;
+use iii_sandbox::tail::inert;
 
 /// How a column is filled up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

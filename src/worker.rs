@@ -10,24 +10,26 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum as _;
+use iii_engine::build::{Event, Report, Status, Stream};
+use iii_engine::compose::Isolation;
+use iii_engine::home::Home;
+use iii_engine::plan::Kind;
+use iii_engine::project::{HostLoopback, WorkerName};
+use iii_engine::shared_cache::{self, CacheError, CacheName, CacheOptions};
+use iii_engine::worker::dev::{self, Options};
+use iii_engine::worker::exec::{self, Asked};
+use iii_engine::worker::run::{self, Engine, RunError, SandboxOptions, Target};
+use iii_engine::worker::supervise::Signals;
+use iii_sandbox::tail::inert;
 
 use super::args::{self, Runtime, Worker};
 use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
 use super::{CliError, export, limits, managed, print, print_json, snapshot};
-use crate::build::{Event, Report, Status, Stream};
-use crate::cache::{self, CacheError, CacheName, CacheOptions};
-use crate::compose::Isolation;
-use crate::dev::{self, Options};
 use crate::doctor::{self, Diagnosis, State};
-use crate::exec::{self, Asked};
-use crate::home::Home;
-use crate::plan::Kind;
-use crate::project::{HostLoopback, WorkerName};
-use crate::run::{self, Engine, RunError, SandboxOptions, Target};
-use crate::supervise::Signals;
-use crate::tail::inert;
-use crate::ui::{ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration};
+use crate::output::{
+    ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration,
+};
 
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = Home::of_user()?;
@@ -65,8 +67,8 @@ fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
         terminal: args.tty.then(exec::terminal).flatten(),
     };
     let timeout = args.timeout.map(Duration::from_secs);
-    let dir = match crate::managed::state(home, &name)?.0 {
-        crate::managed::State::Running => home.managed(name.as_str()),
+    let dir = match iii_engine::managed::state(home, &name)?.0 {
+        iii_engine::managed::State::Running => home.managed(name.as_str()),
         _ => home.dev(name.as_str()),
     };
     let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(RunError::from)?;
@@ -155,7 +157,7 @@ fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitC
     } else {
         ui.warn(format_args!(
             "the start command ended: {}",
-            crate::build::describe(ended.status)
+            iii_engine::build::describe(ended.status)
         ));
     }
     Ok(ExitCode::from(code as u8))
@@ -309,8 +311,10 @@ impl<'a> Printer<'a> {
                 .entry((*kind, *stream))
                 .or_insert_with(|| ui.output(kind.to_string()))
                 .push(bytes),
-            Event::Cache(cache::Event::Fetching(event)) => self.fetching.show(event),
-            Event::Cache(cache::Event::Failed(name, error)) => ui.warn(cache_failure(name, error)),
+            Event::Cache(shared_cache::Event::Fetching(event)) => self.fetching.show(event),
+            Event::Cache(shared_cache::Event::Failed(name, error)) => {
+                ui.warn(cache_failure(name, error));
+            }
             Event::Ready(report) => {
                 // Shows what was left without a newline.
                 output.retain(|(kind, _), _| *kind != report.kind);

@@ -21,7 +21,7 @@ use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, LockOwner, OpenFlags,
     ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry, Request, Session, SessionACL,
 };
-use iii::sandbox::{
+use iii_sandbox::{
     BindMount, CA_BUNDLE, Command as SandboxCommand, Controller, FuseServer, HostSettings,
     RootSource, Sandbox, SandboxError, SandboxSpec, Stdio, Step, Warning, probe,
 };

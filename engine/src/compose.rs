@@ -8,12 +8,11 @@ use iii_overlay::adapter::Mode;
 #[cfg(target_os = "linux")]
 use iii_overlay::adapter::fuse::{self, Forgetter, FuseSession};
 use iii_overlay::{OpenError, Overlay, OverlayOptions, UpdateError};
-use iii_store::{Fact, Layer, LayerId, Store};
-
 #[cfg(feature = "libkrun")]
-use crate::sandbox::Machine;
-use crate::sandbox::reach::Reach;
-use crate::sandbox::{FuseServer, RootSource, Sandbox};
+use iii_sandbox::Machine;
+use iii_sandbox::reach::Reach;
+use iii_sandbox::{FuseServer, RootSource, Sandbox};
+use iii_store::{Fact, Layer, LayerId, Store};
 
 #[cfg(not(target_os = "linux"))]
 use fuse::{Forgetter, FuseSession};

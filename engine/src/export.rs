@@ -5,12 +5,13 @@
 
 use std::collections::HashMap;
 
-use crate::dev::Built;
-use crate::environment::{anywhere, looks_secret};
-use crate::oci::ImageConfig;
+use iii_oci::ImageConfig;
+
 use crate::plan::WORKSPACE;
+use crate::plan::environment::{anywhere, looks_secret};
 use crate::project::{CacheScope, MANIFEST_NAME, Project, WorkerName, config};
-use crate::run::start_command;
+use crate::worker::dev::Built;
+use crate::worker::run::start_command;
 
 /// Longest text of a label.
 const MAX_LABEL: usize = 1024;

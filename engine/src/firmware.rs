@@ -9,11 +9,11 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::oci::Limits;
-use crate::oci::digest::Digest;
-use crate::oci::registry::{self, RegistryError, Settings};
-use crate::oci::stream::{self, Promise, StreamError};
-use crate::oci::tar::{Archive, TarError};
+use iii_oci::Limits;
+use iii_oci::digest::Digest;
+use iii_oci::registry::{self, RegistryError, Settings};
+use iii_oci::stream::{self, Promise, StreamError};
+use iii_oci::tar::{Archive, TarError};
 
 /// Names the library; where it is set, no other place is looked at.
 pub const VARIABLE: &str = "III_LIBKRUNFW";
@@ -370,7 +370,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::oci::tests::{Tar, chain};
+    use iii_test_support::{Tar, chain};
 
     /// Answers each connection with the next of `answers`, then no more.
     fn server(answers: Vec<Vec<u8>>) -> String {

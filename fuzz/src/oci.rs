@@ -1,18 +1,18 @@
 //! Layers, documents of images, and names from strangers. For all bytes, no decoder panics, grows
 //! without bound or never ends, and accepted input keeps the requested limits.
 //!
-//! Part of two crates: the fuzz targets, and the tests of `iii`, which run it over the corpus.
+//! Part of two crates: the fuzz targets, and the tests of `iii-oci`, which run it over the corpus.
 
 use std::fs::File;
 use std::io::{Read, Write as _};
 use std::sync::Arc;
 
-use iii::oci::layers::unpack_blob;
-use iii::oci::layout::{Files, MAX_LAYERS};
-use iii::oci::stream::Promise;
-use iii::oci::tar::Archive;
-use iii::oci::unpack::{Dialect, UnpackError, unpack};
-use iii::oci::{Digest, Limits, Platform, Reference};
+use iii_oci::layers::unpack_blob;
+use iii_oci::layout::{Files, MAX_LAYERS};
+use iii_oci::stream::Promise;
+use iii_oci::tar::Archive;
+use iii_oci::unpack::{Dialect, UnpackError, unpack};
+use iii_oci::{Digest, Limits, Platform, Reference};
 use iii_store::tree::{MAX_DEPTH, check_name, components};
 use iii_store::{Kind, Layer, Lease, NodeRef, Store, layer};
 use rustix::fs::{MemfdFlags, memfd_create};

@@ -8,6 +8,10 @@
 //! already from being unpacked again; [`layout`] finds images in documents, and [`registry`] brings these from afar. What a
 //! stranger can make large is bounded by [`limits`].
 
+// The checks of the fuzz targets are part of the tests, and call this crate by its name.
+#[cfg(test)]
+extern crate self as iii_oci;
+
 pub mod digest;
 pub mod export;
 pub mod layers;
@@ -19,7 +23,9 @@ pub mod registry;
 pub mod rootfs;
 pub mod stream;
 pub mod tar;
+mod text;
 pub mod unpack;
+pub mod utc;
 
 use std::fs::File;
 use std::io::{self, Seek};

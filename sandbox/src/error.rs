@@ -131,7 +131,7 @@ impl RemoteError {
     const MAX: (usize, usize) = (8, 400);
 
     /// What can be sent of `error`.
-    pub(crate) fn new(error: &(dyn Error + 'static)) -> Self {
+    pub fn new(error: &(dyn Error + 'static)) -> Self {
         let mut chain: Vec<_> = std::iter::successors(Some(error), |error| (*error).source())
             .take(Self::MAX.0)
             .map(|error| {

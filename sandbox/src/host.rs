@@ -116,7 +116,7 @@ impl HostSettings {
     }
 
     /// Adds the proxies and the variables that point at [`CA_BUNDLE`]; those that `env` sets already stay.
-    pub(crate) fn extend_env(&self, env: &mut Vec<(String, String)>) {
+    pub fn extend_env(&self, env: &mut Vec<(String, String)>) {
         let bundle = |_: &String| CA_VARIABLES.map(|name| (name.to_owned(), CA_BUNDLE.to_owned()));
         let certificates = self.ca_bundle.iter().flat_map(bundle);
         for (name, value) in self.proxies.iter().cloned().chain(certificates) {

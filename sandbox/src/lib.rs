@@ -50,15 +50,18 @@ mod ids;
 mod init;
 #[cfg(feature = "libkrun")]
 mod krun;
+pub mod kvm;
 #[cfg(target_os = "linux")]
 mod namespace;
 #[cfg(not(target_os = "linux"))]
 mod no_namespace;
+pub mod process;
 pub mod reach;
 #[cfg(target_os = "linux")]
 mod root;
 mod running;
 mod spec;
+pub mod tail;
 #[cfg(target_os = "linux")]
 mod wire;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::utc;
+use iii_oci::utc;
 
 /// Units of time and their seconds, the largest first.
 const UNITS: [(u64, &str); 4] = [(24 * 3600, "d"), (3600, "h"), (60, "m"), (1, "s")];

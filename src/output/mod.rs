@@ -10,9 +10,8 @@ use std::io::{self, IsTerminal as _, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use iii_sandbox::tail::{LineSplitter, clean, inert};
 use indicatif::{MultiProgress, ProgressDrawTarget};
-
-use crate::tail::{LineSplitter, clean, inert};
 
 mod human;
 mod progress;
@@ -89,6 +88,7 @@ impl Ui {
     }
 
     /// Writes to the returned buffer, as it would to a file, or with `colour` as to a terminal without bars.
+    #[cfg(test)]
     pub fn for_test(colour: bool) -> (Self, TestOutput) {
         let output = TestOutput::default();
         let ui = Self::new(Box::new(output.clone()), colour, None, PROGRESS_DELAY);
@@ -232,9 +232,11 @@ impl Drop for StepOutput {
 }
 
 /// What a [`Ui::for_test`] has written.
+#[cfg(test)]
 #[derive(Clone, Debug, Default)]
 pub struct TestOutput(Arc<Mutex<Vec<u8>>>);
 
+#[cfg(test)]
 impl TestOutput {
     /// Everything so far.
     pub fn text(&self) -> String {
@@ -243,6 +245,7 @@ impl TestOutput {
     }
 }
 
+#[cfg(test)]
 impl Write for TestOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0

@@ -72,9 +72,6 @@ impl ProgressHandle {
         self.position.load(Ordering::Relaxed)
     }
 
-    /// Takes the bar away.
-    pub fn finish(self) {}
-
     fn show(&self) {
         let Some(bars) = &self.bars else {
             return;

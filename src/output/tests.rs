@@ -189,7 +189,7 @@ fn a_bar_is_drawn_and_taken_away() {
         assert!(drawn.contains(expected), "{expected}: {drawn:?}");
         assert_eq!(progress.position(), 15_000);
         let clears = term.clears.load(Ordering::Relaxed);
-        progress.finish();
+        drop(progress);
         assert!(term.clears.load(Ordering::Relaxed) > clears);
         assert_eq!(out.text(), "  ✓ meanwhile\n");
     }

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use iii_engine::plan::Kind;
+use iii_engine::worker::run::run_on;
 use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Root, Roots, Store, StoreError};
 use serde::Serialize;
 
-use crate::plan::Kind;
-use crate::run::run_on;
-use crate::ui::{Ui, human_age};
+use crate::output::{Ui, human_age};
 
 /// The refs, leases and records of a moment, by layer.
 #[derive(Debug)]

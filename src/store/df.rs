@@ -3,15 +3,15 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
+use iii_engine::build::collect;
 use iii_store::{Account, GcPlan, LayerId, LayerUse, RefKind, Store, StoreError};
 use serde_json::json;
 
 use super::catalog::{Catalog, ref_kind_text, roots_text, unix_seconds};
-use crate::cli::args::Df;
-use crate::cli::table::{Align, Table};
-use crate::cli::{CliError, print, print_json};
-use crate::collect;
-use crate::ui::{Ui, human_bytes, human_counted, human_span};
+use crate::args::Df;
+use crate::output::{Ui, human_bytes, human_counted, human_span};
+use crate::table::{Align, Table};
+use crate::{CliError, print, print_json};
 
 /// Layers that are shown unless all are asked for.
 const LARGEST: usize = 20;

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
+use iii_engine::build::collect;
 use iii_store::{GcEvent, GcPlan, GcReport, LayerId, Policy, Space, Store, Why};
 use serde_json::{Value, json};
 
 use super::catalog::{Catalog, age_text, roots_text, unix_seconds};
-use crate::cli::args::Gc;
-use crate::cli::quantity::{Limit, Room};
-use crate::cli::table::{Align, Table};
-use crate::cli::{CliError, print, print_json};
-use crate::collect;
-use crate::ui::{Ui, human_bytes, human_counted, human_span};
+use crate::args::Gc;
+use crate::output::{Ui, human_bytes, human_counted, human_span};
+use crate::quantity::{Limit, Room};
+use crate::table::{Align, Table};
+use crate::{CliError, print, print_json};
 
 pub fn gc(store: &Store, args: &Gc, ui: &Ui) -> Result<ExitCode, CliError> {
     let policy = policy(args, store.space()?);

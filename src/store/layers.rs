@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use iii_oci::Reference;
+use iii_oci::export::EXPORTED;
+use iii_sandbox::tail::inert;
 use iii_store::facts::path_text;
 use iii_store::tree::DirKind;
 use iii_store::{
@@ -14,15 +17,12 @@ use serde_json::{Value, json};
 
 use super::catalog::{Catalog, Counts, age_text, ref_kind_text, roots_text, unix_seconds};
 use super::{choose, resolve};
-use crate::cli::args::{Diff, Inspect, List, Why};
-use crate::cli::table::{Align, Table};
-use crate::cli::{CliError, print, print_json};
-use crate::oci::Reference;
-use crate::oci::export::EXPORTED;
-use crate::tail::inert;
-use crate::ui::{
+use crate::args::{Diff, Inspect, List, Why};
+use crate::output::{
     Ui, human_bytes, human_count, human_counted, human_duration, human_span, human_time,
 };
+use crate::table::{Align, Table};
+use crate::{CliError, print, print_json};
 
 pub fn list(store: &Store, args: &List, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;

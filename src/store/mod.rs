@@ -10,12 +10,12 @@ mod verify;
 
 use std::process::ExitCode;
 
+use iii_engine::home::Home;
 use iii_store::{LayerId, Store};
 
 use super::CliError;
 use super::args;
-use crate::home::Home;
-use crate::ui::Ui;
+use crate::output::Ui;
 
 /// Fewest hex digits that name a layer.
 pub const MIN_PREFIX: usize = 4;

@@ -4,18 +4,18 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+use iii_engine::home::Home;
+use iii_engine::serve::{Options, Served, serve as serve_layers};
+use iii_oci as oci;
 use iii_overlay::adapter::vhost_user::End;
 use iii_store::Store;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::resolve;
-use crate::cli::args::Serve;
-use crate::cli::{CliError, print_json};
-use crate::home::Home;
-use crate::oci;
-use crate::serve::{Options, Served, serve as serve_layers};
-use crate::ui::{Ui, human_count, human_counted};
+use crate::args::Serve;
+use crate::output::{Ui, human_count, human_counted};
+use crate::{CliError, print_json};
 
 pub fn serve(home: &Home, store: &Store, args: &Serve, ui: &Ui) -> Result<ExitCode, CliError> {
     let mut layers = Vec::new();

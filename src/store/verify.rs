@@ -12,10 +12,10 @@ use iii_store::{
 use serde_json::json;
 
 use super::catalog::ref_kind_text;
-use crate::cli::args::{Migrate, Verify};
-use crate::cli::table::{Align, Table};
-use crate::cli::{CliError, print, print_json};
-use crate::ui::{Ui, Unit, human_bytes, human_count, human_counted, human_duration};
+use crate::args::{Migrate, Verify};
+use crate::output::{Ui, Unit, human_bytes, human_count, human_counted, human_duration};
+use crate::table::{Align, Table};
+use crate::{CliError, print, print_json};
 
 pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> {
     let store = open(dir)?;
@@ -71,7 +71,7 @@ fn look(store: &Store, args: &Verify, ui: &Ui) -> Result<Report, CliError> {
             progress.set(done);
         }
     })?;
-    progress.finish();
+    drop(progress);
     let hashed = if args.data {
         format!("{} hashed", human_bytes(report.hashed))
     } else {
@@ -161,7 +161,7 @@ pub fn migrate(dir: &Path, args: &Migrate, ui: &Ui) -> Result<ExitCode, CliError
         MigrateEvent::Waiting => ui.note("a gc is running; waiting"),
         MigrateEvent::Done(files) => progress.set(files),
     })?;
-    progress.finish();
+    drop(progress);
     for path in &migration.damaged {
         ui.warn(format_args!(
             "{} is damaged and was left as it is",

@@ -206,7 +206,7 @@ impl Poisoner<'_> {
 }
 
 fn digest(body: &str) -> String {
-    iii::oci::Digest::of(body.as_bytes()).to_string()
+    iii_oci::Digest::of(body.as_bytes()).to_string()
 }
 
 #[test]

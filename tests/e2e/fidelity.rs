@@ -286,7 +286,7 @@ impl Workshop {
             let home = Home::new();
             home.run(&["image", "pull", &name]).ok();
             let store = Store::open(home.state().join("store/v1")).unwrap();
-            let image = iii::oci::resolve(&store, &name).unwrap().unwrap();
+            let image = iii_oci::resolve(&store, &name).unwrap().unwrap();
             let layers = image.layers.iter().map(|id| store.layer(id).unwrap());
             let layers = Merged::new(layers.collect()).unwrap();
             assert!(layers.layers().len() >= 3);

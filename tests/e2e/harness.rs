@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -49,6 +49,20 @@ pub fn cache() -> PathBuf {
 
 pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The program under the name that the engine calls: a link, put in place whole for the tests that run at once.
+pub fn iii_worker() -> &'static Path {
+    static LINK: OnceLock<PathBuf> = OnceLock::new();
+    LINK.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let own = TempDir::new_in(dir).unwrap();
+        let new = own.path().join("new");
+        symlink(env!("CARGO_BIN_EXE_iii"), &new).unwrap();
+        let link = dir.join("iii-worker");
+        fs::rename(new, &link).unwrap();
+        link
+    })
 }
 
 /// The tar of a real base image, made from Debian packages; says why where that cannot be done.

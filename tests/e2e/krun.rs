@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use iii::firmware::{Package, Places};
-use iii::oci::Settings;
+use iii_engine::firmware::{Package, Places};
+use iii_oci::Settings;
 use tempfile::TempDir;
 
 use crate::harness::{self, NODE_IMAGE, busybox_base, gcc, skip};

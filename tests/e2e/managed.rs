@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::engine::{Engine as Socket, free_port, holds_within};
 use crate::harness::{
-    Home, LIMIT, NODE_IMAGE, Project, debian_base, files, is_root, repository, skip,
+    Home, LIMIT, NODE_IMAGE, Project, debian_base, files, iii_worker, is_root, repository, skip,
 };
 
 /// How long the real engine may take to see that its file has changed.
@@ -643,7 +643,7 @@ impl<'a> Engine<'a> {
 
     fn command(&self, args: &[&str]) -> Command {
         let home = self.managed.0;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_iii-worker"));
+        let mut command = Command::new(iii_worker());
         let url = format!("ws://127.0.0.1:{}", self.port);
         command
             .args(args)
@@ -897,7 +897,7 @@ fn the_manager_daemon_lives_as_long_as_its_lifeline() {
     use std::os::fd::AsRawFd as _;
     let (reader, writer) = std::io::pipe().unwrap();
     let inherited = rustix::io::dup(&reader).unwrap();
-    let mut daemon = Command::new(env!("CARGO_BIN_EXE_iii-worker"))
+    let mut daemon = Command::new(iii_worker())
         .arg("worker-manager-daemon")
         .env("III_LIFELINE_FD", inherited.as_raw_fd().to_string())
         .spawn()
@@ -910,7 +910,7 @@ fn the_manager_daemon_lives_as_long_as_its_lifeline() {
     drop(writer);
     assert!(holds_within(LIMIT, || daemon.try_wait().unwrap().is_some()));
     assert!(daemon.wait().unwrap().success());
-    let status = Command::new(env!("CARGO_BIN_EXE_iii-worker"))
+    let status = Command::new(iii_worker())
         .arg("worker-manager-daemon")
         .env("III_LIFELINE_FD", "77")
         .stderr(Stdio::null())
@@ -1021,4 +1021,27 @@ fn one_that_is_watched_follows_its_project() {
     assert!(!is_watched());
     run(&["remove", "-y", "api"]);
     home.assert_nothing_left();
+}
+
+/// A link, a link to that, and a copy in a directory of its own are all `iii worker`.
+#[test]
+fn the_name_makes_the_program_iii_worker() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_iii"));
+    let links = ["linked", "again", "copied"].map(|name| {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        dir.path().join(name).join("iii-worker")
+    });
+    symlink(program, &links[0]).unwrap();
+    symlink(&links[0], &links[1]).unwrap();
+    fs::copy(program, &links[2]).unwrap();
+    for (program, usage) in links
+        .iter()
+        .map(|link| (link.as_path(), "Usage: iii-worker <COMMAND>"))
+        .chain([(program, "Usage: iii <COMMAND>")])
+    {
+        let help = Command::new(program).arg("--help").output().unwrap();
+        let help = String::from_utf8(help.stdout).unwrap();
+        assert!(help.contains(usage), "{}: {help}", program.display());
+    }
 }

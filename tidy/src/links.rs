@@ -174,7 +174,7 @@ fn explained_messages_exist() {
         }
         fragments.push(rest);
         let known = |fragment: &&str| literals.contains(fragment.trim());
-        if !fragments.iter().all(|fragment| known(fragment)) {
+        if !fragments.iter().all(known) {
             missing.push(format!(
                 "docs/troubleshooting.md:{}: {message}",
                 line.number

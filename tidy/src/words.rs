@@ -13,7 +13,6 @@ use crate::sources::{self, Format, Source};
 const TO_DO: &[&str] = &[
     "ARCHITECTURE.md",
     "README.md",
-    "build.rs",
     "engine/",
     "init/",
     "oci/",

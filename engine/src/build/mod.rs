@@ -4,6 +4,9 @@
 //! published, and stored under the step's key with the facts that it observed about the project. Nothing is stored of a step
 //! that fails or is interrupted. Of two processes that need the same step at once, one runs it and the other waits.
 
+pub mod collect;
+pub mod realise;
+
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
@@ -12,8 +15,11 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
+use iii_oci::{self as oci, Image, ImageError, Limits};
 use iii_overlay::adapter::Mode;
 use iii_overlay::{FreezeError, OpenError, OverlayOptions, Project as ProjectAt};
+use iii_sandbox::tail::Tail;
+use iii_sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
 use iii_store::snapshot::{self, SnapshotError};
 use iii_store::{
     Fact, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError,
@@ -21,16 +27,13 @@ use iii_store::{
 };
 use rustix::process::Signal;
 
-use crate::cache::{self, Caches as LayerCaches, Recorded, Wanted};
 use crate::compose::{Composed, Composition, Isolation, Left};
-use crate::environment::Env;
 use crate::home::Home;
-use crate::oci::{self, Image, ImageError, Limits};
+use crate::plan::environment::Env;
 use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
 use crate::project::{CacheMount, CacheScope, Project};
-use crate::sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
-use crate::supervise::Signals;
-use crate::tail::Tail;
+use crate::shared_cache::{self, Caches as LayerCaches, Recorded, Wanted};
+use crate::worker::supervise::Signals;
 
 /// Context of the key that guards the snapshot of one project.
 const SNAPSHOT_CONTEXT: &str = "iii 2026 snapshot v1";
@@ -195,7 +198,7 @@ pub enum Event<'a> {
     /// A piece of what a step prints, beginning and ending anywhere in a line.
     Output(Kind, Stream, &'a [u8]),
     /// A shared cache is asked or given something.
-    Cache(cache::Event<'a>),
+    Cache(shared_cache::Event<'a>),
     /// The kernel of microVMs is being fetched: so many bytes of so many, at last all of them.
     Kernel(u64, u64),
     /// What sandboxes run in, where nobody said; and why in no microVM, where one could run.
@@ -419,7 +422,7 @@ impl Builder<'_> {
             project: project_root(project),
             limits: self.limits,
         };
-        let events = |event: cache::Event<'_>| (self.events)(Event::Cache(event));
+        let events = |event: shared_cache::Event<'_>| (self.events)(Event::Cache(event));
         let Some(fetched) = self.caches.fetch(wanted, &events) else {
             return Ok(None);
         };

@@ -1,4 +1,4 @@
-//! Realises the layers of any number of workers at once: what [`graph`](crate::graph) says next, by as many threads as there
+//! Realises the layers of any number of workers at once: what [`graph`](crate::plan::graph) says next, by as many threads as there
 //! are cores, each step by [`build`](crate::build).
 
 use std::collections::BTreeMap;
@@ -8,21 +8,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use iii_oci::{self as oci, Image, ImageError, Limits, Origin, Platform, Settings};
 use iii_store::{Layer, Lease, Store};
 use rustix::process::Signal;
 
+use crate::build::collect;
 use crate::build::{self, BuildError, Builder, Event, Outcome, Report, Stack, Status};
-use crate::cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
-use crate::collect;
 use crate::compose::Isolation;
-use crate::environment::{self, Env};
-use crate::graph::{Graph, Task};
 use crate::home::Home;
-use crate::oci::{self, Image, ImageError, Limits, Origin, Platform, Settings};
 use crate::plan::Kind;
+use crate::plan::environment::{self, Env};
+use crate::plan::graph::{Graph, Task};
 use crate::project::{Project, WorkerName};
-use crate::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm, isolation};
-use crate::supervise::Signals;
+use crate::shared_cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
+use crate::worker::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm, isolation};
+use crate::worker::supervise::Signals;
 
 /// How long layers may go to a cache when the worker has ended.
 const SHARE_TIME: Duration = Duration::from_secs(60);
@@ -437,7 +437,7 @@ impl<'a> Realiser<'a> {
 impl Realiser<'_> {
     /// Gives the layers of setup and install to the cache that takes some. To fail is worth a line, and no more.
     pub fn share(&self, worker: &Worker, stop: &AtomicBool) {
-        let events = |event: cache::Event<'_>| self.tell(&worker.name, Event::Cache(event));
+        let events = |event: shared_cache::Event<'_>| self.tell(&worker.name, Event::Cache(event));
         self.caches
             .push(self.store, &worker.stack.recorded, stop, &events);
     }
@@ -453,7 +453,7 @@ impl Realiser<'_> {
         thread::scope(|scope| {
             let stop_sharing = &stop;
             scope.spawn(move || {
-                let events = |event: cache::Event<'_>| self.tell(name, Event::Cache(event));
+                let events = |event: shared_cache::Event<'_>| self.tell(name, Event::Cache(event));
                 for recorded in given {
                     self.caches
                         .push(self.store, &recorded, stop_sharing, &events);

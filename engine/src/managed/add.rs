@@ -4,19 +4,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use iii_oci::Limits;
 use iii_store::{RefKind, Store};
 
 use super::supervisor::{Orders, last_orders, remember};
 use super::{ManagedError, PATIENCE, State, beside, forget, path_of, state, unknown};
-use crate::cache::CacheOptions;
+use crate::build::realise::{Events, Realiser, Wanted, With, Worker};
 use crate::home::Home;
-use crate::oci::Limits;
 use crate::project::config;
 use crate::project::edit::{self, Change};
 use crate::project::{Project, WorkerName};
-use crate::realise::{Events, Realiser, Wanted, With, Worker};
-use crate::run::{Engine, Place, RunError, SandboxOptions, keep_also, owner};
-use crate::supervise::Signals;
+use crate::shared_cache::CacheOptions;
+use crate::worker::run::{Engine, Place, RunError, SandboxOptions, keep_also, owner};
+use crate::worker::supervise::Signals;
 
 /// What is to be added, and how.
 #[derive(Debug, Clone)]

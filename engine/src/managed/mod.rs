@@ -27,20 +27,21 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use iii_oci::utc;
+use iii_sandbox::process::Process;
 use iii_store::{LayerId, RefKind, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::home::Home;
-use crate::process::Process;
 use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
-use crate::run::{LOCK, Place, RunError, keep_layers, owner, run_on};
-use crate::snapshot;
-use crate::supervise::GRACE;
-use crate::utc;
+use crate::worker::run::{LOCK, Place, RunError, keep_layers, owner, run_on};
+use crate::worker::snapshot;
+use crate::worker::supervise::GRACE;
 
 pub mod add;
+pub mod logs;
 pub mod supervisor;
 
 /// The file with the pid that counts as the worker's.
@@ -419,7 +420,7 @@ pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     }
     place.remove()?;
     let logs = home.logs(name.as_str());
-    crate::logs::remove(&logs).map_err(at("remove", &logs))
+    crate::managed::logs::remove(&logs).map_err(at("remove", &logs))
 }
 
 /// Stops `name` and removes what it wrote and printed. It stays a worker, with its snapshots, and begins anew the next time.
@@ -435,5 +436,5 @@ pub fn clear(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
         }
     }
     let logs = home.logs(name.as_str());
-    crate::logs::remove(&logs).map_err(at("remove", &logs))
+    crate::managed::logs::remove(&logs).map_err(at("remove", &logs))
 }

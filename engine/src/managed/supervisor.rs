@@ -15,6 +15,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use iii_sandbox::process::{Process, started, this_program};
+use iii_sandbox::{self as sandbox, Sandbox};
 use iii_store::{RefKind, Store};
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
@@ -24,15 +26,13 @@ use super::{
     state, unknown,
 };
 use crate::build::Event;
+use crate::build::realise::{Realiser, Wanted, With};
 use crate::home::Home;
-use crate::logs::Log;
-use crate::process::{Process, started, this_program};
+use crate::managed::logs::Log;
 use crate::project::{Project, WorkerName};
-use crate::realise::{Realiser, Wanted, With};
-use crate::reload::{Session, Sieve};
-use crate::run::{Ended, Engine, Place, RunError, SandboxOptions};
-use crate::sandbox::{self, Sandbox};
-use crate::supervise::Signals;
+use crate::worker::reload::{Session, Sieve};
+use crate::worker::run::{Ended, Engine, Place, RunError, SandboxOptions};
+use crate::worker::supervise::Signals;
 
 /// The argument by which the program knows that it is to be a supervisor.
 pub const MARKER: &str = "__supervise";

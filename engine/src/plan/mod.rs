@@ -6,6 +6,9 @@
 //!
 //! **Invariant:** nothing here reads a file, a clock or the environment.
 
+pub mod environment;
+pub mod graph;
+
 use std::collections::BTreeMap;
 use std::fmt;
 

@@ -25,6 +25,7 @@ mod detect;
 pub mod edit;
 mod manifest;
 mod name;
+pub mod scaffold;
 mod yaml;
 
 pub use caches::{CacheMount, CacheScope};

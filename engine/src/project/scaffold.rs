@@ -25,7 +25,7 @@ pub enum ScaffoldError {
 
 macro_rules! template {
     ($dir:literal, $($file:literal),+) => {
-        &[$(($file, include_str!(concat!("../examples/", $dir, "/", $file)))),+]
+        &[$(($file, include_str!(concat!("../../../examples/", $dir, "/", $file)))),+]
     };
 }
 

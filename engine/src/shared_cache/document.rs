@@ -11,12 +11,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read as _;
 
+use iii_oci::Digest;
+use iii_oci::limits::MAX_PATH;
 use iii_store::{Fact, KeyId, LayerId, MAX_RECORDS, Record, Seen, TreeId};
 use serde::de::{self, DeserializeOwned, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::oci::Digest;
-use crate::oci::limits::MAX_PATH;
 use crate::plan::Kind;
 
 /// The kind of all these documents.
@@ -469,7 +469,7 @@ mod tests {
 
     fn parse(bytes: &[u8]) -> Result<Document, String> {
         Document::parse(bytes, &key(), Kind::Install)
-            .map_err(|error| crate::oci::tests::chain(&error))
+            .map_err(|error| iii_test_support::chain(&error))
     }
 
     /// The format of a record: it may change only together with its number.

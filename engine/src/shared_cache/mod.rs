@@ -17,16 +17,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use iii_store::{KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError};
-
-use crate::oci::export::{
+use iii_oci::export::{
     Compression, ExportError, LayerBlob, LayerTar, known_blob, put_layer, remember_blob,
 };
-use crate::oci::layers::{LayerError, unpack_blob};
-use crate::oci::registry::Repository;
-use crate::oci::stream::{Promise, StreamError, read_document};
-use crate::oci::unpack::Dialect;
-use crate::oci::{self, Digest, Limits, Reference, ReferenceError, RegistryError, Settings};
+use iii_oci::layers::{LayerError, unpack_blob};
+use iii_oci::registry::Repository;
+use iii_oci::stream::{Promise, StreamError, read_document};
+use iii_oci::unpack::Dialect;
+use iii_oci::{self as oci, Digest, Limits, Reference, ReferenceError, RegistryError, Settings};
+use iii_store::{KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError};
+
 use crate::plan::{self, Decision, Kind};
 
 use document::{

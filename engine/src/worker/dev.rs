@@ -4,21 +4,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use iii_oci::{self as oci, Image};
+use iii_sandbox::{Sandbox, Stdio};
 use iii_store::{Layer, Lease, RefKind, Store};
 
+use crate::build::realise::{Realiser, Wanted, Worker};
 use crate::build::{Event, Report};
-use crate::environment::{self, Env};
 use crate::home::Home;
 use crate::managed::PATIENCE;
-use crate::oci::{self, Image};
 use crate::plan::Kind;
+use crate::plan::environment::{self, Env};
 use crate::project::{Project, WorkerName};
-use crate::realise::{Realiser, Wanted, Worker};
-use crate::reload::{Session, Sieve};
-use crate::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
-use crate::sandbox::{Sandbox, Stdio};
-use crate::snapshot;
-use crate::supervise::Signals;
+use crate::worker::reload::{Session, Sieve};
+use crate::worker::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
+use crate::worker::snapshot;
+use crate::worker::supervise::Signals;
 
 /// What leases are for.
 const PURPOSE: &str = "dev";

@@ -18,13 +18,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use iii_init::packet::Socket;
+use iii_sandbox::{Command, CommandController, Controller, RemoteError, SandboxError, Size};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, Uid};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use serde::{Deserialize, Serialize};
 
-use crate::sandbox::{Command, CommandController, Controller, RemoteError, SandboxError, Size};
-use crate::snapshot::{Keeper, SnapshotError, Taken, Taking};
+use crate::worker::snapshot::{Keeper, SnapshotError, Taken, Taking};
 
 /// The socket's name.
 #[cfg(target_os = "linux")]

@@ -24,22 +24,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
+use iii_sandbox::{Sandbox, SandboxError, Stdio};
 use iii_store::layer::Kind as NodeKind;
 use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff};
 use rustix::process::Signal;
 
+use crate::build::realise::{Realiser, Share, Wanted, Worker};
 use crate::build::{self, Event, Status, with_causes};
 use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};
 use crate::project::Project;
-use crate::realise::{Realiser, Share, Wanted, Worker};
-use crate::run::{
+use crate::worker::run::{
     Ended, Engine, Live, Place, Program, RunError, Start, distrust_kvm, keep_layers, worker_config,
 };
-use crate::sandbox::{Sandbox, SandboxError, Stdio};
-use crate::supervise::{GRACE, Signals};
-use crate::watch::{Stopper, Watch, WatchError};
+use crate::worker::supervise::{GRACE, Signals};
+use crate::worker::watch::{Stopper, Watch, WatchError};
 
 /// Former layers of the project that stay pinned for programs that have a file of one open, and outlive a restart of the worker.
 const FORMER: usize = 16;

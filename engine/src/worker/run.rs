@@ -10,41 +10,41 @@ use std::process::ExitStatus;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use iii_oci::{Image, ImageError, Limits, Settings};
 use iii_overlay::adapter::Mode;
 use iii_overlay::{OpenError, OverlayOptions};
+use iii_sandbox::kvm::{self, Unusable};
+#[cfg(feature = "libkrun")]
+use iii_sandbox::reach::Reach;
+use iii_sandbox::{
+    BindMount, Command as SandboxCommand, Controller, HAS_NAMESPACES, HostSettings, Sandbox,
+    SandboxError, SandboxSpec, Stdio,
+};
 use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::process::Signal;
 use serde::Deserialize as _;
 
+use crate::build::realise::Worker;
 use crate::build::{self, BuildError, Caches, Event};
-use crate::cache::CacheOptions;
 #[cfg(feature = "libkrun")]
 use crate::compose::Hardware;
 use crate::compose::{Composition, Isolation, Served};
-use crate::environment;
-use crate::exec::{self, ExecError, Serving};
 use crate::firmware::FirmwareError;
 #[cfg(feature = "libkrun")]
 use crate::firmware::{Package, Places};
 use crate::home::{Home, HomeError};
-use crate::kvm::{self, Unusable};
-use crate::oci::{Image, ImageError, Limits, Settings};
 use crate::plan::Kind;
+use crate::plan::environment;
 #[cfg(feature = "libkrun")]
 use crate::project::MANIFEST_NAME;
 use crate::project::{
     DocumentError, HostLoopback, NameError, Project, ProjectError, WorkerConfig, WorkerName,
 };
-use crate::realise::Worker;
-#[cfg(feature = "libkrun")]
-use crate::sandbox::reach::Reach;
-use crate::sandbox::{
-    BindMount, Command as SandboxCommand, Controller, HAS_NAMESPACES, HostSettings, Sandbox,
-    SandboxError, SandboxSpec, Stdio,
-};
-use crate::snapshot::Taking;
-use crate::supervise::{GRACE, Signals};
+use crate::shared_cache::CacheOptions;
+use crate::worker::exec::{self, ExecError, Serving};
+use crate::worker::snapshot::Taking;
+use crate::worker::supervise::{GRACE, Signals};
 
 /// How long the engine has to accept a connection before it counts as not listening.
 const ENGINE_TIMEOUT: Duration = Duration::from_millis(250);
@@ -361,7 +361,7 @@ struct RefInfo {
 }
 
 /// The layers that the worker of this ref runs on, or ran on last, bottom first. Those that are kept besides are for its upper.
-pub(crate) fn run_on(kept: &Ref) -> &[LayerId] {
+pub fn run_on(kept: &Ref) -> &[LayerId] {
     let info = RefInfo::deserialize(&kept.info);
     let count = info.map_or(kept.layers.len(), |info| info.runs_on);
     kept.layers.get(..count).unwrap_or(&kept.layers)

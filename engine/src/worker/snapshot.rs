@@ -17,20 +17,20 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use iii_oci::utc;
 use iii_overlay::upper::UpperError;
 use iii_overlay::{Footing, FreezeError, OpenError, Overlay, OverlayOptions, Project};
+use iii_sandbox::RemoteError;
 use iii_store::tree::Tree;
 use iii_store::{LayerId, Lease, Ref, RefKind, Store, StoreError};
 use serde::{Deserialize, Serialize};
 
-use crate::exec::{self, ExecError};
 use crate::home::Home;
 use crate::managed::{self, ManagedError, PATIENCE};
 use crate::project::edit::{self, Change};
 use crate::project::{NameProblem, WorkerName, config};
-use crate::run::{Place, RunError, keep_also, keep_layers, owner, run_on};
-use crate::sandbox::RemoteError;
-use crate::utc;
+use crate::worker::exec::{self, ExecError};
+use crate::worker::run::{Place, RunError, keep_also, keep_layers, owner, run_on};
 
 /// Why something could not be done with snapshots.
 #[derive(Debug, thiserror::Error)]

@@ -10,10 +10,9 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use iii_sandbox::Controller;
 use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-
-use crate::sandbox::Controller;
 
 /// How long a worker has to end after it was asked to, before it is killed.
 pub const GRACE: Duration = Duration::from_secs(10);

@@ -1,6 +1,6 @@
 //! The tar stream of a layer: PAX, deterministic, nothing of this machine in it.
 //!
-//! Unpacked by [`unpack`](crate::oci::unpack), it is the same layer again, times and all. Entries stand in the order of their
+//! Unpacked by [`unpack`](crate::unpack), it is the same layer again, times and all. Entries stand in the order of their
 //! names, a directory before what is in it.
 //!
 //! - Names and link targets are the layer's bytes, whatever their encoding, without a leading `/` or `./`.
@@ -20,8 +20,8 @@ use iii_store::tree::{DirKind, Mtime, Rdev};
 use iii_store::{Kind, Layer, NodeRef, Store};
 
 use super::ExportError;
-use crate::oci::limits::MAX_EXTENSION;
-use crate::oci::tar::EntryName;
+use crate::limits::MAX_EXTENSION;
+use crate::tar::EntryName;
 
 pub(super) const BLOCK: usize = 512;
 /// Two empty blocks.
@@ -384,7 +384,7 @@ impl<'a> Member<'a> {
 }
 
 /// The header of a file in an archive of archives, whatever its size.
-pub(in crate::oci) fn file_header(name: &[u8], size: u64) -> [u8; BLOCK] {
+pub(crate) fn file_header(name: &[u8], size: u64) -> [u8; BLOCK] {
     let mut header = Header::new(b'0');
     header.name(name);
     header.octal(100, 8, 0o644);

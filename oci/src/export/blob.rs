@@ -8,7 +8,7 @@ use flate2::write::GzEncoder;
 use sha2::{Digest as _, Sha256};
 
 use super::{ExportError, LayerTar, Sink, Stored};
-use crate::oci::digest::Digest;
+use crate::digest::Digest;
 
 /// Plain bytes are gathered up to here before they are compressed and hashed.
 const BUFFER: usize = 256 << 10;

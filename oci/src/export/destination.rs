@@ -6,8 +6,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::{Compression, DockerArchiveSink, ExportError, LayoutSink, Sink};
-use crate::oci::reference::{DEFAULT_TAG, Reference, ReferenceError, is_tag};
-use crate::oci::registry::{RegistryError, Repository, Settings};
+use crate::reference::{DEFAULT_TAG, Reference, ReferenceError, is_tag};
+use crate::registry::{RegistryError, Repository, Settings};
 
 /// Where an image goes.
 #[derive(Debug, Clone, PartialEq, Eq)]

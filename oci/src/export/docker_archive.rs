@@ -15,7 +15,7 @@ use tempfile::NamedTempFile;
 
 use super::archive::{BLOCK, END, file_header, padding};
 use super::{ExportError, Hashing, Sink, Stored, WriteBlob, io_error, tmp};
-use crate::oci::digest::Digest;
+use crate::digest::Digest;
 
 const WRITE_BUFFER: usize = 256 << 10;
 

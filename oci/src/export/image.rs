@@ -16,10 +16,10 @@ use oci_spec::image::{
 };
 
 use super::{Compression, ExportError, LayerBlob, LayerTar, Sink, Stored};
-use crate::oci::digest::Digest;
-use crate::oci::tar::EntryName;
-use crate::oci::{ImageConfig, Platform};
+use crate::digest::Digest;
+use crate::tar::EntryName;
 use crate::utc;
+use crate::{ImageConfig, Platform};
 
 /// Most layers that are compressed at once.
 pub const MAX_PARALLEL: usize = 2;

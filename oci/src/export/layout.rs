@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::{ExportError, Hashing, Sink, Stored, WriteBlob, io_error, tmp};
-use crate::oci::digest::Digest;
-use crate::oci::limits::MAX_DOCUMENT;
+use crate::digest::Digest;
+use crate::limits::MAX_DOCUMENT;
 
 const TMP: &str = ".iii-";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";

@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use super::{ExportError, Hashing, Sink, Stored, WriteBlob, io_error};
-use crate::oci::digest::Digest;
-use crate::oci::registry::{RegistryError, Repository, Upload};
+use crate::digest::Digest;
+use crate::registry::{RegistryError, Repository, Upload};
 
 impl Sink for Repository {
     fn has_blob(&self, digest: &Digest, _size: u64) -> Result<bool, ExportError> {

@@ -8,7 +8,7 @@ use ureq::BodyReader;
 use ureq::http::{StatusCode, header};
 
 use super::{Answer, Item, RegistryError, Repository, header_text};
-use crate::oci::digest::Digest;
+use crate::digest::Digest;
 
 /// Most times that one blob is resumed.
 pub const MAX_RESUMES: u32 = 64;

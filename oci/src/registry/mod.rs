@@ -22,6 +22,7 @@ use ureq::http::{Method, Response, StatusCode, header};
 
 use super::digest::Digest;
 use super::reference::{self, Reference};
+use super::text::shown;
 use auth::{Challenge, Credentials};
 use http::{Http, Request};
 
@@ -242,7 +243,7 @@ pub enum RegistryError {
 
 impl RegistryError {
     /// Whether the same request may succeed a moment later.
-    pub(crate) fn is_passing(&self) -> bool {
+    pub fn is_passing(&self) -> bool {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof,
         };
@@ -289,7 +290,7 @@ impl Default for Patience {
 
 impl Patience {
     /// Waits before try number `tried` (from 1).
-    pub(crate) fn pause(&self, tried: u32) {
+    pub fn pause(&self, tried: u32) {
         let factor = 1 << tried.saturating_sub(1).min(16);
         std::thread::sleep(self.backoff.saturating_mul(factor).min(MAX_BACKOFF));
     }
@@ -871,10 +872,7 @@ fn error_message(body: &[u8]) -> String {
         return String::new();
     };
     let text = if message.is_empty() { code } else { message };
-    let text: String = crate::tail::inert(&text)
-        .chars()
-        .take(MAX_ERROR_SHOWN)
-        .collect();
+    let text = shown(&text, MAX_ERROR_SHOWN);
     if text.is_empty() {
         text
     } else {

@@ -14,7 +14,8 @@ use ureq::http::{HeaderName, Method, Response, StatusCode, Uri, header};
 use super::blob::MAX_RESUMES;
 use super::http::{self, Payload, Request};
 use super::{Reference, RegistryError, Repository, Settings, header_text};
-use crate::oci::digest::Digest;
+use crate::digest::Digest;
+use crate::text::shown;
 
 /// Bytes of a piece, held in memory while it is sent.
 pub const CHUNK: usize = 8 << 20;
@@ -23,6 +24,8 @@ const MAX_CHUNK: usize = 64 << 20;
 /// What a registry says its pieces must at least have (OCI distribution 1.1).
 const MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// Characters shown of a digest that is not the one asked for.
+const MAX_DIGEST_SHOWN: usize = 80;
 const OCTETS: &str = "application/octet-stream";
 
 impl Repository {
@@ -351,7 +354,7 @@ fn check_digest(
     Err(RegistryError::Stored {
         url: http::without_query(url),
         expected: *expected,
-        actual: crate::tail::inert(&actual).chars().take(80).collect(),
+        actual: shown(&actual, MAX_DIGEST_SHOWN),
     })
 }
 

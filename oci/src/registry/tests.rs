@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use super::auth::Bearer;
 use super::*;
-use crate::oci::tests::{Tar, TestStore, chain};
-use crate::oci::{self, Image, Imported, Limits, Platform};
+use crate::tests::{Tar, TestStore, chain};
+use crate::{Image, Imported, Limits, Platform};
 
 /// A request as the server sees it.
 #[derive(Debug, Clone)]
@@ -245,7 +245,7 @@ pub fn settings() -> Settings {
 }
 
 fn pull_with(test: &TestStore, name: &str, settings: &Settings) -> Result<Imported, String> {
-    oci::pull(
+    crate::pull(
         &test.store,
         name,
         Platform::host(),
@@ -271,7 +271,7 @@ fn an_image_comes_whole_and_only_once() {
     let image = pull(&test, &server).unwrap();
     assert_eq!(image.name, format!("{}/a/b:1", server.host));
     assert_eq!(image.digest.unwrap().to_string(), manifest["digest"]);
-    assert_eq!(image.origin, oci::Origin::Registry);
+    assert_eq!(image.origin, crate::Origin::Registry);
     assert_eq!(image.platform, Some(Platform::host()));
     assert_eq!(image.config.env, ["A=b"]);
     assert_eq!(image.layers.len(), 3);
@@ -284,7 +284,7 @@ fn an_image_comes_whole_and_only_once() {
     // Asked for by its digest, it has to be that.
     let pinned = format!("{}/a/b@{}", server.host, image.digest.unwrap());
     pull_with(&test, &pinned, &settings()).unwrap();
-    assert_eq!(oci::list(&test.store).unwrap().len(), 2);
+    assert_eq!(crate::list(&test.store).unwrap().len(), 2);
 }
 
 #[test]
@@ -319,7 +319,7 @@ fn of_an_index_the_right_platform_is_taken() {
     let server = Server::new(move |request| content.get(request));
     for (platform, expected) in [(Platform::Amd64, &amd), (Platform::Arm64, &arm)] {
         let name = format!("{}/a/b:1", server.host);
-        let image = oci::pull(
+        let image = crate::pull(
             &test.store,
             &name,
             platform,
@@ -563,7 +563,7 @@ fn lies_are_refused_within_bounds() {
         let error = pull(&test, &server).expect_err(what);
         assert!(error.contains(message), "{what}: {error}");
         // Nothing of it has a name.
-        assert_eq!(oci::list(&test.store).unwrap(), [], "{what}");
+        assert_eq!(crate::list(&test.store).unwrap(), [], "{what}");
         assert!(server.seen().len() < 80, "{what}: {}", server.seen().len());
     }
 }
@@ -647,7 +647,7 @@ fn a_pull_that_failed_keeps_its_whole_layers() {
     let before = server.count("/blobs/");
     pull(&test, &server).unwrap();
     // The configuration, and at most the layers that were being read beside the one that failed.
-    assert!(server.count("/blobs/") - before <= 1 + oci::layers::MAX_PARALLEL);
+    assert!(server.count("/blobs/") - before <= 1 + crate::layers::MAX_PARALLEL);
     assert!(server.count("/blobs/") - before >= 2);
 }
 

@@ -17,7 +17,7 @@ pub mod checks;
 mod variants;
 
 fn corpus(target: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus")).join(target)
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)
 }
 
 /// What decides which variant it is.

@@ -425,8 +425,7 @@ fn sizes_beyond_a_header() {
     let limits = Limits::default();
     let first = |bytes: &[u8]| {
         let mut input = bytes;
-        let mut archive =
-            crate::oci::tar::Archive::new(&mut input as &mut dyn std::io::Read, &limits);
+        let mut archive = crate::tar::Archive::new(&mut input as &mut dyn std::io::Read, &limits);
         archive.next_member().unwrap().unwrap()
     };
     for size in [(8 << 30) - 1, 8 << 30, (60 << 30) + 5] {
@@ -536,7 +535,7 @@ fn compressed_it_is_the_same_archive() {
         let blob = || {
             let mut blob = Vec::new();
             let diff_id = write_layer(&tar, compression, &mut blob).unwrap();
-            assert_eq!(diff_id, crate::oci::Digest::of(&plain));
+            assert_eq!(diff_id, crate::Digest::of(&plain));
             blob
         };
         let first = blob();
@@ -588,10 +587,10 @@ for m in tarfile.open(sys.argv[1], encoding="utf-8", errors="surrogateescape"):
     let theirs = String::from_utf8(output.stdout).unwrap();
     let mut input = &*std::fs::read(&path).unwrap();
     let limits = Limits::default();
-    let mut archive = crate::oci::tar::Archive::new(&mut input as &mut dyn std::io::Read, &limits);
+    let mut archive = crate::tar::Archive::new(&mut input as &mut dyn std::io::Read, &limits);
     let mut lines = theirs.lines();
     while let Some(member) = archive.next_member().unwrap() {
-        use crate::oci::tar::MemberKind;
+        use crate::tar::MemberKind;
         let (kind, rdev) = match member.kind {
             MemberKind::File => (0, Rdev::default()),
             MemberKind::Hardlink => (1, Rdev::default()),
@@ -695,7 +694,7 @@ fn config() -> ImageConfig {
 
 fn import(test: &TestStore, path: &Path, name: &str) -> Result<Image, String> {
     let limits = Limits::default();
-    crate::oci::import(&test.store, path, name, &limits, &|_| {})
+    crate::import(&test.store, path, name, &limits, &|_| {})
         .map(|imported| imported.image)
         .map_err(|error| chain(&error))
 }
@@ -742,7 +741,7 @@ fn an_export_is_imported_as_it_was() {
 
 /// A sink that keeps its blobs in memory, and its manifest among them.
 #[derive(Default)]
-struct Memory(std::sync::Mutex<std::collections::HashMap<crate::oci::Digest, Vec<u8>>>);
+struct Memory(std::sync::Mutex<std::collections::HashMap<crate::Digest, Vec<u8>>>);
 
 impl Memory {
     fn json(&self, digest: &str) -> serde_json::Value {
@@ -752,14 +751,14 @@ impl Memory {
 }
 
 impl Sink for Memory {
-    fn has_blob(&self, digest: &crate::oci::Digest, _: u64) -> Result<bool, ExportError> {
+    fn has_blob(&self, digest: &crate::Digest, _: u64) -> Result<bool, ExportError> {
         Ok(self.0.lock().unwrap().contains_key(digest))
     }
 
     fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
         let mut bytes = Vec::new();
         write(&mut bytes)?;
-        let (digest, size) = (crate::oci::Digest::of(&bytes), bytes.len() as u64);
+        let (digest, size) = (crate::Digest::of(&bytes), bytes.len() as u64);
         self.0.lock().unwrap().insert(digest, bytes);
         Ok(Stored { digest, size })
     }
@@ -769,7 +768,7 @@ impl Sink for Memory {
         _: &str,
         bytes: &[u8],
         _: Option<&str>,
-    ) -> Result<crate::oci::Digest, ExportError> {
+    ) -> Result<crate::Digest, ExportError> {
         let put = self.put_blob(&mut |out| out.write_all(bytes).map_err(ExportError::Write))?;
         Ok(put.digest)
     }
@@ -1043,7 +1042,7 @@ fn leftovers_of_the_killed_are_removed() {
 fn a_sink_that_fails_changes_nothing() {
     struct Full(LayoutSink);
     impl Sink for Full {
-        fn has_blob(&self, digest: &crate::oci::Digest, size: u64) -> Result<bool, ExportError> {
+        fn has_blob(&self, digest: &crate::Digest, size: u64) -> Result<bool, ExportError> {
             self.0.has_blob(digest, size)
         }
         fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
@@ -1068,7 +1067,7 @@ fn a_sink_that_fails_changes_nothing() {
             _: &str,
             _: &[u8],
             _: Option<&str>,
-        ) -> Result<crate::oci::Digest, ExportError> {
+        ) -> Result<crate::Digest, ExportError> {
             panic!("a layer is missing")
         }
     }

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::Machine;
 #[cfg(target_os = "linux")]
 use super::confine;
-use crate::sandbox::RemoteError;
+use crate::RemoteError;
 
 /// The argument by which the program knows that it is to be a VM.
 pub(super) const MARKER: &str = "__sandbox-vm";

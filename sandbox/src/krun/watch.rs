@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::SendFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::sandbox::reach::{Reach, narrowed};
+use crate::reach::{Reach, narrowed};
 
 /// Longest address that is looked at: that of a Unix socket is the longest there is.
 const MAX_ADDRESS: usize = size_of::<libc::sockaddr_un>();

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::super::tests::{Reply, Request as Asked, Server, ok, settings, status};
 use super::super::{AuthFiles, Settings};
 use super::*;
-use crate::oci::tests::chain;
+use crate::tests::chain;
 
 /// Bytes of a piece here.
 const PIECE: usize = 1000;
@@ -571,7 +571,7 @@ fn mirrors_are_not_pushed_to() {
 
 #[test]
 fn an_export_goes_to_a_registry() {
-    use crate::oci::export::{ExportError, Sink, Stored};
+    use crate::export::{ExportError, Sink, Stored};
     let (server, state) = lying("", |_, _, truth| truth());
     let repository = repository(&server, &settings());
     let sink: &dyn Sink = &*repository;
