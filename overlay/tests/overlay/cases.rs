@@ -359,6 +359,7 @@ fn observed(home: &Home, layers: &[Arc<Layer>]) -> Overlay {
         }),
         observe: true,
         volatile: true,
+        ..OverlayOptions::default()
     };
     home.open_at(layers, &home.upper(), options)
 }
