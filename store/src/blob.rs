@@ -28,12 +28,12 @@ impl Bits {
         Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    fn get(&self, ix: usize) -> bool {
+    pub(crate) fn get(&self, ix: usize) -> bool {
         let word = self.0.get(ix / 64);
         word.is_some_and(|word| word.load(Ordering::Relaxed) >> (ix % 64) & 1 == 1)
     }
 
-    fn set(&self, ix: usize) {
+    pub(crate) fn set(&self, ix: usize) {
         if let Some(word) = self.0.get(ix / 64) {
             word.fetch_or(1 << (ix % 64), Ordering::Relaxed);
         }

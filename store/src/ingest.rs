@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
@@ -81,8 +81,8 @@ pub struct Ingest<'a> {
     poisoned: AtomicBool,
     /// How often an object was looked for in the indexes.
     looked: AtomicUsize,
-    /// How often packs had gone when this began.
-    losses: u64,
+    /// How often packs had gone when the indexes were first asked.
+    losses: OnceLock<u64>,
     /// Dropped last.
     _open: OpenIngest<'a>,
 }
@@ -144,10 +144,9 @@ impl Read for FromStart<'_> {
 
 impl<'a> Ingest<'a> {
     pub(crate) fn begin(store: &Store, lease: &'a Lease) -> Result<Self, StoreError> {
-        // First the word, then the look: see `gc`.
+        // First the word, then the look, which waits until there is a question: see `gc`.
         let number = lease.begin_ingest()?;
         let open = OpenIngest { lease, number };
-        let losses = store.objects().refresh()?;
         Ok(Self {
             store: store.clone(),
             lease,
@@ -157,7 +156,7 @@ impl<'a> Ingest<'a> {
             no_reflink: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             looked: AtomicUsize::new(0),
-            losses,
+            losses: OnceLock::new(),
             _open: open,
         })
     }
@@ -226,19 +225,31 @@ impl<'a> Ingest<'a> {
         })
     }
 
+    /// Looks at the indexes, unless this ingest has. What is unchanged needs no look: it names no
+    /// object.
+    fn look(&self) -> Result<u64, StoreError> {
+        if let Some(losses) = self.losses.get() {
+            return Ok(*losses);
+        }
+        let losses = self.store.objects().refresh()?;
+        // Of two threads, the first to say it looked first, or at the same.
+        Ok(*self.losses.get_or_init(|| losses))
+    }
+
     /// Whether the object is in a pack of the store. What so many of these questions brought into memory leaves it again.
-    fn is_packed(&self, object: &ObjectId) -> bool {
+    fn is_packed(&self, object: &ObjectId) -> Result<bool, StoreError> {
+        self.look()?;
         let objects = self.store.objects();
         if self.looked.fetch_add(1, Ordering::Relaxed) % RELEASE == RELEASE - 1 {
             objects.release();
         }
-        objects.find_packed(object).is_some()
+        Ok(objects.find_packed(object).is_some())
     }
 
     fn add_small(&self, bytes: &[u8]) -> Result<Added, StoreError> {
         let object = ObjectId::of(bytes);
         let size = bytes.len() as u64;
-        let new = !self.is_packed(&object) && self.pack.add(|| self.lease.tmp(), object, bytes)?;
+        let new = !self.is_packed(&object)? && self.pack.add(|| self.lease.tmp(), object, bytes)?;
         if new && let Some((file, path)) = self.pack.to_sync() {
             self.sync_soon(file, path)?;
         }
@@ -307,6 +318,7 @@ impl<'a> Ingest<'a> {
             size,
             new: false,
         };
+        self.look()?;
         let objects = self.store.objects();
         // A power cut may have left one of the two; then both are given their names again.
         if objects.has_loose(&object, Some(size)) && objects.has_outboard(&object) {
@@ -399,7 +411,7 @@ impl<'a> Ingest<'a> {
         in_files: &[ObjectId],
     ) -> Result<(), StoreError> {
         let objects = self.store.objects();
-        let unmoved = objects.refresh()? == self.losses
+        let unmoved = objects.refresh()? == self.look()?
             && pack.is_none_or(|pack| objects.has_pack(&pack))
             && in_files.iter().all(|id| objects.has_loose(id, None));
         if unmoved {
@@ -463,11 +475,12 @@ impl<'a> Ingest<'a> {
         pack: Option<&FinishedPack>,
         loose: &Loose,
     ) -> Result<Vec<ObjectId>, StoreError> {
+        self.look()?;
         let objects = self.store.objects();
         objects.refresh()?;
         let mut in_files = Vec::new();
         for (object, size) in tree::files(tree) {
-            if pack.is_some_and(|pack| pack.contains(&object)) || self.is_packed(&object) {
+            if pack.is_some_and(|pack| pack.contains(&object)) || self.is_packed(&object)? {
                 continue;
             }
             if !loose.contains_key(&object) && !objects.contains_known(&object, Some(size)) {

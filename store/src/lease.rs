@@ -247,7 +247,8 @@ impl Leftovers {
         let disk = store.disk().as_ref();
         let mut found = Self::default();
         let mut alive = HashSet::new();
-        // Listed before the leases: the owner of a file that is here has a lease there by then, or is dead.
+        // Listed before the leases: the owner of a file that is here has a lease there by then, or
+        // is dead.
         let files = names(disk, &tmp)?;
         for name in names(disk, &leases)? {
             let path = leases.join(&name);
@@ -260,7 +261,8 @@ impl Leftovers {
         for name in files {
             let (owner, rest) = name.split_once('.').unwrap_or((&name, ""));
             let path = tmp.join(&name);
-            // A lease that is being taken is a temporary file itself, and locked but for a moment; its taker tries again.
+            // A lease that is being taken is a temporary file itself, and locked but for a moment;
+            // its taker tries again.
             let taking = rest == "lease" && !matches!(dead_lease(disk, &path), Ok(Some(_)));
             if !alive.contains(owner) && !taking && path != format_tmp(store) {
                 found.tmp.extend(leftover(disk, path)?);
@@ -298,7 +300,8 @@ pub(crate) struct Swept {
     pub(crate) on_disk: u64,
 }
 
-/// Removes the leases of the dead, the temporary files that belonged to them, and the locks that they held.
+/// Removes the leases of the dead, the temporary files that belonged to them, and the locks that
+/// they held.
 pub(crate) fn sweep(store: &Store) -> Result<Swept, StoreError> {
     let found = Leftovers::find(store)?;
     for file in found.iter() {

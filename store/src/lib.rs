@@ -119,5 +119,6 @@ pub use refs::{MAX_REF_LAYERS, MAX_REF_NAME, Ref, RefEdit, RefKind};
 pub use repair::Mended;
 pub use roots::{Root, Roots};
 pub use store::{Flight, Store};
+pub use trash::MAX_TRASHED_LAYERS;
 pub use verify::{Finding, Problem, Report, Severity, VerifyEvent, VerifyOptions};
 pub use volume::{MAX_VOLUME_LAYERS, Merge};

@@ -1,31 +1,77 @@
-//! Bytes of a published file: mapped, or held in memory by tests and fuzzers.
+//! Bytes of a published file: mapped, or held in memory.
+//!
+//! A kernel gives a process a limited number of mappings, 65,530 by default on Linux, and a store
+//! may have more files. So small files, which are the many, are read, and no more than
+//! [`MAX_MAPPED`] files are mapped at once.
 
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memmap2::{Mmap, UncheckedAdvice};
+
+/// A file of at most this many bytes is read and not mapped: that takes fewer system calls and no
+/// address space.
+const MAX_READ: u64 = 64 << 10;
+/// Most files that this process has mapped at once, except for those longer than
+/// [`MAX_READ_INSTEAD`].
+pub(crate) const MAX_MAPPED: usize = 4096;
+/// Where no more files may be mapped, one of at most this many bytes is read.
+const MAX_READ_INSTEAD: u64 = 16 << 20;
+
+/// Files that are mapped now.
+static MAPPED: AtomicUsize = AtomicUsize::new(0);
 
 /// What is read through once is read in pieces of so many bytes, each of which leaves memory before the next.
 const PIECE: usize = 16 << 20;
 
+/// A mapping that is counted.
+#[derive(Debug)]
+pub(crate) struct Mapping(Mmap);
+
+impl Mapping {
+    /// Maps a file unless too many are.
+    fn new(file: &File, len: u64) -> io::Result<Option<Self>> {
+        if MAPPED.fetch_add(1, Ordering::Relaxed) >= MAX_MAPPED && len <= MAX_READ_INSTEAD {
+            MAPPED.fetch_sub(1, Ordering::Relaxed);
+            return Ok(None);
+        }
+        // SAFETY: the files of a store are written once under a temporary name, renamed into place
+        // and from then on only ever unlinked or replaced by a rename, never written or truncated,
+        // so the mapping does not change and stays backed.
+        let map = unsafe { Mmap::map(file) }.inspect_err(|_| {
+            MAPPED.fetch_sub(1, Ordering::Relaxed);
+        })?;
+        Ok(Some(Self(map)))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) enum Bytes {
-    Mapped(Mmap),
+    Mapped(Mapping),
     Owned(Vec<u8>),
 }
 
 impl Bytes {
-    /// Maps a file of the store: a layer, a pack's index, a stat cache.
+    /// Maps or reads a file of the store: a layer, a pack's index, a stat cache.
     pub(crate) fn map(file: &File) -> io::Result<Self> {
-        if file.metadata()?.len() == 0 {
-            return Ok(Self::Owned(Vec::new()));
+        let len = file.metadata()?.len();
+        if len > MAX_READ
+            && let Some(mapping) = Mapping::new(file, len)?
+        {
+            return Ok(Self::Mapped(mapping));
         }
-        // SAFETY: the files of a store are written once under a temporary name, renamed into place and from then on
-        // only ever unlinked or replaced by a rename, never written or truncated, so the mapping does not change and
-        // stays backed.
-        let map = unsafe { Mmap::map(file) }?;
-        Ok(Self::Mapped(map))
+        let mut bytes = vec![0; len as usize];
+        file.read_exact_at(&mut bytes, 0)?;
+        Ok(Self::Owned(bytes))
     }
 
     /// Lets go of the pages that are in memory; they come back when they are read again. For who looks at much of a mapping
@@ -34,7 +80,7 @@ impl Bytes {
         if let Self::Mapped(map) = self {
             // SAFETY: the mapping is shared with its file and never written: nothing is lost with its pages, and reading
             // it again gives the same bytes.
-            let advised = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            let advised = unsafe { map.0.unchecked_advise(UncheckedAdvice::DontNeed) };
             // It is advice.
             drop(advised);
         }
@@ -63,8 +109,35 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped(map) => &map.0,
             Self::Owned(bytes) => bytes,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_files_are_read_and_no_more_than_so_many_mapped() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MAX_READ).unwrap();
+        assert!(matches!(Bytes::map(&file).unwrap(), Bytes::Owned(_)));
+        file.set_len(MAX_READ + 1).unwrap();
+        // Other tests of this process may have some mapped, too.
+        let all: Vec<Bytes> = (0..=MAX_MAPPED)
+            .map(|_| Bytes::map(&file).unwrap())
+            .collect();
+        let mapped = |all: &[Bytes]| {
+            let mapped = all.iter().filter(|bytes| matches!(bytes, Bytes::Mapped(_)));
+            mapped.count()
+        };
+        assert!((1..=MAX_MAPPED).contains(&mapped(&all)));
+        for bytes in &all {
+            assert_eq!(bytes.len() as u64, MAX_READ + 1);
+        }
+        drop(all);
+        assert_eq!(mapped(&[Bytes::map(&file).unwrap()]), 1);
     }
 }

@@ -290,6 +290,13 @@ impl Objects {
         set.find(id).map(|(pack, ix)| (Arc::clone(pack), ix))
     }
 
+    /// How many packs are of a length that `counts`, as of the last [`Objects::refresh`].
+    pub(crate) fn count_packs(&self, counts: impl Fn(u64) -> bool) -> usize {
+        let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let packs = set.packs.iter();
+        packs.filter(|pack| counts(pack.index.pack_len())).count()
+    }
+
     /// Whether a pack and its index have their names.
     pub(crate) fn has_pack(&self, id: &PackId) -> bool {
         [self.places().pack(id), self.places().index(id)]

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -45,10 +46,11 @@ pub(crate) const DIRS: [&str; 15] = [
 ];
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
-/// Under this name the format is written before it is renamed. The file belongs to the holder of [`format_lock`].
+/// Under this name the format is written before it is renamed. The file belongs to the holder of
+/// [`format_lock`].
 pub(crate) const FORMAT_TMP: &str = "tmp/format";
-/// How often the format is written anew because a sweep removed it: programs from before sweeps took [`format_lock`] may run
-/// beside this one.
+/// How often the format is written anew because a sweep removed it: programs from before sweeps
+/// took [`format_lock`] may run beside this one.
 const MAX_FORMAT_TRIES: u32 = 8;
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
 pub(crate) const SEALED: &str = "sealed";
@@ -162,6 +164,8 @@ struct Inner {
     broken: bool,
     objects: Objects,
     layers: Mutex<HashMap<LayerId, Weak<Layer>>>,
+    /// With fewer files than this, no collection is due because of their number.
+    collect_from: AtomicUsize,
 }
 
 /// A store of layers and their objects: see the crate's documentation. Cheap to clone; shared freely between threads and,
@@ -238,6 +242,7 @@ impl Store {
             read_only,
             broken,
             layers: Mutex::default(),
+            collect_from: AtomicUsize::new(0),
         }))
     }
 
@@ -248,6 +253,17 @@ impl Store {
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.0.disk
+    }
+
+    /// Whether `files` are so many more than the last time that this process tried to have fewer
+    /// that it tries again; nothing stands for few.
+    pub(crate) fn is_time_to_collect(&self, files: Option<usize>, more: usize) -> bool {
+        let from = &self.0.collect_from;
+        let is_time = files.is_some_and(|files| files >= from.load(Ordering::Relaxed));
+        if is_time || files.is_none() {
+            from.store(files.map_or(0, |files| files + more), Ordering::Relaxed);
+        }
+        is_time
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -12,6 +12,7 @@
 //! A name moves by one rename, so that taking back and removing cannot both succeed. Of a pack the index decides: it is the
 //! first to be taken out and the first to be removed, and the last to be taken back.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -32,6 +33,10 @@ pub(crate) const LAYER: &str = "layer";
 pub(crate) const LOOSE: &str = "loose";
 /// The extension of an outboard, in the trash, too.
 pub(crate) const OUTBOARD: &str = "cv";
+
+/// Most layers that stay in the trash; the oldest go first. An editor that saves all day makes a
+/// layer each time.
+pub const MAX_TRASHED_LAYERS: usize = 16;
 
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
@@ -252,13 +257,33 @@ fn born(store: &Store, generation: &Path) -> Result<SystemTime, StoreError> {
     }
 }
 
-/// The layers in the trash, oldest generation first.
+/// The layers of `trashed`, oldest generation first, whose time is over when `more` layers come
+/// into the trash: they are older than `grace`, or not among the last [`MAX_TRASHED_LAYERS`].
+pub(crate) fn over(trashed: &[TrashedLayer], more: usize, grace: Duration) -> HashSet<LayerId> {
+    let too_many = (trashed.len() + more).saturating_sub(MAX_TRASHED_LAYERS);
+    let over = trashed.iter().enumerate();
+    let over = over.filter(|(ix, layer)| *ix < too_many || is_over(layer.born, grace));
+    over.map(|(_, layer)| layer.id).collect()
+}
+
+/// Of `garbage` layers that come into the trash, how many leave it at once. Those with the least
+/// ids do.
+pub(crate) fn at_once(garbage: usize, grace: Duration) -> usize {
+    if grace.is_zero() {
+        return garbage;
+    }
+    garbage.saturating_sub(MAX_TRASHED_LAYERS)
+}
+
+/// The layers in the trash, oldest generation first, and by id in each.
 pub(crate) fn layers(store: &Store) -> Result<Vec<TrashedLayer>, StoreError> {
     let disk = store.disk().as_ref();
     let mut layers = Vec::new();
     for (_, generation) in generations(disk, store.dir())? {
         let born = born(store, &generation)?;
-        for name in list(disk, &generation)? {
+        let mut names = list(disk, &generation)?;
+        names.sort_unstable();
+        for name in names {
             let id = name.strip_suffix(LAYER).and_then(|id| id.strip_suffix('.'));
             if let Some(id) = id.and_then(|id| id.parse().ok()) {
                 let path = generation.join(name);

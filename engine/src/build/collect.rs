@@ -16,8 +16,9 @@ pub fn policy(disk: Space) -> Policy {
     }
 }
 
-/// Collects if the store or the disk is fuller than it should be. Waits for nobody: a collection that runs already does as
-/// well. Nothing where there was nothing to do.
+/// Collects if the store or the disk is fuller than it should be, or if the store has many files.
+/// Waits for nobody: a collection that runs already does as well. Nothing where there was nothing
+/// to do.
 pub fn if_full(store: &Store) -> Result<Option<GcReport>, StoreError> {
     let disk = store.space()?;
     let policy = policy(disk);
@@ -27,10 +28,21 @@ pub fn if_full(store: &Store) -> Result<Option<GcReport>, StoreError> {
             None => Ok(false),
         }
     };
-    if policy.min_free.is_none_or(|min| disk.free >= min) && !is_large()? {
+    let is_full =
+        || Ok::<_, StoreError>(policy.min_free.is_some_and(|min| disk.free < min) || is_large()?);
+    if !store.has_many_files()? && !is_full()? {
         return Ok(None);
     }
     let plan = store.plan_gc(&policy)?;
+    store.try_gc(&plan, &|_| {})
+}
+
+/// Collects if the store has many files, however small they are. An edit of a project adds two.
+pub fn if_many(store: &Store) -> Result<Option<GcReport>, StoreError> {
+    if !store.has_many_files()? {
+        return Ok(None);
+    }
+    let plan = store.plan_gc(&policy(store.space()?))?;
     store.try_gc(&plan, &|_| {})
 }
 

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use iii_oci::{self as oci, Image, ImageError, Limits, Origin, Platform, Settings};
-use iii_store::{Layer, Lease, Store};
+use iii_store::{GcReport, Layer, Lease, Store, StoreError};
 use rustix::process::Signal;
 
 use crate::build::collect;
@@ -24,6 +24,8 @@ use crate::shared_cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
 use crate::worker::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm, isolation};
 use crate::worker::supervise::Signals;
 
+/// A collection after an edit that freed no more than this many bytes is not worth a word.
+const LITTLE: u64 = 64 << 20;
 /// How long layers may go to a cache when the worker has ended.
 const SHARE_TIME: Duration = Duration::from_secs(60);
 
@@ -485,9 +487,19 @@ impl Realiser<'_> {
 
     /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
     pub fn collect(&self) {
+        self.collected(collect::if_full(self.store), 0);
+    }
+
+    /// Clears the store if it has too many files after a project was edited.
+    pub fn collect_edits(&self) {
+        self.collected(collect::if_many(self.store), LITTLE);
+    }
+
+    /// Tells of what was freed, unless it is little.
+    fn collected(&self, result: Result<Option<GcReport>, StoreError>, little: u64) {
         let events = |event: Event<'_>| (self.events)(None, event);
-        match collect::if_full(self.store) {
-            Ok(Some(report)) if report.freed > 0 => events(Event::Collected(&report)),
+        match result {
+            Ok(Some(report)) if report.freed > little => events(Event::Collected(&report)),
             Ok(_) => {}
             Err(error) => events(Event::Note(format!("clearing the store failed: {error}"))),
         }

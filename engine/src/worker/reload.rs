@@ -617,6 +617,8 @@ impl Session<'_> {
         self.tell(Event::Reloaded { files, seconds });
         if worker.has_grown() {
             self.clear();
+        } else if self.collect {
+            self.realiser.collect_edits();
         }
     }
 

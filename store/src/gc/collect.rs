@@ -9,18 +9,18 @@ use std::time::Duration;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{GcEvent, GcPlan, GcReport, Packs, decide};
+use super::{GcEvent, GcPlan, GcReport, MAX_MERGED_PACK, Packs, decide};
 use crate::census::Census;
 use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
 use crate::lease::{self, Lease, LiveLease};
-use crate::objects::lock;
+use crate::objects::{Pack, lock};
 use crate::pack_writer::PackWriter;
 use crate::refs::{Ref, RefKind};
 use crate::roots::Roots;
 use crate::store::{Store, read_json, write_json};
-use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places, is_over};
+use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places};
 
 /// The ingests for which the objects of a generation wait, by lease.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -145,7 +145,8 @@ impl<'a> Collection<'a> {
         if plan.volumes.is_empty() {
             return Ok(());
         }
-        // A step that uses a volume by now has pinned its layers before it looked for them, and keeps it.
+        // A step that uses a volume by now has pinned its layers before it looked for them, and
+        // keeps it.
         let leases = lease::live(self.store)?;
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for volume in &plan.volumes {
@@ -210,8 +211,10 @@ impl<'a> Collection<'a> {
 
     fn remove_expired(&mut self, grace: Duration) -> Result<(), StoreError> {
         let mut dirs = BTreeSet::new();
-        for layer in trash::layers(self.store)? {
-            if is_over(layer.born, grace) && self.remove(&layer.path)? {
+        let trashed = trash::layers(self.store)?;
+        let over = trash::over(&trashed, 0, grace);
+        for layer in trashed {
+            if over.contains(&layer.id) && self.remove(&layer.path)? {
                 self.report.layers_removed += 1;
                 dirs.extend(layer.path.parent().map(Path::to_owned));
             }
@@ -355,35 +358,35 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// Writes the living objects of the packs that are to be rewritten to a new one, after which they are dead.
+    /// Writes the living objects of the packs that are to be rewritten to new ones, after which
+    /// they are dead.
     fn rewrite(
         &mut self,
         census: &Census,
         packs: &mut Packs,
         lives: &dyn Fn(usize) -> bool,
     ) -> Result<(), StoreError> {
-        let writer = PackWriter::default();
-        let mut done = Vec::new();
         let wanted: HashSet<&PackId> = packs.rewrite.iter().collect();
-        'packs: for (pack, first) in census.packs().filter(|(pack, _)| wanted.contains(&pack.id)) {
-            let mut living: Vec<_> = pack
-                .index
-                .objects()
-                .enumerate()
-                .filter(|(ix, _)| lives(first + ix))
-                .collect();
-            living.sort_unstable_by_key(|(_, (_, place))| place.offset);
-            for (ix, (id, _)) in living {
-                // What does not hold is not spread; `verify` finds it where it is.
-                let Ok(bytes) = self.store.objects().read_packed(pack, ix as u32) else {
-                    (self.events)(GcEvent::Unreadable(&pack.id));
-                    continue 'packs;
-                };
-                writer.add(|| self.lease.tmp(), id, &bytes)?;
+        let mut wanted = census.packs().filter(|(pack, _)| wanted.contains(&pack.id));
+        let mut dead = Vec::new();
+        loop {
+            let writer = PackWriter::default();
+            let (mut read, mut len) = (Vec::new(), 0);
+            for (pack, first) in wanted.by_ref() {
+                match self.copy_living(pack, &|ix| lives(first + ix), &writer)? {
+                    Some(copied) => {
+                        read.push(pack.id);
+                        len += copied;
+                    }
+                    None => (self.events)(GcEvent::Unreadable(&pack.id)),
+                }
+                if len >= MAX_MERGED_PACK {
+                    break;
+                }
             }
-            done.push(pack.id);
-        }
-        if let Some(finished) = writer.finish()? {
+            let Some(finished) = writer.finish()? else {
+                break;
+            };
             let id = finished.publish(self.store, self.lease)?;
             for path in [self.places().pack(&id), self.places().index(&id)] {
                 let meta = self.store.metadata(&path)?;
@@ -391,12 +394,37 @@ impl<'a> Collection<'a> {
             }
             // Rewriting one pack whole gives the same one again; and when objects are there twice, the pack may have been there
             // all along, with nothing in it that was counted.
-            done.retain(|pack| *pack != id);
+            read.retain(|pack| *pack != id);
             packs.dead.retain(|pack| *pack != id);
+            dead.retain(|pack| *pack != id);
+            dead.extend(read);
         }
-        self.report.packs_rewritten += done.len() as u64;
-        packs.dead.extend(done);
+        self.report.packs_rewritten += dead.len() as u64;
+        packs.dead.extend(dead);
         Ok(())
+    }
+
+    /// Adds the objects of a pack that live to another. Returns how many bytes they were; nothing
+    /// if one cannot be read.
+    fn copy_living(
+        &self,
+        pack: &Arc<Pack>,
+        lives: &dyn Fn(usize) -> bool,
+        writer: &PackWriter,
+    ) -> Result<Option<u64>, StoreError> {
+        let objects = pack.index.objects().enumerate();
+        let mut living: Vec<_> = objects.filter(|(ix, _)| lives(*ix)).collect();
+        living.sort_unstable_by_key(|(_, (_, place))| place.offset);
+        let mut len = 0;
+        for (ix, (id, place)) in living {
+            // What does not hold is not spread; `verify` finds it where it is.
+            let Ok(bytes) = self.store.objects().read_packed(pack, ix as u32) else {
+                return Ok(None);
+            };
+            writer.add(|| self.lease.tmp(), id, &bytes)?;
+            len += place.len;
+        }
+        Ok(Some(len))
     }
 
     /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that did not need them when they

@@ -2,9 +2,18 @@
 //!
 //! # What is kept
 //!
-//! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key and a cache volume count until
-//! the policy drops them, because a layer of theirs was not used for long or because the store is too large. Objects are kept by layers: by every
-//! layer file that is there, the ones in the trash included. Policy never looks at objects.
+//! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key and
+//! a cache volume count until the policy drops them, because a layer of theirs was not used for
+//! long or because the store is too large. Objects are kept by layers: by every layer file that is
+//! there, the ones in the trash included. Policy never looks at objects.
+//!
+//! # The number of files
+//!
+//! Each edit of a project adds a layer and a small pack. Both are bounded by count, not only by
+//! bytes: a collection merges small packs by classes of size, and [`Store::has_many_files`] tells
+//! the program when a collection is due for the sake of the number alone. So an operation costs the
+//! same after any number of edits, and no limit of the kernel is reached; a store with more files
+//! than that, which nobody has collected, works too, since each file is open only while it is read.
 //!
 //! # Beside writers and readers
 //!
@@ -15,7 +24,7 @@
 //! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and what got one meanwhile is moved
 //!    back: who pins a layer writes the pin before looking for the layer, so either the pin is seen here, or the layer is
 //!    not found there, and taken back from the trash or built anew.
-//! 3. Layers that have been in the trash for the grace period are removed.
+//! 3. Layers that have been in the trash for the grace period are removed, and the oldest of too many.
 //! 4. Objects that no layer file names are moved into the trash, whole packs and loose files; packs that are mostly dead, and small
 //!    packs when there are many, are rewritten first. *Then* the leases are read: an ingest that is open may have found one
 //!    of these objects before they were moved, and may yet publish a layer that names it. The generation waits for it. One that
@@ -41,7 +50,7 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, PackId};
 use crate::layer::Layer;
 use crate::lock::FileLock;
-use crate::roots::Root;
+use crate::roots::{Root, Roots};
 use crate::store::Store;
 use crate::trash;
 
@@ -50,8 +59,20 @@ use plan::Planner;
 
 /// A pack shorter than this is small.
 const SMALL_PACK: u64 = 4 << 20;
-/// Most small packs that are left alone. Each costs the mapping of an index when a store is opened.
-const MAX_SMALL_PACKS: usize = 24;
+/// Small packs are merged by classes of size, each so many times the one below, so that each byte
+/// is written a few times at most.
+const CLASS_FACTOR: u64 = 4;
+/// The packs of the least class are at most this long.
+const LEAST_CLASS: u64 = 16 << 10;
+/// Most packs of one class that a collection leaves alone.
+const MAX_IN_CLASS: usize = 6;
+/// Most small packs before [`Store::has_many_files`]. More than collections leave alone: see
+/// [`MAX_IN_CLASS`].
+const MAX_SMALL_PACKS: usize = 48;
+/// Most layers without a root before [`Store::has_many_files`].
+const MAX_DEAD_LAYERS: usize = 32;
+/// Packs that are written anew make packs of about this length at most.
+const MAX_MERGED_PACK: u64 = 512 << 20;
 /// What is kept, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -61,7 +82,8 @@ pub struct Policy {
     pub max_bytes: Option<u64>,
     /// While the filesystem has fewer free bytes than this, layers of records are dropped, and the trash is not kept.
     pub min_free: Option<u64>,
-    /// How long a layer stays in the trash.
+    /// How long a layer stays in the trash, if it is among the last [`crate::MAX_TRASHED_LAYERS`]
+    /// there.
     pub grace: Duration,
 }
 
@@ -253,6 +275,26 @@ impl Store {
         Collection::new(self, &lease, events).run(plan).map(Some)
     }
 
+    /// Whether the store has so many small packs, or layers that nothing keeps, that a collection
+    /// is worth its time, however few bytes they have. Costs little where it has not. Once this
+    /// process was told so, it takes a while until it is told again: a collection may have to leave
+    /// them.
+    pub fn has_many_files(&self) -> Result<bool, StoreError> {
+        self.objects().refresh()?;
+        let small = self.objects().count_packs(|len| len < SMALL_PACK);
+        let layers = self.layer_ids()?;
+        let dead = || -> Result<usize, StoreError> {
+            if layers.len() <= MAX_DEAD_LAYERS {
+                return Ok(0);
+            }
+            let roots = Roots::read(self)?;
+            Ok(layers.iter().filter(|id| roots.of(id).is_empty()).count())
+        };
+        let is_many = small > MAX_SMALL_PACKS || dead()? > MAX_DEAD_LAYERS;
+        let files = is_many.then_some(small + layers.len());
+        Ok(self.is_time_to_collect(files, MAX_SMALL_PACKS))
+    }
+
     /// Held by who takes things out of the store: one at a time.
     pub(crate) fn gc_lock(&self) -> PathBuf {
         self.dir().join("locks/gc")
@@ -359,12 +401,24 @@ fn decide(census: &Census, lives: &(dyn Fn(usize) -> bool + Sync)) -> Packs {
         } else if live_bytes * 2 < len && live < u64::from(pack.index.count()) {
             packs.rewrite.push(pack.id);
             packs.frees += len - live_bytes;
-        } else if len < SMALL_PACK {
-            small.push(pack.id);
+        } else if let Some(class) = class(len) {
+            small.push((class, pack.id));
         }
     }
-    if small.len() > MAX_SMALL_PACKS {
-        packs.rewrite.extend(small);
-    }
+    // The highest class of which there are too many takes those below along, and becomes one of the
+    // next.
+    let count = |class| small.iter().filter(|(one, _)| *one == class).count();
+    let highest = small.iter().map(|(class, _)| *class);
+    let highest = highest.filter(|class| count(*class) > MAX_IN_CLASS).max();
+    let merged = small.iter().filter(|(class, _)| Some(*class) <= highest);
+    packs.rewrite.extend(merged.map(|(_, id)| *id));
     packs
+}
+
+/// The class of a small pack of this length.
+fn class(len: u64) -> Option<u32> {
+    if len >= SMALL_PACK {
+        return None;
+    }
+    Some(len.div_ceil(LEAST_CLASS).max(1).ilog(CLASS_FACTOR))
 }

@@ -1,22 +1,23 @@
 //! What goes and what stays.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 
 use super::{DroppedRecord, DroppedVolume, Garbage, GcPlan, Kept, Policy, Present, Why, decide};
+use crate::blob::Bits;
 use crate::census::{Census, Named};
 use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
-use crate::layer::Layer;
 use crate::lease::Leftovers;
 use crate::roots::{Root, Roots};
 use crate::stat_cache::StatCache;
 use crate::store::Store;
-use crate::trash::{self, TrashedLayer, is_over};
+use crate::trash::{self, TrashedLayer};
 
 /// The time in which a layer that is not used loses half of what it is worth keeping.
 const HALF_LIFE: Duration = Duration::from_secs(7 * 86_400);
@@ -30,8 +31,6 @@ pub(super) struct Planner<'a> {
     census: Census,
     leftovers: Leftovers,
     blocked: Option<String>,
-    /// What each layer says; only of those that can be read.
-    opened: HashMap<LayerId, Layer>,
 }
 
 impl<'a> Planner<'a> {
@@ -40,27 +39,19 @@ impl<'a> Planner<'a> {
         let layers = store.present_layers()?;
         let trashed = trash::layers(store)?;
         let census = store.census()?;
-        let mut blocked = census.damaged.first().map(StoreError::in_one_line);
-        let mut opened = HashMap::new();
-        for (id, path) in layers.iter().map(|layer| (layer.id, &layer.path)) {
-            match store.open_layer_file(&id, path) {
-                Ok(layer) => opened.extend(layer.map(|layer| (id, layer))),
-                Err(err @ (StoreError::Layer { .. } | StoreError::Damaged { .. })) => {
-                    blocked = Some(err.in_one_line());
-                }
-                Err(err) => return Err(err),
-            }
-        }
         Ok(Self {
             store,
             roots,
             layers,
             trashed,
-            census,
             leftovers: Leftovers::find(store)?,
-            blocked,
-            opened,
+            blocked: census.damaged.first().map(StoreError::in_one_line),
+            census,
         })
+    }
+
+    fn is_garbage(&self, id: &LayerId, why: &HashMap<LayerId, Why>) -> bool {
+        self.roots.of(id).is_empty() || why.contains_key(id)
     }
 
     /// Whether only records and cache volumes keep a layer, which a policy may drop.
@@ -93,24 +84,33 @@ impl<'a> Planner<'a> {
             ..GcPlan::default()
         };
         self.drop_rest_of_volumes(&mut why);
-        if self.blocked.is_none() {
-            let mut size = Size::new(&self, &why);
-            plan.still_over = self.fit(policy, (store_bytes, free), &mut size, &mut why);
-            self.count_objects(&mut plan, &size, &why, grace);
-        }
-        self.list_volumes(&mut plan, &why);
-        self.list_layers(&mut plan, &why);
-        let expired = self
+        let garbage = self.layers.iter();
+        let garbage = garbage.filter(|layer| self.is_garbage(&layer.id, &why));
+        let garbage: Vec<&Present> = garbage.collect();
+        let over = trash::over(&self.trashed, garbage.len(), grace);
+        let held = self
             .trashed
             .iter()
-            .filter(|layer| is_over(layer.born, grace) && self.roots.of(&layer.id).is_empty());
-        for layer in expired {
+            .filter(|layer| !over.contains(&layer.id));
+        let held = held.map(|layer| (layer.id, layer.path.as_path()));
+        let stays = &garbage[trash::at_once(garbage.len(), grace)..];
+        let stays = stays.iter().map(|layer| (layer.id, layer.path.as_path()));
+        let held: HashMap<LayerId, &Path> = held.chain(stays).collect();
+        let (mut size, logical, unreadable) = Size::count(&self, &why, &held, grace)?;
+        plan.blocked = self.blocked.clone().or(unreadable);
+        if plan.blocked.is_none() {
+            plan.still_over = self.fit(policy, (store_bytes, free), &mut size, &mut why);
+            self.count_objects(&mut plan, &size);
+        }
+        self.list_volumes(&mut plan, &why);
+        self.list_layers(&mut plan, &why, &logical);
+        let expired = self.trashed.iter().filter(|layer| over.contains(&layer.id));
+        for layer in expired.filter(|layer| self.roots.of(&layer.id).is_empty()) {
             plan.expired.push(layer.id);
             let meta = self.store.metadata(&layer.path)?;
             plan.frees += meta.map_or(0, |meta| on_disk(&meta));
         }
         plan.stat_caches = self.stat_caches(policy, now)?;
-        plan.blocked = self.blocked;
         if plan.kept.is_empty() && !plan.layers.is_empty() {
             return Err(StoreError::NothingKept {
                 path: self.store.dir().to_owned(),
@@ -156,7 +156,8 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A cache volume that loses one layer loses all: adds the others that may go, and returns them.
+    /// A cache volume that loses one layer loses all: adds the others that may go, and returns
+    /// them.
     fn drop_rest_of_volumes(&self, why: &mut HashMap<LayerId, Why>) -> Vec<LayerId> {
         let mut dropped = Vec::new();
         loop {
@@ -198,7 +199,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn list_layers(&self, plan: &mut GcPlan, why: &HashMap<LayerId, Why>) {
+    /// `logical` has the sums of the sizes of the files of layers that can be read.
+    fn list_layers(
+        &self,
+        plan: &mut GcPlan,
+        why: &HashMap<LayerId, Why>,
+        logical: &HashMap<LayerId, u64>,
+    ) {
         for (key, records) in &self.roots.records {
             for record in records {
                 let layer = record.layer_id;
@@ -213,27 +220,28 @@ impl<'a> Planner<'a> {
                 plan.records.push(DroppedRecord { key, layer, why });
             }
         }
+        let garbage = self.layers.iter();
+        let garbage = garbage.filter(|layer| self.is_garbage(&layer.id, why));
+        let at_once = trash::at_once(garbage.count(), plan.grace);
         for layer in &self.layers {
-            let opened = self.opened.get(&layer.id);
-            let logical_bytes = opened.map_or(0, Layer::logical_bytes);
-            let roots = self.roots.of(&layer.id);
-            if roots.is_empty() || why.contains_key(&layer.id) {
+            let logical_bytes = logical.get(&layer.id).copied().unwrap_or_default();
+            if self.is_garbage(&layer.id, why) {
+                if plan.layers.len() < at_once {
+                    plan.frees += layer.bytes;
+                } else {
+                    plan.frees_later += layer.bytes;
+                }
                 plan.layers.push(Garbage {
                     layer: layer.id,
                     logical_bytes,
                     last_used: layer.used,
                 });
-                if plan.grace.is_zero() {
-                    plan.frees += layer.bytes;
-                } else {
-                    plan.frees_later += layer.bytes;
-                }
             } else {
                 plan.kept.push(Kept {
                     layer: layer.id,
                     logical_bytes,
                     last_used: layer.used,
-                    roots: roots.to_vec(),
+                    roots: self.roots.of(&layer.id).to_vec(),
                 });
             }
         }
@@ -271,13 +279,7 @@ impl<'a> Planner<'a> {
         worth.into_iter().map(|(_, id)| id).collect()
     }
 
-    fn count_objects(
-        &self,
-        plan: &mut GcPlan,
-        size: &Size<'_>,
-        why: &HashMap<LayerId, Why>,
-        grace: Duration,
-    ) {
+    fn count_objects(&self, plan: &mut GcPlan, size: &Size<'_>) {
         let census = &self.census;
         let eventually = decide(census, &|slot| size.named(slot));
         let loose = |lives: &dyn Fn(usize) -> bool| -> (u64, u64) {
@@ -288,27 +290,7 @@ impl<'a> Planner<'a> {
         };
         let (_, loose_eventually) = loose(&|slot| size.named(slot));
         // Until the grace period is over, layers in the trash keep their objects.
-        let held: HashSet<usize> = if grace.is_zero() {
-            HashSet::new()
-        } else {
-            let garbage = self
-                .layers
-                .iter()
-                .filter(|layer| self.roots.of(&layer.id).is_empty() || why.contains_key(&layer.id));
-            let garbage = garbage.filter_map(|layer| self.opened.get(&layer.id));
-            garbage
-                .flat_map(|layer| census.named_by(layer).slots)
-                .chain(self.trashed.iter().flat_map(|trashed| {
-                    if is_over(trashed.born, grace) {
-                        return Vec::new();
-                    }
-                    let layer = self.store.open_layer_file(&trashed.id, &trashed.path);
-                    let layer = layer.ok().flatten();
-                    layer.map_or_else(Vec::new, |layer| census.named_by(&layer).slots)
-                }))
-                .collect()
-        };
-        let lives = |slot: usize| size.named(slot) || held.contains(&slot);
+        let lives = |slot: usize| size.named(slot) || size.held.get(slot);
         let packs = decide(census, &lives);
         let (loose_count, loose_bytes) = loose(&lives);
         plan.objects = packs.dead_objects + loose_count;
@@ -356,41 +338,97 @@ impl<'a> Planner<'a> {
 struct Size<'a> {
     census: &'a Census,
     counts: Vec<AtomicU32>,
+    /// Objects of layers that wait in the trash, or will.
+    held: Bits,
+    /// Whether layers wait in the trash at all.
+    keeps_garbage: bool,
     /// What the layers name that may still go.
     named: HashMap<LayerId, Vec<usize>>,
     /// Bytes of objects that nobody names.
     freed: u64,
 }
 
+/// What [`Size::count`] learns from one layer.
+#[derive(Default)]
+struct Look {
+    logical: Option<(LayerId, u64)>,
+    /// Of a layer that may go.
+    named: Option<(LayerId, Vec<usize>)>,
+    unreadable: Option<String>,
+}
+
+type Counted<'a> = (Size<'a>, HashMap<LayerId, u64>, Option<String>);
+
 impl<'a> Size<'a> {
-    fn new(planner: &'a Planner<'_>, why: &HashMap<LayerId, Why>) -> Self {
+    /// Looks through every layer once, each open only while it is looked through. `held` are
+    /// garbage that the trash keeps for now. Returns the sizes of the layers' files, too, and why a
+    /// layer could not be read.
+    fn count(
+        planner: &'a Planner<'_>,
+        why: &HashMap<LayerId, Why>,
+        held: &HashMap<LayerId, &Path>,
+        grace: Duration,
+    ) -> Result<Counted<'a>, StoreError> {
         let census = &planner.census;
         let mut counts = Vec::new();
         counts.resize_with(census.len(), AtomicU32::default);
-        let stays: Vec<&Present> = planner
-            .layers
-            .iter()
-            .filter(|layer| !planner.roots.of(&layer.id).is_empty() && !why.contains_key(&layer.id))
-            .collect();
-        let named = stays.par_iter().filter_map(|present| {
-            let layer = planner.opened.get(&present.id)?;
-            let Named { slots, .. } = census.named_by(layer);
-            for slot in &slots {
-                counts[*slot].fetch_add(1, Ordering::Relaxed);
+        let held_objects = Bits::new(census.len());
+        let look = |id: LayerId, path: &Path| -> Result<Look, StoreError> {
+            let layer = match planner.store.open_layer_file(&id, path) {
+                Ok(Some(layer)) => layer,
+                Ok(None) => return Ok(Look::default()),
+                Err(err @ (StoreError::Layer { .. } | StoreError::Damaged { .. })) => {
+                    let unreadable = Some(err.in_one_line());
+                    return Ok(Look {
+                        unreadable,
+                        ..Look::default()
+                    });
+                }
+                Err(err) => return Err(err),
+            };
+            let mut look = Look {
+                logical: Some((id, layer.logical_bytes())),
+                ..Look::default()
+            };
+            if held.contains_key(&id) {
+                let slots = census.named_by(&layer).slots;
+                for slot in slots {
+                    held_objects.set(slot);
+                }
+            } else if !planner.is_garbage(&id, why) {
+                let Named { slots, .. } = census.named_by(&layer);
+                for slot in &slots {
+                    counts[*slot].fetch_add(1, Ordering::Relaxed);
+                }
+                look.named = planner.may_go(&id).then_some((id, slots));
             }
-            planner.may_go(&present.id).then_some((present.id, slots))
-        });
-        let named = named.collect();
+            Ok(look)
+        };
+        let present = planner.layers.par_iter();
+        let present = present.map(|layer| look(layer.id, &layer.path));
+        let (mut logical, mut named, mut unreadable) = (HashMap::new(), HashMap::new(), None);
+        for look in present.collect::<Result<Vec<Look>, _>>()? {
+            logical.extend(look.logical);
+            named.extend(look.named);
+            unreadable = unreadable.or(look.unreadable);
+        }
+        let trashed = planner.trashed.par_iter();
+        let trashed = trashed.filter(|layer| held.get(&layer.id) == Some(&layer.path.as_path()));
+        // One that cannot be read keeps nothing.
+        trashed.for_each(|layer| drop(look(layer.id, &layer.path)));
         let freed = (0..counts.len())
             .filter(|slot| counts[*slot].load(Ordering::Relaxed) == 0)
             .map(|slot| census.len_of(slot))
             .sum();
-        Self {
+        let size = Self {
             census,
             counts,
+            held: held_objects,
+            keeps_garbage: !grace.is_zero(),
             named,
             freed,
-        }
+        };
+        Ok((size, logical, unreadable))
     }
 
     fn named(&self, slot: usize) -> bool {
@@ -409,6 +447,9 @@ impl<'a> Size<'a> {
 
     fn drop_layer(&mut self, id: &LayerId) {
         for slot in self.named.remove(id).unwrap_or_default() {
+            if self.keeps_garbage {
+                self.held.set(slot);
+            }
             if self.counts[slot].fetch_sub(1, Ordering::Relaxed) == 1 {
                 self.freed += self.census.len_of(slot);
             }

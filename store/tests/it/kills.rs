@@ -207,9 +207,24 @@ impl Busy {
         }
     }
 
+    /// What the program does after each edit: layers wait in the trash then.
+    fn collect_if_many(&mut self) {
+        if !self.store.has_many_files().unwrap() {
+            return;
+        }
+        match self.store.plan_gc(&Policy::default()) {
+            Ok(plan) => drop(self.store.try_gc(&plan, &|_| ()).unwrap()),
+            Err(StoreError::NothingKept { .. }) => {}
+            Err(err) => panic!("{}", causes(&err)),
+        }
+    }
+
     fn step(&mut self) {
         match self.pick(16) {
-            0..6 => self.publish(),
+            0..6 => {
+                self.publish();
+                self.collect_if_many();
+            }
             6..9 => self.use_ref(),
             9..11 => self.use_record(),
             11 => {

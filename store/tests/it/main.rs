@@ -5,6 +5,7 @@ mod corpus;
 #[path = "../../../fuzz/src/store.rs"]
 mod decoders;
 mod diffs;
+mod edits;
 mod faults;
 mod flips;
 mod gc;

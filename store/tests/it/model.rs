@@ -244,8 +244,23 @@ fn set_ref(store: &Store, name: &str, layer: LayerId) -> Result<(), StoreError> 
     store.set_ref(RefKind::Worker, name, &content)
 }
 
-fn prepare(dir: &Path) -> Known {
+/// Packs that a collection leaves alone, and one more.
+const MANY: u64 = 7;
+
+/// With `many`, there are as many small packs as a collection merges, all of whose objects are
+/// needed.
+fn prepare(dir: &Path, many: bool) -> Known {
     let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
+    if many {
+        let layer = |number: u64| {
+            let files = Files::from([(b"many".to_vec(), noise(50, 100 + number))]);
+            publish(&store, &files).unwrap().layer_id
+        };
+        let layers: Vec<LayerId> = (0..MANY).map(layer).collect();
+        let info = serde_json::Value::Null;
+        let content = Ref { layers, info };
+        store.set_ref(RefKind::Worker, "many", &content).unwrap();
+    }
     let garbage = publish(&store, &garbage()).unwrap().layer_id;
     // A pack of which little is needed.
     let mut mostly = Files::new();
@@ -347,6 +362,17 @@ fn read_kept(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreErr
     Ok(())
 }
 
+/// Looks at what stands in packs that are merged meanwhile, with indexes that were read before.
+fn read_many(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
+    let store = Store::open_on(dir, Arc::clone(disk))?;
+    let many = store.get_ref(RefKind::Worker, "many")?.unwrap();
+    for layer in [many.layers.first(), many.layers.last()] {
+        let layer = store.layer(layer.unwrap())?;
+        drop(read_back(&store, &layer));
+    }
+    Ok(())
+}
+
 /// Collects what was garbage before anybody began.
 fn collect(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
@@ -403,9 +429,9 @@ struct Scenario {
 }
 
 impl Scenario {
-    fn new(acts: &[Act]) -> Self {
+    fn new(name: &str, acts: &[Act]) -> Self {
         let template = scratch();
-        let known = prepare(&template.path().join("store"));
+        let known = prepare(&template.path().join("store"), name == "merge");
         let pool = |_| ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         Self {
             acts: acts.to_vec(),
@@ -517,8 +543,9 @@ impl Scenario {
 }
 
 /// How much of a scenario is explored in the ordinary tests.
-fn explore(acts: &[Act]) {
-    let mut scenario = Scenario::new(acts);
+fn explore(name: &str) {
+    let (_, acts) = SCENARIOS.iter().find(|(known, _)| *known == name).unwrap();
+    let mut scenario = Scenario::new(name, acts);
     scenario.explore(1, 1);
     let one = scenario.runs;
     scenario.explore(2, 131);
@@ -529,13 +556,14 @@ fn explore(acts: &[Act]) {
     );
 }
 
-const SCENARIOS: [(&str, &[Act]); 11] = [
+const SCENARIOS: [(&str, &[Act]); 12] = [
     ("build", &[reuse, store_and_collect]),
     ("reuse", &[reuse, collect]),
     ("repeat", &[repeat, collect]),
     ("read", &[read, collect]),
     ("record", &[use_record, collect]),
     ("rewrite", &[read_kept, collect]),
+    ("merge", &[read_many, store_and_collect]),
     ("collections", &[collect, plan_and_collect, read]),
     ("writers", &[reuse, repeat, collect]),
     ("plan", &[reuse, plan_and_collect]),
@@ -543,71 +571,71 @@ const SCENARIOS: [(&str, &[Act]); 11] = [
     ("format", &[manage, manage, sweep]),
 ];
 
-fn acts(name: &str) -> &'static [Act] {
-    let (_, acts) = SCENARIOS.iter().find(|(known, _)| *known == name).unwrap();
-    acts
-}
-
 #[test]
 fn a_writer_reuses_what_is_collected() {
-    explore(acts("reuse"));
+    explore("reuse");
 }
 
 #[test]
 fn a_writer_reuses_what_another_collects() {
-    explore(acts("build"));
+    explore("build");
 }
 
 #[test]
 fn a_writer_stores_the_layer_that_is_collected() {
-    explore(acts("repeat"));
+    explore("repeat");
 }
 
 #[test]
 fn a_reader_pins_what_is_collected() {
-    explore(acts("read"));
+    explore("read");
 }
 
 #[test]
 fn a_record_is_used_and_dropped() {
-    explore(acts("record"));
+    explore("record");
 }
 
 #[test]
 fn a_pack_is_read_and_rewritten() {
-    explore(acts("rewrite"));
+    explore("rewrite");
+}
+
+#[test]
+fn small_packs_are_read_and_merged() {
+    explore("merge");
 }
 
 #[test]
 fn two_collections_and_a_reader() {
-    explore(acts("collections"));
+    explore("collections");
 }
 
 #[test]
 fn two_writers_and_a_collection() {
-    explore(acts("writers"));
+    explore("writers");
 }
 
 #[test]
 fn a_collection_is_planned_beside_a_writer() {
-    explore(acts("plan"));
+    explore("plan");
 }
 
 #[test]
 fn two_sweeps_and_a_writer() {
-    explore(acts("sweep"));
+    explore("sweep");
 }
 
 #[test]
 fn a_sweep_beside_the_first_refs_of_a_kind() {
-    explore(acts("format"));
+    explore("format");
 }
 
 #[test]
 #[ignore = "takes an hour"]
 fn all_schedules_with_two_preemptions() {
     for (name, acts) in SCENARIOS {
-        let mut scenario = Scenario::new(acts);
+        let mut scenario = Scenario::new(name, acts);
         scenario.explore(2, 1);
         scenario.wander(2000, 2);
         eprintln!("{name}: {} schedules", scenario.runs);

@@ -1,4 +1,5 @@
-//! Files that interrupted processes left: what a sweep removes, what it leaves alone, and who counts them.
+//! Files that interrupted processes left: what a sweep removes, what it leaves alone, and who
+//! counts them.
 
 use std::fs;
 use std::io;
