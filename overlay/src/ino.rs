@@ -1,6 +1,8 @@
 //! Inode numbers.
 //!
-//! All are below 2^53, so that programs that keep numbers as doubles can tell them apart.
+//! They are as low as possible: a 32-bit program without large-file support gets `EOVERFLOW` for an
+//! inode number of 2^32 or more. The lower takes one number for each node of its layers, at most
+//! 2^30; the upper counts on from there, so only 3,000,000,000 new inodes in one upper exceed 2^32.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -11,8 +13,9 @@ pub type Ino = u64;
 /// The root directory.
 pub const ROOT: Ino = 1;
 
-/// Lower inode numbers are below; the upper's own start here.
-pub const LOWER_END: Ino = 1 << 48;
+/// The lower's inode numbers, except [`ROOT`], start here. An adapter may use those between for
+/// inodes of its own.
+pub const FIRST_LOWER: Ino = 16;
 
 /// A map by inode number.
 pub type InoMap<T> = HashMap<Ino, T, BuildHasherDefault<InoHasher>>;

@@ -11,15 +11,17 @@
 //!
 //! # Inode numbers
 //!
-//! They are computed, not stored: `(layer + 1) << 32 | node` of the topmost contributor, with the first of its names in
-//! the layer standing for a hardlinked file; the root is [`ROOT`]. All are below [`LOWER_END`].
+//! They are computed, not stored: each layer has a range as long as its table of nodes, bottom first
+//! from [`FIRST_LOWER`]; an entry has the number of the topmost contributor's node, with the first of
+//! its names in the layer standing for a hardlinked file; the root is [`ROOT`]. All are below
+//! [`Merged::end`].
 
 use std::sync::Arc;
 
 use iii_store::layer::{Kind, Layer, NodeRef};
 use iii_store::tree::{self, DirKind, Tree, TreeError};
 
-use crate::ino::{Ino, InoMap, LOWER_END, ROOT};
+use crate::ino::{FIRST_LOWER, Ino, InoMap, ROOT};
 
 /// Most layers of one chain.
 pub const MAX_LAYERS: usize = 1024;
@@ -60,7 +62,62 @@ struct MergedDir {
 #[derive(Debug)]
 pub struct Merged {
     layers: Vec<Arc<Layer>>,
+    numbers: Numbers,
     dirs: InoMap<MergedDir>,
+}
+
+/// Which inode numbers stand for which layer's nodes.
+#[derive(Debug)]
+struct Numbers {
+    /// The number of each layer's node 0, bottom first.
+    starts: Box<[Ino]>,
+    end: Ino,
+}
+
+impl Numbers {
+    fn new(layers: &[Arc<Layer>]) -> Self {
+        let mut end = FIRST_LOWER;
+        let starts = layers
+            .iter()
+            .map(|layer| {
+                let start = end;
+                end += Ino::from(layer.node_count());
+                start
+            })
+            .collect();
+        Self { starts, end }
+    }
+
+    fn of(&self, slot: u16, node: u32) -> Ino {
+        let start = self.starts.get(usize::from(slot));
+        start.map_or(ROOT, |start| start + Ino::from(node))
+    }
+
+    fn of_dir(&self, place: Place) -> Ino {
+        if place.node == 0 {
+            ROOT
+        } else {
+            self.of(place.slot, place.node)
+        }
+    }
+
+    fn place(&self, ino: Ino) -> Option<Place> {
+        if ino == ROOT {
+            return Some(Place {
+                slot: self.starts.len() as u16 - 1,
+                node: 0,
+            });
+        }
+        if ino >= self.end {
+            return None;
+        }
+        let slot = self.starts.partition_point(|&start| start <= ino);
+        let slot = slot.checked_sub(1)?;
+        Some(Place {
+            slot: slot as u16,
+            node: (ino - self.starts.get(slot)?) as u32,
+        })
+    }
 }
 
 /// An entry of the merged view.
@@ -83,6 +140,7 @@ impl Merged {
             layers.push(Arc::new(Layer::from_bytes(empty.bytes)?));
         }
         let mut merged = Self {
+            numbers: Numbers::new(&layers),
             layers,
             dirs: InoMap::default(),
         };
@@ -154,7 +212,7 @@ impl Merged {
                 meta: meta.unwrap_or(top),
                 subdirs,
             };
-            self.dirs.insert(dir_ino(top), dir);
+            self.dirs.insert(self.numbers.of_dir(top), dir);
         }
         self.layers = layers;
     }
@@ -168,19 +226,14 @@ impl Merged {
         at(&self.layers, place)
     }
 
+    /// All inode numbers of the lower are below.
+    pub fn end(&self) -> Ino {
+        self.numbers.end
+    }
+
     /// Where the entry with this number stands.
     pub fn place(&self, ino: Ino) -> Option<Place> {
-        if ino == ROOT {
-            return Some(Place {
-                slot: self.layers.len() as u16 - 1,
-                node: 0,
-            });
-        }
-        let slot = (ino >> 32).checked_sub(1)?;
-        (ino < LOWER_END && slot < self.layers.len() as u64).then_some(Place {
-            slot: slot as u16,
-            node: ino as u32,
-        })
+        self.numbers.place(ino)
     }
 
     /// The entry with this number, if there can be one.
@@ -192,10 +245,10 @@ impl Merged {
     fn lower(&self, place: Place) -> Option<Lower<'_>> {
         let node = self.node_at(place)?;
         let ino = if node.kind() == Kind::Dir {
-            dir_ino(place)
+            self.numbers.of_dir(place)
         } else {
             let first = node.links().next().map_or(place.node, NodeRef::index);
-            number(place.slot, first)
+            self.numbers.of(place.slot, first)
         };
         Some(Lower { ino, node })
     }
@@ -223,11 +276,7 @@ impl Merged {
     fn place_of_path(&self, path: &[u8]) -> Option<Place> {
         let mut place = self.place(ROOT)?;
         for name in tree::components(path) {
-            let dir = if place.node == 0 {
-                ROOT
-            } else {
-                dir_ino(place)
-            };
+            let dir = self.numbers.of_dir(place);
             place = self.child_place(dir, name)?;
         }
         Some(place)
@@ -310,16 +359,4 @@ impl Merged {
 
 fn at(layers: &[Arc<Layer>], place: Place) -> Option<NodeRef<'_>> {
     layers.get(place.slot as usize)?.node(place.node)
-}
-
-fn number(slot: u16, node: u32) -> Ino {
-    (u64::from(slot) + 1) << 32 | u64::from(node)
-}
-
-fn dir_ino(place: Place) -> Ino {
-    if place.node == 0 {
-        ROOT
-    } else {
-        number(place.slot, place.node)
-    }
 }

@@ -7,9 +7,9 @@ use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
 use crate::upper::record::{Body, Data, Record};
-use crate::upper::state::{Node, OWN_NAMES, State};
+use crate::upper::state::{Node, OWN_END, State};
 
-/// `.` and `..` come first, so the lower's position `p` is cookie `p + 2`, and its successor's `p + 3`.
+/// `.` and `..` come first, so position `p` is cookie `p + 2`, and its successor's is `p + 3`.
 const FIRST_NAME: u64 = 2;
 
 /// Deepest directory that can be told from a circle.
@@ -116,22 +116,23 @@ impl State {
             Found::Upper(_, node) if node.record.nlink == 0 => return Ok(()),
             Found::Upper(_, node) => (node.lower, node.dir.as_deref()),
         };
-        if let Some(lower) = lower.filter(|_| cookie < OWN_NAMES) {
-            let from = cookie.saturating_sub(FIRST_NAME) as usize;
+        let from = cookie.saturating_sub(FIRST_NAME);
+        if let Some(upper) = upper.filter(|_| from < OWN_END) {
+            for (position, name, number) in upper.own_from(from) {
+                if !each(position + FIRST_NAME + 1, name, self.ino(number)) {
+                    return Ok(());
+                }
+            }
+        }
+        if let Some(lower) = lower {
+            let from = from.saturating_sub(OWN_END) as usize;
             for (position, name, child) in self.lower.children(lower, from) {
                 let ino = match upper.and_then(|upper| upper.get(name)) {
                     None => child.ino,
                     Some(Some(number)) => self.ino(number),
                     Some(None) => continue,
                 };
-                if !each(position as u64 + FIRST_NAME + 1, name, ino) {
-                    return Ok(());
-                }
-            }
-        }
-        if let Some(upper) = upper {
-            for (position, name, number) in upper.own_from(cookie.max(OWN_NAMES)) {
-                if !each(position + 1, name, self.ino(number)) {
+                if !each(OWN_END + position as u64 + FIRST_NAME + 1, name, ino) {
                     return Ok(());
                 }
             }

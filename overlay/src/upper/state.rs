@@ -6,11 +6,14 @@ use std::sync::Arc;
 use iii_store::id::ID_LEN;
 
 use super::record::{Chain, Op, Record};
-use crate::ino::{Ino, InoMap, LOWER_END};
+use crate::ino::{Ino, InoMap};
 use crate::merge::Merged;
 
-/// A listing goes from the lower's positions, plus one, on to the upper's own names, which are numbered from here.
-pub const OWN_NAMES: u64 = 1 << 40;
+/// Positions of the upper's own names in a listing end here, and those of the lower's begin. A name
+/// that comes gets the position before those of all that are there: a listing that has begun is past
+/// it, so each listing ends, whatever is renamed or made meanwhile. The last position is below
+/// 2^31, as a 32-bit program without large-file support needs it.
+pub const OWN_END: u64 = (1 << 30) - (1 << 20);
 
 /// Most changes that are written as one batch where there are many.
 pub const BATCH: usize = 4096;
@@ -35,9 +38,10 @@ pub struct Node {
 #[derive(Debug, Default)]
 pub struct Dir {
     names: BTreeMap<Arc<[u8]>, Slot>,
-    /// The names that the lower does not have, in the order in which they came.
+    /// The names that the lower does not have, by position; the last that came is the first.
     own: BTreeMap<u64, Arc<[u8]>>,
-    next: u64,
+    /// The position of the last name that came.
+    last: u64,
     /// Directories in it, the lower's included.
     pub subdirs: u32,
     /// The directory it stands in, by number, once that is not the lower's.
@@ -75,12 +79,32 @@ impl Dir {
             return;
         }
         let name: Arc<[u8]> = name.into();
-        let position = (!in_lower).then_some(self.next);
+        let position = (!in_lower).then(|| self.position());
         if let Some(position) = position {
-            self.next += 1;
             self.own.insert(position, name.clone());
         }
         self.names.insert(name, Slot { to, position });
+    }
+
+    /// The position for a name that comes.
+    fn position(&mut self) -> u64 {
+        if self.last == 0 {
+            self.renumber();
+        }
+        self.last = self.last.saturating_sub(1);
+        self.last
+    }
+
+    /// Moves the names to the last positions, in their order. A listing that goes on meanwhile may
+    /// miss names: a directory comes to this once in 2^30 names.
+    fn renumber(&mut self) {
+        self.last = OWN_END.saturating_sub(self.own.len() as u64);
+        for (position, (_, name)) in (self.last..).zip(std::mem::take(&mut self.own)) {
+            if let Some(slot) = self.names.get_mut(&name) {
+                slot.position = Some(position);
+            }
+            self.own.insert(position, name);
+        }
     }
 
     fn clear(&mut self, name: &[u8]) {
@@ -131,10 +155,10 @@ impl State {
 
     /// The upper's number for an inode that it knows.
     pub fn number(&self, ino: Ino) -> Option<u64> {
-        if ino < LOWER_END {
+        if ino < self.lower.end() {
             return self.by_lower.get(&ino).copied();
         }
-        let number = ino - LOWER_END;
+        let number = ino - self.lower.end();
         self.nodes.contains_key(&number).then_some(number)
     }
 
@@ -173,7 +197,7 @@ impl State {
         self.nodes
             .get(&number)
             .and_then(|node| node.lower)
-            .unwrap_or(LOWER_END + number)
+            .unwrap_or(self.lower.end() + number)
     }
 
     fn is_dir(&self, number: u64) -> bool {
@@ -249,7 +273,7 @@ impl State {
         }
         let dir = record.is_dir().then(|| {
             Box::new(Dir {
-                next: OWN_NAMES,
+                last: OWN_END,
                 subdirs: lower.map_or(0, |ino| self.lower.subdirs(ino)),
                 ..Dir::default()
             })
