@@ -5,6 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::ino::{Ino, InoMap};
 
 const SHARDS: usize = 64;
+/// Entries for which a shard always keeps room.
+const SPARE: usize = 64;
 
 /// Counts of lookups by inode. Its locks are leaves: nothing else is locked while one is held.
 #[derive(Debug)]
@@ -37,6 +39,11 @@ impl Lookups {
         let forgotten = *left == 0;
         if forgotten {
             shard.remove(&ino);
+            // A table that once was large gives its memory back, at a small cost for each removal.
+            if shard.capacity() > SPARE && shard.len() < shard.capacity() / 8 {
+                let room = shard.len() * 2;
+                shard.shrink_to(room);
+            }
         }
         forgotten
     }
@@ -52,5 +59,33 @@ impl Lookups {
     /// Whether the kernel remembers the inode.
     pub fn has(&self, ino: Ino) -> bool {
         self.shard(ino).contains_key(&ino)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_with_what_is_forgotten() {
+        const INODES: u64 = 100_000;
+        let lookups = Lookups::default();
+        let room = || {
+            let shards = lookups.0.iter();
+            shards
+                .map(|shard| shard.lock().unwrap().capacity())
+                .sum::<usize>()
+        };
+        for ino in 0..INODES {
+            lookups.add(ino);
+            lookups.add(ino);
+        }
+        assert!(room() >= INODES as usize);
+        for ino in 0..INODES {
+            assert!(!lookups.sub(ino, 1));
+            assert!(lookups.sub(ino, 1));
+        }
+        assert!(room() <= SHARDS * 2 * SPARE, "{}", room());
+        assert!(!lookups.has(1));
     }
 }
