@@ -15,6 +15,9 @@ mod linux {
 
     pub use rustix::fs::{copy_file_range, syncfs};
 
+    /// The clock that the kernel takes the times of files from.
+    pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::RealtimeCoarse;
+
     /// `fallocate`.
     pub fn allocate(file: &File, how: Allocate, offset: u64, len: u64) -> Result<()> {
         let flags = match how {
@@ -33,6 +36,9 @@ mod other {
     use std::fs::File;
 
     use crate::fs::{Allocate, Errno, Result};
+
+    /// The clock that the kernel takes the times of files from.
+    pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Realtime;
 
     /// `fallocate`, where there is none: a program falls back to writing.
     pub fn allocate(_: &File, _: Allocate, _: u64, _: u64) -> Result<()> {

@@ -11,7 +11,16 @@ use crate::sources::{self, Format, Source};
 /// Directories and files that do not yet follow the rules. Delete the line of a directory once its
 /// files pass: they are held from then on.
 const TO_DO: &[&str] = &[
-    "engine/", "init/", "oci/", "overlay/", "sandbox/", "src/", "store/",
+    "ARCHITECTURE.md",
+    "README.md",
+    "engine/",
+    "init/",
+    "oci/",
+    "overlay/",
+    "sandbox/",
+    "src/",
+    "store/",
+    "test-support/",
 ];
 
 /// Most columns of a line.

@@ -7,15 +7,19 @@
 //! While a build step runs, its looks are recorded ([`Mode::Observed`]): opens are real requests, and listings bring no
 //! attributes, so that the kernel asks for each entry that is looked at. What it asked once is recorded once.
 //!
-//! Not offered: locks (the kernel's own are right, for it is one kernel), POSIX ACLs, export by NFS, writeback (the kernel
-//! would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no request for: programs are told that it
-//! is not supported, and fall back to a named file.
+//! Not offered: locks (the kernel's own are right, for it is one kernel), POSIX ACLs, writeback (the
+//! kernel would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no request
+//! for: programs are told that it is not supported, and fall back to a named file.
 //!
 //! Nor passthrough: it needs privileges in the host's user namespace, and a file of its own for every object, which small
 //! ones do not have. So the first read of a small file is one request, and all that follow are none.
 //!
-//! setuid and setgid go with a write, a truncation or a change of the owner (`HANDLE_KILLPRIV_V2`). `fuser` does not tell
-//! whether the kernel asked for that when truncating, so there it is done for everybody but uid 0.
+//! setuid and setgid go with a write, a truncation or a change of the owner (`HANDLE_KILLPRIV_V2`).
+//! `fuser` hides whether the kernel asked for that in a truncation, so every truncation does it. In a
+//! user namespace, where sandboxes are, the kernel asks for it even when root truncates.
+//!
+//! `ASYNC_DIO` is not agreed to: with it, the kernel leaves pages that a buffered read cached before
+//! an asynchronous direct write, and later reads return them.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -236,7 +240,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
             InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_EXPORT_SUPPORT,
         ];
         if self.mode == Mode::Quiet {
             wanted.extend([
@@ -273,7 +277,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
 
     fn setattr(
         &self,
-        req: &Request,
+        _req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -296,9 +300,9 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
             size,
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
-            kill_suid: size.is_some() && req.uid() != 0,
+            kill_suid: size.is_some(),
         };
-        reply_attr(self.fs.setattr(ino.0, &set), reply);
+        reply_attr(self.fs.setattr(ino.0, &linux::set_attr(set)), reply);
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -570,8 +574,8 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         reply_xattr(self.fs.getxattr(ino.0, name.as_bytes()), size, reply);
     }
 
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        reply_xattr(self.fs.listxattr(ino.0), size, reply);
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(self.fs.listxattr(ino.0, caller(req)), size, reply);
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -629,7 +633,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -637,8 +641,9 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done =
-            linux::allocate(mode).and_then(|how| self.fs.fallocate(ino.0, how, offset, length));
+        let kill_suid = linux::kills_suid(req.uid());
+        let done = linux::allocate(mode)
+            .and_then(|how| self.fs.fallocate(ino.0, how, offset, length, kill_suid));
         reply_empty(done, reply);
     }
 
@@ -661,7 +666,7 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -673,9 +678,10 @@ impl<F: Filesystem + 'static> fuser::Filesystem for Adapter<F> {
         reply: ReplyWrite,
     ) {
         let len = len.min(linux::MAX_COPY);
+        let kill_suid = linux::kills_suid(req.uid());
         match self
             .fs
-            .copy_file_range(ino_in.0, offset_in, ino_out.0, offset_out, len)
+            .copy_file_range(ino_in.0, offset_in, ino_out.0, offset_out, len, kill_suid)
         {
             Ok(count) => reply.written(count as u32),
             Err(error) => reply.error(errno(error)),

@@ -33,7 +33,7 @@ use msb_krun_devices::virtio::linux_errno::linux_error;
 use super::Mode;
 use super::linux::{self, FOREVER, MAX_COPY, MAX_IO};
 use crate::fs::{Attr, Caller, Errno, Filesystem, ReadTo, SetAttr, SetTime, Time};
-use crate::ino::{Ino, ROOT};
+use crate::ino::{FIRST_LOWER, Ino, ROOT};
 
 /// The name, in the root, of the directory that the adapter adds.
 pub const RESERVED: &str = ".iii";
@@ -41,9 +41,9 @@ pub const RESERVED: &str = ".iii";
 pub const INIT_PATH: &str = "/.iii/init";
 
 const INIT: &[u8] = b"init";
-/// The last numbers that a program may keep as a double; the overlay counts upwards, and never gets there.
-const RESERVED_INO: Ino = (1 << 53) - 1;
-const INIT_INO: Ino = (1 << 53) - 2;
+/// Numbers that the overlay leaves to adapters.
+const RESERVED_INO: Ino = FIRST_LOWER - 1;
+const INIT_INO: Ino = FIRST_LOWER - 2;
 
 /// A filesystem as `msb_krun` serves it, with `init` as the guest's init.
 pub struct Krun<F> {
@@ -93,6 +93,7 @@ impl<F: Filesystem> Krun<F> {
         let ino = match (parent, name) {
             (ROOT, name) if name == RESERVED.as_bytes() => RESERVED_INO,
             (RESERVED_INO, INIT) => INIT_INO,
+            (RESERVED_INO | INIT_INO, b".") => parent,
             (RESERVED_INO, _) => return Some(Err(Errno::NOENT)),
             (INIT_INO, _) => return Some(Err(Errno::NOTDIR)),
             _ => return None,
@@ -221,8 +222,10 @@ fn xattr(value: Vec<u8>, size: u32) -> io::Result<Option<Vec<u8>>> {
 
 impl<F: Filesystem> DynFileSystem for Krun<F> {
     fn init(&self, _capable: FsOptions) -> io::Result<FsOptions> {
-        let mut wanted =
-            FsOptions::HANDLE_KILLPRIV_V2 | FsOptions::CACHE_SYMLINKS | FsOptions::PARALLEL_DIROPS;
+        let mut wanted = FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::CACHE_SYMLINKS
+            | FsOptions::PARALLEL_DIROPS
+            | FsOptions::EXPORT_SUPPORT;
         if self.mode == Mode::Quiet {
             wanted |= FsOptions::DO_READDIRPLUS
                 | FsOptions::READDIRPLUS_AUTO
@@ -232,7 +235,11 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
     }
 
     fn lookup(&self, _: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let name = checked(name)?;
+        let name = match name.to_bytes() {
+            // How a kernel finds the inode of a file handle that it has forgotten.
+            dots @ (b"." | b"..") => dots,
+            _ => checked(name)?,
+        };
         let found = match self.reserved_entry(parent, name) {
             Some(reserved) => reserved,
             None => self.fs.lookup(parent, name),
@@ -303,6 +310,7 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
             kill_suid: has(SetattrValid::KILL_SUIDGID),
         };
         let inode = self.writable(inode)?;
+        let set = linux::set_attr(set);
         let attr = self.fs.setattr(inode, &set).map_err(error)?;
         Ok((stat(&attr), FOREVER))
     }
@@ -508,7 +516,7 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
 
     fn fallocate(
         &self,
-        _: Context,
+        context: Context,
         inode: u64,
         _: u64,
         mode: u32,
@@ -517,7 +525,10 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
     ) -> io::Result<()> {
         let inode = self.writable(inode)?;
         let how = linux::allocate(mode as i32).map_err(error)?;
-        self.fs.fallocate(inode, how, offset, length).map_err(error)
+        let kill_suid = linux::kills_suid(context.uid);
+        self.fs
+            .fallocate(inode, how, offset, length, kill_suid)
+            .map_err(error)
     }
 
     fn release(
@@ -578,10 +589,10 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
         Ok(value.map_or(GetxattrReply::Count(length), GetxattrReply::Value))
     }
 
-    fn listxattr(&self, _: Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+    fn listxattr(&self, context: Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
         let names = match self.reserved(inode) {
             Some(_) => Vec::new(),
-            None => self.fs.listxattr(inode).map_err(error)?,
+            None => self.fs.listxattr(inode, caller(context)).map_err(error)?,
         };
         let length = names.len() as u32;
         let names = xattr(names, size)?;
@@ -648,7 +659,7 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
 
     fn copyfilerange(
         &self,
-        _: Context,
+        context: Context,
         inode_in: u64,
         _: u64,
         offset_in: u64,
@@ -660,9 +671,10 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
     ) -> io::Result<usize> {
         let inode_out = self.writable(inode_out)?;
         let len = len.min(MAX_COPY);
+        let kill_suid = linux::kills_suid(context.uid);
         let copied = self
             .fs
-            .copy_file_range(inode_in, offset_in, inode_out, offset_out, len);
+            .copy_file_range(inode_in, offset_in, inode_out, offset_out, len, kill_suid);
         copied.map(|count| count as usize).map_err(error)
     }
 

@@ -6,7 +6,8 @@ use iii_store::layer::Kind;
 use iii_store::tree::Rdev;
 
 use crate::fs::{
-    Allocate, Attr, Caller, Errno, Filesystem, Open, Rename, Result, Seek, SetXattr, Special,
+    Allocate, Attr, Caller, Errno, Filesystem, Open, Rename, Result, Seek, SetAttr, SetXattr,
+    Special,
 };
 use crate::ino::Ino;
 
@@ -135,6 +136,22 @@ pub fn seek(offset: i64, whence: i32) -> Result<(u64, Seek)> {
     };
     let offset = u64::try_from(offset).map_err(|_| Errno::NXIO)?;
     Ok((offset, whence))
+}
+
+/// What a kernel that leaves setuid and setgid to the filesystem means by a SETATTR. One that changes
+/// nothing it sends before a write, `fallocate` or `copy_file_range`, and for a `chown` that names no
+/// owner, when setuid, setgid or capabilities have to go. The attributes of the answer take the
+/// place of those that it keeps, so nothing stale is left of the mode.
+pub fn set_attr(set: SetAttr) -> SetAttr {
+    SetAttr {
+        kill_suid: set.kill_suid || set == SetAttr::default(),
+        ..set
+    }
+}
+
+/// Whether what this caller writes takes setuid and setgid away, where the kernel does not say.
+pub fn kills_suid(uid: u32) -> bool {
+    uid != 0
 }
 
 /// The flags of `open`.

@@ -3,7 +3,7 @@
 //! The same contract as that of [`super::fuse`] while a worker runs: the client is the only one who changes anything, and is
 //! told to keep whatever it learns without limit; opening, closing and flushing are no requests after the first. Besides, there
 //! is `O_TMPFILE`, `syncfs`, and setuid goes exactly when the kernel says so. Not offered: birth times, since to ask for them
-//! takes a request for every inode (`FUSE_STATX`), locks, POSIX ACLs, export by NFS, writeback, and DAX.
+//! takes a request for every inode (`FUSE_STATX`), locks, POSIX ACLs, writeback, and DAX.
 
 use std::fs::File;
 use std::io;
@@ -17,16 +17,17 @@ use super::wire::{
 };
 use crate::fs::{Attr, Errno, Filesystem, ReadTo, Result};
 
-/// What is agreed to if the client offers it. Not `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a
-/// directory without attributes, and then has to look up every entry that is looked at.
+/// What is agreed to if the client offers it. Not `ASYNC_DIO`: see [`super::fuse`]. Not
+/// `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a directory without
+/// attributes, and then has to look up every entry that is looked at.
 const WANTED: u64 = flags::ASYNC_READ
     | flags::BIG_WRITES
     | flags::DO_READDIRPLUS
-    | flags::ASYNC_DIO
     | flags::NO_OPEN_SUPPORT
     | flags::PARALLEL_DIROPS
     | flags::MAX_PAGES
     | flags::CACHE_SYMLINKS
+    | flags::EXPORT_SUPPORT
     | flags::NO_OPENDIR_SUPPORT
     | flags::HANDLE_KILLPRIV_V2;
 
@@ -130,6 +131,7 @@ impl<F: Filesystem + ?Sized> Server<F> {
     ) -> Result<()> {
         let fs = &*self.fs;
         let Header { node, caller, .. } = *header;
+        let kills_suid = linux::kills_suid(caller.uid);
         match request {
             Request::Init {
                 max_readahead,
@@ -156,7 +158,7 @@ impl<F: Filesystem + ?Sized> Server<F> {
                 }
             }
             Request::Getattr => reply.attr(&fs.getattr(node)?),
-            Request::Setattr(set) => reply.attr(&fs.setattr(node, &set)?),
+            Request::Setattr(set) => reply.attr(&fs.setattr(node, &linux::set_attr(set))?),
             Request::Readlink => {
                 let target = fs.readlink(node)?;
                 if target.len() > size {
@@ -226,17 +228,23 @@ impl<F: Filesystem + ?Sized> Server<F> {
                 xattr(reply, &fs.getxattr(node, name)?, asked, size)?;
             }
             Request::Listxattr { size: asked } => {
-                xattr(reply, &fs.listxattr(node)?, asked, size)?;
+                xattr(reply, &fs.listxattr(node, caller)?, asked, size)?;
             }
             Request::Removexattr { name } => fs.removexattr(node, name)?,
-            Request::Fallocate { how, offset, len } => fs.fallocate(node, how, offset, len)?,
+            Request::Fallocate { how, offset, len } => {
+                fs.fallocate(node, how, offset, len, kills_suid)?;
+            }
             Request::Lseek { offset, whence } => reply.number(fs.lseek(node, offset, whence)?),
             Request::CopyFileRange {
                 from_offset,
                 to,
                 to_offset,
                 len,
-            } => reply.number(fs.copy_file_range(node, from_offset, to, to_offset, len)?),
+            } => {
+                let copied =
+                    fs.copy_file_range(node, from_offset, to, to_offset, len, kills_suid)?;
+                reply.number(copied);
+            }
         }
         Ok(())
     }

@@ -48,9 +48,9 @@ pub const MIN_MINOR: u32 = 31;
 #[allow(missing_docs, reason = "they are the kernel's names")]
 pub mod flags {
     pub const ASYNC_READ: u64 = 1 << 0;
+    pub const EXPORT_SUPPORT: u64 = 1 << 4;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
-    pub const ASYNC_DIO: u64 = 1 << 15;
     pub const NO_OPEN_SUPPORT: u64 = 1 << 17;
     pub const PARALLEL_DIROPS: u64 = 1 << 18;
     pub const MAX_PAGES: u64 = 1 << 22;
@@ -295,7 +295,9 @@ impl<'a> Request<'a> {
         let request = match header.opcode {
             op::INIT => return parse_init(f),
             op::DESTROY => Self::Destroy,
-            op::LOOKUP => Self::Lookup { name: f.name()? },
+            op::LOOKUP => Self::Lookup {
+                name: f.lookup_name()?,
+            },
             op::FORGET => Self::Forget { lookups: f.u64()? },
             op::BATCH_FORGET => {
                 let count = f.u32()?;
@@ -532,8 +534,18 @@ impl<'a> Fields<'a> {
 
     /// The name of an entry.
     fn name(&mut self) -> Result<&'a [u8]> {
+        let name = self.lookup_name()?;
+        if name == b"." || name == b".." {
+            return Err(Errno::INVAL);
+        }
+        Ok(name)
+    }
+
+    /// The name of an entry, or one of the dots, by which a kernel finds the inode of a file handle
+    /// that it has forgotten.
+    fn lookup_name(&mut self) -> Result<&'a [u8]> {
         let name = self.text(MAX_NAME)?;
-        if name == b"." || name == b".." || name.contains(&b'/') {
+        if name.contains(&b'/') {
             return Err(Errno::INVAL);
         }
         Ok(name)

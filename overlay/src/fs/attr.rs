@@ -1,7 +1,7 @@
 //! Operations on an inode's attributes, xattrs and target, and on the filesystem as a whole.
 
-use super::dir::strip_privileges;
-use super::{Attr, Errno, Result, SetAttr, SetTime, SetXattr, StatFs};
+use super::dir::{SET_ID, strip_privileges};
+use super::{Attr, Caller, Errno, Result, SetAttr, SetTime, SetXattr, StatFs};
 use crate::ino::Ino;
 use crate::overlay::Overlay;
 use crate::upper::batch::Batch;
@@ -14,7 +14,9 @@ use iii_store::tree::{MAX_NAME, MAX_XATTR_NAME, MAX_XATTR_VALUE, MAX_XATTRS};
 pub const MAX_XATTR_BYTES: usize = 1 << 20;
 
 /// The namespaces of xattrs that are kept. POSIX ACLs are not offered.
-const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+const NAMESPACES: [&[u8]; 3] = [b"user.", TRUSTED, b"security."];
+/// The namespace that only root sees.
+const TRUSTED: &[u8] = b"trusted.";
 
 impl Overlay {
     pub(super) fn do_getattr(&self, ino: Ino) -> Result<Attr> {
@@ -26,10 +28,17 @@ impl Overlay {
             self.truncate(ino, size)?;
         }
         let mut inner = self.upper.write();
-        let rest = SetAttr { size: None, ..*set };
+        let rest = SetAttr {
+            size: None,
+            kill_suid: false,
+            ..*set
+        };
         if set.size.is_some() && rest == SetAttr::default() {
             let clean = match inner.state.find(ino)? {
-                Found::Upper(_, node) => node.record.xattrs.is_empty(),
+                Found::Upper(_, node) => {
+                    node.record.xattrs.is_empty()
+                        && !(set.kill_suid && node.record.mode & SET_ID != 0)
+                }
                 Found::Lower(_) => false,
             };
             if clean {
@@ -50,7 +59,7 @@ impl Overlay {
                 strip_privileges(record, set.mode.is_none());
             }
         }
-        if set.size.is_some() {
+        if set.size.is_some() || set.kill_suid {
             strip_privileges(record, set.kill_suid && set.mode.is_none());
         }
         let time = |time| match time {
@@ -155,12 +164,15 @@ impl Overlay {
         .ok_or(Errno::NODATA)
     }
 
-    pub(super) fn do_listxattr(&self, ino: Ino) -> Result<Vec<u8>> {
+    pub(super) fn do_listxattr(&self, ino: Ino, caller: Caller) -> Result<Vec<u8>> {
         let inner = self.upper.read();
         let mut list = Vec::new();
         let mut add = |name: &[u8]| {
-            list.extend(name);
-            list.push(0);
+            // The kernel keeps others from reading these, and leaves the list to the filesystem.
+            if caller.uid == 0 || !name.starts_with(TRUSTED) {
+                list.extend(name);
+                list.push(0);
+            }
         };
         match inner.state.find(ino)? {
             Found::Upper(_, node) => node.record.xattrs.keys().for_each(|name| add(name)),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use iii_store::{Kind, ObjectId};
 use rustix::fs::SeekFrom;
 
-use super::dir::strip_privileges;
+use super::dir::{SET_ID, strip_privileges};
 use super::{Allocate, Errno, Open, ReadTo, Result, Seek, Time};
 use crate::host;
 use crate::ino::Ino;
@@ -81,7 +81,8 @@ impl Overlay {
                     dirty: true,
                 } = bytes.data
                     && let Found::Upper(_, node) = inner.state.find(ino)?
-                    && (node.record.xattrs.is_empty() && node.record.mode & 0o6000 == 0)
+                    && node.record.xattrs.is_empty()
+                    && node.record.mode & SET_ID == 0
                 {
                     return self.upper.data.get(number).map_err(|error| errno(&error));
                 }
@@ -156,14 +157,14 @@ impl Overlay {
         Ok(true)
     }
 
-    /// Notes in memory that the file, which is dirty, was written to.
-    fn written(&self, ino: Ino, size: impl FnOnce(u64) -> u64) {
+    /// Notes in memory that the file, which is dirty, was written to. `begun` is from before that: the
+    /// host stamps the flat file later, and its time, which holds after a kill, is not an earlier one.
+    fn written(&self, ino: Ino, begun: Time, size: impl FnOnce(u64) -> u64) {
         let mut inner = self.upper.write();
         let number = inner.state.number(ino);
         if let Some(node) = number.and_then(|number| inner.state.node_mut(number)) {
-            let now = Time::now();
-            node.record.mtime = now;
-            node.record.ctime = now;
+            node.record.mtime = begun;
+            node.record.ctime = begun;
             if let Body::File { size: known, .. } = &mut node.record.body {
                 *known = size(*known);
             }
@@ -188,6 +189,7 @@ impl Overlay {
         if data.is_empty() {
             return Ok(0);
         }
+        let begun = Time::now();
         let mut done = 0;
         while done < data.len() {
             match file.write_at(&data[done..], offset + done as u64) {
@@ -198,7 +200,7 @@ impl Overlay {
             }
         }
         let end = end - (data.len() - done) as u64;
-        self.written(ino, |size| size.max(end));
+        self.written(ino, begun, |size| size.max(end));
         Ok(done)
     }
 
@@ -221,8 +223,9 @@ impl Overlay {
             }
         }
         let file = self.writable(ino, size, false)?;
+        let begun = Time::now();
         rustix::fs::ftruncate(&file, size)?;
-        self.written(ino, |_| size);
+        self.written(ino, begun, |_| size);
         Ok(())
     }
 
@@ -232,6 +235,7 @@ impl Overlay {
         how: Allocate,
         offset: u64,
         len: u64,
+        kill_suid: bool,
     ) -> Result<()> {
         let end = offset
             .checked_add(len)
@@ -240,10 +244,11 @@ impl Overlay {
         if len == 0 {
             return Err(Errno::INVAL);
         }
-        let file = self.writable(ino, u64::MAX, false)?;
+        let file = self.writable(ino, u64::MAX, kill_suid)?;
         let grows = matches!(how, Allocate::Grow | Allocate::ZeroGrow);
+        let begun = Time::now();
         host::allocate(&file, how, offset, len)?;
-        self.written(ino, |size| if grows { size.max(end) } else { size });
+        self.written(ino, begun, |size| if grows { size.max(end) } else { size });
         Ok(())
     }
 
@@ -275,6 +280,7 @@ impl Overlay {
         to: Ino,
         to_offset: u64,
         len: u64,
+        kill_suid: bool,
     ) -> Result<u64> {
         let source = self.readable(from)?;
         let len = len.min(source.size.saturating_sub(from_offset));
@@ -283,12 +289,13 @@ impl Overlay {
         }
         if let Data::Flat { number, .. } = source.data {
             let source = self.upper.data.get(number).map_err(|error| errno(&error))?;
-            let target = self.writable(to, u64::MAX, false)?;
+            let target = self.writable(to, u64::MAX, kill_suid)?;
             let (mut from_at, mut to_at) = (from_offset, to_offset);
             let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let begun = Time::now();
             let done =
                 host::copy_file_range(&source, Some(&mut from_at), &target, Some(&mut to_at), len)?;
-            self.written(to, |size| size.max(to_offset + done as u64));
+            self.written(to, begun, |size| size.max(to_offset + done as u64));
             return Ok(done as u64);
         }
         let mut buf = vec![0; COPY_CHUNK.min(len) as usize];
@@ -299,7 +306,7 @@ impl Overlay {
             if got == 0 {
                 break;
             }
-            done += self.do_write(to, &buf[..got], to_offset + done, false)? as u64;
+            done += self.do_write(to, &buf[..got], to_offset + done, kill_suid)? as u64;
             if done >= COPY_MOST {
                 break;
             }

@@ -36,9 +36,10 @@ pub struct Time {
 }
 
 impl Time {
-    /// The time now.
+    /// The time now, by the clock that the kernel stamps files with: a file of this filesystem and one
+    /// of another compare as they were changed.
     pub fn now() -> Self {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let now = rustix::time::clock_gettime(crate::host::FILE_CLOCK);
         Self {
             sec: now.tv_sec,
             nsec: now.tv_nsec as u32,
@@ -128,7 +129,8 @@ pub struct SetAttr {
     pub atime: Option<SetTime>,
     /// Last change of the contents.
     pub mtime: Option<SetTime>,
-    /// Whether a change of the length takes setuid and setgid away, as the caller lacks `CAP_FSETID`.
+    /// Whether setuid and setgid go, as the caller is about to change the contents and lacks
+    /// `CAP_FSETID`.
     pub kill_suid: bool,
 }
 
@@ -304,10 +306,18 @@ pub trait Filesystem: Send + Sync {
     fn read(&self, ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize>;
     /// Reads up to `size` bytes as [`Self::read`] does, to where the caller wants them.
     fn read_to(&self, ino: Ino, to: &mut dyn ReadTo, offset: u64, size: usize) -> Result<usize>;
-    /// Writes at `offset`. `kill_suid`: take setuid and setgid away, as the caller lacks `CAP_FSETID`.
+    /// Writes at `offset`. `kill_suid` here and below: setuid and setgid go, as the caller lacks
+    /// `CAP_FSETID`. `security.capability` goes in any case.
     fn write(&self, ino: Ino, data: &[u8], offset: u64, kill_suid: bool) -> Result<usize>;
     /// Allocates or frees a range.
-    fn fallocate(&self, ino: Ino, how: Allocate, offset: u64, len: u64) -> Result<()>;
+    fn fallocate(
+        &self,
+        ino: Ino,
+        how: Allocate,
+        offset: u64,
+        len: u64,
+        kill_suid: bool,
+    ) -> Result<()>;
     /// The next data or hole at or after `offset`.
     fn lseek(&self, ino: Ino, offset: u64, whence: Seek) -> Result<u64>;
     /// Copies a range between files; may copy less than asked.
@@ -318,6 +328,7 @@ pub trait Filesystem: Send + Sync {
         to: Ino,
         to_offset: u64,
         len: u64,
+        kill_suid: bool,
     ) -> Result<u64>;
     /// Makes what was written to the file, and every change of metadata so far, durable.
     fn fsync(&self, ino: Ino, data_only: bool) -> Result<()>;
@@ -338,8 +349,9 @@ pub trait Filesystem: Send + Sync {
     fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()>;
     /// The value of an xattr.
     fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>>;
-    /// The names of all xattrs, each followed by a NUL.
-    fn listxattr(&self, ino: Ino) -> Result<Vec<u8>>;
+    /// The names of all xattrs that the caller may know of, each followed by a NUL: `trusted.*` only
+    /// for root.
+    fn listxattr(&self, ino: Ino, caller: Caller) -> Result<Vec<u8>>;
     /// Removes an xattr.
     fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()>;
 }

@@ -48,15 +48,15 @@ serve! {
     Read: fn read => do_read(ino: Ino, buf: &mut [u8], offset: u64) -> Result<usize>;
     Read: fn read_to => do_read_to(ino: Ino, to: &mut dyn ReadTo, offset: u64, size: usize) -> Result<usize>;
     Write: fn write => do_write(ino: Ino, data: &[u8], offset: u64, kill_suid: bool) -> Result<usize>;
-    Fallocate: fn fallocate => do_fallocate(ino: Ino, how: Allocate, offset: u64, len: u64) -> Result<()>;
+    Fallocate: fn fallocate => do_fallocate(ino: Ino, how: Allocate, offset: u64, len: u64, kill_suid: bool) -> Result<()>;
     Lseek: fn lseek => do_lseek(ino: Ino, offset: u64, whence: Seek) -> Result<u64>;
-    CopyFileRange: fn copy_file_range => do_copy_file_range(from: Ino, from_offset: u64, to: Ino, to_offset: u64, len: u64) -> Result<u64>;
+    CopyFileRange: fn copy_file_range => do_copy_file_range(from: Ino, from_offset: u64, to: Ino, to_offset: u64, len: u64, kill_suid: bool) -> Result<u64>;
     Fsync: fn fsync => do_fsync(ino: Ino, data_only: bool) -> Result<()>;
     Sync: fn sync => do_sync() -> Result<()>;
     Readdir: fn readdir => do_readdir(ino: Ino, cookie: u64, attrs: bool, sink: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<()>;
     Statfs: fn statfs => do_statfs() -> Result<StatFs>;
     Setxattr: fn setxattr => do_setxattr(ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()>;
     Getxattr: fn getxattr => do_getxattr(ino: Ino, name: &[u8]) -> Result<Vec<u8>>;
-    Listxattr: fn listxattr => do_listxattr(ino: Ino) -> Result<Vec<u8>>;
+    Listxattr: fn listxattr => do_listxattr(ino: Ino, caller: Caller) -> Result<Vec<u8>>;
     Removexattr: fn removexattr => do_removexattr(ino: Ino, name: &[u8]) -> Result<()>;
 }

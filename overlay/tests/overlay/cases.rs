@@ -281,7 +281,10 @@ fn refusals() {
                 .map(drop),
             Errno::ISDIR,
         ),
-        (overlay.fallocate(f, Allocate::Grow, 0, 0), Errno::INVAL),
+        (
+            overlay.fallocate(f, Allocate::Grow, 0, 0, true),
+            Errno::INVAL,
+        ),
     ];
     for (at, (result, error)) in errors.into_iter().enumerate() {
         assert_eq!(result, Err(error), "case {at}");
@@ -296,15 +299,19 @@ fn ranges() {
     let overlay = home.open(&[files(&home, &[(b"f", b"0123456789")])]);
     let f = ino(&overlay, b"f");
     let g = create(&overlay, ROOT, b"g");
-    assert_eq!(overlay.copy_file_range(f, 2, g, 1, 100), Ok(8));
+    assert_eq!(overlay.copy_file_range(f, 2, g, 1, 100, true), Ok(8));
     assert_eq!(read(&overlay, g), b"\x0023456789");
-    assert_eq!(overlay.copy_file_range(g, 1, f, 0, 2), Ok(2));
+    assert_eq!(overlay.copy_file_range(g, 1, f, 0, 2, true), Ok(2));
     assert_eq!(read(&overlay, f), b"2323456789");
-    overlay.fallocate(f, Allocate::KeepSize, 0, 100).unwrap();
+    overlay
+        .fallocate(f, Allocate::KeepSize, 0, 100, true)
+        .unwrap();
     assert_eq!(overlay.getattr(f).unwrap().size, 10);
-    overlay.fallocate(f, Allocate::Grow, 0, 12).unwrap();
+    overlay.fallocate(f, Allocate::Grow, 0, 12, true).unwrap();
     assert_eq!(overlay.getattr(f).unwrap().size, 12);
-    overlay.fallocate(f, Allocate::PunchHole, 0, 2).unwrap();
+    overlay
+        .fallocate(f, Allocate::PunchHole, 0, 2, true)
+        .unwrap();
     assert_eq!(read(&overlay, f), b"\0\x0023456789\0\0");
     assert_eq!(overlay.lseek(f, 3, Seek::Data), Ok(3));
     assert_eq!(overlay.lseek(f, 0, Seek::Hole), Ok(12));
@@ -359,7 +366,6 @@ fn observed(home: &Home, layers: &[Arc<Layer>]) -> Overlay {
         }),
         observe: true,
         volatile: true,
-        ..OverlayOptions::default()
     };
     home.open_at(layers, &home.upper(), options)
 }

@@ -222,8 +222,6 @@ fn names_that_are_none_are_refused() {
     let long = vec![b'n'; 300];
     for (bad, expected) in [
         (&b""[..], Errno::INVAL),
-        (b".", Errno::INVAL),
-        (b"..", Errno::INVAL),
         (b"a/b", Errno::INVAL),
         (b"/", Errno::INVAL),
         (&long, Errno::NAMETOOLONG),
@@ -238,6 +236,10 @@ fn names_that_are_none_are_refused() {
             errno(krun.rename(ME, ROOT, c"dir", ROOT, bad, 0)),
         ];
         assert_eq!(results, [Some(expected); 5], "{bad:?}");
+    }
+    for dots in [c".", c".."] {
+        let made = krun.mkdir(ME, ROOT, dots, 0o755, 0, Extensions::default());
+        assert_eq!(errno(made), Some(Errno::INVAL));
     }
     // Whatever the numbers are, there is an answer.
     for ino in [0, 2, 1 << 52, u64::MAX] {
@@ -255,4 +257,33 @@ fn names_that_are_none_are_refused() {
         krun.forget(ME, ino, u64::MAX);
     }
     assert_eq!(overlay.lookup(ROOT, b"dir").unwrap().kind, Kind::Dir);
+}
+
+#[test]
+fn an_inode_is_found_by_its_number() {
+    let (_home, _overlay, krun) = guest(Mode::Quiet);
+    let dir = lookup(&krun, ROOT, c"dir");
+    let file = lookup(&krun, dir, c"file");
+    let reserved = lookup(&krun, ROOT, &name(RESERVED.as_bytes()));
+    for ino in [ROOT, dir, file, reserved, lookup(&krun, reserved, c"init")] {
+        assert_eq!(lookup(&krun, ino, c"."), ino);
+    }
+    assert_eq!(lookup(&krun, dir, c".."), ROOT);
+}
+
+/// A kernel announces a write by a user who may not keep setuid, and takes the answer's mode.
+#[test]
+fn privileges_go_when_the_kernel_announces_a_write() {
+    let (_home, overlay, krun) = guest(Mode::Quiet);
+    let dir = lookup(&krun, ROOT, c"dir");
+    let file = lookup(&krun, dir, c"file");
+    let set = iii_overlay::fs::SetAttr {
+        mode: Some(0o6755),
+        ..Default::default()
+    };
+    overlay.setattr(file, &set).unwrap();
+    // SAFETY: the struct is made of integers alone.
+    let nothing = unsafe { std::mem::zeroed() };
+    let told = krun.setattr(ME, file, nothing, None, SetattrValid::empty());
+    assert_eq!(told.unwrap().0.st_mode & 0o7777, 0o755);
 }

@@ -2,15 +2,16 @@
 //!
 //! [`Filesystem`]: iii_overlay::fs::Filesystem
 
-mod aside;
 mod cases;
 mod corpus;
+mod kernel;
 #[cfg(feature = "krun")]
 mod krun;
 #[path = "../../../fuzz/src/fuse.rs"]
 mod messages;
 mod model;
 mod mounted;
+mod posix;
 mod rebase;
 mod state_machine;
 mod support;

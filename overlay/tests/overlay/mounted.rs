@@ -18,8 +18,8 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use crate::support::{Home, put, view};
 
 /// A mount that goes when this does.
-struct Mount {
-    at: PathBuf,
+pub struct Mount {
+    pub at: PathBuf,
     session: Option<FuseSession>,
 }
 
@@ -39,7 +39,7 @@ impl Mount {
         }
     }
 
-    fn fuse(what: &str, overlay: &Arc<Overlay>, at: &Path, mode: Mode) -> Option<Self> {
+    pub fn fuse(what: &str, overlay: &Arc<Overlay>, at: &Path, mode: Mode) -> Option<Self> {
         let device = match File::options().read(true).write(true).open("/dev/fuse") {
             Ok(device) => device,
             Err(error) => {
@@ -252,7 +252,6 @@ fn the_kernel_hides_no_look_of_a_build_step() {
         }),
         observe: true,
         volatile: true,
-        ..OverlayOptions::default()
     };
     let overlay = home.open_at(&[sample(&home)], &home.upper(), options);
     let overlay = Arc::new(overlay);

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use iii_overlay::fs::{Attr, Filesystem, Kind};
+use iii_overlay::fs::{Attr, Caller, Filesystem, Kind};
 use iii_overlay::ino::{Ino, ROOT};
 use iii_overlay::{Objects, OpenError, Overlay, OverlayOptions};
 use iii_store::layer::encode;
@@ -213,7 +213,7 @@ pub fn view(fs: &dyn Filesystem) -> View {
     let mut pending = vec![(ROOT, Vec::new())];
     while let Some((ino, path)) = pending.pop() {
         let attr = fs.getattr(ino).unwrap();
-        let list = fs.listxattr(ino).unwrap();
+        let list = fs.listxattr(ino, Caller::default()).unwrap();
         let xattrs = list
             .split(|&byte| byte == 0)
             .filter(|name| !name.is_empty())

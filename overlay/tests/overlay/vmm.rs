@@ -542,3 +542,18 @@ fn noise_in_the_rings_harms_nobody() {
         }
     }
 }
+
+/// A kernel announces a write by a user who may not keep setuid.
+#[test]
+fn privileges_go_when_the_kernel_announces_a_write() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.ask(&init()), 0);
+    let dir = machine.overlay.lookup(ROOT, b"dir").unwrap().ino;
+    let file = machine.overlay.lookup(dir, b"file").unwrap();
+    assert_eq!(file.mode, 0o4755);
+    assert_eq!(machine.ask(&message(4, file.ino, &[0; 88])), 0);
+    assert_eq!(machine.overlay.getattr(file.ino).unwrap().mode, 0o755);
+    // By its handle, the kernel finds what it has forgotten.
+    assert_eq!(machine.ask(&lookup(file.ino, b".")), 0);
+    assert_eq!(machine.ask(&lookup(dir, b"..")), 0);
+}
