@@ -145,6 +145,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }),
         observe: args.observe,
         volatile: false,
+        ..OverlayOptions::default()
     };
     let upper = args.upper.unwrap_or_else(|| work.path().join("upper"));
     let begin = std::time::Instant::now();

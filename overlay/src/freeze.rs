@@ -28,6 +28,7 @@ use iii_store::tree::{
 use rayon::prelude::*;
 
 use crate::Footing;
+use crate::aside::scratch_flats;
 use crate::fs::Errno;
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
@@ -51,6 +52,9 @@ pub enum FreezeError {
     /// What it holds is too deep for a layer.
     #[error("what was written cannot be a layer")]
     Tree(#[from] TreeError),
+    /// The layers below the result cannot be merged.
+    #[error("the layers below cannot be composed")]
+    Below(#[from] crate::merge::MergeError),
     /// A file's data cannot be read.
     #[error("opening the data of a changed file failed")]
     Data(#[source] io::Error),
@@ -79,6 +83,8 @@ struct Walk<'a> {
     touched: HashSet<Ino>,
     /// Hardlinked lower files of which a name is written out although nothing changed them.
     linked: HashSet<Ino>,
+    /// Directories that are written out in full.
+    seeds: HashSet<Ino>,
 }
 
 impl Overlay {
@@ -90,14 +96,16 @@ impl Overlay {
         ingest.add_bytes(&[]).map_err(Box::new)?;
         let mut objects = Stored::new();
         let watch = self.upper.writers.watch();
-        let mut pending = flats(&self.upper.read().state, |_| true);
+        let scratch = scratch_flats(&self.upper.read().state, &self.aside.aside);
+        let mut pending = flats(&self.upper.read().state, |flat| !scratch.contains(&flat));
         for _ in 0..ROUNDS {
             self.store_flats(&pending, ingest, &mut objects)?;
             let still = watch.still();
             let inner = self.upper.read();
             let written = watch.take();
             pending = flats(&inner.state, |flat| {
-                written.contains(&flat) || !objects.contains_key(&flat)
+                !scratch.contains(&flat)
+                    && (written.contains(&flat) || !objects.contains_key(&flat))
             });
             if pending.iter().map(|(_, size)| size).sum::<u64>() > HELD_BYTES {
                 continue;
@@ -140,7 +148,12 @@ impl Overlay {
             objects,
             touched: HashSet::new(),
             linked: HashSet::new(),
+            seeds: HashSet::new(),
         };
+        for path in &self.aside.aside.seeds {
+            walk.touch_path(path);
+            walk.seeds.extend(state.at_path(path));
+        }
         walk.find_touched();
         let tree: Result<Tree, FreezeError> = std::thread::scope(|scope| {
             let walking = std::thread::Builder::new()
@@ -320,7 +333,7 @@ impl Walk<'_> {
         let record = self.record(ino)?;
         if record.is_dir() {
             let base = below
-                .filter(|below| below.node.kind() == Kind::Dir)
+                .filter(|below| below.node.kind() == Kind::Dir && !self.seeds.contains(&ino))
                 .map(|below| below.ino);
             return Ok(self.dir(ino, base, depth + 1)?.map(Node::Dir));
         }

@@ -8,6 +8,7 @@
 //! merge      layers to one index                     the lower, immutable
 //! freeze     upper -> tree        thaw    layer -> upper        rebase  upper -> upper over another chain
 //! observe    what was looked at
+//! aside      parts of a step's filesystem that are not its result
 //! ```
 //!
 //! Nothing here knows images, projects' contents, a terminal or a network.
@@ -36,6 +37,7 @@
 //! client, as the Linux kernel does with its inode lock; if it does not, the bytes of both arrive in some order.
 
 pub mod adapter;
+mod aside;
 mod freeze;
 pub mod fs;
 mod host;
@@ -57,6 +59,7 @@ use iii_store::LayerId;
 use iii_store::facts::Fact;
 use iii_store::id::ID_LEN;
 
+pub use aside::{Apart, Aside};
 pub use freeze::{FreezeError, HELD_BYTES};
 pub use observe::MAX_FACTS;
 pub use overlay::{Objects, Overlay};
@@ -79,6 +82,8 @@ pub struct OverlayOptions {
     pub project: Option<Project>,
     /// Whether to record facts about the project.
     pub observe: bool,
+    /// Parts that are not, or not only, the result when a step is frozen.
+    pub aside: Aside,
     /// Whether the upper is thrown away if this process dies, so that nothing needs to be synced.
     pub volatile: bool,
 }

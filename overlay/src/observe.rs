@@ -27,6 +27,8 @@ pub const MAX_FACTS: usize = 200_000;
 pub(crate) struct Observer {
     layer: Arc<Layer>,
     project: Project,
+    /// Directories of the project that seeds take the place of, from the project's root.
+    seeds: Vec<Vec<u8>>,
     facts: Mutex<Facts>,
 }
 
@@ -39,12 +41,25 @@ struct Facts {
 }
 
 impl Observer {
-    pub(crate) fn new(layer: Arc<Layer>, project: Project) -> Self {
-        Self {
+    /// `seeds` are paths from the root: what lies in one says nothing of the project.
+    pub(crate) fn new(layer: Arc<Layer>, project: Project, seeds: &[Vec<u8>]) -> Self {
+        let mut observer = Self {
             layer,
             project,
+            seeds: Vec::new(),
             facts: Mutex::default(),
-        }
+        };
+        let seeds = seeds.iter().filter_map(|path| observer.relative(path));
+        observer.seeds = seeds.collect();
+        observer
+    }
+
+    fn is_in_seed(&self, relative: &[u8]) -> bool {
+        let inside = |seed: &Vec<u8>| {
+            let rest = relative.strip_prefix(&**seed);
+            rest.is_some_and(|rest| rest.first() == Some(&b'/'))
+        };
+        self.seeds.iter().any(inside)
     }
 
     fn lock(&self) -> MutexGuard<'_, Facts> {
@@ -68,6 +83,9 @@ impl Observer {
     }
 
     fn add(&self, path: Vec<u8>, how: Seen) {
+        if self.is_in_seed(&path) {
+            return;
+        }
         let seen = how.again(self.node(&path));
         let mut facts = self.lock();
         if facts.all.len() >= MAX_FACTS {

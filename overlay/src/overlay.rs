@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use iii_store::layer::{Kind, Layer};
 use iii_store::{ObjectId, Store};
 
+use crate::aside::Kept;
 use crate::fs::{Attr, Result, Time};
 use crate::ino::Ino;
 use crate::lookups::Lookups;
@@ -50,6 +51,7 @@ pub struct Overlay {
     pub(crate) lookups: Lookups,
     pub(crate) observer: Option<Observer>,
     pub(crate) stats: Stats,
+    pub(crate) aside: Kept,
     /// The project's layer that is seen, and which of the chain it stands for.
     pub(crate) project: Mutex<Option<(usize, Arc<Layer>)>>,
     /// Number of visible names of hardlinked lower files.
@@ -101,11 +103,12 @@ impl Overlay {
                 seen = Some((project.slot, Arc::clone(layer)));
                 options
                     .observe
-                    .then(|| Observer::new(layer.clone(), project))
+                    .then(|| Observer::new(layer.clone(), project, &options.aside.seeds))
             }
             None => None,
         };
         let lower = Arc::new(Merged::new(layers)?);
+        let aside = Kept::new(options.aside, &lower);
         let mut opened = Opened::new(upper)?;
         if let Some(thawed) = opened.thawed() {
             // Its contents are read when they are needed: it is too late then to say that they are gone.
@@ -149,6 +152,7 @@ impl Overlay {
             lookups: Lookups::default(),
             observer,
             stats: Stats::default(),
+            aside,
             project: Mutex::new(seen),
             links: Mutex::default(),
         })

@@ -1,7 +1,7 @@
 //! Archives made by hand.
 
-/// Writes archives, sensible ones and others. Every member is owned by 0:0, of mode 0644 or 0755 and of time 0 unless
-/// it is told otherwise.
+/// Writes archives, sensible ones and others. Every member is owned by 0:0, of mode 0644 or 0755
+/// and of time 0 unless it is told otherwise.
 #[derive(Clone, Default)]
 pub struct Tar(pub Vec<u8>);
 
@@ -100,7 +100,8 @@ impl Tar {
         self.member(b'g', "PaxHeaders/g", pax_text(records))
     }
 
-    /// Adds a name (`L`) or a link target (`K`) of any length for the next member, in the way of GNU tar.
+    /// Adds a name (`L`) or a link target (`K`) of any length for the next member, in the way of
+    /// GNU tar.
     pub fn gnu_long(self, kind: u8, name: impl AsRef<[u8]>) -> Self {
         self.member(kind, "././@LongLink", [name.as_ref(), b"\0"].concat())
     }

@@ -51,7 +51,8 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The program under the name that the engine calls: a link, put in place whole for the tests that run at once.
+/// The program under the name that the engine calls: a link, put in place whole for the tests that
+/// run at once.
 pub fn iii_worker() -> &'static Path {
     static LINK: OnceLock<PathBuf> = OnceLock::new();
     LINK.get_or_init(|| {

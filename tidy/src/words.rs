@@ -11,16 +11,7 @@ use crate::sources::{self, Format, Source};
 /// Directories and files that do not yet follow the rules. Delete the line of a directory once its
 /// files pass: they are held from then on.
 const TO_DO: &[&str] = &[
-    "ARCHITECTURE.md",
-    "README.md",
-    "engine/",
-    "init/",
-    "oci/",
-    "overlay/",
-    "sandbox/",
-    "src/",
-    "store/",
-    "test-support/",
+    "engine/", "init/", "oci/", "overlay/", "sandbox/", "src/", "store/",
 ];
 
 /// Most columns of a line.

@@ -566,6 +566,7 @@ impl Step<'_> {
             project: Some(project_at(&layers)),
             observe: true,
             volatile: true,
+            ..OverlayOptions::default()
         };
         let composition = Composition {
             store: self.builder.store,

@@ -105,6 +105,7 @@ impl Overlay {
         batch.set(dir, name, number);
         batch.commit()?;
         let ino = inner.state.ino(number);
+        self.aside.note(&inner.state, parent, ino);
         self.lookups.add(ino);
         let attr = self.attr(&inner.state, ino);
         self.upper.compact(&mut inner);
@@ -229,6 +230,7 @@ impl Overlay {
         if inner.state.child(new_parent, new_name)?.is_some() {
             return Err(Errno::EXIST);
         }
+        self.aside.check_link(&inner.state, ino, new_parent)?;
         let mut batch = Batch::new(&mut inner);
         let now = batch.now;
         let dir = batch.parent(new_parent)?;
@@ -285,6 +287,10 @@ impl Overlay {
         }
         if is_dir && state.is_within(new_parent, ino) {
             return Err(Errno::INVAL);
+        }
+        self.aside.check_same_volume(state, parent, new_parent)?;
+        if is_dir {
+            self.aside.check_no_root(state, ino)?;
         }
         if let (Rename::Exchange, Some(target)) = (how, target)
             && target_is_dir

@@ -366,6 +366,7 @@ fn observed(home: &Home, layers: &[Arc<Layer>]) -> Overlay {
         }),
         observe: true,
         volatile: true,
+        ..OverlayOptions::default()
     };
     home.open_at(layers, &home.upper(), options)
 }

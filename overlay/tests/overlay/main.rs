@@ -2,6 +2,7 @@
 //!
 //! [`Filesystem`]: iii_overlay::fs::Filesystem
 
+mod aside;
 mod cases;
 mod corpus;
 mod kernel;

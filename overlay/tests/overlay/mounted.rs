@@ -252,6 +252,7 @@ fn the_kernel_hides_no_look_of_a_build_step() {
         }),
         observe: true,
         volatile: true,
+        ..OverlayOptions::default()
     };
     let overlay = home.open_at(&[sample(&home)], &home.upper(), options);
     let overlay = Arc::new(overlay);

@@ -12,7 +12,7 @@ use iii_init::packet::Socket;
 use iii_init::vm::{Hello, PORT};
 use iii_overlay::adapter::Mode;
 use iii_overlay::adapter::krun::{INIT_PATH, Krun};
-use iii_overlay::{OpenError, Overlay, OverlayOptions, Project};
+use iii_overlay::{Aside, OpenError, Overlay, OverlayOptions, Project};
 use iii_store::{Fact, LayerId, Store, StoreError};
 use msb_krun::backends::fs::DynFileSystem;
 use msb_krun::{
@@ -55,6 +55,7 @@ pub(super) struct VmPlan {
     pub upper: PathBuf,
     project: Option<(Vec<u8>, usize)>,
     observe: bool,
+    aside: Aside,
     volatile: bool,
     quiet: bool,
     cpus: u8,
@@ -81,6 +82,7 @@ impl VmPlan {
             upper: machine.upper.clone(),
             project: project.map(|project| (project.path.clone(), project.slot)),
             observe: options.observe,
+            aside: options.aside.clone(),
             volatile: options.volatile,
             quiet: machine.mode == Mode::Quiet,
             cpus: machine.cpus,
@@ -178,6 +180,7 @@ fn enter(control: &Arc<Socket>, plan: VmPlan) -> Result<std::convert::Infallible
     let options = OverlayOptions {
         project: plan.project.map(|(path, slot)| Project { path, slot }),
         observe: plan.observe,
+        aside: plan.aside,
         volatile: plan.volatile,
     };
     let overlay = Arc::new(Overlay::open(&store, layers, &plan.upper, options)?);
