@@ -340,7 +340,14 @@ impl CliError {
                 "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
             }
             Self::Run(RunError::Compose {
-                source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. } | UpperError::NotAnUpper(_)),
+                source:
+                    OpenError::Upper(
+                        UpperError::Chain { .. }
+                        | UpperError::Thawed { .. }
+                        | UpperError::NotAnUpper(_)
+                        | UpperError::Damaged { .. }
+                        | UpperError::TooLarge { .. },
+                    ),
                 name,
             }) => drop_hint(name),
             Self::Run(RunError::NeverRun { .. }) => {

@@ -385,7 +385,7 @@ impl Walk<'_> {
                 Content::File { object, size }
             }
             Body::Symlink(target) => Content::Symlink {
-                target: target.clone(),
+                target: target[..].into(),
             },
             Body::Fifo => Content::Fifo,
             Body::Socket => Content::Socket,
@@ -403,7 +403,7 @@ fn meta(record: &Record) -> Meta {
         uid: record.uid,
         gid: record.gid,
         mtime: record.mtime.into(),
-        xattrs: record.xattrs.clone(),
+        xattrs: record.xattrs.to_map(),
     }
 }
 

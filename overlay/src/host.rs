@@ -18,6 +18,13 @@ mod linux {
     /// The clock that the kernel takes the times of files from.
     pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::RealtimeCoarse;
 
+    /// The id of the running kernel: it has the same from its start to its end.
+    pub fn boot() -> Option<[u8; 16]> {
+        let text = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
+        let id = blake3::hash(text.trim_ascii());
+        id.as_bytes().first_chunk().copied()
+    }
+
     /// `fallocate`.
     pub fn allocate(file: &File, how: Allocate, offset: u64, len: u64) -> Result<()> {
         let flags = match how {
@@ -39,6 +46,11 @@ mod other {
 
     /// The clock that the kernel takes the times of files from.
     pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Realtime;
+
+    /// The id of the running kernel, where none is asked for: everything that a log holds then holds.
+    pub fn boot() -> Option<[u8; 16]> {
+        None
+    }
 
     /// `fallocate`, where there is none: a program falls back to writing.
     pub fn allocate(_: &File, _: Allocate, _: u64, _: u64) -> Result<()> {

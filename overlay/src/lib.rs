@@ -150,7 +150,7 @@ pub fn footing_of(dir: &Path) -> Result<Option<Footing>, upper::UpperError> {
 /// The layer that the upper in `dir` was made from, if it was, whoever has it open. It stays the same for as long as the upper is
 /// there.
 pub fn thawed_of(dir: &Path) -> Result<Option<LayerId>, upper::UpperError> {
-    let first = upper::log::first(dir)?.unwrap_or_default();
+    let first = upper::log::first(dir, &upper::disk::HostDisk)?.unwrap_or_default();
     Ok(upper::thawed(&first).map(LayerId::from_bytes))
 }
 

@@ -15,6 +15,7 @@ use crate::lookups::Lookups;
 use crate::merge::{Lower, Merged};
 use crate::observe::Observer;
 use crate::stats::Stats;
+use crate::upper::disk::Disk;
 use crate::upper::record::{Body, Data};
 use crate::upper::state::{Node, State};
 use crate::upper::{Inner, Opened, Upper, errno};
@@ -92,6 +93,19 @@ impl Overlay {
         upper: &Path,
         options: OverlayOptions,
     ) -> std::result::Result<Self, OpenError> {
+        let disk = Arc::new(crate::upper::disk::HostDisk);
+        Self::open_on(disk, objects, layers, old_layer, upper, options)
+    }
+
+    /// [`Overlay::open_with`] with an upper whose files are made and synced by `disk`.
+    pub fn open_on(
+        disk: Arc<dyn Disk>,
+        objects: Arc<dyn Objects>,
+        layers: Vec<Arc<Layer>>,
+        old_layer: &crate::rebase::OldLayer<'_>,
+        upper: &Path,
+        options: OverlayOptions,
+    ) -> std::result::Result<Self, OpenError> {
         let chain = crate::upper::record::Chain {
             layers: layers.iter().map(|l| *l.layer_id().as_bytes()).collect(),
             project: options.project.as_ref().map(|project| project.slot as u32),
@@ -109,7 +123,7 @@ impl Overlay {
         };
         let lower = Arc::new(Merged::new(layers)?);
         let aside = Kept::new(options.aside, &lower);
-        let mut opened = Opened::new(upper)?;
+        let mut opened = Opened::new_on(disk, upper)?;
         if let Some(thawed) = opened.thawed() {
             // Its contents are read when they are needed: it is too late then to say that they are gone.
             let layer = old_layer(&iii_store::LayerId::from_bytes(thawed));
@@ -128,7 +142,6 @@ impl Overlay {
                     &lower,
                     chain,
                     &*objects,
-                    options.volatile,
                 )?;
                 (state, false)
             }
@@ -246,7 +259,7 @@ impl Overlay {
         let flat = node.record.flat();
         inner.state.remove(number);
         if let Some(flat) = flat {
-            self.upper.data.remove(flat);
+            inner.doom(flat);
         }
     }
 

@@ -42,7 +42,6 @@ pub(crate) fn rebase(
     lower: &Arc<Merged>,
     chain: Chain,
     objects: &dyn Objects,
-    volatile: bool,
 ) -> Result<State, OpenError> {
     let fail = |source| UpperError::Chain {
         path: opened.dir().to_path_buf(),
@@ -87,7 +86,7 @@ pub(crate) fn rebase(
         carry.expose(&change.path).map_err(damaged)?;
     }
     let mut new = carry.new;
-    materialise(&mut new, thawed.as_deref(), opened, objects, volatile)?;
+    materialise(&mut new, thawed.as_deref(), opened, objects)?;
     Ok(new)
 }
 
@@ -95,9 +94,8 @@ pub(crate) fn rebase(
 fn materialise(
     new: &mut State,
     thawed: Option<&Layer>,
-    opened: &Opened,
+    opened: &mut Opened,
     objects: &dyn Objects,
-    volatile: bool,
 ) -> Result<(), UpperError> {
     let of_store = |record: &Record| match record.body {
         Body::File {
@@ -126,16 +124,15 @@ fn materialise(
         .filter(|node| node.kind() == Kind::File)
         .map(NodeRef::object)
         .collect();
-    let fail = io_error("copying a file of a former layer to", opened.dir());
+    let dir = opened.dir().to_path_buf();
+    let fail = io_error("copying a file of a former layer to", &dir);
     for (number, object, size) in wanted {
         if pinned.contains(&object) {
             continue;
         }
         let (flat, file) = opened.data().create().map_err(&fail)?;
         objects.copy_to(&object, size, &file).map_err(&fail)?;
-        if !volatile {
-            opened.data().sync(flat, true, true).map_err(&fail)?;
-        }
+        opened.order(flat);
         if let Some(node) = new.node_mut(number) {
             node.record.body = Body::File {
                 data: Data::Flat {
@@ -262,16 +259,15 @@ impl Carry<'_> {
             let was = old.lower.meta(lower);
             let record = &node.record;
             let same = (was.mode(), was.uid(), was.gid()) == (record.mode, record.uid, record.gid)
-                && was
-                    .xattrs()
-                    .eq(record.xattrs.iter().map(|(k, v)| (&**k, &**v)));
+                && was.xattrs().eq(record.xattrs.iter());
             if !same {
                 let number = self.dir(path)?;
-                if let Some(new) = self.new.node_mut(number) {
-                    new.record = Record {
-                        origin: new.record.origin.take(),
+                if let Some(new) = self.new.node(number) {
+                    let record = Record {
+                        origin: new.record.origin.clone(),
                         ..record.clone()
                     };
+                    self.new.apply(Op::Inode(number, Box::new(record)));
                 }
             }
         }

@@ -165,14 +165,16 @@ impl Overlay {
             return Ok(());
         }
         let mut batch = Batch::new(&mut inner);
-        let (_, record) = batch.inode(file.ino)?;
+        let (number, record) = batch.inode(file.ino)?;
         let data = Data::Flat {
             number: flat,
             dirty: false,
         };
         let size = file.size;
         record.body = Body::File { data, size };
-        batch.commit()
+        batch.commit()?;
+        inner.order(number);
+        Ok(())
     }
 
     /// The project's layer that the sandbox sees.

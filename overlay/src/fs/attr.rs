@@ -107,13 +107,19 @@ impl Overlay {
 
     pub(super) fn do_statfs(&self) -> Result<StatFs> {
         let host = rustix::fs::statfs(self.upper.dir())?;
+        let (inodes, room) = {
+            let inner = self.upper.read();
+            (inner.state.inodes(), inner.state.free_inodes())
+        };
+        // What is made here takes memory, and of the host at most one file each.
+        let files_free = room.min(host.f_ffree);
         Ok(StatFs {
             block_size: u32::try_from(host.f_bsize as u64).unwrap_or(4096),
             blocks: host.f_blocks,
             free: host.f_bfree,
             available: host.f_bavail,
-            files: host.f_files,
-            files_free: host.f_ffree,
+            files: inodes + files_free,
+            files_free,
             name_max: MAX_NAME as u32,
         })
     }
@@ -139,8 +145,7 @@ impl Overlay {
             _ => {}
         }
         record.xattrs.insert(name.into(), value.into());
-        let bytes: usize = record.xattrs.iter().map(|(n, v)| n.len() + v.len()).sum();
-        if record.xattrs.len() > MAX_XATTRS || bytes > MAX_XATTR_BYTES {
+        if record.xattrs.len() > MAX_XATTRS || record.xattrs.bytes() > MAX_XATTR_BYTES {
             return Err(Errno::NOSPC);
         }
         record.ctime = now;
@@ -153,7 +158,7 @@ impl Overlay {
         check_xattr_name(name)?;
         let inner = self.upper.read();
         match inner.state.find(ino)? {
-            Found::Upper(_, node) => node.record.xattrs.get(name).map(|value| value.to_vec()),
+            Found::Upper(_, node) => node.record.xattrs.get(name).map(<[u8]>::to_vec),
             Found::Lower(lower) => self
                 .lower
                 .meta(lower)
@@ -175,7 +180,7 @@ impl Overlay {
             }
         };
         match inner.state.find(ino)? {
-            Found::Upper(_, node) => node.record.xattrs.keys().for_each(|name| add(name)),
+            Found::Upper(_, node) => node.record.xattrs.keys().for_each(&mut add),
             Found::Lower(lower) => {
                 let meta = self.lower.meta(lower);
                 meta.xattrs().for_each(|(name, _)| add(name));

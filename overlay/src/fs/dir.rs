@@ -8,7 +8,7 @@ use crate::ino::Ino;
 use crate::overlay::Overlay;
 use crate::upper::Inner;
 use crate::upper::batch::Batch;
-use crate::upper::record::{Body, Data, Device, Record};
+use crate::upper::record::{Body, Data, Device, Record, RecordXattrs};
 use crate::view::Found;
 
 /// Most names of one file.
@@ -29,7 +29,7 @@ fn new_record(caller: Caller, mode: u16, body: Body, now: Time) -> Record {
         mtime: now,
         ctime: now,
         btime: now,
-        xattrs: std::collections::BTreeMap::new(),
+        xattrs: RecordXattrs::default(),
         origin: None,
         body,
     }
@@ -326,6 +326,7 @@ impl Overlay {
         batch.set(new_dir, new_name, number);
         batch.commit()?;
         if let Some(target) = target {
+            inner.order(number);
             self.reap(&mut inner, target);
         }
         self.upper.compact(&mut inner);

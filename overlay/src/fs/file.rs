@@ -109,19 +109,12 @@ impl Overlay {
         }
     }
 
-    /// A new flat file that holds the first `len` bytes of the object, durable if the upper is.
+    /// A new flat file that holds the first `len` bytes of the object. It has to be durable before the log says so: see
+    /// [`crate::upper::commit::Inner::order`].
     pub(crate) fn copy_up(&self, object: &[u8; 32], len: u64) -> io::Result<(u64, Arc<File>)> {
         let (flat, file) = self.upper.data.create()?;
-        let copied = self
-            .objects
-            .copy_to(&ObjectId::from_bytes(*object), len, &file)
-            .and_then(|()| {
-                if self.upper.volatile {
-                    Ok(())
-                } else {
-                    self.upper.data.sync(flat, true, true)
-                }
-            });
+        let object = ObjectId::from_bytes(*object);
+        let copied = self.objects.copy_to(&object, len, &file);
         if let Err(error) = copied {
             self.upper.data.remove(flat);
             return Err(error);
@@ -137,7 +130,7 @@ impl Overlay {
             return Ok(false);
         }
         let mut batch = Batch::new(&mut inner);
-        let (_, record) = batch.inode(ino)?;
+        let (number, record) = batch.inode(ino)?;
         let cleaned = strip_privileges(record, kill_suid);
         if cleaned || !matches!(was.data, Data::Flat { dirty: true, .. }) {
             let size = match was.data {
@@ -152,6 +145,7 @@ impl Overlay {
                 size,
             };
             batch.commit()?;
+            inner.switched(number, !matches!(was.data, Data::Flat { .. }));
         }
         self.upper.compact(&mut inner);
         Ok(true)
@@ -163,6 +157,7 @@ impl Overlay {
         let mut inner = self.upper.write();
         let number = inner.state.number(ino);
         if let Some(node) = number.and_then(|number| inner.state.node_mut(number)) {
+            node.synced = false;
             node.record.mtime = begun;
             node.record.ctime = begun;
             if let Body::File { size: known, .. } = &mut node.record.body {
@@ -206,20 +201,30 @@ impl Overlay {
 
     /// Sets the length.
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {
+        // What is emptied to be written again gets another flat file: the old contents stay until the
+        // new ones are durable.
+        let drops = |bytes: &Bytes| match bytes.data {
+            Data::Flat { .. } => bytes.size != 0 && !self.upper.volatile,
+            _ => true,
+        };
         let was = self.upper.read().state.bytes(ino)?;
-        if size == 0 && !matches!(was.data, Data::Flat { .. }) {
+        if size == 0 && drops(&was) {
             let mut inner = self.upper.write();
-            if !matches!(inner.state.bytes(ino)?.data, Data::Flat { .. }) {
+            let is = inner.state.bytes(ino)?;
+            if drops(&is) {
                 let mut batch = Batch::new(&mut inner);
                 let now = batch.now;
-                let (_, record) = batch.inode(ino)?;
+                let (number, record) = batch.inode(ino)?;
                 record.body = Body::File {
                     data: Data::Empty,
                     size: 0,
                 };
                 record.mtime = now;
                 record.ctime = now;
-                return batch.commit();
+                batch.commit()?;
+                inner.emptied(number, &is);
+                self.upper.compact(&mut inner);
+                return Ok(());
             }
         }
         let file = self.writable(ino, size, false)?;
@@ -315,17 +320,14 @@ impl Overlay {
     }
 
     pub(super) fn do_fsync(&self, ino: Ino, data_only: bool) -> Result<()> {
-        let flat = {
-            let inner = self.upper.read();
-            match inner.state.find(ino)? {
-                Found::Upper(number, node) => node.record.flat().map(|flat| (number, flat)),
-                Found::Lower(_) => None,
-            }
+        let found = match self.upper.read().state.find(ino)? {
+            Found::Upper(number, _) => Some(number),
+            Found::Lower(_) => None,
         };
-        if let Some((number, flat)) = flat {
-            self.upper.sync_flat(number, flat, data_only)?;
+        match found {
+            Some(number) => self.upper.fsync(number, data_only),
+            None => self.upper.sync(),
         }
-        self.upper.sync()
     }
 
     pub(super) fn do_sync(&self) -> Result<()> {

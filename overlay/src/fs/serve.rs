@@ -2,8 +2,8 @@
 //! to keep still.
 
 use super::{
-    Allocate, Attr, Caller, DirEntry, Filesystem, Open, ReadTo, Rename, Result, Seek, SetAttr,
-    SetXattr, Special, StatFs,
+    Allocate, Attr, Caller, DirEntry, Errno, Filesystem, Open, ReadTo, Rename, Result, Seek,
+    SetAttr, SetXattr, Special, StatFs,
 };
 use crate::ino::Ino;
 use crate::overlay::Overlay;
@@ -17,12 +17,44 @@ fn writes(op: Op) -> bool {
     )
 }
 
+/// Whether the operation makes space.
+fn removes(op: Op) -> bool {
+    matches!(op, Op::Unlink | Op::Rmdir)
+}
+
+/// How often an operation that finds no space is done again: when what was removed is gone for good,
+/// and when the log has been rewritten.
+const TRIES: usize = 3;
+
+/// The outcome of an operation, as far as it can be one of no space.
+trait Outcome {
+    fn is_full(&self) -> bool;
+}
+
+impl Outcome for () {
+    fn is_full(&self) -> bool {
+        false
+    }
+}
+
+impl<T> Outcome for Result<T> {
+    fn is_full(&self) -> bool {
+        matches!(self, Err(Errno::NOSPC | Errno::DQUOT))
+    }
+}
+
 macro_rules! serve {
     ($($op:ident: fn $name:ident => $does:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {
         impl Filesystem for Overlay {
             $(fn $name(&self, $($arg: $type),*) -> $out {
                 self.stats.count(Op::$op);
                 let _writing = writes(Op::$op).then(|| self.upper.writers.enter());
+                for _ in 1..TRIES {
+                    let done = self.$does($($arg),*);
+                    if !(done.is_full() && self.upper.relieve(removes(Op::$op))) {
+                        return done;
+                    }
+                }
                 self.$does($($arg),*)
             })*
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use iii_store::Kind;
 
-use super::Inner;
+use super::commit::Inner;
 use super::record::{Op, Record};
 use super::state::State;
 use crate::fs::{Errno, Result, Time};
@@ -101,9 +101,6 @@ impl<'a> Batch<'a> {
 
     fn add_lower(&mut self, ino: Ino) -> Result<u64> {
         let state = &mut self.inner.state;
-        if state.is_full() {
-            return Err(Errno::NOSPC);
-        }
         let entry = state.lower.get(ino).ok_or(Errno::STALE)?;
         let record = lower_record(&state.lower, entry);
         let number = state.next_number();
@@ -118,9 +115,6 @@ impl<'a> Batch<'a> {
 
     /// Adds a new inode and returns its number.
     pub fn add(&mut self, record: Record) -> Result<u64> {
-        if self.inner.state.is_full() {
-            return Err(Errno::NOSPC);
-        }
         let number = self.inner.state.next_number();
         let change = Change {
             record,
@@ -167,7 +161,12 @@ impl<'a> Batch<'a> {
         let mut gone = Vec::new();
         for (number, change) in self.inodes {
             if change.record.nlink != 0 {
-                ops.push(Op::Inode(number, Box::new(change.record)));
+                let known = self.inner.state.node(number).filter(|_| change.logged);
+                let update = known.and_then(|node| change.record.update_of(&node.record));
+                ops.push(match update {
+                    Some(update) => Op::Update(number, Box::new(update)),
+                    None => Op::Inode(number, Box::new(change.record)),
+                });
             } else {
                 if change.logged {
                     gone.push(Op::Forget(number));

@@ -1,9 +1,10 @@
 //! The writable upper: what the sandbox changed, keyed by inode number, never by path.
 //!
 //! ```text
-//! lock        held (flock) by the process that has the upper open
-//! log         every change of metadata: see [`log`]
-//! data/s/n    what was written into files: see [`data`]
+//! lock          held (flock) by the process that has the upper open
+//! log           every change of metadata: see [`log`]
+//! log.reserve   space for a log that is rewritten on a full disk
+//! data/s/n      what was written into files: see [`data`]
 //! ```
 //!
 //! # Model
@@ -14,48 +15,52 @@
 //! nothing else, neither its parents nor its other names. Entries of a lower directory show through its record wherever that
 //! record is; renaming one is an entry at the new place and a whiteout at the old.
 //!
-//! Only the sandbox's changes are in memory, and all of them: about 300 bytes per inode.
+//! Only the sandbox's changes are in memory, and all of them: about 400 bytes for a file and its name,
+//! and what its xattrs and target take ([`state::MAX_MEMORY`]).
 //!
 //! # Durability
 //!
 //! Every operation appends one batch to the log before memory changes, so memory is never ahead of the log, and a process
-//! that dies loses nothing that it had answered. A file's data is complete before the batch that names it. Writing to a
-//! file marks its record `dirty` once; from then on the flat file's own length and mtime are the truth, until the record is
-//! written again. `fsync` makes the flat file, then the log durable; a volatile upper, which is thrown away if its process
-//! dies, never syncs. Flat files that no record names are removed at opening.
+//! that dies loses nothing that it had answered. Writing to a file marks its record `dirty` once; from then on the flat
+//! file's own length and mtime are the truth, until the record is written again. `fsync` makes the flat file and the log
+//! durable; a volatile upper, which is thrown away if its process dies, never syncs. What holds after a power cut is
+//! what ext4 promises with its default options: [`commit`].
 
 pub mod batch;
+mod check;
+pub mod commit;
+mod compact;
 pub mod data;
+pub mod disk;
 pub mod log;
 pub mod record;
 pub mod state;
 pub mod writers;
 
-use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use iii_store::id::ID_LEN;
 use rustix::fs::FlockOperation;
 
 use crate::fs::Errno;
 use crate::merge::Merged;
+pub use check::{UpperReport, check};
+pub use commit::{Inner, Upper};
 use data::{FlatFiles, Found};
-use log::Log;
+use disk::{Access, Disk, HostDisk};
+use log::{Log, LogFacts, Reserve};
 use record::{Body, Chain, Data, Op, Record};
 use state::State;
-use writers::Writers;
 
-/// A log below this size is never compacted.
-const COMPACT_MIN: u64 = 2 << 20;
-/// A log is compacted while it is in use when it is this many times the size of what it says.
-const COMPACT_FACTOR: u64 = 4;
-/// A log that is closed, with time to spare, or opened is brought down to less than this many times that, so that
-/// opening it is quick.
+/// A log that is closed, with time to spare, or opened is brought down to less than this many times
+/// the size of what it says, so that opening it is quick.
 const CLOSED_FACTOR: u64 = 2;
+/// Flat files that are synced one by one; of more, the whole filesystem of the host is.
+const SYNC_EACH: usize = 64;
 
 /// Why an upper cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +71,22 @@ pub enum UpperError {
     /// Its log is not one.
     #[error("{} is not the log of an upper", .0.display())]
     NotAnUpper(PathBuf),
+    /// Its log is damaged before what is known to be durable.
+    #[error(
+        "{} is damaged at byte {offset}: changes that were stored behind that cannot be told", path.display()
+    )]
+    Damaged {
+        /// The log.
+        path: PathBuf,
+        /// Where the damage begins.
+        offset: u64,
+    },
+    /// Its log says more than an upper can hold.
+    #[error("{} says more than {} MiB of memory hold", path.display(), state::MAX_REPLAY_MEMORY >> 20)]
+    TooLarge {
+        /// The log.
+        path: PathBuf,
+    },
     /// A newer version wrote it.
     #[error("{} has format version {version}: a newer iii wrote it", path.display())]
     Version {
@@ -114,12 +135,13 @@ pub(crate) fn io_error(what: &'static str, path: &Path) -> impl Fn(io::Error) ->
     }
 }
 
-/// How files of an upper are opened. What wrote it before may have been a guest that had taken over its server, so that no name
-/// leads elsewhere, and nothing is waited for.
-fn options() -> OpenOptions {
-    let mut options = File::options();
-    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    options
+impl UpperError {
+    fn damaged(path: &Path, offset: u64) -> Self {
+        Self::Damaged {
+            path: path.to_path_buf(),
+            offset,
+        }
+    }
 }
 
 /// The errno of an I/O error, for the sandbox to see.
@@ -130,43 +152,94 @@ pub(crate) fn errno(error: &io::Error) -> Errno {
     })
 }
 
-/// What opening found, before it is known whether the chain is the same.
+/// What opening found, before it is known whether the chain is the same. Nothing has been changed.
 #[derive(Debug)]
 pub struct Opened {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     lock: File,
-    log: Log,
-    batches: Vec<Vec<Op>>,
+    log: Option<LogFacts>,
+    /// What the log says; not over any lower.
+    state: State,
+    known: bool,
     data: FlatFiles,
     found: Found,
+    /// Inodes of which the log tells behind what is known to be durable.
+    tail: BTreeSet<u64>,
+    has_tail: bool,
+    /// Flat files that have to be durable before the log is.
+    ordered: BTreeSet<u64>,
+    /// What the log says and is not so any more.
+    corrections: Vec<Op>,
 }
 
 impl Opened {
     /// Opens and locks the upper in `dir`, made when missing.
     pub fn new(dir: &Path) -> Result<Self, UpperError> {
-        std::fs::create_dir_all(dir).map_err(io_error("creating", dir))?;
+        Self::new_on(Arc::new(HostDisk), dir)
+    }
+
+    /// [`Opened::new`], with `disk` for what it makes and syncs.
+    pub fn new_on(disk: Arc<dyn Disk>, dir: &Path) -> Result<Self, UpperError> {
+        disk.create_dirs(dir).map_err(io_error("creating", dir))?;
         let path = dir.join("lock");
-        let lock = options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(io_error("opening", &path))?;
+        let lock = disk.open(&path, Access::Make);
+        let lock = lock.map_err(io_error("opening", &path))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Err(UpperError::Busy(dir.to_path_buf())),
             Err(error) => return Err(io_error("locking", &path)(error.into())),
         }
-        let (log, batches) = Log::open(dir)?;
-        let (data, found) = FlatFiles::open(dir)?;
+        let (data, found) = FlatFiles::open(Arc::clone(&disk), dir)?;
+        let lower = Merged::new(Vec::new()).map_err(|_| UpperError::NotAnUpper(dir.into()))?;
+        let mut state = State::new(Arc::new(lower));
+        let mut known = false;
+        // Those that are not known to be durable: few, as a log that is in use is committed often.
+        let mut changes: VecDeque<(u64, u64)> = VecDeque::new();
+        let mut last = 0;
+        let log = read_log(&*disk, dir, &mut |facts, at, op| {
+            while changes.front().is_some_and(|(at, _)| *at < facts.durable) {
+                changes.pop_front();
+            }
+            if let Some(number) = op.inode().filter(|_| at >= facts.durable) {
+                changes.push_back((at, number));
+            }
+            known |= matches!(op, Op::Chain(_));
+            last = at;
+            state.replay(op);
+            if state.memory() > state::MAX_REPLAY_MEMORY {
+                let path = dir.join(log::NAME);
+                return Err(UpperError::TooLarge { path });
+            }
+            Ok(())
+        })?;
+        let mut tail = BTreeSet::new();
+        let mut has_tail = false;
+        match &log {
+            Some(log) => {
+                has_tail = last >= log.durable;
+                let late = changes.iter().filter(|(at, _)| *at >= log.durable);
+                tail.extend(late.map(|(_, number)| number));
+            }
+            // A log has its name when it is durable, and so is that, before it names a file.
+            None if !found.is_empty() && dir.join(log::NAME).exists() => {
+                return Err(UpperError::damaged(&dir.join(log::NAME), 0));
+            }
+            None => {}
+        }
         Ok(Self {
+            disk,
             dir: dir.to_path_buf(),
             lock,
             log,
-            batches,
+            state,
+            known,
             data,
             found,
+            tail,
+            has_tail,
+            ordered: BTreeSet::new(),
+            corrections: Vec::new(),
         })
     }
 
@@ -182,90 +255,149 @@ impl Opened {
 
     /// The chain that it stood on last; none if it is new.
     pub fn chain(&self) -> Option<&Chain> {
-        self.batches
-            .iter()
-            .rev()
-            .flat_map(|batch| batch.iter().rev())
-            .find_map(|op| match op {
-                Op::Chain(chain) => Some(chain),
-                _ => None,
-            })
+        self.known.then_some(&self.state.chain)
     }
 
     /// The layers of the project whose changes it has taken over since.
     pub fn applied(&self) -> &[[u8; ID_LEN]] {
-        let batches = self.batches.iter().rev();
-        let last = batches
-            .flat_map(|batch| batch.iter().rev())
-            .find_map(|op| match op {
-                Op::Applied(layers) => Some(layers.as_slice()),
-                _ => None,
-            });
-        last.unwrap_or_default()
+        &self.state.applied
     }
 
     /// The layer that it was made from.
     pub fn thawed(&self) -> Option<[u8; ID_LEN]> {
-        self.batches.first().and_then(|batch| thawed(batch))
+        self.state.thawed
+    }
+
+    /// Has a flat file that was made durable before anything names it.
+    pub fn order(&mut self, flat: u64) {
+        self.ordered.insert(flat);
     }
 
     /// What the log says, over the chain that it stood on; with the true length and mtime of what was written to last.
     pub fn replay(&mut self, lower: Arc<Merged>) -> Result<State, UpperError> {
-        let mut state = State::new(lower);
-        for op in std::mem::take(&mut self.batches).into_iter().flatten() {
-            state.apply(op);
-        }
-        for node in state.nodes_mut() {
+        let empty = State::new(Arc::clone(&lower));
+        let mut state = std::mem::replace(&mut self.state, empty);
+        state.bind(lower);
+        // After a power cut a record may tell of a length whose bytes did not survive.
+        let doubted = self.log.is_some_and(|log| log.rebooted);
+        let mut corrected = Vec::new();
+        for (number, node) in state.nodes() {
             let Some(flat) = node.record.flat() else {
                 continue;
             };
-            if !self.found.numbers.contains(&flat) {
+            if self.tail.contains(&number) {
+                self.ordered.insert(flat);
+            }
+            if !self.found.has(flat) {
                 // The machine went down before the file, of which nobody had asked that it be durable, was.
-                node.record.body = Body::File {
-                    data: Data::Empty,
-                    size: 0,
-                };
-            } else if is_dirty(&node.record) {
+                corrected.push((number, None));
+            } else if doubted || is_dirty(&node.record) {
                 let stat = self.data.stat(flat);
                 let stat = stat.map_err(io_error("looking at a file of", &self.dir))?;
-                settle(&mut node.record, &stat);
+                if is_dirty(&node.record) || stat.st_size as u64 != node.record.size() {
+                    corrected.push((number, Some(stat)));
+                }
+            }
+        }
+        for (number, stat) in corrected {
+            let Some(node) = state.node_mut(number) else {
+                continue;
+            };
+            let was = node.record.clone();
+            match stat {
+                Some(stat) => settle(&mut node.record, &stat),
+                None => {
+                    node.record.body = Body::File {
+                        data: Data::Empty,
+                        size: 0,
+                    };
+                }
+            }
+            if !is_dirty(&was)
+                && let Some(update) = node.record.update_of(&was)
+            {
+                let op = Op::Update(number, Box::new(update));
+                self.corrections.push(op);
             }
         }
         Ok(state)
     }
 
     /// The upper with this state, which is written down unless the log says it already.
-    pub fn start(
-        mut self,
-        state: State,
-        written: bool,
-        volatile: bool,
-    ) -> Result<Upper, UpperError> {
-        let bulky = is_bulky(&self.log, &state, CLOSED_FACTOR);
-        if !written || bulky {
-            let batches = state.snapshot();
-            // An upper that says nothing has nothing to lose.
-            let durable = !volatile && !state.says_nothing();
-            self.log
-                .rewrite(batches.iter().map(Vec::as_slice), durable)
-                .map_err(io_error("rewriting the log in", &self.dir))?;
+    pub fn start(self, state: State, written: bool, volatile: bool) -> Result<Upper, UpperError> {
+        let dir = self.dir.clone();
+        let fail = io_error("writing the log in", &dir);
+        let goes_on = self.log.filter(|log| {
+            written && log.version == log::VERSION && !is_bulky(log.holds, &state, CLOSED_FACTOR)
+        });
+        let old = self.log.is_some_and(|log| log.version < log::VERSION);
+        if old && !volatile {
+            self.data.sync_all().map_err(&fail)?;
+        } else {
+            commit::sync_flats(&self.data, &self.ordered, volatile).map_err(&fail)?;
         }
+        let mut reserve = Reserve::new(Arc::clone(&self.disk), &self.dir);
+        let log = if let Some(facts) = goes_on {
+            self.go_on(&facts, volatile).map_err(&fail)?
+        } else {
+            let mut log = self.rewrite(&state, volatile);
+            if log.as_ref().is_err_and(log::is_full) {
+                reserve.release();
+                log = self.rewrite(&state, volatile);
+            }
+            log.map_err(&fail)?
+        };
         // Only now does nothing name the others any more.
-        let live: HashSet<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
+        let mut live: Vec<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
+        live.sort_unstable();
         self.data.sweep(&self.found, &live)?;
-        Ok(Upper {
-            dir: self.dir,
-            data: self.data,
-            writers: Writers::default(),
-            volatile,
-            inner: RwLock::new(Inner {
-                state,
-                compact_at: COMPACT_MIN.max(self.log.size()),
-                log: self.log,
-            }),
-            _lock: self.lock,
-        })
+        Ok(Upper::new(
+            self.disk, self.dir, self.data, volatile, state, log, reserve, self.lock,
+        ))
     }
+
+    /// The log as it is, without what does not hold, and with what was corrected.
+    fn go_on(&self, facts: &LogFacts, volatile: bool) -> io::Result<Log> {
+        let mut log = Log::go_on(Arc::clone(&self.disk), &self.dir, facts, volatile)?;
+        for ops in self.corrections.chunks(state::BATCH) {
+            log.append(ops)?;
+        }
+        if !volatile && (self.has_tail || !self.corrections.is_empty()) {
+            // What the tail no longer names is removed next, so it has to be durable.
+            let to = log.size();
+            log.commit(to)?;
+            self.disk.sync(&log.file(), true)?;
+            self.disk.sync_dir(&self.dir)?;
+            log.acknowledge(to);
+        }
+        Ok(log)
+    }
+
+    /// A log that says just this state, in the place of what there was.
+    fn rewrite(&self, state: &State, volatile: bool) -> io::Result<Log> {
+        let log = log::write_whole(&self.disk, &self.dir, state, volatile)?;
+        log.publish().inspect_err(|_| log.discard())?;
+        if !volatile && !state.says_nothing() {
+            self.disk.sync_dir(&self.dir)?;
+            // The name of a new upper, as far as this process may see where that is.
+            let _ = self.dir.parent().map(|parent| self.disk.sync_dir(parent));
+        }
+        Ok(log)
+    }
+}
+
+/// Reads the log in `dir`, if there is one.
+fn read_log(
+    disk: &dyn Disk,
+    dir: &Path,
+    each: &mut dyn FnMut(&LogFacts, u64, Op) -> Result<(), UpperError>,
+) -> Result<Option<LogFacts>, UpperError> {
+    let path = dir.join(log::NAME);
+    let file = match disk.open(&path, Access::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(io_error("opening", &path))?,
+    };
+    log::read(&file, &path, disk.boot(), each)
 }
 
 /// What the first batch of a log says of the layer that the upper was made from.
@@ -276,8 +408,8 @@ pub(crate) fn thawed(first: &[Op]) -> Option<[u8; ID_LEN]> {
     })
 }
 
-fn is_bulky(log: &Log, state: &State, factor: u64) -> bool {
-    log.size() > COMPACT_MIN && log.size() > factor * state.weight()
+fn is_bulky(size: u64, state: &State, factor: u64) -> bool {
+    size > compact::COMPACT_MIN && size > factor * state.weight()
 }
 
 fn is_dirty(record: &Record) -> bool {
@@ -290,167 +422,13 @@ fn is_dirty(record: &Record) -> bool {
     )
 }
 
-/// Takes length and mtime of a dirty file from its flat file, which stays the truth.
+/// Takes length and mtime of a file from its flat file.
 fn settle(record: &mut Record, stat: &rustix::fs::Stat) {
     if let Body::File { size, .. } = &mut record.body {
         *size = stat.st_size as u64;
         record.mtime.sec = stat.st_mtime;
         record.mtime.nsec = stat.st_mtime_nsec as u32;
         record.ctime = record.ctime.max(record.mtime);
-    }
-}
-
-/// State and log, changed together.
-#[derive(Debug)]
-pub struct Inner {
-    /// What the log says.
-    pub state: State,
-    log: Log,
-    /// The length of the log at which to ask again whether it is worth compacting.
-    compact_at: u64,
-}
-
-impl Inner {
-    /// Logs a batch, then applies it. On an error nothing has changed. The `orphans`, inodes without a name, are in
-    /// memory from then on, whatever the batch says of them.
-    pub fn commit(&mut self, ops: Vec<Op>, orphans: Vec<(u64, Record)>) -> Result<(), Errno> {
-        if !ops.is_empty() {
-            self.log.append(&ops).map_err(|error| errno(&error))?;
-        }
-        for op in ops {
-            match op {
-                Op::Forget(_) => {}
-                op => self.state.apply(op),
-            }
-        }
-        for (number, record) in orphans {
-            self.state.apply(Op::Inode(number, Box::new(record)));
-        }
-        Ok(())
-    }
-}
-
-/// An open upper. Dropping it writes down what was left to be told by flat files, and lets go of the lock.
-#[derive(Debug)]
-pub struct Upper {
-    dir: PathBuf,
-    /// The flat files.
-    pub data: FlatFiles,
-    /// Who writes to them.
-    pub writers: Writers,
-    /// Whether nothing is ever synced.
-    pub volatile: bool,
-    inner: RwLock<Inner>,
-    _lock: File,
-}
-
-impl Upper {
-    /// Where it is.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// To look.
-    pub fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on is no worse.
-        self.inner.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// To change.
-    pub fn write(&self) -> RwLockWriteGuard<'_, Inner> {
-        self.inner.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes the log a fresh snapshot, if most of it is garbage.
-    pub fn compact(&self, inner: &mut Inner) {
-        if inner.log.size() < inner.compact_at {
-            return;
-        }
-        if is_bulky(&inner.log, &inner.state, COMPACT_FACTOR) {
-            self.rewrite(inner);
-        }
-        inner.compact_at = inner.log.size() + COMPACT_MIN;
-    }
-
-    fn rewrite(&self, inner: &mut Inner) {
-        let batches = inner.state.snapshot();
-        // A failure leaves the old log, which says the same.
-        let _ = inner
-            .log
-            .rewrite(batches.iter().map(Vec::as_slice), !self.volatile);
-    }
-
-    /// Makes every change so far durable.
-    pub fn sync(&self) -> Result<(), Errno> {
-        if self.volatile {
-            return Ok(());
-        }
-        let handle = self.read().log.handle();
-        let synced = handle.and_then(|log| log.sync_data());
-        synced.map_err(|error| {
-            self.write().log.break_off();
-            errno(&error)
-        })
-    }
-
-    /// Makes every change so far durable, and what was written to any flat file: by syncing the whole filesystem of the host
-    /// below, since there may be very many.
-    pub fn sync_all(&self) -> Result<(), Errno> {
-        if self.volatile {
-            return Ok(());
-        }
-        crate::host::syncfs(&File::open(&self.dir).map_err(|error| errno(&error))?)?;
-        self.sync()
-    }
-
-    /// Makes what was written to the flat file of the inode durable, and its name.
-    pub fn sync_flat(&self, number: u64, flat: u64, data_only: bool) -> Result<(), Errno> {
-        if self.volatile {
-            return Ok(());
-        }
-        let named = self.read().state.node(number).is_none_or(|n| n.flat_named);
-        self.data
-            .sync(flat, !named, data_only)
-            .map_err(|error| errno(&error))?;
-        if let Some(node) = self.write().state.node_mut(number).filter(|_| !named) {
-            node.flat_named = true;
-        }
-        Ok(())
-    }
-
-    /// Writes down length and mtime of the files that were written to, so that the next opening need not look.
-    fn settle(&self) -> Result<(), Errno> {
-        let mut inner = self.write();
-        let mut ops = Vec::new();
-        for (number, node) in inner.state.nodes() {
-            if is_dirty(&node.record) && node.record.nlink != 0 {
-                let mut record = node.record.clone();
-                if let Body::File {
-                    data: Data::Flat { dirty, .. },
-                    ..
-                } = &mut record.body
-                {
-                    *dirty = false;
-                }
-                ops.push(Op::Inode(number, Box::new(record)));
-            }
-        }
-        for ops in ops.chunks(state::BATCH) {
-            inner.commit(ops.to_vec(), Vec::new())?;
-        }
-        if is_bulky(&inner.log, &inner.state, CLOSED_FACTOR) {
-            self.rewrite(&mut inner);
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Upper {
-    fn drop(&mut self) {
-        if !self.volatile {
-            // What is not written down here is read from the flat files at the next opening.
-            let _ = self.settle();
-        }
     }
 }
 

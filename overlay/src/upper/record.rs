@@ -1,12 +1,14 @@
 //! What the upper knows of an inode, and the changes that its log is made of.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use iii_store::ObjectId;
 use iii_store::id::ID_LEN;
 use iii_store::layer::{Kind, NodeRef};
 use iii_store::tree::Rdev;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeMap as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::fs::Time;
 
@@ -74,7 +76,7 @@ pub enum Body {
         size: u64,
     },
     /// A symlink and its target.
-    Symlink(Box<[u8]>),
+    Symlink(#[serde(with = "shared")] Arc<[u8]>),
     /// A named pipe.
     Fifo,
     /// A Unix socket.
@@ -83,6 +85,145 @@ pub enum Body {
     Char(Device),
     /// A block device.
     Block(Device),
+}
+
+/// Bytes that several records share, written as a list of bytes.
+mod shared {
+    use super::{Arc, Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &Arc<[u8]>, to: S) -> Result<S::Ok, S::Error> {
+        (**bytes).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<[u8]>, D::Error> {
+        Box::<[u8]>::deserialize(from).map(Arc::from)
+    }
+}
+
+/// [`shared`], or nothing.
+mod shared_option {
+    use super::{Arc, Deserialize, Deserializer, Serialize, Serializer};
+
+    #[allow(clippy::ref_option)] // serde's signature
+    pub(super) fn serialize<S: Serializer>(
+        bytes: &Option<Arc<[u8]>>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        bytes.as_deref().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Arc<[u8]>>, D::Error> {
+        Ok(Option::<Box<[u8]>>::deserialize(from)?.map(Arc::from))
+    }
+}
+
+/// Extended attributes, by name. Clones share one map until one of them changes: most operations
+/// copy a record and leave these as they are.
+#[derive(Debug, Clone, Default)]
+pub struct RecordXattrs(Option<Arc<XattrMap>>);
+
+type XattrMap = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
+impl RecordXattrs {
+    /// The value of `name`.
+    pub fn get(&self, name: &[u8]) -> Option<&[u8]> {
+        self.0.as_ref()?.get(name).map(|value| &**value)
+    }
+
+    /// Whether there is one called `name`.
+    pub fn contains_key(&self, name: &[u8]) -> bool {
+        self.get(name).is_some()
+    }
+
+    /// Sets one.
+    pub fn insert(&mut self, name: Box<[u8]>, value: Box<[u8]>) {
+        Arc::make_mut(self.0.get_or_insert_default()).insert(name, value);
+    }
+
+    /// Removes one, and returns its value.
+    pub fn remove(&mut self, name: &[u8]) -> Option<Box<[u8]>> {
+        // Without the question, a map that is shared would be copied for nothing.
+        self.get(name)?;
+        let map = Arc::make_mut(self.0.as_mut()?);
+        let value = map.remove(name);
+        if map.is_empty() {
+            self.0 = None;
+        }
+        value
+    }
+
+    /// All of them, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let map = self.0.iter().flat_map(|map| map.iter());
+        map.map(|(name, value)| (&**name, &**value))
+    }
+
+    /// Their names, in order.
+    pub fn keys(&self) -> impl Iterator<Item = &[u8]> {
+        self.iter().map(|(name, _)| name)
+    }
+
+    /// Their number.
+    pub fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, |map| map.len())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of their names and values.
+    pub fn bytes(&self) -> usize {
+        self.iter().map(|(n, v)| n.len() + v.len()).sum()
+    }
+
+    /// As a map of their own.
+    pub fn to_map(&self) -> iii_store::tree::Xattrs {
+        self.0.as_deref().cloned().unwrap_or_default()
+    }
+
+    fn is_shared_with(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+}
+
+impl PartialEq for RecordXattrs {
+    fn eq(&self, other: &Self) -> bool {
+        self.is_shared_with(other) || self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for RecordXattrs {}
+
+impl FromIterator<(Box<[u8]>, Box<[u8]>)> for RecordXattrs {
+    fn from_iter<I: IntoIterator<Item = (Box<[u8]>, Box<[u8]>)>>(pairs: I) -> Self {
+        let map = XattrMap::from_iter(pairs);
+        Self((!map.is_empty()).then(|| Arc::new(map)))
+    }
+}
+
+impl Serialize for RecordXattrs {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        // The format wants their number first.
+        let mut map = to.serialize_map(Some(self.len()))?;
+        for (name, value) in self.iter() {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for RecordXattrs {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Ok(XattrMap::deserialize(from)?.into_iter().collect())
+    }
 }
 
 /// An inode of the upper.
@@ -105,10 +246,11 @@ pub struct Record {
     /// Creation.
     pub btime: Time,
     /// Extended attributes.
-    pub xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
-    /// The path of the lower inode that this one is, and that every lower name of it leads to; none for an inode of the
-    /// upper's own.
-    pub origin: Option<Box<[u8]>>,
+    pub xattrs: RecordXattrs,
+    /// The path of the lower inode that this one is, and that every lower name of it leads to; none
+    /// for an inode of the upper's own.
+    #[serde(with = "shared_option")]
+    pub origin: Option<Arc<[u8]>>,
     /// What it is.
     pub body: Body,
 }
@@ -178,6 +320,59 @@ impl Record {
         }
     }
 
+    /// Bytes of what has no fixed length: xattrs, the target and the path of the origin.
+    pub fn bytes(&self) -> u64 {
+        let target = match &self.body {
+            Body::Symlink(target) => target.len(),
+            _ => 0,
+        };
+        let origin = self.origin.as_ref().map_or(0, |origin| origin.len());
+        (self.xattrs.bytes() + target + origin) as u64
+    }
+
+    /// What differs from `was`, if that is all within an [`Update`]. It looks at no bytes of xattrs
+    /// or paths: a record that was changed shares those that it kept.
+    pub fn update_of(&self, was: &Self) -> Option<Update> {
+        let shared = |one: &Option<Arc<[u8]>>, other: &Option<Arc<[u8]>>| match (one, other) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        };
+        let file = match (&self.body, &was.body) {
+            (one, other) if one == other && !matches!(one, Body::Symlink(_)) => None,
+            (Body::File { data, size }, Body::File { .. }) => Some((*data, *size)),
+            (Body::Symlink(one), Body::Symlink(other)) if Arc::ptr_eq(one, other) => None,
+            _ => return None,
+        };
+        let rest = self.btime == was.btime
+            && self.xattrs.is_shared_with(&was.xattrs)
+            && shared(&self.origin, &was.origin);
+        rest.then_some(Update {
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            nlink: self.nlink,
+            atime: self.atime,
+            mtime: self.mtime,
+            ctime: self.ctime,
+            file,
+        })
+    }
+
+    /// Takes an update over.
+    pub fn update(&mut self, update: &Update) {
+        self.mode = update.mode;
+        self.uid = update.uid;
+        self.gid = update.gid;
+        self.nlink = update.nlink;
+        self.atime = update.atime;
+        self.mtime = update.mtime;
+        self.ctime = update.ctime;
+        if let (Body::File { data, size }, Some(file)) = (&mut self.body, update.file) {
+            (*data, *size) = file;
+        }
+    }
+
     /// The number of its flat file.
     pub fn flat(&self) -> Option<u64> {
         match self.body {
@@ -188,6 +383,27 @@ impl Record {
             _ => None,
         }
     }
+}
+
+/// What operations change of an inode time and again, without what can be long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Update {
+    /// See [`Record::mode`].
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// See [`Record::nlink`].
+    pub nlink: u32,
+    /// Last access.
+    pub atime: Time,
+    /// Last change of the contents.
+    pub mtime: Time,
+    /// Last change of the inode.
+    pub ctime: Time,
+    /// Of a regular file, where its bytes are, and their number.
+    pub file: Option<(Data, u64)>,
 }
 
 /// Which layers an upper stands on.
@@ -218,4 +434,28 @@ pub enum Op {
     /// The upper was made from this layer (see [`crate::thaw`]), which holds contents that its files still refer to. Since version 3
     /// of the log; the first batch of a log tells, or none does.
     Thawed([u8; ID_LEN]),
+    /// Of the inode with this number, these things are now so. Since version 4 of the log.
+    Update(u64, Box<Update>),
+    /// Everything in the log before this offset is whole on disk, file data included. Since version
+    /// 4 of the log: see [`super::log`].
+    Commit(u64),
+}
+
+impl Op {
+    /// Whether it belongs to what removes something.
+    pub fn removes(&self) -> bool {
+        matches!(
+            self,
+            Self::Forget(_) | Self::Entry(_, _, None) | Self::Clear(..)
+        )
+    }
+
+    /// The inode that it tells of or leads to.
+    pub fn inode(&self) -> Option<u64> {
+        match *self {
+            Self::Inode(number, _) | Self::Update(number, _) => Some(number),
+            Self::Entry(_, _, to) => to,
+            _ => None,
+        }
+    }
 }

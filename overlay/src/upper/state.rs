@@ -1,6 +1,7 @@
 //! The upper in memory: what the log says, applied.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use iii_store::id::ID_LEN;
@@ -17,9 +18,31 @@ pub const OWN_END: u64 = (1 << 30) - (1 << 20);
 
 /// Most changes that are written as one batch where there are many.
 pub const BATCH: usize = 4096;
+/// Inodes are looked at, this many times as many as changes are told at once.
+const STEPS: usize = 8;
+/// A batch of many changes ends when names, xattrs and targets in it come to this many bytes.
+const BATCH_BYTES: u64 = 4 << 20;
 
-/// Most inodes of one upper. They are held in memory, about 300 bytes each.
-pub const MAX_INODES: usize = 4 << 20;
+/// Most bytes of memory that the inodes, names, xattrs and targets of one upper may take, as
+/// [`State::memory`] counts them: about ten million files. Operations that would take it further
+/// fail with ENOSPC, so that an upper that was written can be opened again.
+pub const MAX_MEMORY: u64 = 4 << 30;
+/// What only operations that remove something may take beyond that: they need records of their own
+/// where they hide what the lower has.
+pub const REMOVAL_MEMORY: u64 = MAX_MEMORY / 16;
+/// Most memory that a log is given when it is read. An upper that was carried over to other layers
+/// may say more than it could have been told, since a directory that was renamed is one record and
+/// becomes many; a log that says more than this lies.
+pub const MAX_REPLAY_MEMORY: u64 = 2 * MAX_MEMORY;
+
+/// Memory of an inode without what has no fixed length, measured: see the test of its size.
+pub const INODE_MEMORY: u64 = 256;
+/// Memory of a name in a directory, but for its bytes.
+pub const ENTRY_MEMORY: u64 = 160;
+/// Bytes of an inode in the log, at most, without what has no fixed length.
+const INODE_LOGGED: u64 = 100;
+/// Bytes of a name in the log, at most, but for its own.
+const ENTRY_LOGGED: u64 = 24;
 
 /// An inode of the upper.
 #[derive(Debug)]
@@ -32,6 +55,11 @@ pub struct Node {
     pub dir: Option<Box<Dir>>,
     /// Whether its flat file has a durable name.
     pub flat_named: bool,
+    /// Whether nothing was written to its flat file since that was synced.
+    pub synced: bool,
+    /// Whether its contents replace others that may be durable, so that they have to be durable
+    /// before the log says so.
+    pub replaces: bool,
 }
 
 /// The upper's say over a directory.
@@ -73,10 +101,11 @@ impl Dir {
         })
     }
 
-    fn set(&mut self, name: &[u8], to: Option<u64>, in_lower: bool) {
+    /// Whether the name is new here.
+    fn set(&mut self, name: &[u8], to: Option<u64>, in_lower: bool) -> bool {
         if let Some(slot) = self.names.get_mut(name) {
             slot.to = to;
-            return;
+            return false;
         }
         let name: Arc<[u8]> = name.into();
         let position = (!in_lower).then(|| self.position());
@@ -84,6 +113,7 @@ impl Dir {
             self.own.insert(position, name.clone());
         }
         self.names.insert(name, Slot { to, position });
+        true
     }
 
     /// The position for a name that comes.
@@ -107,11 +137,26 @@ impl Dir {
         }
     }
 
-    fn clear(&mut self, name: &[u8]) {
-        if let Some(slot) = self.names.remove(name)
-            && let Some(position) = slot.position
-        {
+    /// Whether the name was here.
+    fn clear(&mut self, name: &[u8]) -> bool {
+        let Some(slot) = self.names.remove(name) else {
+            return false;
+        };
+        if let Some(position) = slot.position {
             self.own.remove(&position);
+        }
+        true
+    }
+
+    /// Bytes of all names.
+    fn name_bytes(&self) -> u64 {
+        self.names.keys().map(|name| name.len() as u64).sum()
+    }
+
+    /// Gives positions to names that were set before it was known which of them the lower has.
+    fn place(&mut self, in_lower: impl Fn(&[u8]) -> bool) {
+        for (name, to) in std::mem::take(&mut self.names) {
+            self.set(&name, to.to, in_lower(&name));
         }
     }
 }
@@ -127,9 +172,42 @@ pub struct State {
     pub applied: Vec<[u8; ID_LEN]>,
     /// The layer that it was made from: see [`Op::Thawed`].
     pub thawed: Option<[u8; ID_LEN]>,
-    nodes: InoMap<Node>,
+    /// Boxed, so that growing the table moves pointers.
+    nodes: InoMap<Box<Node>>,
     by_lower: InoMap<u64>,
     next: u64,
+    /// Names in all directories.
+    entries: u64,
+    /// Bytes of names, xattrs, targets and origins.
+    bytes: u64,
+}
+
+/// What is said of a name from now on.
+#[derive(Debug, Clone, Copy)]
+enum Say {
+    /// It leads to this inode, or to nothing.
+    Leads(Option<u64>),
+    /// It is as the lower has it.
+    Nothing,
+}
+
+/// How far [`State::snapshot_from`] has come.
+#[derive(Debug, Default)]
+pub struct SnapshotCursor {
+    /// The inodes to go through, and the place in them.
+    numbers: Vec<u64>,
+    at: usize,
+    phase: Phase,
+}
+
+#[derive(Debug, Default)]
+enum Phase {
+    #[default]
+    Head,
+    Inodes,
+    /// The names, in the current directory after this one.
+    Entries(Option<Arc<[u8]>>),
+    Done,
 }
 
 impl State {
@@ -143,6 +221,8 @@ impl State {
             nodes: InoMap::default(),
             by_lower: InoMap::default(),
             next: 1,
+            entries: 0,
+            bytes: 0,
         }
     }
 
@@ -164,17 +244,17 @@ impl State {
 
     /// The inode with this number.
     pub fn node(&self, number: u64) -> Option<&Node> {
-        self.nodes.get(&number)
+        self.nodes.get(&number).map(|node| &**node)
     }
 
-    /// The inode with this number.
+    /// The inode with this number. Nothing of its record may change that has no fixed length.
     pub fn node_mut(&mut self, number: u64) -> Option<&mut Node> {
-        self.nodes.get_mut(&number)
+        self.nodes.get_mut(&number).map(|node| &mut **node)
     }
 
-    /// All inodes.
+    /// All inodes; as [`State::node_mut`].
     pub fn nodes_mut(&mut self) -> impl Iterator<Item = &mut Node> {
-        self.nodes.values_mut()
+        self.nodes.values_mut().map(|node| &mut **node)
     }
 
     /// Whether it says nothing.
@@ -182,14 +262,38 @@ impl State {
         self.nodes.is_empty() && self.applied.is_empty() && self.thawed.is_none()
     }
 
-    /// Whether there is no room for more inodes.
-    pub fn is_full(&self) -> bool {
-        self.nodes.len() >= MAX_INODES
+    /// Bytes of memory that the inodes and names take.
+    pub fn memory(&self) -> u64 {
+        INODE_MEMORY * self.nodes.len() as u64 + ENTRY_MEMORY * self.entries + self.bytes
+    }
+
+    /// Number of inodes.
+    pub fn inodes(&self) -> u64 {
+        self.nodes.len() as u64
+    }
+
+    /// Number of inodes, each with a name of ordinary length, for which there is memory.
+    pub fn free_inodes(&self) -> u64 {
+        const NAME: u64 = 32;
+        MAX_MEMORY.saturating_sub(self.memory()) / (INODE_MEMORY + ENTRY_MEMORY + NAME)
     }
 
     /// All inodes with their numbers.
     pub fn nodes(&self) -> impl Iterator<Item = (u64, &Node)> {
-        self.nodes.iter().map(|(&number, node)| (number, node))
+        self.nodes.iter().map(|(&number, node)| (number, &**node))
+    }
+
+    /// By how much memory the changes would let the state grow, at most.
+    pub fn growth(&self, ops: &[Op]) -> u64 {
+        let of = |op: &Op| match op {
+            Op::Inode(number, record) => match self.nodes.get(number) {
+                Some(node) => record.bytes().saturating_sub(node.record.bytes()),
+                None => INODE_MEMORY + record.bytes(),
+            },
+            Op::Entry(_, name, _) => ENTRY_MEMORY + name.len() as u64,
+            _ => 0,
+        };
+        ops.iter().map(of).sum()
     }
 
     /// The number by which the sandbox knows the inode.
@@ -226,29 +330,105 @@ impl State {
             Op::Applied(layers) => self.applied = layers,
             Op::Thawed(layer) => self.thawed = Some(layer),
             Op::Inode(number, record) => self.set_record(number, *record),
+            Op::Update(number, update) => {
+                if let Some(node) = self.node_mut(number) {
+                    node.record.update(&update);
+                }
+            }
             Op::Forget(number) => self.remove(number),
             Op::Entry(dir, name, to) => {
-                self.change(dir, &name, |entries, in_lower| {
-                    entries.set(&name, to, in_lower);
-                });
+                self.change(dir, &name, Say::Leads(to));
                 if let Some(entries) = to.and_then(|to| self.dir_mut(to)) {
                     entries.parent = Some(dir);
                 }
             }
-            Op::Clear(dir, name) => self.change(dir, &name, |entries, _| entries.clear(&name)),
+            Op::Clear(dir, name) => self.change(dir, &name, Say::Nothing),
+            Op::Commit(_) => {}
         }
     }
 
     /// Changes what the upper says of `name` in `dir`, and counts directories anew.
-    fn change(&mut self, dir: u64, name: &[u8], change: impl FnOnce(&mut Dir, bool)) {
+    fn change(&mut self, dir: u64, name: &[u8], say: Say) {
         let (was_dir, in_lower) = self.look(dir, name);
-        if let Some(entries) = self.dir_mut(dir) {
-            change(entries, in_lower);
-        }
+        self.put(dir, name, say, in_lower);
         let (is_dir, _) = self.look(dir, name);
         if let Some(entries) = self.dir_mut(dir) {
             let subdirs = entries.subdirs + u32::from(is_dir);
             entries.subdirs = subdirs.saturating_sub(u32::from(was_dir));
+        }
+    }
+
+    /// Sets or clears a name, and counts it.
+    fn put(&mut self, dir: u64, name: &[u8], say: Say, in_lower: bool) {
+        let Some(entries) = self.dir_mut(dir) else {
+            return;
+        };
+        let bytes = name.len() as u64;
+        match say {
+            Say::Leads(to) if entries.set(name, to, in_lower) => {
+                self.entries += 1;
+                self.bytes += bytes;
+            }
+            Say::Nothing if entries.clear(name) => {
+                self.entries -= 1;
+                self.bytes -= bytes;
+            }
+            _ => {}
+        }
+    }
+
+    /// Applies one change of a log that is being read. What depends on the lower and on other
+    /// inodes comes with [`State::bind`], since a log may tell of a name before it tells of the
+    /// inode or the directory.
+    pub fn replay(&mut self, op: Op) {
+        match op {
+            Op::Inode(number, record) => self.insert(number, *record, None),
+            Op::Entry(dir, name, to) => self.put(dir, &name, Say::Leads(to), true),
+            Op::Clear(dir, name) => self.put(dir, &name, Say::Nothing, true),
+            op => self.apply(op),
+        }
+    }
+
+    /// Puts what was replayed over `lower`.
+    pub fn bind(&mut self, lower: Arc<Merged>) {
+        self.lower = lower;
+        let mut dirs = Vec::new();
+        for (&number, node) in &mut self.nodes {
+            node.lower = of_origin(&self.lower, &node.record);
+            if let Some(ino) = node.lower {
+                self.by_lower.insert(ino, number);
+            }
+            if node.dir.is_some() {
+                dirs.push(number);
+            }
+        }
+        for number in dirs {
+            let Some(mut entries) = self.nodes.get_mut(&number).and_then(|n| n.dir.take()) else {
+                continue;
+            };
+            let lower = self.nodes.get(&number).and_then(|node| node.lower);
+            let below = |name: &[u8]| self.lower.lookup(lower?, name);
+            let mut subdirs = lower.map_or(0, |ino| self.lower.subdirs(ino));
+            let mut children = Vec::new();
+            for (name, to) in entries.entries() {
+                let was = below(name).is_some_and(|l| l.node.kind() == iii_store::Kind::Dir);
+                let is = to.is_some_and(|to| self.is_dir(to));
+                subdirs = (subdirs + u32::from(is)).saturating_sub(u32::from(was));
+                if is {
+                    children.extend(to);
+                }
+            }
+            entries.subdirs = subdirs;
+            entries.place(|name| below(name).is_some());
+            if let Some(node) = self.nodes.get_mut(&number) {
+                node.dir = Some(entries);
+            }
+            for child in children {
+                // A directory whose own turn is still to come keeps what it is told here.
+                if let Some(entries) = self.dir_mut(child) {
+                    entries.parent = Some(number);
+                }
+            }
         }
     }
 
@@ -257,19 +437,31 @@ impl State {
     }
 
     fn set_record(&mut self, number: u64, record: Record) {
-        self.next = self.next.max(number + 1);
-        if let Some(node) = self.nodes.get_mut(&number) {
-            node.record = record;
-            return;
-        }
-        let lower = record
-            .origin
-            .as_ref()
-            .and_then(|path| self.lower.lookup_path(path))
-            .filter(|lower| lower.node.kind() == record.kind())
-            .map(|lower| lower.ino);
+        let lower = match self.nodes.get(&number) {
+            Some(node) => node.lower,
+            None => of_origin(&self.lower, &record),
+        };
         if let Some(lower) = lower {
             self.by_lower.insert(lower, number);
+        }
+        self.insert(number, record, lower);
+    }
+
+    fn insert(&mut self, number: u64, record: Record, lower: Option<Ino>) {
+        self.next = self.next.max(number.saturating_add(1));
+        self.bytes += record.bytes();
+        if let Some(node) = self.nodes.get_mut(&number) {
+            self.bytes -= node.record.bytes();
+            let is_dir = record.is_dir();
+            node.record = record;
+            if is_dir == node.dir.is_some() {
+                return;
+            }
+            // No operation makes a directory of a file or the other way round: the log lies.
+            let dir = node.dir.take();
+            self.entries -= dir.as_ref().map_or(0, |dir| dir.names.len() as u64);
+            self.bytes -= dir.as_ref().map_or(0, |dir| dir.name_bytes());
+            return;
         }
         let dir = record.is_dir().then(|| {
             Box::new(Dir {
@@ -283,53 +475,104 @@ impl State {
             lower,
             dir,
             flat_named: false,
+            synced: false,
+            replaces: false,
         };
-        self.nodes.insert(number, node);
+        self.nodes.insert(number, Box::new(node));
     }
 
     /// Forgets an inode.
     pub fn remove(&mut self, number: u64) {
-        self.next = self.next.max(number + 1);
-        if let Some(node) = self.nodes.remove(&number)
-            && let Some(lower) = node.lower
-        {
-            self.by_lower.remove(&lower);
+        self.next = self.next.max(number.saturating_add(1));
+        if let Some(node) = self.nodes.remove(&number) {
+            let dir = node.dir.as_deref();
+            self.entries -= dir.map_or(0, |dir| dir.names.len() as u64);
+            self.bytes -= node.record.bytes() + dir.map_or(0, Dir::name_bytes);
+            if let Some(lower) = node.lower {
+                self.by_lower.remove(&lower);
+            }
         }
     }
 
-    /// The changes that make this state out of nothing, in batches.
-    pub fn snapshot(&self) -> Vec<Vec<Op>> {
-        let mut ops = vec![Op::Chain(self.chain.clone())];
-        if !self.applied.is_empty() {
-            ops.push(Op::Applied(self.applied.clone()));
-        }
-        ops.extend(self.thawed.map(Op::Thawed));
-        let kept = || self.nodes.iter().filter(|(_, node)| node.record.nlink != 0);
-        for (&number, node) in kept() {
-            ops.push(Op::Inode(number, Box::new(node.record.clone())));
-        }
-        for (&number, node) in kept() {
-            for (name, to) in node.dir.iter().flat_map(|dir| dir.entries()) {
-                ops.push(Op::Entry(number, name.into(), to));
+    /// The changes that make this state out of nothing, in batches of bounded size.
+    pub fn snapshot(&self) -> impl Iterator<Item = Vec<Op>> {
+        let mut cursor = SnapshotCursor::default();
+        std::iter::from_fn(move || self.snapshot_from(&mut cursor, BATCH)).filter(|b| !b.is_empty())
+    }
+
+    /// The next changes, about `most` or none yet, that make this state out of nothing; none at the end. The
+    /// state may change between two calls, if what is changed is told as well: these and the
+    /// changes, in the order in which they came, make the state as it is at the end.
+    pub fn snapshot_from(&self, cursor: &mut SnapshotCursor, most: usize) -> Option<Vec<Op>> {
+        let mut ops = Vec::new();
+        let mut bytes = 0;
+        let mut steps = 0;
+        let mut full = |ops: &Vec<Op>, more: u64| {
+            bytes += more;
+            steps += 1;
+            ops.len() >= most || bytes >= BATCH_BYTES || steps >= most * STEPS
+        };
+        loop {
+            match &mut cursor.phase {
+                Phase::Head => {
+                    ops.push(Op::Chain(self.chain.clone()));
+                    if !self.applied.is_empty() {
+                        ops.push(Op::Applied(self.applied.clone()));
+                    }
+                    ops.extend(self.thawed.map(Op::Thawed));
+                    cursor.numbers = self.nodes.keys().copied().collect();
+                    cursor.phase = Phase::Inodes;
+                }
+                Phase::Inodes => {
+                    let Some(number) = cursor.numbers.get(cursor.at) else {
+                        cursor.at = 0;
+                        cursor.phase = Phase::Entries(None);
+                        continue;
+                    };
+                    cursor.at += 1;
+                    let mut more = 0;
+                    if let Some(node) = self.nodes.get(number).filter(|n| n.record.nlink != 0) {
+                        more = node.record.bytes();
+                        ops.push(Op::Inode(*number, Box::new(node.record.clone())));
+                    }
+                    if full(&ops, more) {
+                        return Some(ops);
+                    }
+                }
+                Phase::Entries(last) => {
+                    let Some(&number) = cursor.numbers.get(cursor.at) else {
+                        cursor.phase = Phase::Done;
+                        continue;
+                    };
+                    let named = self.nodes.get(&number).filter(|n| n.record.nlink != 0);
+                    if let Some(dir) = named.and_then(|node| node.dir.as_deref()) {
+                        let from = last.take().map_or(Bound::Unbounded, Bound::Excluded);
+                        for (name, slot) in dir.names.range((from, Bound::Unbounded)) {
+                            ops.push(Op::Entry(number, (&**name).into(), slot.to));
+                            if full(&ops, name.len() as u64) {
+                                *last = Some(Arc::clone(name));
+                                return Some(ops);
+                            }
+                        }
+                    }
+                    cursor.at += 1;
+                    if full(&ops, 0) {
+                        return Some(ops);
+                    }
+                }
+                Phase::Done => return (!ops.is_empty()).then_some(ops),
             }
         }
-        let mut batches = Vec::new();
-        while ops.len() > BATCH {
-            let rest = ops.split_off(BATCH);
-            batches.push(std::mem::replace(&mut ops, rest));
-        }
-        batches.push(ops);
-        batches
     }
 
     /// Roughly what [`State::snapshot`] takes as bytes.
     pub fn weight(&self) -> u64 {
-        const INODE: u64 = 100;
-        const ENTRY: u64 = 40;
-        let entries = |node: &Node| node.dir.as_ref().map_or(0, |dir| dir.names.len() as u64);
-        self.nodes
-            .values()
-            .map(|node| INODE + ENTRY * entries(node))
-            .sum()
+        INODE_LOGGED * self.nodes.len() as u64 + ENTRY_LOGGED * self.entries + self.bytes
     }
+}
+
+/// The inode of the lower that the record is.
+fn of_origin(lower: &Merged, record: &Record) -> Option<Ino> {
+    let found = lower.lookup_path(record.origin.as_ref()?)?;
+    (found.node.kind() == record.kind()).then_some(found.ino)
 }

@@ -28,6 +28,9 @@ const KNOWN: ABI = ABI::V7;
 /// The first version that lets a file move to another directory.
 const NEEDED: ABI = ABI::V2;
 
+/// The id of the running kernel, which the overlay reads.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// The files that a microVM's process needs.
 pub(super) struct Files<'a> {
     /// The store's directory.
@@ -109,6 +112,8 @@ fn restrict(files: &Files<'_>) -> Result<(), RulesetError> {
     allow(files.store, read)?;
     allow(files.libkrunfw, AccessFs::ReadFile.into())?;
     allow(kvm::DEVICE.as_ref(), device)?;
+    // An upper's log says during which start of the host it was written.
+    allow(BOOT_ID.as_ref(), AccessFs::ReadFile.into())?;
     allow(files.upper, of_upper)?;
     for dir in &files.volumes {
         allow(dir, all)?;

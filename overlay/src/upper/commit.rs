@@ -1,0 +1,748 @@
+//! Making changes durable, with the promises of ext4's default options.
+//!
+//! The log and the flat files are files of the host, and the host writes them to disk when it likes.
+//! A *commit* puts that in order:
+//!
+//! 1. Flat files whose contents *replace* others are synced, those that a batch before this moment names.
+//! 2. [`Op::Commit`] is appended: everything before this moment is durable as far as it has to be.
+//! 3. The log is synced.
+//! 4. What the log said before, and says no more, is removed: flat files that were dropped.
+//!
+//! Contents replace others where a file is renamed over another, where a file that had contents was
+//! emptied and is written again, and where the first write to a lower file copied it. So after a power
+//! cut there is the old or the new. A new file that nothing was replaced by, and whose program did not
+//! ask for more, may be empty or missing, as on ext4; opening an upper after a start of the host
+//! holds every length against the flat file, so that `stat` and `read` agree.
+//!
+//! A commit happens where a program asks for it (`fsync`, `sync`), at the end, and [`INTERVAL`] after
+//! the first change that is in none, which is ext4's default too. All that wait for one share it.
+//! `fsync` of a file syncs its flat file and commits at the same time, so that the host can put both
+//! into one transaction of its own.
+//!
+//! # Invariants
+//!
+//! - The log that holds after a power cut ends at a commit, and names no flat file that has been removed.
+//! - A flat file that a committed log may name is removed after a later commit that no longer names it.
+//! - Commits, and what gives another log the name, take turns (`turn`), which is taken before the lock
+//!   of the state.
+//! - Nothing that can fail stands between giving a new log its name and appending to it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::compact::{COMPACT_MIN, Compaction};
+use super::data::FlatFiles;
+use super::disk::Disk;
+use super::log::{self, Log, Reserve};
+use super::record::{Body, Data, Op, Record, Update};
+use super::state::{self, MAX_MEMORY, REMOVAL_MEMORY, State};
+use super::writers::Writers;
+use super::{CLOSED_FACTOR, SYNC_EACH, errno, is_bulky, is_dirty};
+use crate::fs::Errno;
+use crate::view::Bytes;
+
+/// How long a change is in no commit, if nothing asks for one: as ext4's `commit` option.
+const INTERVAL: Duration = Duration::from_secs(5);
+/// Flat files that wait for a commit to be removed; of more, it comes at once.
+const MAX_DOOMED: usize = 4096;
+
+/// State and log, changed together.
+#[derive(Debug)]
+pub struct Inner {
+    /// What the log says.
+    pub state: State,
+    pub(super) log: Log,
+    /// A log that is being written in the place of that.
+    pub(super) compaction: Option<Compaction>,
+    /// The length of the log at which to ask again whether it is worth compacting.
+    pub(super) compact_at: u64,
+    reserve: Reserve,
+    /// Number of batches so far, and of those that are in a commit.
+    batches: u64,
+    committed: u64,
+    /// Flat files that have to be durable before the log is.
+    ordered: BTreeSet<u64>,
+    /// Flat files that the log named, and the number of batches with which it stopped to do so.
+    doomed: VecDeque<(u64, u64)>,
+    /// No flat file from this number on is named by a commit.
+    unnamed: u64,
+    /// Whether the log's name is durable.
+    is_named: bool,
+    core: Arc<Shared>,
+}
+
+/// What an upper's lock does not guard.
+#[derive(Debug)]
+struct Shared {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    data: Arc<FlatFiles>,
+    volatile: bool,
+    alarm: Alarm,
+}
+
+impl Inner {
+    /// Logs a batch, then applies it. On an error nothing has changed. The `orphans`, inodes without a name, are in
+    /// memory from then on, whatever the batch says of them.
+    pub fn commit(&mut self, ops: Vec<Op>, orphans: Vec<(u64, Record)>) -> Result<(), Errno> {
+        if !ops.is_empty() {
+            self.log(&ops).map_err(|error| errno(&error))?;
+        }
+        for op in ops {
+            match op {
+                Op::Forget(_) => {}
+                op => self.state.apply(op),
+            }
+        }
+        for (number, record) in orphans {
+            self.state.apply(Op::Inode(number, Box::new(record)));
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, ops: &[Op]) -> io::Result<()> {
+        let growth = self.state.growth(ops);
+        let removes = ops.iter().any(Op::removes);
+        let most = if removes {
+            MAX_MEMORY + REMOVAL_MEMORY
+        } else {
+            MAX_MEMORY
+        };
+        if growth > 0 && self.state.memory() + growth > most {
+            return Err(Errno::NOSPC.into());
+        }
+        if !removes {
+            self.reserve.hold(self.state.weight() + growth)?;
+        }
+        self.log.append(ops)?;
+        if self.compaction.as_mut().is_some_and(|new| !new.add(ops)) {
+            self.abandon();
+        }
+        self.batches += 1;
+        if !self.core.volatile {
+            self.core.alarm.raise(false);
+        }
+        Ok(())
+    }
+
+    /// Has what was written to the inode's flat file be durable before anything that was logged so far is.
+    pub fn order(&mut self, number: u64) {
+        let Some(node) = self.state.node_mut(number).filter(|node| !node.synced) else {
+            return;
+        };
+        match (node.record.flat(), &node.record.body) {
+            (Some(flat), _) if !self.core.volatile => {
+                self.ordered.insert(flat);
+            }
+            // It is written next.
+            (None, Body::File { size: 0, .. }) => node.replaces = true,
+            _ => {}
+        }
+    }
+
+    /// Notes that the inode has another flat file, which is complete, instead of nothing or `of_lower` contents.
+    pub fn switched(&mut self, number: u64, is_new: bool) {
+        let Some(node) = self.state.node_mut(number).filter(|_| is_new) else {
+            return;
+        };
+        node.synced = false;
+        // A lower file has contents that may be replaced; nothing but a new file has none.
+        if node.replaces || node.record.size() != 0 {
+            node.replaces = false;
+            self.order(number);
+        }
+    }
+
+    /// Notes that the inode has no contents any more, instead of `was`.
+    pub(crate) fn emptied(&mut self, number: u64, was: &Bytes) {
+        if let Some(node) = self.state.node_mut(number) {
+            node.replaces |= was.size != 0;
+        }
+        if let Data::Flat { number, .. } = was.data {
+            self.doom(number);
+        }
+    }
+
+    /// Removes a flat file that the log names no more; not before that is durable, if it is to be.
+    pub fn doom(&mut self, flat: u64) {
+        self.ordered.remove(&flat);
+        if self.core.volatile || flat >= self.unnamed {
+            self.core.data.remove(flat);
+            return;
+        }
+        self.doomed.push_back((self.batches, flat));
+        if self.doomed.len() >= MAX_DOOMED {
+            self.core.alarm.raise(true);
+        }
+    }
+
+    pub(super) fn begin_log(&self) -> io::Result<Log> {
+        let core = &self.core;
+        Log::begin(Arc::clone(&core.disk), &core.dir, core.volatile)
+    }
+
+    /// Gives up the log that is being written.
+    pub(super) fn abandon(&mut self) {
+        if let Some(compaction) = self.compaction.take() {
+            compaction.log.discard();
+        }
+    }
+
+    /// Gives the log of the compaction the name of the old one, and appends to it from then on.
+    fn replace_log(&mut self) -> bool {
+        let Some(compaction) = self.compaction.take() else {
+            return false;
+        };
+        if compaction.log.publish().is_err() {
+            compaction.log.discard();
+            return false;
+        }
+        self.log = compaction.log;
+        self.is_named = false;
+        self.compact_at = self.log.size() + COMPACT_MIN;
+        true
+    }
+
+    /// Everything so far, as a commit has to make it durable.
+    fn begin_commit(&mut self, to: u64) -> Commit {
+        // What is made from here on is named by a later one.
+        self.unnamed = self.core.data.next();
+        Commit {
+            to,
+            batches: self.batches,
+            ordered: std::mem::take(&mut self.ordered),
+        }
+    }
+
+    /// Notes that the commit is durable, and returns the flat files that can go.
+    fn end_commit(&mut self, commit: &Commit) -> Vec<u64> {
+        self.committed = self.committed.max(commit.batches);
+        let gone = self.doomed.iter();
+        let gone = gone.take_while(|(batches, _)| *batches <= commit.batches);
+        let gone = gone.count();
+        self.doomed.drain(..gone).map(|(_, flat)| flat).collect()
+    }
+}
+
+/// A commit that is being made.
+#[derive(Debug)]
+struct Commit {
+    /// The offset in the log before which everything is to be durable.
+    to: u64,
+    batches: u64,
+    ordered: BTreeSet<u64>,
+}
+
+/// Makes the flat files durable, and their names.
+pub(super) fn sync_flats(
+    data: &FlatFiles,
+    flats: &BTreeSet<u64>,
+    volatile: bool,
+) -> io::Result<()> {
+    if volatile || flats.is_empty() {
+        return Ok(());
+    }
+    if flats.len() > SYNC_EACH {
+        return data.sync_all();
+    }
+    for &flat in flats {
+        match data.sync(flat, true) {
+            // It was removed meanwhile, so the log says so.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            synced => synced?,
+        }
+    }
+    Ok(())
+}
+
+/// An open upper. Dropping it writes down what was left to be told by flat files, commits, and lets
+/// go of the lock.
+#[derive(Debug)]
+pub struct Upper {
+    core: Arc<Core>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+    _lock: File,
+}
+
+/// What the thread that commits shares with the rest.
+#[derive(Debug)]
+pub struct Core {
+    /// The flat files.
+    pub data: Arc<FlatFiles>,
+    /// Who writes to them.
+    pub writers: Writers,
+    /// Whether nothing is ever synced.
+    pub volatile: bool,
+    shared: Arc<Shared>,
+    /// Held by those that commit.
+    turn: Mutex<()>,
+    inner: RwLock<Inner>,
+}
+
+impl Deref for Upper {
+    type Target = Core;
+
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl Upper {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        data: FlatFiles,
+        volatile: bool,
+        state: State,
+        log: Log,
+        reserve: Reserve,
+        lock: File,
+    ) -> Self {
+        let data = Arc::new(data);
+        let shared = Arc::new(Shared {
+            disk,
+            dir,
+            data: Arc::clone(&data),
+            volatile,
+            alarm: Alarm::default(),
+        });
+        let inner = Inner {
+            state,
+            compaction: None,
+            compact_at: COMPACT_MIN.max(log.size()),
+            log,
+            reserve,
+            batches: 0,
+            committed: 0,
+            ordered: BTreeSet::new(),
+            doomed: VecDeque::new(),
+            unnamed: data.next(),
+            is_named: false,
+            core: Arc::clone(&shared),
+        };
+        Self {
+            core: Arc::new(Core {
+                data,
+                writers: Writers::default(),
+                volatile,
+                shared,
+                turn: Mutex::default(),
+                inner: RwLock::new(inner),
+            }),
+            committer: Mutex::default(),
+            _lock: lock,
+        }
+    }
+
+    /// To change.
+    pub fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.watch();
+        self.core.lock()
+    }
+
+    /// Starts the thread that commits, unless it runs or nothing is ever committed.
+    fn watch(&self) {
+        if self.volatile || self.shared.alarm.is_heard.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut committer = self
+            .committer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if committer.is_some() {
+            return;
+        }
+        let core = Arc::clone(&self.core);
+        let thread = std::thread::Builder::new().name("iii-commit".into());
+        // Without a thread, commits come where they are asked for.
+        *committer = thread.spawn(move || core.commit_in_time()).ok();
+        self.shared.alarm.is_heard.store(true, Ordering::Relaxed);
+    }
+
+    /// What to do when the snapshot of a compaction is complete.
+    pub(super) fn compacted(&self, inner: &mut Inner) {
+        if self.volatile {
+            inner.replace_log();
+        } else {
+            self.shared.alarm.raise(true);
+        }
+    }
+}
+
+impl Core {
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
+    /// To look.
+    pub fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on is no worse.
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes every change so far durable.
+    pub fn sync(&self) -> Result<(), Errno> {
+        self.commit(false)
+    }
+
+    /// Makes every change so far durable, and what was written to any flat file: by syncing the whole filesystem of the host
+    /// below, since there may be very many.
+    pub fn sync_all(&self) -> Result<(), Errno> {
+        self.commit(true)
+    }
+
+    /// Makes every change so far durable, and what was written to the flat file of the inode with this number.
+    pub fn fsync(&self, number: u64, data_only: bool) -> Result<(), Errno> {
+        if self.volatile {
+            return Ok(());
+        }
+        let (flat, has_changes) = {
+            let mut inner = self.lock();
+            let has_changes = inner.batches > inner.committed;
+            let ordered = &inner.ordered;
+            let node = inner.state.node(number);
+            let flat = node
+                .filter(|node| !node.synced)
+                .and_then(|node| node.record.flat())
+                // The commit syncs it.
+                .filter(|flat| !ordered.contains(flat));
+            // What is written from here on says otherwise again.
+            if flat.is_some()
+                && let Some(node) = inner.state.node_mut(number)
+            {
+                node.synced = true;
+            }
+            (flat, has_changes)
+        };
+        let Some(flat) = flat else {
+            return self.commit(false);
+        };
+        let sync = || {
+            self.data
+                .sync(flat, data_only)
+                .map_err(|error| errno(&error))
+        };
+        let synced = if has_changes {
+            std::thread::scope(|scope| {
+                let syncing = std::thread::Builder::new().spawn_scoped(scope, sync);
+                let committed = self.commit(false);
+                let synced = match syncing {
+                    Ok(syncing) => syncing.join().unwrap_or(Err(Errno::IO)),
+                    Err(_) => sync(),
+                };
+                synced.and(committed)
+            })
+        } else {
+            sync()
+        };
+        if synced.is_err()
+            && let Some(node) = self.lock().state.node_mut(number)
+        {
+            node.synced = false;
+        }
+        synced
+    }
+
+    /// Commits everything so far; with `all`, everything on the host's filesystem is synced first.
+    fn commit(&self, all: bool) -> Result<(), Errno> {
+        if self.volatile {
+            return Ok(());
+        }
+        let batches = self.read().batches;
+        let _turn = self.take_turn();
+        if !all && self.read().committed >= batches {
+            return Ok(());
+        }
+        let mut commit = {
+            let mut inner = self.lock();
+            let to = inner.log.size();
+            inner.begin_commit(to)
+        };
+        let synced = if all {
+            self.data.sync_all()
+        } else {
+            sync_flats(&self.data, &commit.ordered, false)
+        };
+        let mut broken = false;
+        let done = synced.and_then(|()| {
+            let (file, is_named) = {
+                let mut inner = self.lock();
+                inner.log.commit(commit.to)?;
+                (inner.log.file(), inner.is_named)
+            };
+            broken = true;
+            self.shared.disk.sync(&file, true)?;
+            if !is_named {
+                self.shared.disk.sync_dir(&self.shared.dir)?;
+            }
+            Ok(())
+        });
+        let gone = {
+            let mut inner = self.lock();
+            if let Err(error) = done {
+                inner.ordered.append(&mut commit.ordered);
+                if broken {
+                    inner.log.break_off();
+                }
+                return Err(errno(&error));
+            }
+            inner.is_named = true;
+            inner.log.acknowledge(commit.to);
+            inner.end_commit(&commit)
+        };
+        for flat in gone {
+            self.data.remove(flat);
+        }
+        Ok(())
+    }
+
+    /// Commits [`INTERVAL`] after a change, and finishes compactions, until it is told to stop.
+    fn commit_in_time(&self) {
+        while self.shared.alarm.wait() {
+            self.finish_compaction();
+            // Programs that ask are told; others are as with any filesystem.
+            let _ = self.commit(false);
+        }
+    }
+
+    /// Gives a log that is complete the name of the old one.
+    fn finish_compaction(&self) {
+        let whole = |inner: &Inner| {
+            let compaction = inner.compaction.as_ref().filter(|c| c.is_whole);
+            compaction.map(|compaction| compaction.log.file())
+        };
+        let Some(file) = whole(&self.read()) else {
+            return;
+        };
+        // Most of it, while nothing waits.
+        let early = self.shared.disk.sync(&file, true);
+        let _turn = self.take_turn();
+        let Some(mut commit) = ({
+            let mut inner = self.lock();
+            let to = inner.compaction.as_ref().map(|new| new.log.size());
+            to.map(|to| inner.begin_commit(to))
+        }) else {
+            return;
+        };
+        let done = early
+            .and_then(|()| sync_flats(&self.data, &commit.ordered, false))
+            .and_then(|()| {
+                let mut inner = self.lock();
+                let new = inner.compaction.as_mut().ok_or(io::ErrorKind::NotFound)?;
+                new.add(&[Op::Commit(commit.to)])
+                    .then_some(())
+                    .ok_or(io::ErrorKind::WriteZero)?;
+                new.log.acknowledge(commit.to);
+                Ok(())
+            })
+            .and_then(|()| self.shared.disk.sync(&file, true));
+        let mut inner = self.lock();
+        if done.is_err() || !inner.replace_log() {
+            inner.ordered.append(&mut commit.ordered);
+            inner.abandon();
+            return;
+        }
+        drop(inner);
+        if self.shared.disk.sync_dir(&self.shared.dir).is_err() {
+            // The next commit tries again.
+            return;
+        }
+        let gone = {
+            let mut inner = self.lock();
+            inner.is_named = true;
+            inner.end_commit(&commit)
+        };
+        for flat in gone {
+            self.data.remove(flat);
+        }
+    }
+
+    /// Makes space where an operation found none. True if there may be some now.
+    pub fn relieve(&self, removes: bool) -> bool {
+        let waits = |inner: &Inner| !inner.doomed.is_empty();
+        if waits(&self.read()) && self.commit(false).is_ok() {
+            return true;
+        }
+        removes && self.rewrite(true).is_ok()
+    }
+
+    /// Rewrites the log at once; with `reserve`, into the space that is kept for that.
+    fn rewrite(&self, reserve: bool) -> io::Result<()> {
+        let _turn = self.take_turn();
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        inner.abandon();
+        if reserve {
+            inner.reserve.release();
+        }
+        let to = inner.log.size();
+        let mut commit = inner.begin_commit(to);
+        let shared = &self.shared;
+        let new = sync_flats(&self.data, &commit.ordered, self.volatile)
+            .and_then(|()| log::write_whole(&shared.disk, &shared.dir, &inner.state, self.volatile))
+            .and_then(|log| {
+                log.publish().inspect_err(|_| log.discard())?;
+                Ok(log)
+            });
+        inner.log = new.inspect_err(|_| inner.ordered.append(&mut commit.ordered))?;
+        inner.is_named = false;
+        inner.compact_at = inner.log.size() + COMPACT_MIN;
+        if !self.volatile {
+            shared.disk.sync_dir(&shared.dir)?;
+            inner.is_named = true;
+        }
+        for flat in inner.end_commit(&commit) {
+            self.data.remove(flat);
+        }
+        if reserve {
+            // First for what is being removed. If another process took the rest, the next addition fails.
+            inner.log.make_room()?;
+            let _ = inner.reserve.hold(inner.state.weight());
+        }
+        Ok(())
+    }
+
+    /// Writes down length and mtime of the files that were written to, so that the next opening need not look.
+    fn settle(&self) -> Result<(), Errno> {
+        let mut inner = self.lock();
+        let mut ops = Vec::new();
+        for (number, node) in inner.state.nodes() {
+            if is_dirty(&node.record) && node.record.nlink != 0 {
+                let mut record = node.record.clone();
+                if let Body::File {
+                    data: Data::Flat { dirty, .. },
+                    ..
+                } = &mut record.body
+                {
+                    *dirty = false;
+                }
+                let update: Option<Update> = record.update_of(&node.record);
+                ops.extend(update.map(|update| Op::Update(number, Box::new(update))));
+            }
+        }
+        for ops in ops.chunks(state::BATCH) {
+            inner.commit(ops.to_vec(), Vec::new())?;
+        }
+        Ok(())
+    }
+
+    fn close(&self) {
+        // What is not written down here is read from the flat files at the next opening.
+        let _ = self.settle();
+        let bulky = {
+            let mut inner = self.lock();
+            inner.abandon();
+            is_bulky(inner.log.size(), &inner.state, CLOSED_FACTOR)
+        };
+        if !bulky || self.rewrite(false).is_err() {
+            let _ = self.commit(false);
+        }
+        self.lock().log.trim();
+    }
+}
+
+impl Drop for Upper {
+    fn drop(&mut self) {
+        self.shared.alarm.stop();
+        let committer = self.committer.get_mut();
+        if let Some(thread) = committer.unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join();
+        }
+        if !self.volatile {
+            self.close();
+        }
+    }
+}
+
+/// Wakes the thread that commits.
+#[derive(Debug, Default)]
+struct Alarm {
+    /// Whether there is a thread.
+    is_heard: AtomicBool,
+    /// Whether it has been told of a change, so that most changes need not.
+    is_raised: AtomicBool,
+    state: Mutex<AlarmState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct AlarmState {
+    /// When there was a change that is in no commit.
+    since: Option<Instant>,
+    urgent: bool,
+    stop: bool,
+}
+
+impl Alarm {
+    fn state(&self) -> MutexGuard<'_, AlarmState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There was a change; it is committed in time or, if that is urgent, at once.
+    fn raise(&self, urgent: bool) {
+        if !urgent && self.is_raised.load(Ordering::Acquire) {
+            return;
+        }
+        let mut state = self.state();
+        state.since.get_or_insert_with(Instant::now);
+        state.urgent |= urgent;
+        self.is_raised.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    fn stop(&self) {
+        self.state().stop = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits until it is time. False if it is time to stop.
+    fn wait(&self) -> bool {
+        let mut state = self.state();
+        loop {
+            if state.stop {
+                return false;
+            }
+            let left = match state.since {
+                None => None,
+                Some(_) if state.urgent => Some(Duration::ZERO),
+                Some(since) => Some(INTERVAL.saturating_sub(since.elapsed())),
+            };
+            if left == Some(Duration::ZERO) {
+                state.since = None;
+                state.urgent = false;
+                // Before the commit looks: a change that it misses raises the alarm again.
+                self.is_raised.store(false, Ordering::Release);
+                return true;
+            }
+            state = match left {
+                None => self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The seam between an upper and the host's filesystem: the calls that make, name, sync and remove
+//! its files go through [`Disk`].
+//!
+//! Tests stand in for it to fail any call, or to cut the power after it. Reads do not pass here, nor
+//! do writes to flat files, whose bytes a test can look at itself.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use crate::fs::Allocate;
+
+/// An id that the host has from its start to its end.
+pub type Boot = [u8; 16];
+
+/// How a file of an upper is opened; always without following a symlink, and without waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To read one that exists.
+    Read,
+    /// To read and write one that exists.
+    Write,
+    /// To read and write one, made when missing.
+    Make,
+    /// To read and write a new one.
+    New,
+    /// To read and write one that is empty, made when missing.
+    Empty,
+}
+
+/// The calls that an upper makes. Nothing is durable before one of those that sync returned: a
+/// file's bytes by [`Disk::sync_data`], a name by [`Disk::sync_dir`].
+pub trait Disk: Send + Sync + std::fmt::Debug {
+    /// Makes a directory and those on the way, unless they exist.
+    fn create_dirs(&self, path: &Path) -> io::Result<()>;
+    /// Opens a file.
+    fn open(&self, path: &Path, access: Access) -> io::Result<File>;
+    /// Writes all of `bytes` at `offset`.
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Sets the length in bytes.
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()>;
+    /// Makes sure that there is space for `len` bytes from `offset`, without changing the length.
+    fn allocate(&self, file: &File, offset: u64, len: u64) -> io::Result<()>;
+    /// Returns when the file's bytes and length are durable; unless `data_only`, its times too.
+    fn sync(&self, file: &File, data_only: bool) -> io::Result<()>;
+    /// Returns when the names in the directory are durable.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// Returns when everything on the filesystem of the directory is durable.
+    fn sync_filesystem(&self, path: &Path) -> io::Result<()>;
+    /// Gives a file its name, replacing what had it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// The id of the host's running kernel, if it has one: as long as it is the same, what was
+    /// written and not synced is there.
+    fn boot(&self) -> Option<Boot>;
+}
+
+/// The host's filesystem itself.
+#[derive(Debug, Clone, Copy)]
+pub struct HostDisk;
+
+impl Disk for HostDisk {
+    fn create_dirs(&self, path: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(path)
+    }
+
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        // What wrote the upper before may have been a guest that had taken over its server.
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        options.read(true).write(access != Access::Read);
+        match access {
+            Access::Read | Access::Write => {}
+            Access::Make => {
+                options.create(true).truncate(false);
+            }
+            Access::New => {
+                options.create_new(true);
+            }
+            Access::Empty => {
+                options.create(true).truncate(true);
+            }
+        }
+        options.open(path)
+    }
+
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        file.write_all_at(bytes, offset)
+    }
+
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        file.set_len(len)
+    }
+
+    fn allocate(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        crate::host::allocate(file, Allocate::KeepSize, offset, len)?;
+        Ok(())
+    }
+
+    fn sync(&self, file: &File, data_only: bool) -> io::Result<()> {
+        if data_only {
+            file.sync_data()
+        } else {
+            file.sync_all()
+        }
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn sync_filesystem(&self, path: &Path) -> io::Result<()> {
+        crate::host::syncfs(&File::open(path)?)?;
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+
+    fn boot(&self) -> Option<Boot> {
+        crate::host::boot()
+    }
+}
