@@ -5,6 +5,8 @@
 //! that fails or is interrupted. Of two processes that need the same step at once, one runs it and the other waits.
 
 pub mod collect;
+mod jobs;
+mod pool;
 pub mod realise;
 
 use std::ffi::OsString;
@@ -228,7 +230,7 @@ pub enum Stream {
 }
 
 /// The realised layers, bottom first.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Stack {
     /// What became of each.
     pub reports: Vec<Report>,
@@ -304,19 +306,19 @@ pub struct Builder<'a> {
     pub events: &'a (dyn Fn(Event<'_>) + Sync),
 }
 
-impl Builder<'_> {
-    /// The layers of the base image, bottom first, pinned.
-    pub fn base(&self) -> Result<Stack, BuildError> {
-        let mut stack = Stack::default();
-        self.lease.pin(&self.image.layers)?;
-        for id in &self.image.layers {
-            let layer = self.store.layer(id)?;
-            let report = Report::hit(Kind::Base, None, &layer);
-            stack.push(report, layer);
-        }
-        Ok(stack)
+/// The layers of a base image, bottom first, pinned.
+pub fn base(store: &Store, image: &Image, lease: &Lease) -> Result<Stack, BuildError> {
+    let mut stack = Stack::default();
+    lease.pin(&image.layers)?;
+    for id in &image.layers {
+        let layer = store.layer(id)?;
+        let report = Report::hit(Kind::Base, None, &layer);
+        stack.push(report, layer);
     }
+    Ok(stack)
+}
 
+impl Builder<'_> {
     /// The project's layer as it is now.
     pub fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
         let start = Instant::now();

@@ -1,27 +1,24 @@
-//! Realises the layers of any number of workers at once: what [`graph`](crate::plan::graph) says next, by as many threads as there
-//! are cores, each step by [`build`](crate::build).
+//! Realises the layers of any number of workers at once: the next tasks of
+//! [`jobs`](crate::build::jobs), on as many threads as there are cores, each step by
+//! [`build`](crate::build).
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use iii_oci::{self as oci, Image, ImageError, Limits, Origin, Platform, Settings};
-use iii_store::{GcReport, Layer, Lease, Store, StoreError};
-use rustix::process::Signal;
+use iii_store::{GcReport, Lease, Store, StoreError};
 
 use crate::build::collect;
-use crate::build::{self, BuildError, Builder, Event, Outcome, Report, Stack, Status};
+use crate::build::jobs::{Base, Footing, Jobs, Product, Step, Work};
+use crate::build::{self, Builder, Event, Stack, Status, pool};
 use crate::compose::Isolation;
 use crate::home::Home;
-use crate::plan::Kind;
-use crate::plan::environment::{self, Env};
-use crate::plan::graph::{Graph, Task};
+use crate::plan::environment::Env;
 use crate::project::{Project, WorkerName};
 use crate::shared_cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
-use crate::worker::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm, isolation};
+use crate::worker::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm};
 use crate::worker::supervise::Signals;
 
 /// A collection after an edit that freed no more than this many bytes is not worth a word.
@@ -96,9 +93,9 @@ impl<'a> From<&'a Target> for With<'a> {
 
 /// What layers are realised from and with.
 pub struct Realiser<'a> {
-    home: &'a Home,
+    pub(super) home: &'a Home,
     store: &'a Store,
-    with: With<'a>,
+    pub(super) with: With<'a>,
     caches: LayerCaches,
     signals: &'a Signals,
     events: Events<'a>,
@@ -110,37 +107,8 @@ pub type Share<'a> = dyn Fn(&Worker) + 'a;
 /// Told what happens to which worker, from several threads.
 pub type Events<'a> = &'a (dyn Fn(Option<&WorkerName>, Event<'_>) + Sync);
 
-/// A worker on the way to its layers.
-struct Job {
-    wanted: Wanted,
-    /// Known once the base is there.
-    base: Option<(Image, Env, Isolation)>,
-    stack: Stack,
-    project: Option<(Report, Arc<Layer>)>,
-    result: Option<Result<(), RunError>>,
-}
-
 /// Workers by name, whatever became of each, and what pins their layers.
 pub type Realised = (Vec<(WorkerName, Result<Worker, RunError>)>, Lease);
-
-/// What a task has made.
-#[derive(Clone)]
-enum Made {
-    Base(Image),
-    Project(Report, Arc<Layer>),
-    Step(Outcome),
-}
-
-#[derive(Default)]
-struct State {
-    graph: Graph,
-    made: BTreeMap<Task, Made>,
-    /// Whose tasks failed.
-    failed: BTreeMap<Task, WorkerName>,
-    jobs: Vec<Job>,
-    /// What ended it all early.
-    interrupted: Option<Signal>,
-}
 
 impl<'a> Realiser<'a> {
     /// With the caches that are asked for. Where not even a request can be made, there are none.
@@ -183,31 +151,20 @@ impl<'a> Realiser<'a> {
         self.store.sweep_dead_leases()?;
         // This one pins whatever is looked at on the way, too: more than is needed from then on.
         let looking = self.store.lease(purpose)?;
-        let mut state = State::default();
-        for (number, wanted) in wanted.into_iter().enumerate() {
+        let mut jobs = Jobs::new(self, &looking);
+        for wanted in wanted {
             for warning in &wanted.project.warnings {
                 self.tell(&wanted.name, Event::Note(warning.clone()));
             }
-            state.jobs.push(Job {
-                wanted,
-                base: None,
-                stack: Stack::default(),
-                project: None,
-                result: None,
-            });
-            self.advance(&mut state, number, &looking);
+            jobs.add(wanted);
         }
         let threads = thread::available_parallelism().map_or(THREADS.0, usize::from);
-        let threads = threads.clamp(THREADS.0, THREADS.1).min(state.jobs.len());
-        let (state, changed) = (Mutex::new(state), Condvar::new());
-        thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| self.work(&state, &changed, &looking));
-            }
-            self.work(&state, &changed, &looking);
+        let threads = threads.clamp(THREADS.0, THREADS.1).min(jobs.len());
+        let jobs = pool::work_off(jobs, threads, |(task, work)| {
+            let product = self.run(work, &looking);
+            (task, product)
         });
-        let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let done: Vec<_> = state.jobs.into_iter().map(finished).collect();
+        let done = jobs.finished();
         let lease = self.store.lease(purpose)?;
         for (_, result) in &done {
             if let Ok(worker) = result {
@@ -220,219 +177,74 @@ impl<'a> Realiser<'a> {
     /// Realises the layers of one worker.
     pub fn one(&self, purpose: &str, wanted: Wanted) -> Result<(Worker, Lease), RunError> {
         let purpose = format!("{purpose} {}", wanted.name);
+        let name = wanted.name.clone();
         let (mut done, lease) = self.all(&purpose, vec![wanted])?;
-        let (_, result) = done.pop().ok_or(RunError::OutOfTurn)?;
+        let (_, result) = done.pop().ok_or(RunError::NeverRun {
+            name: name.to_string(),
+        })?;
         Ok((result?, lease))
     }
 
-    fn tell(&self, worker: &WorkerName, event: Event<'_>) {
+    pub(super) fn tell(&self, worker: &WorkerName, event: Event<'_>) {
         (self.events)(Some(worker), event);
     }
 
-    /// Does what there is to do until nobody waits for anything.
-    fn work(&self, state: &Mutex<State>, changed: &Condvar, lease: &Lease) {
-        let mut locked = lock(state);
-        loop {
-            if locked.interrupted.is_some() || locked.graph.is_over() {
-                changed.notify_all();
-                return;
+    /// Does one task, for one of the workers that wait for it.
+    fn run(&self, work: Work, lease: &Lease) -> Result<Product, RunError> {
+        match work {
+            Work::Base { image, worker } => {
+                let events = |event: Event<'_>| self.tell(&worker, event);
+                let resolve = self.with.rebuild;
+                let found = base(self.store, &image, resolve, self.with.limits, &events)?;
+                let layers = build::base(self.store, &found, lease)?;
+                let base = Base {
+                    image: found,
+                    layers,
+                };
+                Ok(Product::Base(image, base))
             }
-            let Some((task, worker)) = locked.graph.take() else {
-                locked = changed.wait(locked).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let order = Order::of(&locked, worker);
-            drop(locked);
-            let made = match order {
-                Some(order) => self.run(&task, &order, lease),
-                None => Err(RunError::OutOfTurn),
-            };
-            locked = lock(state);
-            self.finish(&mut locked, &task, made, lease);
-            changed.notify_all();
+            Work::Project(footing) => {
+                let events = |event: Event<'_>| self.tell(&footing.wanted.name, event);
+                let (report, layer) = self.builder(&footing, lease, &events).snapshot()?;
+                Ok(Product::Project(footing.wanted.project.root, report, layer))
+            }
+            Work::Step(step) => {
+                let Step {
+                    id,
+                    footing,
+                    script,
+                    below,
+                    project,
+                } = *step;
+                let events = |event: Event<'_>| self.tell(&footing.wanted.name, event);
+                let builder = self.builder(&footing, lease, &events);
+                let outcome = builder.step(id.kind, &script, id.key, &below, &project)?;
+                Ok(Product::Step(id, outcome))
+            }
         }
     }
 
-    /// Does one task, for one of those who wait for it.
-    fn run(&self, task: &Task, order: &Order, lease: &Lease) -> Result<Made, RunError> {
-        let name = &order.wanted.name;
-        let events = |event: Event<'_>| self.tell(name, event);
-        if let Task::Base(image) = task {
-            return base(
-                self.store,
-                image,
-                self.with.rebuild,
-                self.with.limits,
-                &events,
-            )
-            .map(Made::Base);
-        }
-        let builder = self
-            .builder(order, lease, &events)
-            .ok_or(RunError::OutOfTurn)?;
-        Ok(match task {
-            Task::Base(_) => return Err(RunError::OutOfTurn),
-            Task::Project(_) => {
-                let (report, layer) = builder.snapshot()?;
-                Made::Project(report, layer)
-            }
-            Task::Step { kind, key, .. } => {
-                let script = script(&order.wanted.project, *kind).ok_or(RunError::OutOfTurn)?;
-                let project = order.project.as_ref().ok_or(RunError::OutOfTurn)?;
-                Made::Step(builder.step(*kind, script, *key, &order.below, project)?)
-            }
-        })
-    }
-
-    fn builder<'b>(
+    pub(super) fn builder<'b>(
         &'b self,
-        order: &'b Order,
+        footing: &'b Footing,
         lease: &'b Lease,
         events: &'b (dyn Fn(Event<'_>) + Sync),
-    ) -> Option<Builder<'b>> {
-        let (image, env, isolation) = order.base.as_ref()?;
-        Some(Builder {
+    ) -> Builder<'b> {
+        Builder {
             home: self.home,
             store: self.store,
             lease,
-            project: &order.wanted.project,
-            name: order.wanted.name.as_str(),
-            image,
-            env,
-            isolation,
+            project: &footing.wanted.project,
+            name: footing.wanted.name.as_str(),
+            image: &footing.image,
+            env: &footing.env,
+            isolation: &footing.isolation,
             rebuild: self.with.rebuild,
             caches: &self.caches,
             limits: self.with.limits,
             signals: self.signals,
             events,
-        })
-    }
-
-    /// Hands on what a task has made to those who waited for it.
-    fn finish(&self, state: &mut State, task: &Task, made: Result<Made, RunError>, lease: &Lease) {
-        let waited = state.graph.finish(task);
-        match made {
-            Ok(made) => {
-                state.made.insert(task.clone(), made);
-                for worker in waited {
-                    self.advance(state, worker, lease);
-                }
-            }
-            Err(error) => {
-                if let RunError::Build(BuildError::Interrupted { signal, .. }) = &error {
-                    state.interrupted = Some(*signal);
-                }
-                let mut error = Some(error);
-                for worker in waited {
-                    let Some(job) = state.jobs.get_mut(worker) else {
-                        continue;
-                    };
-                    let name = &job.wanted.name;
-                    let first = state
-                        .failed
-                        .entry(task.clone())
-                        .or_insert_with(|| name.clone());
-                    let also = || also_failed(name, first, task);
-                    job.result = Some(Err(error.take().unwrap_or_else(also)));
-                }
-            }
         }
-        if let Some(signal) = state.interrupted {
-            for job in state.jobs.iter_mut().filter(|job| job.result.is_none()) {
-                let kind = Kind::Project;
-                job.result = Some(Err(BuildError::Interrupted { kind, signal }.into()));
-            }
-        }
-    }
-
-    /// Takes a worker as far as it comes with what there is, and has it wait for what it needs next.
-    fn advance(&self, state: &mut State, worker: usize, lease: &Lease) {
-        while let Some(job) = state.jobs.get_mut(worker) {
-            if job.result.is_some() {
-                return;
-            }
-            let task = match self.next(job, lease) {
-                Ok(Some(task)) => task,
-                Ok(None) => {
-                    job.result = Some(Ok(()));
-                    return;
-                }
-                Err(error) => {
-                    job.result = Some(Err(error));
-                    return;
-                }
-            };
-            if state.graph.want(worker, &task) {
-                return;
-            }
-            let given = match (state.made.get(&task), state.failed.get(&task)) {
-                (Some(made), _) => self.give(job, made.clone(), lease),
-                (None, Some(first)) => Err(also_failed(&job.wanted.name, first, &task)),
-                (None, None) => Err(RunError::OutOfTurn),
-            };
-            if let Err(error) = given {
-                job.result = Some(Err(error));
-                return;
-            }
-        }
-    }
-
-    /// What a worker needs next; nothing if it has everything.
-    fn next(&self, job: &mut Job, lease: &Lease) -> Result<Option<Task>, RunError> {
-        let wanted = &job.wanted;
-        if job.base.is_none() {
-            let name = wanted.base.as_ref().unwrap_or(&wanted.project.base_image);
-            return Ok(Some(Task::Base(name.clone())));
-        }
-        let Some((report, layer)) = &job.project else {
-            return Ok(Some(Task::Project(wanted.project.root.clone())));
-        };
-        let last = job.stack.reports.last().map(|report| report.kind);
-        let kinds = [Kind::Setup, Kind::Install];
-        let missing = kinds.into_iter().find(|kind| {
-            last.is_none_or(|last| last < *kind) && script(&wanted.project, *kind).is_some()
-        });
-        if let Some(kind) = missing {
-            let order = Order::from(&*job);
-            let events = |_: Event<'_>| {};
-            let builder = self.builder(&order, lease, &events);
-            let text = script(&wanted.project, kind).unwrap_or_default();
-            let key = builder.map(|builder| builder.key(kind, text, &job.stack.layers));
-            return Ok(Some(Task::Step {
-                kind,
-                key: key.ok_or(RunError::OutOfTurn)?,
-                project: layer.tree_id(),
-            }));
-        }
-        self.tell(&wanted.name, Event::Ready(report));
-        job.stack.push(report.clone(), Arc::clone(layer));
-        Ok(None)
-    }
-
-    /// Gives a worker what it waited for.
-    fn give(&self, job: &mut Job, made: Made, lease: &Lease) -> Result<(), RunError> {
-        match made {
-            Made::Base(image) => {
-                let env = environment::for_steps(&image.config.env, job.wanted.project.tool_env());
-                let events = |event: Event<'_>| self.tell(&job.wanted.name, event);
-                let project = &job.wanted.project;
-                let isolation = isolation(self.home, self.with.sandbox, project, &events)?;
-                job.base = Some((image, env, isolation));
-                let order = Order::from(&*job);
-                let events = |_: Event<'_>| {};
-                let builder = self
-                    .builder(&order, lease, &events)
-                    .ok_or(RunError::OutOfTurn)?;
-                job.stack = builder.base()?;
-                self.tell(&job.wanted.name, Event::Base(builder.image));
-            }
-            Made::Project(report, layer) => job.project = Some((report, layer)),
-            Made::Step(outcome) => {
-                self.tell(&job.wanted.name, Event::Ready(&outcome.report));
-                job.stack.put(outcome);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -504,72 +316,6 @@ impl Realiser<'_> {
             Err(error) => events(Event::Note(format!("clearing the store failed: {error}"))),
         }
     }
-}
-
-/// What a task needs to know of the worker that it is done for.
-struct Order {
-    wanted: Wanted,
-    base: Option<(Image, Env, Isolation)>,
-    below: Vec<Arc<Layer>>,
-    project: Option<Arc<Layer>>,
-}
-
-impl Order {
-    fn of(state: &State, worker: usize) -> Option<Self> {
-        state.jobs.get(worker).map(Self::from)
-    }
-}
-
-impl From<&Job> for Order {
-    fn from(job: &Job) -> Self {
-        Self {
-            wanted: job.wanted.clone(),
-            base: job.base.clone(),
-            below: job.stack.layers.clone(),
-            project: job.project.as_ref().map(|(_, layer)| Arc::clone(layer)),
-        }
-    }
-}
-
-fn finished(job: Job) -> (WorkerName, Result<Worker, RunError>) {
-    let name = job.wanted.name.clone();
-    let result = match (job.result, job.base) {
-        (Some(Ok(())), Some((image, env, isolation))) => Ok(Worker {
-            project: job.wanted.project,
-            name: job.wanted.name,
-            image,
-            env,
-            isolation,
-            stack: job.stack,
-        }),
-        (Some(Err(error)), _) => Err(error),
-        _ => Err(RunError::OutOfTurn),
-    };
-    (name, result)
-}
-
-fn script(project: &Project, kind: Kind) -> Option<&str> {
-    match kind {
-        Kind::Setup => project.scripts.setup.as_deref(),
-        Kind::Install => project.scripts.install.as_deref(),
-        Kind::Base | Kind::Project => None,
-    }
-}
-
-fn also_failed(name: &WorkerName, first: &WorkerName, task: &Task) -> RunError {
-    RunError::AlsoFailed {
-        name: name.to_string(),
-        with: first.to_string(),
-        kind: match task {
-            Task::Base(_) => Kind::Base,
-            Task::Project(_) => Kind::Project,
-            Task::Step { kind, .. } => *kind,
-        },
-    }
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The caches that are asked for. Where not even a request can be made, there are none.

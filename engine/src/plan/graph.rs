@@ -13,6 +13,17 @@ use iii_store::{KeyId, TreeId};
 
 use crate::plan::Kind;
 
+/// A step, by what it makes: its recipe, and the project that it looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StepId {
+    /// Setup or install.
+    pub kind: Kind,
+    /// Its recipe.
+    pub key: KeyId,
+    /// The project that it looks at.
+    pub project: TreeId,
+}
+
 /// A task, by what it makes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Task {
@@ -21,72 +32,79 @@ pub enum Task {
     /// The layer of the project in a directory.
     Project(PathBuf),
     /// The layer of a step.
-    Step {
-        /// Setup or install.
-        kind: Kind,
-        /// Its recipe.
-        key: KeyId,
-        /// The project that it looks at.
-        project: TreeId,
-    },
+    Step(StepId),
 }
 
 impl Task {
+    /// The layer that it makes.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Base(_) => Kind::Base,
+            Self::Project(_) => Kind::Project,
+            Self::Step(step) => step.kind,
+        }
+    }
+
     fn key(&self) -> Option<KeyId> {
         match self {
-            Self::Step { key, .. } => Some(*key),
+            Self::Step(step) => Some(step.key),
             Self::Base(_) | Self::Project(_) => None,
         }
     }
 }
 
-/// The tasks that workers, which are numbers here, wait for.
-#[derive(Debug, Default)]
-pub struct Graph {
-    /// Who waits for each task that is not done.
+/// The tasks that workers, which are numbers here, wait for, each with what it takes to do it.
+#[derive(Debug)]
+pub struct Graph<W> {
+    /// The workers that wait for each task.
     open: BTreeMap<Task, Vec<usize>>,
-    done: BTreeSet<Task>,
-    /// Those that nobody has taken, the oldest first.
-    queue: VecDeque<Task>,
-    /// Keys of the steps that were taken and are not done.
+    /// Tasks that have not begun, the oldest first.
+    queue: VecDeque<(Task, W)>,
+    /// Keys of the steps that have begun.
     busy: BTreeSet<KeyId>,
 }
 
-impl Graph {
-    /// Has `worker` wait for `task`. False if it is done already.
-    pub fn want(&mut self, worker: usize, task: &Task) -> bool {
-        if self.done.contains(task) {
-            return false;
+impl<W> Default for Graph<W> {
+    fn default() -> Self {
+        Self {
+            open: BTreeMap::new(),
+            queue: VecDeque::new(),
+            busy: BTreeSet::new(),
         }
-        if let Some(waiting) = self.open.get_mut(task) {
+    }
+}
+
+impl<W> Graph<W> {
+    /// Makes `worker` wait for `task`, which is done by `work` unless an earlier call brought it.
+    pub fn want(&mut self, worker: usize, task: Task, work: W) {
+        if let Some(waiting) = self.open.get_mut(&task) {
             waiting.push(worker);
         } else {
             self.open.insert(task.clone(), vec![worker]);
-            self.queue.push_back(task.clone());
+            self.queue.push_back((task, work));
         }
-        true
     }
 
-    /// The next task that may be begun, and a worker that waits for it.
-    pub fn take(&mut self) -> Option<(Task, usize)> {
-        let is_free = |task: &Task| task.key().is_none_or(|key| !self.busy.contains(&key));
-        let at = self.queue.iter().position(is_free)?;
-        let task = self.queue.remove(at)?;
+    /// The next task that may begin.
+    pub fn take(&mut self) -> Option<(Task, W)> {
+        let busy = &self.busy;
+        let is_free = |task: &Task| task.key().is_none_or(|key| !busy.contains(&key));
+        let at = self.queue.iter().position(|(task, _)| is_free(task))?;
+        let (task, work) = self.queue.remove(at)?;
         self.busy.extend(task.key());
-        let worker = *self.open.get(&task)?.first()?;
-        Some((task, worker))
+        Some((task, work))
     }
 
-    /// Ends a task that was taken. Returns who waited for it, the one that it was done for first.
+    /// Ends a task that was taken. Returns the workers that waited for it, in the order in which
+    /// they asked for it.
     pub fn finish(&mut self, task: &Task) -> Vec<usize> {
         if let Some(key) = task.key() {
             self.busy.remove(&key);
         }
-        self.done.insert(task.clone());
         self.open.remove(task).unwrap_or_default()
     }
 
-    /// Whether nobody waits for anything.
+    /// Whether no worker waits.
     pub fn is_over(&self) -> bool {
         self.open.is_empty()
     }
@@ -98,10 +116,12 @@ mod tests {
 
     /// A worker's tasks, one letter each: the base, the project, and steps by key.
     fn tasks(worker: &str) -> Vec<Task> {
-        let step = |kind, key: u8, project: u8| Task::Step {
-            kind,
-            key: KeyId::from_bytes([key; 32]),
-            project: TreeId::from_bytes([project; 32]),
+        let step = |kind, key: u8, project: u8| {
+            Task::Step(StepId {
+                kind,
+                key: KeyId::from_bytes([key; 32]),
+                project: TreeId::from_bytes([project; 32]),
+            })
         };
         let letters: Vec<u8> = worker.bytes().collect();
         let [base, project, setup, install] = letters[..] else {
@@ -119,7 +139,7 @@ mod tests {
         match task {
             Task::Base(name) => name.clone(),
             Task::Project(path) => path.display().to_string(),
-            Task::Step { key, project, .. } => [key.as_bytes()[0], project.as_bytes()[0]]
+            Task::Step(step) => [step.key.as_bytes()[0], step.project.as_bytes()[0]]
                 .map(char::from)
                 .iter()
                 .collect(),
@@ -131,17 +151,20 @@ mod tests {
     fn run(workers: &[&str], threads: usize, failing: &str) -> (Vec<String>, Vec<usize>) {
         let mut left: Vec<VecDeque<Task>> = workers.iter().map(|w| tasks(w).into()).collect();
         let mut graph = Graph::default();
-        let mut failed = BTreeSet::new();
-        let advance = |graph: &mut Graph, left: &mut Vec<VecDeque<Task>>, worker: usize| {
-            while let Some(task) = left[worker].front() {
-                if graph.want(worker, task) {
-                    break;
-                }
+        let (mut done, mut failed) = (BTreeSet::new(), BTreeSet::new());
+        let advance = |graph: &mut Graph<usize>,
+                       done: &BTreeSet<Task>,
+                       left: &mut Vec<VecDeque<Task>>,
+                       worker: usize| {
+            while left[worker].front().is_some_and(|task| done.contains(task)) {
                 left[worker].pop_front();
+            }
+            if let Some(task) = left[worker].front() {
+                graph.want(worker, task.clone(), worker);
             }
         };
         for worker in 0..workers.len() {
-            advance(&mut graph, &mut left, worker);
+            advance(&mut graph, &done, &mut left, worker);
         }
         let mut rounds = Vec::new();
         while !graph.is_over() {
@@ -151,13 +174,14 @@ mod tests {
             for (task, worker) in &taken {
                 let waited = graph.finish(task);
                 assert_eq!(waited.first(), Some(worker));
+                done.insert(task.clone());
                 for worker in waited {
                     left[worker].pop_front();
                     if letter(task) == failing {
                         failed.insert(worker);
                         left[worker].clear();
                     } else {
-                        advance(&mut graph, &mut left, worker);
+                        advance(&mut graph, &done, &mut left, worker);
                     }
                 }
             }

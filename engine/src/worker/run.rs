@@ -95,8 +95,6 @@ pub enum RunError {
         with: String,
         kind: Kind,
     },
-    #[error("the build went out of turn, which is a fault of this program")]
-    OutOfTurn,
     #[error("this build of iii has no libkrun runtime")]
     NoLibkrun,
     #[error("there is no worker called {name}")]
