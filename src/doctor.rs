@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use iii_engine::firmware::{self, FirmwareError, Package, Source};
 use iii_engine::home::Home;
-use iii_engine::worker::run::Engine;
+use iii_engine::worker::engine::Engine;
 use iii_sandbox::kvm::{self, Unusable};
 use iii_sandbox::{self as sandbox, SandboxError, Warning};
 use iii_store::Store;

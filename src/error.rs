@@ -23,8 +23,8 @@ use iii_engine::project::scaffold::ScaffoldError;
 #[cfg(target_os = "linux")]
 use iii_engine::serve::ServeError;
 use iii_engine::shared_cache::CacheNameError;
-use iii_engine::worker::exec::ExecError;
-use iii_engine::worker::run::RunError;
+use iii_engine::worker::control::ExecError;
+use iii_engine::worker::error::RunError;
 use iii_engine::worker::snapshot::SnapshotError;
 use iii_oci::export::ExportError;
 use iii_oci::{ImageError, LayoutError, RegistryError};

@@ -15,6 +15,7 @@ mod quantity;
 mod snapshot;
 mod store;
 mod table;
+mod terminal;
 mod worker;
 
 use std::env;

@@ -16,10 +16,13 @@ use iii_engine::home::Home;
 use iii_engine::plan::Kind;
 use iii_engine::project::{HostLoopback, WorkerName};
 use iii_engine::shared_cache::{self, CacheError, CacheName, CacheOptions};
+use iii_engine::worker::control::Asked;
 use iii_engine::worker::dev::{self, Options};
-use iii_engine::worker::exec::{self, Asked};
-use iii_engine::worker::run::{self, Engine, RunError, SandboxOptions, Target};
+use iii_engine::worker::engine::Engine;
+use iii_engine::worker::error::RunError;
+use iii_engine::worker::isolation::{self, SandboxOptions};
 use iii_engine::worker::supervise::Signals;
+use iii_engine::worker::target::Target;
 use iii_sandbox::tail::inert;
 
 use super::args::{self, Runtime, Worker};
@@ -30,6 +33,7 @@ use crate::doctor::{self, Diagnosis, State};
 use crate::output::{
     ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration,
 };
+use crate::terminal;
 
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = Home::of_user()?;
@@ -64,14 +68,14 @@ fn exec(home: &Home, args: args::Exec) -> Result<ExitCode, CliError> {
         argv: args.command,
         env: args.env,
         cwd: args.workdir,
-        terminal: args.tty.then(exec::terminal).flatten(),
+        terminal: args.tty.then(terminal::size).flatten(),
     };
     let timeout = args.timeout.map(Duration::from_secs);
     let dir = match iii_engine::managed::state(home, &name)?.0 {
         iii_engine::managed::State::Running => home.managed(name.as_str()),
         _ => home.dev(name.as_str()),
     };
-    let status = exec::exec(&dir, name.as_str(), asked, timeout).map_err(RunError::from)?;
+    let status = terminal::exec(&dir, name.as_str(), asked, timeout).map_err(RunError::from)?;
     let code = status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
@@ -208,7 +212,7 @@ pub fn usual_sandbox() -> Result<SandboxOptions, CliError> {
     })
 }
 
-impl From<Runtime> for run::Runtime {
+impl From<Runtime> for isolation::Runtime {
     fn from(runtime: Runtime) -> Self {
         match runtime {
             Runtime::Auto => Self::Auto,

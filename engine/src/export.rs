@@ -11,7 +11,7 @@ use crate::plan::WORKSPACE;
 use crate::plan::environment::{anywhere, looks_secret};
 use crate::project::{CacheScope, MANIFEST_NAME, Project, WorkerName, config};
 use crate::worker::dev::Built;
-use crate::worker::run::start_command;
+use crate::worker::program::start_command;
 
 /// Longest text of a label.
 const MAX_LABEL: usize = 1024;

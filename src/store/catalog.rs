@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use iii_engine::plan::Kind;
-use iii_engine::worker::run::run_on;
+use iii_engine::worker::keep::run_on;
 use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Root, Roots, Store, StoreError};
 use serde::Serialize;
 

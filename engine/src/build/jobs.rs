@@ -20,7 +20,8 @@ use crate::plan::Kind;
 use crate::plan::environment::{self, Env};
 use crate::plan::graph::{Graph, StepId, Task};
 use crate::project::{Project, WorkerName};
-use crate::worker::run::{RunError, isolation};
+use crate::worker::error::RunError;
+use crate::worker::isolation::isolation;
 
 /// A base image and its layers, pinned.
 #[derive(Clone)]

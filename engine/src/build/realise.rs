@@ -18,8 +18,10 @@ use crate::home::Home;
 use crate::plan::environment::Env;
 use crate::project::{Project, WorkerName};
 use crate::shared_cache::{self, CacheOptions, Caches as LayerCaches, Recorded};
-use crate::worker::run::{RunError, Runtime, SandboxOptions, Target, distrust_kvm};
+use crate::worker::error::RunError;
+use crate::worker::isolation::{Runtime, SandboxOptions, distrust_kvm};
 use crate::worker::supervise::Signals;
+use crate::worker::target::Target;
 
 /// A collection after an edit that freed no more than this many bytes is not worth a word.
 const LITTLE: u64 = 64 << 20;

@@ -15,7 +15,11 @@ use crate::project::config;
 use crate::project::edit::{self, Change};
 use crate::project::{Project, WorkerName};
 use crate::shared_cache::CacheOptions;
-use crate::worker::run::{Engine, Place, RunError, SandboxOptions, keep_also, owner};
+use crate::worker::engine::Engine;
+use crate::worker::error::RunError;
+use crate::worker::isolation::SandboxOptions;
+use crate::worker::keep::keep_also;
+use crate::worker::place::{Place, Task, owner};
 use crate::worker::supervise::Signals;
 
 /// What is to be added, and how.
@@ -216,7 +220,7 @@ fn enter(
     let layers = worker.stack.ids();
     keep_also(store, RefKind::Managed, name.as_str(), &layers, &[])?;
     if state(home, name)?.0 == State::Stopped {
-        let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
+        let place = Place::hold(home.managed(name.as_str()), name, PATIENCE, Task::Add)?;
         place.claim_for(name, root, false)?;
     }
     // Before an engine sees the entry.

@@ -8,8 +8,8 @@
 //! `~/.iii/managed/<name>` is a worker's:
 //!
 //! ```text
-//! lock          flocked by the supervisor for as long as it lives, with its pid in it; flocked by whoever removes the worker,
-//!               with nothing in it
+//! lock          flocked by the supervisor for as long as it lives, with its pid in it; flocked by a
+//!               command that removes the worker, say, with that command's pid and task in it
 //! project       the path of its project
 //! start.json    how it was last started, or is to be
 //! upper/        what it wrote
@@ -36,7 +36,9 @@ use crate::home::Home;
 use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
-use crate::worker::run::{LOCK, Place, RunError, keep_layers, owner, run_on};
+use crate::worker::error::RunError;
+use crate::worker::keep::{keep_layers, run_on};
+use crate::worker::place::{LOCK, Place, Task, holder, owner};
 use crate::worker::snapshot;
 use crate::worker::supervise::GRACE;
 
@@ -362,7 +364,7 @@ pub fn begin_stop(home: &Home, name: &WorkerName) -> Result<Option<Stopping>, Ma
         if Instant::now() > patience {
             return Err(RunError::Busy {
                 name: name.to_string(),
-                holder: pid.map_or_else(|| "another command".to_owned(), |pid| pid.to_string()),
+                holder: holder(&home.managed(name.as_str())),
             }
             .into());
         }
@@ -412,7 +414,7 @@ pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, Man
 /// Stops `name` and removes what it wrote and printed, and its hold on its layers.
 pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     stop(home, name)?;
-    let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
+    let place = Place::hold(home.managed(name.as_str()), name, PATIENCE, Task::Remove)?;
     // What the ref keeps is what the upper needs.
     place.drop_upper()?;
     if let Some(store) = open_store(home)? {
@@ -426,7 +428,7 @@ pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
 /// Stops `name` and removes what it wrote and printed. It stays a worker, with its snapshots, and begins anew the next time.
 pub fn clear(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     stop(home, name)?;
-    let place = Place::hold(home.managed(name.as_str()), name, PATIENCE)?;
+    let place = Place::hold(home.managed(name.as_str()), name, PATIENCE, Task::Clear)?;
     place.drop_upper()?;
     if let Some(store) = open_store(home)? {
         // What it keeps besides is for what it wrote.

@@ -30,8 +30,12 @@ use crate::build::realise::{Realiser, Wanted, With};
 use crate::home::Home;
 use crate::managed::logs::Log;
 use crate::project::{Project, WorkerName};
-use crate::worker::reload::{Session, Sieve};
-use crate::worker::run::{Ended, Engine, Place, RunError, SandboxOptions};
+use crate::worker::Ended;
+use crate::worker::engine::Engine;
+use crate::worker::error::RunError;
+use crate::worker::isolation::SandboxOptions;
+use crate::worker::place::{Place, Task};
+use crate::worker::session::{Session, Sieve};
 use crate::worker::supervise::Signals;
 
 /// The argument by which the program knows that it is to be a supervisor.
@@ -317,7 +321,7 @@ pub fn supervise(
     }
     let name: WorkerName = orders.name.parse()?;
     let project = Project::open(&orders.path)?;
-    let mut place = Place::hold(home.managed(name.as_str()), &name, PATIENCE)?;
+    let mut place = Place::hold(home.managed(name.as_str()), &name, PATIENCE, Task::Run)?;
     place.sign()?;
     place.claim_for(&name, &project.root, false)?;
     let pid_file = place.dir().join(PID_FILE);

@@ -15,10 +15,15 @@ use crate::managed::PATIENCE;
 use crate::plan::Kind;
 use crate::plan::environment::{self, Env};
 use crate::project::{Project, WorkerName};
-use crate::worker::reload::{Session, Sieve};
-use crate::worker::run::{Ended, Engine, Place, RunError, Target, owner, run_on};
+use crate::worker::Ended;
+use crate::worker::engine::Engine;
+use crate::worker::error::RunError;
+use crate::worker::keep::run_on;
+use crate::worker::place::{Place, Task, owner};
+use crate::worker::session::{Session, Sieve};
 use crate::worker::snapshot;
 use crate::worker::supervise::Signals;
+use crate::worker::target::Target;
 
 /// What leases are for.
 const PURPOSE: &str = "dev";
@@ -174,7 +179,7 @@ pub fn is_there(home: &Home, name: &WorkerName) -> Result<bool, RunError> {
 /// Removes the sandbox `name`, which does not run, and all that is kept for it: what it wrote, its snapshots, and its hold on its
 /// layers.
 pub fn remove(home: &Home, name: &WorkerName) -> Result<(), RunError> {
-    let place = Place::hold(home.dev(name.as_str()), name, PATIENCE)?;
+    let place = Place::hold(home.dev(name.as_str()), name, PATIENCE, Task::Remove)?;
     // What the refs keep is what the upper needs. The worker's goes last, as it is what says that there is one.
     place.drop_upper()?;
     let store = Store::open(home.store())?;

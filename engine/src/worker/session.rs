@@ -35,9 +35,13 @@ use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};
 use crate::project::Project;
-use crate::worker::run::{
-    Ended, Engine, Live, Place, Program, RunError, Start, distrust_kvm, keep_layers, worker_config,
-};
+use crate::worker::engine::Engine;
+use crate::worker::error::RunError;
+use crate::worker::isolation::distrust_kvm;
+use crate::worker::keep::keep_layers;
+use crate::worker::place::Place;
+use crate::worker::program::{Program, worker_config};
+use crate::worker::start::{Live, Start};
 use crate::worker::supervise::{GRACE, Signals};
 use crate::worker::watch::{Stopper, Watch, WatchError};
 
@@ -45,6 +49,15 @@ use crate::worker::watch::{Stopper, Watch, WatchError};
 const FORMER: usize = 16;
 /// Notes that are remembered so that they are told once.
 const MAX_TOLD: usize = 1 << 10;
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    /// How its start command ended.
+    pub status: ExitStatus,
+    /// The signal that asked it to end, if one did.
+    pub signal: Option<Signal>,
+}
 
 enum Message {
     /// The watch is set up.

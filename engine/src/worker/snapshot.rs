@@ -29,8 +29,10 @@ use crate::home::Home;
 use crate::managed::{self, ManagedError, PATIENCE};
 use crate::project::edit::{self, Change};
 use crate::project::{NameProblem, WorkerName, config};
-use crate::worker::exec::{self, ExecError};
-use crate::worker::run::{Place, RunError, keep_also, keep_layers, owner, run_on};
+use crate::worker::control::{self, ExecError};
+use crate::worker::error::RunError;
+use crate::worker::keep::{keep_also, keep_layers, run_on};
+use crate::worker::place::{Place, Task, owner};
 
 /// Why something could not be done with snapshots.
 #[derive(Debug, thiserror::Error)]
@@ -530,12 +532,12 @@ impl Taking {
 /// Freezes what a worker wrote, and has it kept. One that runs goes on.
 pub fn take(store: &Store, subject: &Subject, keeper: &Keeper) -> Result<Taken, SnapshotError> {
     let name = subject.name.as_str();
-    match exec::ask_for_snapshot(&subject.dir, name, keeper.clone()) {
+    match control::ask_for_snapshot(&subject.dir, name, keeper.clone()) {
         Err(ExecError::NotRunning { .. }) => {}
         Err(error) => return Err(RunError::from(error).into()),
         Ok(answer) => return answer,
     }
-    let place = Place::hold(subject.dir.clone(), &subject.name, PATIENCE)?;
+    let place = Place::hold(subject.dir.clone(), &subject.name, PATIENCE, Task::Snapshot)?;
     let taker = Taker {
         store,
         name: &subject.name,
@@ -575,7 +577,7 @@ fn put(
 
 /// Has a worker's upper be again what it was when the snapshot `tag` was taken; what it wrote since is gone. It does not run.
 pub fn roll_back(store: &Store, subject: &Subject, tag: &Tag) -> Result<(), SnapshotError> {
-    let place = Place::hold(subject.dir.clone(), &subject.name, PATIENCE)?;
+    let place = Place::hold(subject.dir.clone(), &subject.name, PATIENCE, Task::Rollback)?;
     let snapshot = find(store, subject, tag)?;
     put(
         store,
@@ -616,7 +618,7 @@ pub fn fork(
     };
     edit::check_file(config, &change).map_err(ManagedError::from)?;
     let snapshot = tag.map(|tag| find(store, subject, tag)).transpose()?;
-    let place = Place::hold(home.managed(new.as_str()), new, PATIENCE)?;
+    let place = Place::hold(home.managed(new.as_str()), new, PATIENCE, Task::Fork)?;
     if owner(place.dir())?.is_some() {
         return Err(taken());
     }

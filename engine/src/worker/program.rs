@@ -1,0 +1,88 @@
+//! The program of a worker: command, environment, user and mounts.
+
+use std::path::Path;
+
+use iii_oci::Image;
+use iii_sandbox::BindMount;
+
+use crate::build::realise::Worker;
+use crate::build::{self, Caches, Event};
+use crate::home::Home;
+use crate::plan::environment;
+use crate::project::{Project, WorkerConfig, WorkerName};
+use crate::worker::engine::Engine;
+use crate::worker::error::RunError;
+
+/// What a worker runs, but for the host's part in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Program {
+    pub(super) argv: Vec<String>,
+    pub(super) env: Vec<(String, String)>,
+    pub(super) user: String,
+    /// Package managers' caches.
+    pub(super) mounts: Vec<BindMount>,
+    /// Whom it is to reach.
+    pub(super) engine: Engine,
+}
+
+impl Program {
+    /// What `worker` runs, with an engine there and what config.yaml says. Makes the directories of its caches.
+    pub fn new(
+        home: &Home,
+        worker: &Worker,
+        engine: &Engine,
+        config: &WorkerConfig,
+    ) -> Result<Self, RunError> {
+        let project = &worker.project;
+        let env = environment::for_worker(
+            &worker.env,
+            &project.env,
+            &config.env,
+            worker.name.as_str(),
+            &engine.url(),
+            worker.isolation.name(),
+        );
+        let [entrypoint, command] = start_command(&worker.image, project);
+        Ok(Self {
+            argv: entrypoint.into_iter().chain(command).collect(),
+            env: env.into_iter().collect(),
+            user: worker.image.config.user.clone(),
+            mounts: Caches::open(
+                &home.cache(worker.isolation.name()),
+                project,
+                &worker.env,
+                |cache| !cache.id.starts_with("apt-"),
+                false,
+            )?
+            .mounts,
+            engine: engine.clone(),
+        })
+    }
+
+    /// Whether a sandbox that was made for `other` has what this one needs.
+    pub fn fits(&self, other: &Self) -> bool {
+        self.mounts == other.mounts
+    }
+}
+
+/// What starts a worker: the image's entrypoint, and the command that goes by way of it, as a container engine runs them. The
+/// steps do without an entrypoint, as those of a Dockerfile.
+pub fn start_command(image: &Image, project: &Project) -> [Vec<String>; 2] {
+    let mut command = build::SHELL.map(str::to_owned).to_vec();
+    command.push(project.scripts.start.clone());
+    [image.config.entrypoint.clone(), command]
+}
+
+/// What config.yaml says of the worker, with what is odd about it told.
+pub(crate) fn worker_config(
+    path: &Path,
+    name: &WorkerName,
+    events: &dyn Fn(Event<'_>),
+) -> Result<WorkerConfig, RunError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let config = crate::project::config::read(path, name.as_str(), &variable)?.unwrap_or_default();
+    for warning in &config.warnings {
+        events(Event::Note(warning.clone()));
+    }
+    Ok(config)
+}
