@@ -31,14 +31,15 @@ use crate::id::{LayerId, TreeId};
 use crate::layer::Layer;
 use crate::lease::Leftovers;
 use crate::refs::RefKind;
+use crate::reserve::RESERVE;
 use crate::stat_cache::StatCache;
 use crate::store::Store;
 use crate::trash;
 
 /// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
-pub const AREAS: [&str; 11] = [
+pub const AREAS: [&str; 12] = [
     "packs", "loose", "layers", "keys", "refs", "stat", "trash", "damaged", "tmp", "leases",
-    "locks",
+    "locks", RESERVE,
 ];
 /// The [`Area::name`] of what is beside [`AREAS`], the store's directory itself included.
 pub const OTHER: &str = "other";

@@ -157,6 +157,12 @@ impl StoreError {
 }
 
 impl StoreError {
+    /// Whether the disk, or what the user may take of it, is full.
+    pub(crate) fn is_full(&self) -> bool {
+        let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+        matches!(self, Self::Io { source, .. } if full.contains(&source.kind()))
+    }
+
     /// It and its causes.
     pub(crate) fn in_one_line(&self) -> String {
         let mut text = self.to_string();

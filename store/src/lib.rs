@@ -22,6 +22,7 @@
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
 //! damaged/<n>/             what repair number n set aside: `repair`
+//! reserve/<n>              what is removed when the disk is full: `reserve`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! tmp/format               what the holder of `locks/format` is writing
 //! ```
@@ -90,6 +91,7 @@ mod pack_writer;
 mod pieces;
 mod refs;
 pub mod repair;
+mod reserve;
 mod roots;
 pub mod seal;
 pub mod snapshot;

@@ -205,7 +205,7 @@ impl Store {
 
     /// Removes a name, durably. Says whether there was one.
     pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
-        self.edit_ref(kind, name)?.remove()
+        self.with_room(|| self.edit_ref(kind, name)?.remove())
     }
 }
 

@@ -19,6 +19,7 @@ use crate::lease::{self, Lease};
 use crate::lock::FileLock;
 use crate::objects::{LOOKS, Objects, lock};
 use crate::refs::RefKind;
+use crate::reserve::RESERVE;
 use crate::seal;
 use crate::trash::{self, Places};
 
@@ -27,7 +28,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-pub(crate) const DIRS: [&str; 15] = [
+pub(crate) const DIRS: [&str; 16] = [
     "packs",
     "loose",
     "layers",
@@ -43,6 +44,7 @@ pub(crate) const DIRS: [&str; 15] = [
     "tmp",
     "stat",
     "trash",
+    RESERVE,
 ];
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
@@ -185,7 +187,8 @@ impl Store {
     /// Opens the store on a disk of the caller's, for tests that make it fail.
     pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
         let mut found = Format::read(disk.as_ref(), dir)?;
-        if matches!(found, Found::Nothing) {
+        let made = matches!(found, Found::Nothing);
+        if made {
             create(dir, &disk)?;
             found = Format::read(disk.as_ref(), dir)?;
         }
@@ -209,7 +212,14 @@ impl Store {
                 }
             }
         }
-        Ok(Self::assemble(dir, disk, read_only))
+        let writable = read_only.is_none();
+        let store = Self::assemble(dir, disk, read_only);
+        let (disk, reserve) = (store.disk(), dir.join(RESERVE));
+        let is_missing = || disk.metadata(&reserve).is_err() && disk.create_dir(&reserve).is_ok();
+        if writable && (made || is_missing()) {
+            store.fill_reserve();
+        }
+        Ok(store)
     }
 
     /// Opens the store in `dir` even if its `format` file is damaged or missing, to verify and to repair it. Nothing else can

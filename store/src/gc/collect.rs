@@ -22,6 +22,9 @@ use crate::roots::Roots;
 use crate::store::{Store, read_json, write_json};
 use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places};
 
+/// How often a collection begins again on a full disk, after a step that freed something.
+const MAX_ROUNDS: u32 = 64;
+
 /// The ingests for which the objects of a generation wait, by lease.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Waits {
@@ -59,6 +62,8 @@ pub(super) struct Collection<'a> {
     generation: Option<PathBuf>,
     report: GcReport,
     written: u64,
+    /// Why a step was left out, if the disk had no room for it.
+    full: Option<StoreError>,
 }
 
 impl<'a> Collection<'a> {
@@ -70,6 +75,7 @@ impl<'a> Collection<'a> {
             generation: None,
             report: GcReport::default(),
             written: 0,
+            full: None,
         }
     }
 
@@ -89,25 +95,57 @@ impl<'a> Collection<'a> {
         let swept = lease::sweep(self.store)?;
         self.report.leftovers_removed = swept.leases + swept.files;
         self.report.freed += swept.on_disk;
-        self.drop_records(plan)?;
-        self.drop_volumes(plan)?;
-        self.trash_layers(plan)?;
-        self.remove_expired(plan.grace)?;
-        match self.collect_objects() {
-            Ok(()) => {}
-            Err(
-                err @ (StoreError::Index { .. }
-                | StoreError::Layer { .. }
-                | StoreError::Damaged { .. }),
-            ) => (self.events)(GcEvent::Blocked(&err.in_one_line())),
-            Err(err) => return Err(err),
+        for _ in 0..MAX_ROUNDS {
+            let before = self.report.freed;
+            self.round(plan)?;
+            let Some(full) = self.full.take() else {
+                break;
+            };
+            // Later steps may have made room for earlier ones.
+            if self.report.freed == before && !self.store.make_room()? {
+                if self.report.freed == 0 {
+                    return Err(full);
+                }
+                break;
+            }
         }
         for name in &plan.stat_caches {
             self.remove(&self.store.dir().join("stat").join(name))?;
         }
         self.tidy()?;
+        self.store.fill_reserve();
         self.report.freed = self.report.freed.saturating_sub(self.written);
         Ok(self.report)
+    }
+
+    /// Everything that frees space, once.
+    fn round(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
+        self.drop_records(plan)?;
+        self.drop_volumes(plan)?;
+        self.trash_layers(plan)?;
+        self.remove_expired(plan.grace)?;
+        match self.collect_objects() {
+            Err(
+                err @ (StoreError::Index { .. }
+                | StoreError::Layer { .. }
+                | StoreError::Damaged { .. }),
+            ) => {
+                (self.events)(GcEvent::Blocked(&err.in_one_line()));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// What a step gave; nothing if the disk has no room for it.
+    fn if_room<T>(&mut self, result: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+        match result {
+            Err(err) if err.is_full() => {
+                self.full = Some(err);
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     /// Removes a file. Says whether it was there.
@@ -136,7 +174,8 @@ impl<'a> Collection<'a> {
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for (key, layers) in &by_key {
             let goes = |layer: &LayerId| layers.contains(layer) && !pinned.contains(layer);
-            self.report.records += self.store.drop_records(self.lease, key, &goes)?;
+            let dropped = self.store.drop_records(self.lease, key, &goes);
+            self.report.records += self.if_room(dropped)?.unwrap_or_default();
         }
         Ok(())
     }
@@ -153,7 +192,10 @@ impl<'a> Collection<'a> {
             if volume.layers.iter().any(|layer| pinned.contains(layer)) {
                 continue;
             }
-            let edit = self.store.edit_ref(RefKind::Volume, &volume.name)?;
+            let edit = self.store.edit_ref(RefKind::Volume, &volume.name);
+            let Some(edit) = self.if_room(edit)? else {
+                continue;
+            };
             let same = |now: Ref| now.layers == volume.layers;
             // One that has grown meanwhile is in use, and one that is damaged is for a repair.
             if let Ok(Some(true)) = edit.get().map(|now| now.map(same)) {
@@ -177,23 +219,22 @@ impl<'a> Collection<'a> {
         let generation = trash.join(number.to_string());
         disk.create_dir(&generation).at("making", &generation)?;
         self.sync(&trash)?;
-        trash::note_birth(self.store, self.lease, &generation)?;
+        trash::note_birth(self.store, self.lease, &generation).inspect_err(|_| {
+            // At worst, an empty one stays until it is tidied up.
+            let _ = disk.remove_dir(&generation);
+        })?;
         self.generation = Some(generation.clone());
         Ok(generation)
     }
 
     fn trash_layers(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
         if !plan.layers.is_empty() {
-            let generation = self.generation()?;
-            for garbage in &plan.layers {
-                let to = generation.join(format!("{}.{LAYER}", garbage.layer));
-                let from = self.places().layer(&garbage.layer);
-                if trash::move_name(self.store.disk().as_ref(), &from, &to)? {
-                    self.report.layers_trashed += 1;
-                }
+            let moved = self.move_layers(plan);
+            self.if_room(moved)?;
+            if let Some(generation) = &self.generation {
+                self.sync(generation)?;
+                self.sync_kind("layers")?;
             }
-            self.sync(&generation)?;
-            self.sync_kind("layers")?;
         }
         // Now that they cannot be found any more: does anybody need them?
         let trashed = trash::layers(self.store)?;
@@ -204,6 +245,18 @@ impl<'a> Collection<'a> {
         for layer in trashed {
             if !roots.of(&layer.id).is_empty() && self.places().take_back_layer(&layer.id)? {
                 self.report.layers_trashed = self.report.layers_trashed.saturating_sub(1);
+            }
+        }
+        Ok(())
+    }
+
+    fn move_layers(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
+        let generation = self.generation()?;
+        for garbage in &plan.layers {
+            let to = generation.join(format!("{}.{LAYER}", garbage.layer));
+            let from = self.places().layer(&garbage.layer);
+            if trash::move_name(self.store.disk().as_ref(), &from, &to)? {
+                self.report.layers_trashed += 1;
             }
         }
         Ok(())
@@ -237,7 +290,6 @@ impl<'a> Collection<'a> {
     }
 
     fn collect_objects(&mut self) -> Result<(), StoreError> {
-        let disk = Arc::clone(self.store.disk());
         // Before the layers are listed: an object that comes later is in no pack that this looks at.
         let mut census = self.store.census()?;
         if let Some(err) = census.damaged.pop() {
@@ -256,47 +308,64 @@ impl<'a> Collection<'a> {
                 .is_some_and(|n| n.load(Ordering::Relaxed) > 0)
         };
         let mut packs = decide(&census, &lives);
-        self.rewrite(&census, &mut packs, &lives)?;
+        let rewritten = self.rewrite(&census, &mut packs, &lives);
+        self.if_room(rewritten)?;
         let loose: Vec<ObjectId> = census
             .loose()
             .filter(|(_, _, slot)| !lives(*slot))
             .map(|(id, ..)| id)
             .collect();
-        let leftovers = orphans.len() + census.strays.len() + census.lone_outboards.len();
-        if packs.dead.len() + loose.len() + leftovers > 0 {
-            let generation = self.generation()?;
-            let disk = disk.as_ref();
-            for id in &packs.dead {
-                let to = generation.join(format!("{id}.idx"));
-                trash::move_name(disk, &self.places().index(id), &to)?;
-                self.trash_pack_file(&generation, id)?;
-            }
-            for id in &orphans {
-                self.trash_pack_file(&generation, id)?;
-            }
-            for id in &census.strays {
-                let (pack, index) = (self.places().pack(id), self.places().index(id));
-                let trashed = generation.join(format!("{id}.idx"));
-                trash::move_name(disk, &index, &trashed)?;
-                // Somebody was just taking the pack back, or publishing it.
-                if self.store.metadata(&pack)?.is_some() {
-                    trash::move_name(disk, &trashed, &index)?;
-                }
-            }
-            for id in &loose {
-                let to = generation.join(format!("{id}.{LOOSE}"));
-                trash::move_name(disk, &self.places().loose(id), &to)?;
-            }
-            // An ingest that is just naming one of these makes do without it.
-            for id in loose.iter().chain(&census.lone_outboards) {
-                let to = generation.join(format!("{id}.{OUTBOARD}"));
-                trash::move_name(disk, &self.places().outboard(id), &to)?;
-            }
-            self.sync(&generation)?;
+        let moved = self.move_objects(&census, &packs.dead, &orphans, &loose);
+        self.if_room(moved)?;
+        if let Some(generation) = &self.generation {
+            self.sync(generation)?;
             self.sync_kind("packs")?;
             self.sync_kind("loose")?;
         }
         self.empty_trash(&seen)
+    }
+
+    /// Moves packs, loose objects and what a crash left of either into the trash.
+    fn move_objects(
+        &mut self,
+        census: &Census,
+        packs: &[PackId],
+        orphans: &[PackId],
+        loose: &[ObjectId],
+    ) -> Result<(), StoreError> {
+        let leftovers = orphans.len() + census.strays.len() + census.lone_outboards.len();
+        if packs.len() + loose.len() + leftovers == 0 {
+            return Ok(());
+        }
+        let generation = self.generation()?;
+        let disk = self.store.disk().as_ref();
+        for id in packs {
+            let to = generation.join(format!("{id}.idx"));
+            trash::move_name(disk, &self.places().index(id), &to)?;
+            self.trash_pack_file(&generation, id)?;
+        }
+        for id in orphans {
+            self.trash_pack_file(&generation, id)?;
+        }
+        for id in &census.strays {
+            let (pack, index) = (self.places().pack(id), self.places().index(id));
+            let trashed = generation.join(format!("{id}.idx"));
+            trash::move_name(disk, &index, &trashed)?;
+            // Somebody was just taking the pack back, or publishing it.
+            if self.store.metadata(&pack)?.is_some() {
+                trash::move_name(disk, &trashed, &index)?;
+            }
+        }
+        for id in loose {
+            let to = generation.join(format!("{id}.{LOOSE}"));
+            trash::move_name(disk, &self.places().loose(id), &to)?;
+        }
+        // An ingest that is just naming one of these makes do without it.
+        for id in loose.iter().chain(&census.lone_outboards) {
+            let to = generation.join(format!("{id}.{OUTBOARD}"));
+            trash::move_name(disk, &self.places().outboard(id), &to)?;
+        }
+        Ok(())
     }
 
     /// Counts how many layers name each object. Also the objects that are not there.
@@ -470,7 +539,9 @@ impl<'a> Collection<'a> {
                 Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
                     let waits = Waits::of(&leases);
                     if !waits.ingests.is_empty() {
-                        write_json(self.store, self.lease, &path, &waits, MAX_TRASH_FILE)?;
+                        let (store, lease) = (self.store, self.lease);
+                        let written = write_json(store, lease, &path, &waits, MAX_TRASH_FILE);
+                        self.if_room(written)?;
                     }
                     waits
                 }

@@ -15,6 +15,12 @@
 //! same after any number of edits, and no limit of the kernel is reached; a store with more files
 //! than that, which nobody has collected, works too, since each file is open only while it is read.
 //!
+//! # On a full disk
+//!
+//! A collection writes little, and on a disk without a free block or inode it removes the reserve
+//! first: see `reserve`. A step that finds no room even so is left out, and done again when a later
+//! step has freed something.
+//!
 //! # Beside writers and readers
 //!
 //! Nobody waits for a collection, and it waits for nobody; two collections never run at once. It deletes in the
@@ -255,11 +261,13 @@ impl Store {
 
     /// Carries out a plan. Waits if another collection runs.
     pub fn gc(&self, plan: &GcPlan, events: &dyn Fn(GcEvent<'_>)) -> Result<GcReport, StoreError> {
-        // Says at once whether the store may be written.
-        let lease = self.lease("gc")?;
-        let on_wait = || events(GcEvent::Waiting);
-        let _lock = FileLock::acquire(self.disk(), &self.gc_lock(), &on_wait)?;
-        Collection::new(self, &lease, events).run(plan)
+        self.with_room(|| {
+            // Says at once whether the store may be written.
+            let lease = self.lease("gc")?;
+            let on_wait = || events(GcEvent::Waiting);
+            let _lock = FileLock::acquire(self.disk(), &self.gc_lock(), &on_wait)?;
+            Collection::new(self, &lease, events).run(plan)
+        })
     }
 
     /// Carries out a plan, unless another collection runs.
@@ -268,11 +276,13 @@ impl Store {
         plan: &GcPlan,
         events: &dyn Fn(GcEvent<'_>),
     ) -> Result<Option<GcReport>, StoreError> {
-        let lease = self.lease("gc")?;
-        let Some(_lock) = FileLock::try_acquire(self.disk(), &self.gc_lock())? else {
-            return Ok(None);
-        };
-        Collection::new(self, &lease, events).run(plan).map(Some)
+        self.with_room(|| {
+            let lease = self.lease("gc")?;
+            let Some(_lock) = FileLock::try_acquire(self.disk(), &self.gc_lock())? else {
+                return Ok(None);
+            };
+            Collection::new(self, &lease, events).run(plan).map(Some)
+        })
     }
 
     /// Whether the store has so many small packs, or layers that nothing keeps, that a collection

@@ -150,7 +150,7 @@ pub fn read_all(store: &Store, sample: &Sample) -> usize {
     failed
 }
 
-/// The files of the store that are not of a moment, relative to it.
+/// The files of the store that hold something, relative to it. Nothing reads the reserve.
 pub fn stored_files(dir: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut dirs = vec![PathBuf::new()];
@@ -165,6 +165,7 @@ pub fn stored_files(dir: &Path) -> Vec<PathBuf> {
             }
         }
     }
+    files.retain(|file| !file.starts_with("reserve"));
     files.sort();
     files
 }

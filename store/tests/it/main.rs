@@ -8,6 +8,7 @@ mod diffs;
 mod edits;
 mod faults;
 mod flips;
+mod full;
 mod gc;
 mod helpers;
 mod ingests;
