@@ -1,4 +1,4 @@
-//! What this machine has of what sandboxes need: found by trying, explained for people.
+//! Tries each requirement of sandboxes on this machine, and explains the result.
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -31,16 +31,16 @@ pub enum State {
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What.
+    /// Name of the requirement.
     pub what: &'static str,
     /// How good it is.
     pub state: State,
-    /// What was found.
+    /// The result, in words.
     pub found: String,
-    /// What that means.
+    /// The consequence, unless it is good.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub means: Option<String>,
-    /// What to do about it.
+    /// The remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
@@ -70,13 +70,14 @@ impl Finding {
 /// Everything that was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Diagnosis {
-    /// What `--runtime auto` takes; none if no sandbox can start.
+    /// The choice of `--runtime auto`; none if no sandbox can start.
     pub runtime: Option<&'static str>,
     /// In the order in which they matter.
     pub findings: Vec<Finding>,
 }
 
-/// Looks at everything, anew. Changes nothing but what is remembered of `/dev/kvm`, and asks nobody but the engine.
+/// Tries everything again. Changes only the remembered verdict about `/dev/kvm`, and connects only
+/// to the engine.
 pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let kvm = kvm::usable_now(&home.kvm());
     let firmware = firmware::Places::from_environment(home.lib(), None).find();
@@ -117,13 +118,13 @@ fn of_kvm(kvm: Result<(), Unusable>) -> Finding {
     } else {
         (
             State::Bad,
-            "no microVMs here, and workers run in nothing else",
+            "no microVMs here, and no other sandbox exists on this system",
         )
     };
     match kvm {
         Ok(()) if cfg!(target_os = "macos") => Finding::good(
             WHAT,
-            format!("{} gives this program a machine", kvm::DEVICE),
+            format!("{} creates a VM for this program", kvm::DEVICE),
         ),
         Ok(()) => Finding::good(WHAT, format!("a guest runs on {}", kvm::DEVICE)),
         Err(unusable) => Finding::good(WHAT, unusable.to_string())
@@ -148,7 +149,7 @@ fn of_firmware(
         }
         Ok(None) if can_fetch => Finding::good(WHAT, "not on this machine").but(
             State::Fair,
-            "the guest's kernel; fetched from npm, 33 MB, when a microVM first starts",
+            "the guest's kernel; the first microVM fetches it from npm, 33 MB",
         ),
         Ok(None) => Finding::good(WHAT, "not on this machine")
             .but(
@@ -156,7 +157,7 @@ fn of_firmware(
                 "the guest's kernel; no microVM can start without it",
             )
             .advise(format!(
-                "install libkrunfw 5, or name it: {}",
+                "install libkrunfw 5, or set {} to its path",
                 firmware::VARIABLE
             )),
         Err(error) => Finding::good(WHAT, error.to_string())
@@ -165,7 +166,7 @@ fn of_firmware(
     }
 }
 
-/// What a microVM's process may do once its guest has taken it over.
+/// The confinement of a microVM's process, in case its guest takes it over.
 #[cfg(all(feature = "libkrun", target_os = "linux"))]
 fn of_confinement(has_landlock: bool) -> Finding {
     const WHAT: &str = "confinement";
@@ -175,11 +176,9 @@ fn of_confinement(has_landlock: bool) -> Finding {
     Finding::good(WHAT, "seccomp alone holds the process of a microVM")
         .but(
             State::Fair,
-            "a guest that takes it over, by a fault of it, may open this user's files",
+            "a guest that takes the process over may open this user's files",
         )
-        .advise(
-            "use a kernel from 5.19 on with landlock, which `lsm=` on its command line has to name",
-        )
+        .advise("use a kernel from 5.19 on, with landlock in `lsm=` of its command line")
 }
 
 fn of_namespaces(blocker: Option<&SandboxError>) -> Finding {
@@ -206,7 +205,7 @@ fn of_ids(warnings: &[Warning]) -> Finding {
         None => Finding::good(WHAT, "a sandbox has all of its users"),
         Some(Warning::SingleId { reason, remedy }) => Finding::good(
             WHAT,
-            format!("a sandbox has root alone ({reason})"),
+            format!("a sandbox has only root ({reason})"),
         )
         .but(
             State::Fair,
@@ -225,16 +224,18 @@ fn of_disk(home: &Path) -> Finding {
     let Some(space) = space else {
         return Finding::good(
             WHAT,
-            format!("the space at {} is not known", home.display()),
+            format!("the free space at {} is unknown", home.display()),
         )
-        .but(State::Fair, "nothing, if it is a network filesystem");
+        .but(State::Fair, "harmless on a network filesystem");
     };
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     let found = format!("{} free at {}", human_bytes(free), home.display());
     if free < LITTLE_SPACE {
         return Finding::good(WHAT, found)
             .but(State::Fair, "images and installs may not fit")
-            .advise("`iii store gc` removes what nobody needs; `iii store df` says what is there");
+            .advise(
+                "`iii store gc` removes unneeded layers; `iii store df` shows the use of the disk",
+            );
     }
     Finding::good(WHAT, found)
 }
@@ -247,8 +248,8 @@ fn of_store(path: &Path) -> Option<Finding> {
     Some(match Store::open(path) {
         Ok(_) => Finding::good(WHAT, format!("{} opens", path.display())),
         Err(error) => Finding::good(WHAT, error.to_string())
-            .but(State::Bad, "nothing can be built or started")
-            .advise("`iii store verify` says what is wrong, and --repair sets it aside"),
+            .but(State::Bad, "no worker can be built or started")
+            .advise("`iii store verify` lists the damage, and --repair moves it aside"),
     })
 }
 
@@ -258,8 +259,8 @@ fn of_engine(engine: &Engine) -> Finding {
     if engine.listens() {
         return Finding::good(WHAT, format!("listens at {url}"));
     }
-    Finding::good(WHAT, format!("nobody listens at {url}"))
-        .but(State::Fair, "workers start, and wait for it")
+    Finding::good(WHAT, format!("no engine listens at {url}"))
+        .but(State::Fair, "workers start and wait for the engine")
         .advise("start it with `iii`, or give --port and --address")
 }
 
@@ -289,7 +290,7 @@ mod tests {
                 State::Fair,
                 "nested virtualization",
             ),
-            (of_firmware(Ok(None), true), State::Fair, "fetched from npm"),
+            (of_firmware(Ok(None), true), State::Fair, "from npm"),
             (of_firmware(Ok(None), false), State::Fair, "III_LIBKRUNFW"),
             (of_firmware(Err(no_file), true), State::Bad, "unset it"),
             #[cfg(all(feature = "libkrun", target_os = "linux"))]

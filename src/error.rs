@@ -1,13 +1,13 @@
-//! What people are told when something fails, and the exit code that scripts get.
+//! Errors of commands: messages, hints and exit codes.
 //!
 //! | code | meaning |
 //! |---|---|
-//! | 0 | done; or a worker ended because it was asked to |
+//! | 0 | done; or a worker ended on request |
 //! | 1 | failed; of `store verify`: something is damaged |
-//! | 2 | the command line makes no sense |
-//! | 125, 126, 127 | the start command could not be run: the sandbox failed, not executable, not found |
+//! | 2 | the command line is wrong |
+//! | 125, 126, 127 | the start command did not run: sandbox failed, not executable, not found |
 //! | 128 + n | interrupted by signal n before the worker ran |
-//! | any other | what the worker exited with (128 + n where a signal n killed it) |
+//! | any other | exit code of the worker (128 + n where a signal n killed it) |
 
 use std::io;
 use std::path::PathBuf;
@@ -54,22 +54,22 @@ pub enum CliError {
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error(
-        "{text:?} names no layer: that takes the first hex digits of its id, at least {MIN_PREFIX}"
+        "{text:?} names no layer: expected the first {MIN_PREFIX} or more hex digits of its id"
     )]
     NotALayer { text: String },
-    #[error("there is no layer, worker or image called {text:?}")]
+    #[error("no layer, worker or image is called {text:?}")]
     NothingCalled { text: String },
-    #[error("there is no layer whose id begins with {text}")]
+    #[error("no layer has an id that begins with {text}")]
     NoLayer { text: String },
     #[error("the ids of {} layers begin with {text}: {}", found.len(), listed(text, found))]
     Ambiguous { text: String, found: Vec<LayerId> },
-    #[error("there is no image called {name} in the store")]
+    #[error("no image is called {name} in the store")]
     NoImage { name: String },
-    #[error("the variable {} makes no sense", limits::VARIABLE)]
+    #[error("the variable {} is not valid", limits::VARIABLE)]
     Limits(#[source] LimitError),
     #[error("exporting to {to} failed")]
     Export { to: String, source: ExportError },
-    #[error("the variable SOURCE_DATE_EPOCH has {text:?}, which is not a number of seconds")]
+    #[error("SOURCE_DATE_EPOCH is {text:?}, which is not a number of seconds")]
     SourceDateEpoch { text: String },
     #[error(transparent)]
     Managed(ManagedError),
@@ -79,23 +79,23 @@ pub enum CliError {
     Scaffold(#[from] ScaffoldError),
     #[error("{what}; nothing was done")]
     NeedsYes { what: String },
-    #[error("III_LIFELINE_FD has {text:?}, which is no open file descriptor")]
+    #[error("III_LIFELINE_FD is {text:?}, which is not an open file descriptor")]
     Lifeline { text: String },
     #[error("cannot read the log of {name}")]
     Log { name: String, source: io::Error },
-    #[error("there is no command {name}")]
+    #[error("no command is called {name}")]
     NoCommand { name: String },
     #[error("cannot write manual pages into {}", dir.display())]
     Pages { dir: PathBuf, source: io::Error },
-    #[error("the working directory is gone")]
+    #[error("the working directory does not exist any more")]
     Here(#[source] io::Error),
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
-    #[error("III_RUNTIME is {text:?}, which is none of auto, namespace and libkrun")]
+    #[error("III_RUNTIME is {text:?}; expected auto, namespace or libkrun")]
     RuntimeVariable { text: String },
-    #[error("the variable {variable} is of no use")]
+    #[error("the variable {variable} is not valid")]
     CacheVariable {
         variable: &'static str,
         source: CacheNameError,
@@ -132,7 +132,7 @@ impl From<NameError> for CliError {
 /// Most candidates that a message names.
 const MAX_LISTED: usize = 8;
 
-/// Ids cut to where they differ, as a rule.
+/// Ids cut to a length at which they usually differ.
 fn listed(prefix: &str, ids: &[LayerId]) -> String {
     let cut = |id: &LayerId| id.to_string().chars().take(prefix.len() + 6).collect();
     let mut listed: Vec<String> = ids.iter().take(MAX_LISTED).map(cut).collect();
@@ -153,22 +153,22 @@ fn is_damage(error: &StoreError) -> bool {
     )
 }
 
-/// How to have more of something, where that is what is wrong with an image.
+/// How to raise the limit that an image exceeds.
 fn limit_hint(error: &ImageError, has_flag: bool) -> Option<String> {
     if is_beyond_the_store(error) {
-        return Some("this limit is the store's own and cannot be raised".into());
+        return Some("this is a limit of the store and cannot be raised".into());
     }
     let passed = error.passed()?;
     let limit = passed.limit?;
     if passed.value >= limit.most() {
-        return Some(format!("{limit} cannot be raised any further"));
+        return Some(format!("{limit} cannot be raised further"));
     }
     let raised = limits::raised(limit, passed.value);
     let variable = limits::VARIABLE;
     Some(if has_flag {
-        format!("if it is to be trusted with more, raise the limit: --limit {raised}")
+        format!("if you trust the image, raise the limit: --limit {raised}")
     } else {
-        format!("if it is to be trusted with more, raise the limit: {variable}={raised}")
+        format!("if you trust the image, raise the limit: {variable}={raised}")
     })
 }
 
@@ -184,27 +184,27 @@ fn is_beyond_the_store(error: &ImageError) -> bool {
     }
 }
 
-/// What may help where a registry does not do what it was asked for.
+/// The remedy for a failed request to a registry.
 pub fn registry_hint(error: &RegistryError) -> Option<String> {
     let login = |host: &str| format!("`docker login {host}` or `podman login {host}`");
     Some(match error {
         RegistryError::Unauthorized { host, .. } => format!(
-            "log in with {}, and see whether the name is right: many registries refuse what they do not have",
+            "log in with {}, and check the name: many registries refuse names that they do not have",
             login(host)
         ),
         RegistryError::NotAllowed { host, .. } => format!(
-            "log in with {} as somebody who may push there, and see whether the name is right: many registries take only names that begin with the user's",
+            "log in with {} as a user who may push there, and check the name: many registries accept only names that begin with the user's",
             login(host)
         ),
-        RegistryError::NotFound { .. } => "see whether the name and the tag are right".into(),
+        RegistryError::NotFound { .. } => "check the name and the tag".into(),
         RegistryError::Http { .. } => {
-            "see whether the registry can be reached from here; a proxy: HTTPS_PROXY; a private CA: SSL_CERT_FILE; a registry without TLS: III_INSECURE_REGISTRIES".into()
+            "check the network; set HTTPS_PROXY for a proxy, SSL_CERT_FILE for a private CA, III_INSECURE_REGISTRIES for a registry without TLS".into()
         }
         _ => return None,
     })
 }
 
-/// What may help where an image cannot be pulled.
+/// The remedy for a failed pull.
 fn pull_hint(error: &ImageError) -> Option<String> {
     let ImageError::Pull { source, .. } = error else {
         return None;
@@ -214,10 +214,10 @@ fn pull_hint(error: &ImageError) -> Option<String> {
             registry_hint(error)?
         }
         ImageError::Layout(LayoutError::Platform { .. }) => {
-            "another platform: --platform, of `iii image pull`".into()
+            "choose another platform with --platform of `iii image pull`".into()
         }
         ImageError::Layer { source, .. } if source.passed().is_none() => {
-            "layers that were whole are kept; run it again to go on".into()
+            "complete layers are kept; run the command again to continue".into()
         }
         _ => return None,
     })
@@ -226,17 +226,17 @@ fn pull_hint(error: &ImageError) -> Option<String> {
 fn managed_hint(error: &ManagedError) -> Option<String> {
     Some(match error {
         ManagedError::Unknown { .. } => {
-            "`iii worker list` shows the workers; a project is added by its path, as in: iii worker add ./my-project".into()
+            "`iii worker list` prints the workers; add a project by its path, as in: iii worker add ./my-project".into()
         }
         ManagedError::Moved { name, .. } => format!(
-            "add it from where it is now: iii worker add PATH; or forget it: iii worker remove {name}"
+            "add it from its new path: iii worker add PATH; or remove it: iii worker remove {name}"
         ),
-        ManagedError::Twice { .. } => "give one of them another `name` in its iii.worker.yaml".into(),
+        ManagedError::Twice { .. } => "set a different `name` in one iii.worker.yaml".into(),
         ManagedError::NotLocal { .. } | ManagedError::Elsewhere { .. } => {
-            "give this one another `name` in its iii.worker.yaml, or remove that one first".into()
+            "set a different `name` in its iii.worker.yaml, or remove the other worker first".into()
         }
         ManagedError::NotStarted { name } | ManagedError::Speechless { name } => {
-            format!("`iii worker logs {name}` shows what was said")
+            format!("`iii worker logs {name}` prints its output")
         }
         ManagedError::EngineGone { .. } => "unset it to run the worker without the engine".into(),
         _ => return None,
@@ -246,10 +246,10 @@ fn managed_hint(error: &ManagedError) -> Option<String> {
 fn snapshot_hint(error: &SnapshotError) -> Option<String> {
     Some(match error {
         SnapshotError::Exists { .. } => {
-            "give it another tag; --force takes it in place of that one".into()
+            "choose another tag, or replace the snapshot with --force".into()
         }
         SnapshotError::Unknown { name, have, .. } if have.is_empty() => {
-            format!("it has none; to take one: iii worker snapshot {name}")
+            format!("it has no snapshot; to take one: iii worker snapshot {name}")
         }
         SnapshotError::Unknown { have, .. } => {
             let mut listed = have
@@ -264,16 +264,14 @@ fn snapshot_hint(error: &SnapshotError) -> Option<String> {
             format!("it has {listed}")
         }
         SnapshotError::NeverRun { name } => format!("start it once: iii worker start {name}"),
-        SnapshotError::Taken { .. } => {
-            "give the new one another name, or remove that one first".into()
-        }
+        SnapshotError::Taken { .. } => "choose another name, or remove that worker first".into(),
         SnapshotError::InVm { name } => {
             format!("stop it first; a managed worker with: iii worker stop {name}")
         }
         SnapshotError::Freeze {
             source: FreezeError::Restless,
             ..
-        } => "take it when the worker writes less, or stop it first".into(),
+        } => "take it when the worker writes less, or stop the worker first".into(),
         SnapshotError::Open {
             source: OpenError::Upper(UpperError::Chain { .. } | UpperError::Thawed { .. }),
             name,
@@ -284,7 +282,7 @@ fn snapshot_hint(error: &SnapshotError) -> Option<String> {
 
 fn drop_hint(name: &str) -> String {
     format!(
-        "to drop what it wrote, and keep its layers: iii worker dev --fresh, or, of a managed worker: iii worker clear {name}"
+        "to drop its files and keep its layers: iii worker dev --fresh, or for a managed worker: iii worker clear {name}"
     )
 }
 
@@ -292,18 +290,18 @@ fn drop_hint(name: &str) -> String {
 fn serve_hint(error: &ServeError) -> Option<String> {
     Some(match error {
         ServeError::VhostUser(VhostUserError::InUse(_)) => {
-            "stop that process, or give this one another --socket".into()
+            "stop that process, or choose another --socket".into()
         }
-        ServeError::VhostUser(VhostUserError::NotASocket(_)) => "give another --socket".into(),
+        ServeError::VhostUser(VhostUserError::NotASocket(_)) => "choose another --socket".into(),
         ServeError::Upper { .. } | ServeError::Compose(OpenError::Upper(_)) => {
-            "give another --upper, or none for a fresh one".into()
+            "choose another --upper, or leave it out for a fresh one".into()
         }
         _ => return None,
     })
 }
 
 impl CliError {
-    /// Says what failed, why, and what to do.
+    /// Prints the error, its causes and the hint.
     pub fn report(&self, ui: &Ui) {
         ui.error(with_causes(self));
         if let Self::Run(RunError::Build(BuildError::Step { kind, tail, .. })) = self {
@@ -331,13 +329,13 @@ impl CliError {
             Self::Image(error @ (ImageError::Pull { .. } | ImageError::Import { .. })) => {
                 limit_hint(error, true).or_else(|| pull_hint(error))?
             }
-            Self::NoImage { name } => format!("`iii image list` shows what is there; to bring it in: iii image pull {name}"),
+            Self::NoImage { name } => format!("`iii image list` prints the images; to pull it: iii image pull {name}"),
             Self::Run(RunError::Build(BuildError::Step { .. })) => {
-                "nothing of this step was kept; mend the script or the project and run again".into()
+                "nothing of this step was kept; correct the script or the project and run again".into()
             }
-            Self::Run(RunError::Busy { .. }) => "stop that process, or give this one another --name".into(),
+            Self::Run(RunError::Busy { .. }) => "stop that process, or choose another --name".into(),
             Self::Run(RunError::Taken { .. }) => {
-                "give this one another --name, or take the sandbox over with --fresh, which drops what it wrote".into()
+                "choose another --name, or take the sandbox over with --fresh, which drops its files".into()
             }
             Self::Run(RunError::Compose {
                 source:
@@ -351,35 +349,35 @@ impl CliError {
                 name,
             }) => drop_hint(name),
             Self::Run(RunError::NeverRun { .. }) => {
-                "only what `iii worker dev` has run has a name; export its project by its path, as in: iii worker export ./my-project".into()
+                "only a project that `iii worker dev` has run has a name; export it by its path, as in: iii worker export ./my-project".into()
             }
             Self::Run(RunError::Outdated { project, .. }) => format!(
-                "to build and export what it is now: iii worker export {}",
+                "to build and export the present project: iii worker export {}",
                 project.display()
             ),
             Self::Export { source: ExportError::Registry(error), .. } => registry_hint(error)?,
             Self::Export { source: ExportError::NotALayout { .. }, .. } => {
-                "name a directory that does not exist, and it is made".into()
+                "name a directory that does not exist; it will be created".into()
             }
             Self::Run(RunError::NoLibkrun) => "use --runtime namespace, or auto".into(),
             Self::Run(RunError::Exec(ExecError::NotRunning { .. })) => {
-                "the name is that of a worker that runs: a managed one, or of `worker dev`, which is iii-dev-<directory> unless it was given another".into()
+                "name a running worker: a managed one, or one of `worker dev`, which is called iii-dev-<directory> by default".into()
             }
             Self::Run(RunError::NoKvm { why }) if HAS_NAMESPACES => {
                 format!("{}; or use --runtime namespace", why.advice())
             }
             Self::Run(RunError::NoKvm { why }) => why.advice().into(),
             Self::Run(RunError::Memory { .. }) if HAS_NAMESPACES => {
-                "ask for less; or use --runtime namespace, which does not limit memory".into()
+                "lower resources.memory, or use --runtime namespace, which does not limit memory".into()
             }
-            Self::Run(RunError::Memory { .. }) => "ask for less".into(),
-            Self::NeedsYes { .. } => "-y says yes".into(),
+            Self::Run(RunError::Memory { .. }) => "lower resources.memory".into(),
+            Self::NeedsYes { .. } => "confirm with -y".into(),
             Self::Managed(error) => managed_hint(error)?,
             Self::Snapshot(error) => snapshot_hint(error)?,
-            Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` shows the layers, `iii store df` the workers and images".into(),
-            Self::Ambiguous { .. } => "give more of the id".into(),
+            Self::NotALayer { .. } | Self::NoLayer { .. } | Self::NothingCalled { .. } => "`iii store list` prints the layers, `iii store df` the workers and images".into(),
+            Self::Ambiguous { .. } => "give more digits of the id".into(),
             _ if self.store().is_some_and(is_damage) => {
-                "`iii store verify` says what is damaged; with --repair it is set aside and built again".into()
+                "`iii store verify` lists the damage; --repair moves it aside, so that it is built again".into()
             }
             #[cfg(target_os = "linux")]
             Self::Serve(error) => serve_hint(error)?,
@@ -388,7 +386,7 @@ impl CliError {
         })
     }
 
-    /// The failure of the store behind this one, if there is one.
+    /// The failure of the store behind this error, if any.
     fn store(&self) -> Option<&StoreError> {
         match self {
             Self::Store(error)
@@ -408,7 +406,7 @@ impl CliError {
         }
     }
 
-    /// What the shell gets.
+    /// The exit code for the shell.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             Self::Run(RunError::Build(BuildError::Interrupted { signal, .. })) => {

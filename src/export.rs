@@ -23,7 +23,8 @@ use super::worker::{Printer, caches, usual_sandbox};
 use super::{CliError, image, limits, print_json};
 use crate::output::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
 
-/// The variable with the time that images are said to be created at, see <https://reproducible-builds.org/specs/source-date-epoch/>.
+/// Variable with the creation time of images, see
+/// <https://reproducible-builds.org/specs/source-date-epoch/>.
 const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 pub fn image(store: &Store, args: &ExportImage, ui: &Ui) -> Result<ExitCode, CliError> {
@@ -128,8 +129,8 @@ pub fn worker(
     put(export, &kinds, &args.place, &to, &name, ui)
 }
 
-/// What an image in an archive is called, after a worker: `localhost/NAME:latest`, with what the name of an image cannot have made
-/// to `-`.
+/// Name of a worker's image in an archive: `localhost/NAME:latest`, with `-` in place of characters
+/// that an image name cannot have.
 fn image_name(worker: &str) -> String {
     let named = |name: &str| format!("localhost/{name}:{DEFAULT_TAG}");
     let name = worker.to_ascii_lowercase();
@@ -144,13 +145,13 @@ fn image_name(worker: &str) -> String {
 fn tell(left_out: &LeftOut, ui: &Ui) {
     match left_out {
         LeftOut::Variable(name) => ui.warn(format_args!(
-            "{name} looks like a secret and is left out; give it where the image is run, or take it in with --env {name}"
+            "{name} looks like a secret and is left out; set it where the image runs, or include it with --env {name}"
         )),
         LeftOut::File(name) => ui.warn(format_args!(
-            "{name} is left out of the project's files: it has secrets in it, or is for this machine"
+            "{name} is left out of the project's files: it holds secrets, or is for this machine"
         )),
         LeftOut::Cache(target) => ui.warn(format_args!(
-            "{target} is a cache and left out; what the start command needs there it makes again"
+            "{target} is a cache and left out; the start command makes its contents again"
         )),
     }
 }
@@ -168,7 +169,7 @@ fn created() -> Result<Option<i64>, CliError> {
     }
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Report<'a> {
     destination: String,
@@ -183,7 +184,7 @@ struct LayerReport<'a> {
     layer: ExportedLayer,
 }
 
-/// Puts an image where it is to go, and says so.
+/// Writes an image to its destination, and reports it.
 fn put(
     export: Export<'_>,
     kinds: &[String],

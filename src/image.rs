@@ -59,7 +59,8 @@ fn import(store: &Store, args: &Import, ui: &Ui) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what came into the store, and clears the store if it or the disk is too full now. It may have failed for want of space, too.
+/// Reports the new image, and collects if the store or the disk is too full now, even after a
+/// failure, which may be for want of space.
 fn finish(
     store: &Store,
     imported: Result<Imported, ImageError>,
@@ -73,26 +74,26 @@ fn finish(
         match collect::if_full(store) {
             Ok(Some(report)) if report.freed > 0 => cleared(&report, ui),
             Ok(_) => {}
-            Err(error) => ui.warn(format_args!("clearing the store failed: {error}")),
+            Err(error) => ui.warn(format_args!("the automatic gc failed: {error}")),
         }
     }
     imported.map(drop)
 }
 
-/// Whether the store may be cleared without being asked to.
+/// Whether a gc may run by itself.
 pub fn may_collect() -> bool {
     std::env::var_os("III_GC").is_none_or(|gc| gc != "off")
 }
 
-/// Says what a collection that nobody asked for has freed.
+/// Reports the result of an automatic collection.
 pub fn cleared(report: &GcReport, ui: &Ui) {
     ui.ok(format_args!(
-        "the store was cleared of {} that nobody needed (III_GC=off keeps it)",
+        "gc freed {} of unneeded layers (III_GC=off disables it)",
         human_bytes(report.freed)
     ));
 }
 
-/// Says what came into the store, and how.
+/// Reports a new image.
 pub fn done(imported: &Imported, how: &str, ui: &Ui) {
     ui.ok(format_args!(
         "{} {how} in {}: {}, {} new",
@@ -103,7 +104,7 @@ pub fn done(imported: &Imported, how: &str, ui: &Ui) {
     ));
 }
 
-/// Draws what happens during an import or a pull, a bar for each layer that is being read.
+/// Draws an import or a pull, with a bar for each layer in progress.
 pub struct Bars<'a> {
     ui: &'a Ui,
     what: &'static str,

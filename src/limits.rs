@@ -1,5 +1,5 @@
-//! The limits of what is brought in, as people raise them: `--limit NAME=VALUE`, and `III_LIMITS=NAME=VALUE,…` for whatever
-//! pulls or imports.
+//! Raised limits of images: `--limit NAME=VALUE`, and `III_LIMITS=NAME=VALUE,…` for every command
+//! that pulls or imports.
 
 use iii_oci::{Limit, Limits};
 
@@ -9,12 +9,12 @@ use super::quantity::{self, QuantityError};
 /// Limits for everything that pulls or imports.
 pub const VARIABLE: &str = "III_LIMITS";
 
-/// Why a limit is none.
+/// Why a text is not a limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LimitError {
     #[error("{text:?} is not of the form NAME=VALUE; the names are {}", names())]
     Form { text: String },
-    #[error("there is no limit called {name:?}; there are {}", names())]
+    #[error("no limit is called {name:?}; the names are {}", names())]
     Name { name: String },
     #[error("{limit} takes a whole number from 1, not {value:?}")]
     Count { limit: Limit, value: String },
@@ -54,7 +54,7 @@ pub fn parse(text: &str) -> Result<(Limit, u64), LimitError> {
             let value = text();
             return Err(LimitError::Count { limit, value });
         }
-        // Only what is too large for any limit does not parse.
+        // Only a number too large for any limit does not parse.
         value.parse().unwrap_or(u64::MAX)
     };
     if number == 0 || number > limit.most() {
@@ -116,9 +116,12 @@ mod tests {
             ("document=16MiB", Ok((Limit::Document, 16 << 20))),
             ("bytes", Err("\"bytes\" is not of the form NAME=VALUE")),
             ("", Err("the names are entries, path, metadata, extension")),
-            ("=1", Err("no limit called \"\"; there are entries, path")),
+            (
+                "=1",
+                Err("no limit is called \"\"; the names are entries, path"),
+            ),
             ("size=1GB", Err("ratio-from, holes, segments, document")),
-            ("Bytes=1GB", Err("there is no limit called \"Bytes\"")),
+            ("Bytes=1GB", Err("no limit is called \"Bytes\"")),
             (
                 "bytes=",
                 Err("bytes takes a size, as in bytes=20MiB, not \"\""),
@@ -158,7 +161,7 @@ mod tests {
         assert_eq!(parse(" bytes=1TiB , ,ratio=500,"), both);
         let error = parse("bytes=1TiB,nothing=1").unwrap_err();
         assert!(error.contains("III_LIMITS"), "{error}");
-        assert!(error.contains("no limit called \"nothing\""), "{error}");
+        assert!(error.contains("no limit is called \"nothing\""), "{error}");
     }
 
     #[test]

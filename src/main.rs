@@ -79,9 +79,10 @@ fn about<P: CommandFactory>(command: &About, ui: &Ui) -> Result<ExitCode, CliErr
     }
 }
 
-/// Gives every buffer of 1 MiB or more a mapping of its own. glibc would raise that threshold when the first one is freed, serve the
-/// next from its heap, and zero it: the 16 MiB request buffer of each thread that serves a filesystem, of which a page or two
-/// are ever used, would then be resident whole.
+/// Gives every buffer of 1 MiB or more a mapping of its own. glibc would raise that threshold when
+/// the first one is freed, serve the next from its heap, and zero it: the 16 MiB request buffer of
+/// each thread that serves a filesystem, of which a page or two are ever used, would then be
+/// resident whole.
 fn keep_large_buffers_mapped() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: it sets a tunable of malloc and touches no memory of ours; there is one thread yet.
@@ -106,7 +107,7 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
     print(&text)
 }
 
-/// Prints data on standard output. Whoever reads it may stop whenever they have seen enough.
+/// Prints data on standard output. The reader may close the pipe early.
 fn print(text: &str) -> Result<(), CliError> {
     use std::io::Write as _;
     match std::io::stdout().write_all(text.as_bytes()) {

@@ -37,10 +37,11 @@ use super::worker::{Printer, caches, outcome, sandbox_options, usual_sandbox};
 use super::{CliError, image, limits, print, print_json};
 use crate::output::{ProgressHandle, StepOutput, Ui, Unit};
 
-/// Where an engine listens that nobody says anything about.
+/// The default address of an engine.
 const ENGINE: (&str, u16) = ("localhost", 49134);
 
-/// How long an engine may take to start a worker that was added; it looks at its file every few seconds.
+/// How long an engine may take to start a worker that was added; it looks at its file every few
+/// seconds.
 const ALIVE: Duration = Duration::from_secs(30);
 
 /// Time between two looks at a worker that is about to start.
@@ -57,7 +58,7 @@ pub fn config_path(args: &ItsConfig) -> Result<PathBuf, CliError> {
     std::path::absolute(path).map_err(CliError::Here)
 }
 
-/// Where the engine listens: what the options say, or the variables that it sets, or its default.
+/// The engine's address: from the options, else from the engine's variables, else the default.
 fn engine(args: &ItsEngine) -> Engine {
     let url = ["III_URL", "III_ENGINE_URL"]
         .into_iter()
@@ -201,7 +202,7 @@ pub fn orders_again(
                 port: port.unwrap_or(last.engine.port),
             };
         }
-        // An engine that has ended meanwhile is none to end with.
+        // An engine that has ended meanwhile would end the worker at once.
         let engine = last.engine_process.filter(|engine| engine.is_alive());
         now.engine_process = now.engine_process.or(engine);
     }
@@ -241,22 +242,20 @@ pub fn remove(home: &Home, args: &RemoveWorkers, ui: &Ui) -> Result<ExitCode, Cl
     for name in &names {
         match managed::remove(home, &config, name) {
             Ok(true) => ui.ok(format_args!("{name} removed from config.yaml")),
-            Ok(false) => ui.ok(format_args!(
-                "{name} removed; config.yaml had no such worker"
-            )),
+            Ok(false) => ui.ok(format_args!("{name} removed; it was not in config.yaml")),
             Err(error) => code = fail(&error.into(), ui),
         }
     }
     for name in &sandboxes {
         match dev::remove(home, name) {
-            Ok(()) => ui.ok(format_args!("{name}, a sandbox of worker dev, removed")),
+            Ok(()) => ui.ok(format_args!("sandbox {name} of `worker dev` removed")),
             Err(error) => code = fail(&error.into(), ui),
         }
     }
     Ok(code)
 }
 
-/// Asks for a yes on a terminal; elsewhere there is none.
+/// Asks for a yes on a terminal; fails elsewhere.
 fn confirm(what: &str, to_do: &str, ui: &Ui) -> Result<(), CliError> {
     let needed = || CliError::NeedsYes {
         what: what.to_owned(),
@@ -283,12 +282,12 @@ pub fn clear(home: &Home, args: &Clear, ui: &Ui) -> Result<ExitCode, CliError> {
         names.collect::<Result<Vec<WorkerName>, _>>()?
     };
     if names.is_empty() {
-        ui.ok("there are no workers");
+        ui.ok("no workers");
         return Ok(ExitCode::SUCCESS);
     }
     if !args.yes {
         let listed: Vec<&str> = names.iter().map(WorkerName::as_str).collect();
-        let what = format!("what {} wrote would be gone", listed.join(", "));
+        let what = format!("the files of {} would be dropped", listed.join(", "));
         confirm(&what, "go on", ui)?;
     }
     let mut code = ExitCode::SUCCESS;
@@ -301,7 +300,7 @@ pub fn clear(home: &Home, args: &Clear, ui: &Ui) -> Result<ExitCode, CliError> {
     Ok(code)
 }
 
-/// What `worker list --json` prints.
+/// The output of `worker list --json`.
 #[derive(serde::Serialize)]
 struct Workers {
     workers: Vec<managed::Status>,
@@ -355,7 +354,7 @@ pub fn status(home: &Home, args: &StatusOfWorker) -> Result<ExitCode, CliError> 
     row("layers", &status.layers.len().to_string());
     row("log", &home.logs(name.as_str()).display().to_string());
     if !status.configured {
-        row("note", "config.yaml has no such worker");
+        row("note", "not in config.yaml");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -424,8 +423,8 @@ pub fn daemon() -> Result<ExitCode, CliError> {
     let text = text.to_string_lossy().into_owned();
     let number: Option<RawFd> = text.parse().ok().filter(|number| *number >= 0);
     let number = number.ok_or_else(|| CliError::Lifeline { text: text.clone() })?;
-    // SAFETY: nothing in this process closes it: it came from outside, and nobody else here knows of it. Where it is no open
-    // descriptor, each call says so.
+    // SAFETY: nothing in this process closes it: it came from outside, and no other code knows it.
+    // Each call fails if it is not an open descriptor.
     let lifeline = unsafe { BorrowedFd::borrow_raw(number) };
     let mut buffer = [0; 256];
     loop {
@@ -442,7 +441,7 @@ pub fn daemon() -> Result<ExitCode, CliError> {
         if !events.contains(PollFlags::IN) {
             return Ok(ExitCode::SUCCESS);
         }
-        // What is said on it does not matter.
+        // Its bytes do not matter.
         match rustix::io::read(lifeline, &mut buffer) {
             Ok(1..) | Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
             _ => return Ok(ExitCode::SUCCESS),
@@ -475,7 +474,7 @@ pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCo
     let mut told = |added: &adding::Added| match &added.result {
         Ok(true) => ui.ok(format_args!("Worker {} added to config.yaml", added.name)),
         Ok(false) => ui.ok(format_args!(
-            "Worker {} is in config.yaml already",
+            "Worker {} is already in config.yaml",
             added.name
         )),
         Err(_) => ui.warn(format_args!("Worker {} was not added", added.name)),
@@ -495,7 +494,7 @@ pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCo
     }
     if !engine.listens() {
         ui.note(format_args!(
-            "no engine listens at {}; it starts its workers when it starts, or by hand: iii worker start {}",
+            "no engine listens at {}; an engine starts the workers when it starts; by hand: iii worker start {}",
             engine.url(),
             there.first().map_or("NAME", |(name, _)| name.as_str())
         ));
@@ -505,8 +504,8 @@ pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCo
     Ok(code)
 }
 
-/// Waits until the engine has started what was added. A worker whose entry is as it was gives the engine nothing to do, so it is
-/// started here.
+/// Waits until the engine has started the added workers. A worker whose entry is as it was gives the
+/// engine nothing to do, so it is started here.
 fn wait_until_alive(
     home: &Home,
     added: &[(WorkerName, bool)],
@@ -527,7 +526,7 @@ fn wait_until_alive(
             }
             if Instant::now() > deadline {
                 ui.warn(format_args!(
-                    "the engine has not started {name}; `iii worker logs {name}` may say why, `iii worker start {name}` starts it"
+                    "the engine has not started {name}; see `iii worker logs {name}`, or start it: iii worker start {name}"
                 ));
                 break;
             }
@@ -572,11 +571,11 @@ impl<'a> Many<'a> {
         };
         let ui = self.ui;
         match event {
-            // Of many workers only what had to be done is told.
+            // Of many workers, only the work is reported.
             Event::Base(_) => {}
             Event::Ready(report) => {
                 let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
-                // Shows what was left without a newline.
+                // Shows a last line without a newline.
                 output.retain(|(own, kind, _), _| {
                     (own.as_str(), *kind) != (name.as_str(), report.kind)
                 });
@@ -603,7 +602,8 @@ impl<'a> Many<'a> {
     }
 }
 
-/// Becomes the supervisor of a worker, if this process was started to be one; then it never returns.
+/// Becomes the supervisor of a worker, if this process was started to be one; then it never
+/// returns.
 pub fn maybe_supervise() {
     if env::args_os()
         .nth(1)

@@ -1,4 +1,4 @@
-//! `completions` and `man`: what shells and `man` know of the commands, made of the same definitions that parse them.
+//! `completions` and `man`, made from the definitions that parse the commands.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -65,7 +65,7 @@ fn page(command: &Command) -> Result<(String, String), CliError> {
     let mut page = Vec::new();
     man.render(&mut page).map_err(CliError::Output)?;
     let mut page = String::from_utf8_lossy(&page).into_owned();
-    // What comes after the help are examples, with lines and columns of their own.
+    // The text after the help is examples, with lines and columns of their own.
     if let Some(start) = page.find(EXTRA) {
         let end = page[start + EXTRA.len()..].find(".SH ");
         let end = end.map_or(page.len(), |end| start + EXTRA.len() + end);
@@ -119,7 +119,7 @@ mod tests {
             .unwrap();
         assert!(start.contains(".SH EXAMPLES\n.nf\n"), "{start}");
         if Process::new("man").arg("-V").output().is_err() {
-            eprintln!("SKIPPED: rendering of man pages: there is no man");
+            eprintln!("SKIPPED: rendering of man pages: man is missing");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -145,7 +145,7 @@ mod tests {
         }
     }
 
-    /// What bash would offer after these words.
+    /// The words that bash offers after these.
     fn offered<P: CommandFactory>(name: &str, words: &[&str]) -> Vec<String> {
         let mut script = Vec::new();
         clap_complete::generate(Shell::Bash, &mut P::command(), name, &mut script);
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn bash_completes_commands_of_both_programs() {
         if Process::new("bash").arg("--version").output().is_err() {
-            eprintln!("SKIPPED: completions of bash: there is no bash");
+            eprintln!("SKIPPED: completions of bash: bash is missing");
             return;
         }
         let commands = ["start", "stop", "status"];

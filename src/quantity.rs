@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Why a quantity is none.
+/// Why a text is not a quantity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QuantityError {
     #[error(
@@ -100,7 +100,7 @@ pub fn time(text: &str) -> Result<Duration, QuantityError> {
         "w" => 7 * 86_400,
         _ => return Err(QuantityError::Time),
     };
-    // Finer than a second is of no use here.
+    // Whole seconds are enough here.
     times(number, factor).map(Duration::from_secs)
 }
 

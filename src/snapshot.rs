@@ -32,7 +32,7 @@ pub fn take(home: &Home, args: &TakeSnapshot, ui: &Ui) -> Result<ExitCode, CliEr
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `worker snapshots --json` prints.
+/// The output of `worker snapshots --json`.
 #[derive(serde::Serialize)]
 struct Snapshots {
     snapshots: Vec<Snapshot>,
@@ -75,7 +75,7 @@ pub fn roll_back(home: &Home, args: &Rollback, ui: &Ui) -> Result<ExitCode, CliE
     let rolled = snapshot::roll_back(&store, &subject, &tag);
     if rolled.is_ok() {
         ui.ok(format_args!(
-            "{name} is what it was at {tag}, {}; what it wrote since is gone",
+            "{name} is what it was at {tag}, {}; its later files are dropped",
             snapshot.taken
         ));
     }

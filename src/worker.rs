@@ -177,13 +177,13 @@ fn build(home: &Home, signals: &Signals, args: args::Build, ui: &Ui) -> Result<E
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `worker build --json` prints.
+/// The output of `worker build --json`.
 #[derive(serde::Serialize)]
 struct Layers {
     layers: Vec<Report>,
 }
 
-/// What options say of sandboxes; none if they say nothing.
+/// Sandbox options of the command line; none without any.
 pub fn sandbox_options(args: &args::Sandbox) -> Result<Option<SandboxOptions>, CliError> {
     if args.runtime.is_none() && args.allow_host_loopback.is_empty() {
         return Ok(None);
@@ -198,7 +198,7 @@ pub fn sandbox_options(args: &args::Sandbox) -> Result<Option<SandboxOptions>, C
     }))
 }
 
-/// What sandboxes are where nobody says anything else: what the environment says.
+/// The default sandbox options, from the environment.
 pub fn usual_sandbox() -> Result<SandboxOptions, CliError> {
     let text = std::env::var("III_RUNTIME").unwrap_or_default();
     let runtime = match text.as_str() {
@@ -268,7 +268,7 @@ fn caches_of(variable: &'static str) -> Result<Vec<CacheName>, CliError> {
         .collect()
 }
 
-/// Draws what happens.
+/// Draws the events of a build.
 pub struct Printer<'a> {
     ui: &'a Ui,
     /// Layers of the base that are being pulled.
@@ -277,9 +277,9 @@ pub struct Printer<'a> {
     fetching: Bars<'a>,
     /// The kernel of microVMs that is being fetched.
     kernel: Mutex<Option<ProgressHandle>>,
-    /// What it was said that sandboxes run in.
+    /// The runtime that was printed.
     runtime: Mutex<Option<&'static str>>,
-    /// What steps are printing, a splitter of lines for each of their streams.
+    /// Output of steps, a splitter of lines for each stream.
     output: Mutex<BTreeMap<(Kind, Stream), StepOutput>>,
 }
 
@@ -302,7 +302,7 @@ impl<'a> Printer<'a> {
             Event::Pulling(event) => self.bars.show(event),
             Event::Pulled(pulled) => image::done(pulled, "pulled", ui),
             Event::Unresolved(image, error) => ui.warn(format_args!(
-                "{} stays what it was: {}",
+                "{} stays at its stored version: {}",
                 image.name,
                 with_causes(error)
             )),
@@ -320,7 +320,7 @@ impl<'a> Printer<'a> {
                 ui.warn(cache_failure(name, error));
             }
             Event::Ready(report) => {
-                // Shows what was left without a newline.
+                // Shows a last line without a newline.
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
@@ -345,7 +345,7 @@ impl<'a> Printer<'a> {
         let bar = kernel.get_or_insert_with(|| {
             let size_text = human_bytes(size);
             self.ui.note(format_args!(
-                "fetching the kernel of microVMs, {size_text}, once"
+                "fetching the kernel of microVMs ({size_text}), only this time"
             ));
             let bar = self.ui.progress("fetching the kernel", Unit::Bytes);
             bar.set_length(size);
@@ -354,7 +354,7 @@ impl<'a> Printer<'a> {
         bar.set(come);
     }
 
-    /// Says what sandboxes run in, once for all workers.
+    /// Prints the runtime of sandboxes, once for all workers.
     fn chosen(&self, isolation: &Isolation, why: Option<&(dyn Error + 'static)>) {
         *self.kernel.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut said = self.runtime.lock().unwrap_or_else(PoisonError::into_inner);
@@ -366,14 +366,14 @@ impl<'a> Printer<'a> {
                 .warn(format_args!("no microVM: {}", with_causes(why)));
         }
         self.ui.note(match isolation {
-            Isolation::Namespace => "runtime namespace: files, processes and users of its own; the host's kernel and network",
+            Isolation::Namespace => "runtime namespace: own files, processes and users; the host's kernel and network",
             #[cfg(feature = "libkrun")]
-            Isolation::Machine(_) => "runtime libkrun: a microVM with a kernel of its own, and nothing of the host's localhost but the engine",
+            Isolation::Machine(_) => "runtime libkrun: a microVM with its own kernel; of the host's localhost only the engine",
         });
     }
 }
 
-/// What went wrong with a cache, and what to do, in one line.
+/// The failure of a cache and its remedy, in one line.
 fn cache_failure(name: &CacheName, error: &CacheError) -> String {
     let hint = error.registry().and_then(registry_hint);
     let hint = hint.map_or_else(String::new, |hint| format!("; {hint}"));

@@ -20,7 +20,7 @@ pub fn human_bytes(bytes: u64) -> String {
     for name in UNITS {
         value /= 1024.0;
         unit = name;
-        // What would print as 1024.0 goes to the next unit.
+        // A value that would print as 1024.0 goes to the next unit.
         if value < 1023.95 {
             break;
         }
@@ -57,7 +57,8 @@ pub fn human_span(span: Duration) -> String {
     )
 }
 
-/// How long ago something was, in its largest unit: `now`, `34s ago`, `5m ago`, `3h ago`, `12d ago`.
+/// How long ago something was, in its largest unit: `now`, `34s ago`, `5m ago`, `3h ago`,
+/// `12d ago`.
 pub fn human_age(age: Duration) -> String {
     let seconds = age.as_secs();
     let unit = UNITS.into_iter().find(|(unit, _)| seconds >= *unit);

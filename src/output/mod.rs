@@ -1,8 +1,9 @@
-//! What people read, all of it on stderr.
+//! Lines for people, all of them on stderr.
 //!
-//! One line per fact, indented by two spaces, with a mark in front: `✓` done, `⚠` look at this, `error:` failed. Every
-//! line makes sense without colour, and a line is written in one piece, so that several threads and several processes
-//! can share a terminal. Data for programs (`--json`) goes to stdout and does not pass through here.
+//! One line per fact, indented by two spaces, with a mark in front: `✓` done, `⚠` look at this,
+//! `error:` failed. Every line makes sense without colour, and a line is written in one piece, so
+//! that several threads and several processes can share a terminal. Data for programs (`--json`)
+//! goes to stdout and does not pass through here.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Display, Write as _};
@@ -70,8 +71,8 @@ impl Style {
 }
 
 impl Ui {
-    /// Writes to stderr. Bars and colour appear only where stderr is a terminal that can show them, colour only while
-    /// `NO_COLOR` is unset or empty.
+    /// Writes to stderr. Bars and colour appear only where stderr is a terminal that can show them,
+    /// colour only while `NO_COLOR` is unset or empty.
     pub fn stderr() -> Self {
         let terminal = is_capable(
             io::stderr().is_terminal(),
@@ -87,7 +88,8 @@ impl Ui {
         Self::new(Box::new(out), false, None, PROGRESS_DELAY)
     }
 
-    /// Writes to the returned buffer, as it would to a file, or with `colour` as to a terminal without bars.
+    /// Writes to the returned buffer, as it would to a file, or with `colour` as to a terminal
+    /// without bars.
     #[cfg(test)]
     pub fn for_test(colour: bool) -> (Self, TestOutput) {
         let output = TestOutput::default();
@@ -121,7 +123,7 @@ impl Ui {
         self.message(&format!("  {} ", self.paint(Style::Yellow, "⚠")), &message);
     }
 
-    /// `    message`, for what belongs to the line above or is merely of interest.
+    /// `    message`: belongs to the line above, or is only of interest.
     pub fn note(&self, message: impl Display) {
         self.message("    ", &message);
     }
@@ -142,7 +144,8 @@ impl Ui {
         self.ok(format_args!("{kind}  {text}"));
     }
 
-    /// `    prefix │ line`: one line of a step's output, [made safe](clean). A blank line is not shown.
+    /// `    prefix │ line`: one line of a step's output, [made safe](clean). Blank lines are not
+    /// shown.
     pub fn output_line(&self, prefix: &str, line: &[u8]) {
         let line = clean(line);
         if !line.is_empty() {
@@ -160,15 +163,15 @@ impl Ui {
         }
     }
 
-    /// Starts to tell how far an operation is. Nothing is drawn before its first update after 250 ms, nor where stderr is
-    /// not a terminal.
+    /// Starts to tell how far an operation is. Nothing is drawn before its first update after 250
+    /// ms, nor where stderr is not a terminal.
     pub fn progress(&self, title: impl Into<String>, unit: Unit) -> ProgressHandle {
         let title = inert(&title.into());
         ProgressHandle::new(title, unit, self.shared.delay, self.shared.bars.clone())
     }
 
-    /// Writes a message of any number of lines, those after the first aligned with it. Messages carry names from projects,
-    /// images and sandboxes, so each line is made [inert].
+    /// Writes a message of any number of lines, those after the first aligned with it. Messages
+    /// carry names from projects, images and sandboxes, so each line is made [inert].
     fn message(&self, prefix: &str, message: &dyn Display) {
         let message = message.to_string();
         let mut lines = message.lines().map(inert);
@@ -188,7 +191,7 @@ impl Ui {
         }
     }
 
-    /// Writes whole lines, above the bars if there are any. Where stderr is gone there is nobody to tell.
+    /// Writes whole lines, above the bars if there are any. A closed stderr is ignored.
     fn write(&self, text: &str) {
         let write = || {
             let mut out = self
@@ -205,7 +208,8 @@ impl Ui {
     }
 }
 
-/// The output of one step on its way to the terminal. Dropping it shows what was left without a newline.
+/// The output of one step on its way to the terminal. Dropping it shows what was left without a
+/// newline.
 #[derive(Debug)]
 pub struct StepOutput {
     ui: Ui,
@@ -231,7 +235,7 @@ impl Drop for StepOutput {
     }
 }
 
-/// What a [`Ui::for_test`] has written.
+/// The output of a [`Ui::for_test`].
 #[cfg(test)]
 #[derive(Clone, Debug, Default)]
 pub struct TestOutput(Arc<Mutex<Vec<u8>>>);

@@ -1,4 +1,4 @@
-//! Bars that appear only for what takes long, and leave nothing behind.
+//! Bars that appear only for long operations, and leave nothing behind.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// What a bar counts.
+/// The unit of a bar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Things.
@@ -15,7 +15,8 @@ pub enum Unit {
     Bytes,
 }
 
-/// How far one operation is. Updates are cheap and may come from any thread; dropping it takes the bar away.
+/// How far one operation is. Updates are cheap and may come from any thread; dropping it takes the
+/// bar away.
 #[derive(Debug)]
 pub struct ProgressHandle {
     title: String,
@@ -118,7 +119,8 @@ fn style(unit: Unit, bounded: bool) -> ProgressStyle {
         (Unit::Bytes, true) => "  {msg} {bar:24} {binary_bytes}/{binary_total_bytes}",
         (Unit::Bytes, false) => "  {msg} {binary_bytes}",
     };
-    // The templates are constants that the tests draw; the default only stands in for an impossible error.
+    // The templates are constants that the tests draw; the default only stands in for an impossible
+    // error.
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─")

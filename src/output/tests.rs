@@ -1,4 +1,4 @@
-//! What comes out, to the byte.
+//! The output, to the byte.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

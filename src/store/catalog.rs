@@ -1,4 +1,4 @@
-//! What is known of the layers: who keeps them, what made them, what they are.
+//! Roots, recipes and kinds of all layers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,17 +18,17 @@ pub struct Catalog {
     roots: Roots,
     recipes: BTreeMap<LayerId, Vec<(KeyId, Record)>>,
     projects: BTreeSet<LayerId>,
-    /// What workers had written.
+    /// Layers of snapshots.
     frozen: BTreeSet<LayerId>,
 }
 
 impl Catalog {
-    /// Reads them. A key that is damaged keeps nothing, and is named as a warning.
+    /// Reads the store. A damaged key keeps nothing, and causes a warning.
     pub fn read(store: &Store, ui: &Ui) -> Result<Self, StoreError> {
         let mut roots = Roots::read(store)?;
         for key in &roots.damaged_keys {
             ui.warn(format_args!(
-                "the records of key {} are damaged; what they stand for is built again",
+                "the records of key {} are damaged; their layers are built again",
                 key.short()
             ));
         }
@@ -64,17 +64,17 @@ impl Catalog {
         })
     }
 
-    /// What keeps a layer, sorted.
+    /// The roots that keep a layer, sorted.
     pub fn roots(&self, id: &LayerId) -> &[Root] {
         self.roots.of(id)
     }
 
-    /// What made a layer, as far as it is recorded.
+    /// The recorded recipes of a layer.
     pub fn recipes(&self, id: &LayerId) -> &[(KeyId, Record)] {
         self.recipes.get(id).map_or(&[], Vec::as_slice)
     }
 
-    /// What a layer is, as far as anything says so: what made it, or where it stands in an image, a worker or a snapshot.
+    /// Kind of a layer: from its recipe, or from its place in an image, a worker or a snapshot.
     pub fn kind(&self, id: &LayerId) -> Option<String> {
         let provenance = self
             .recipes(id)
@@ -112,7 +112,7 @@ impl Catalog {
     }
 }
 
-/// What keeps a layer, in one cell of a table.
+/// The roots of a layer, in one cell of a table.
 pub fn roots_text(roots: &[Root]) -> String {
     let mut parts = Vec::new();
     let mut put = |what: &str, names: &[&str]| match names {
@@ -148,7 +148,7 @@ pub fn roots_text(roots: &[Root]) -> String {
     }
 }
 
-/// What a name stands for, in a word.
+/// The kind of a name, in a word.
 pub fn ref_kind_text(kind: RefKind) -> &'static str {
     match kind {
         RefKind::Image => "image",

@@ -49,7 +49,7 @@ pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
 
 fn warn_of_damage(account: &Account, ui: &Ui) {
     for error in &account.unreadable {
-        ui.warn(format_args!("{error}; it is left out"));
+        ui.warn(format_args!("{error}; left out of the sums"));
     }
     for layer in account.layers.iter().filter(|layer| layer.missing > 0) {
         ui.warn(format_args!(
@@ -59,11 +59,11 @@ fn warn_of_damage(account: &Account, ui: &Ui) {
         ));
     }
     if !account.unreadable.is_empty() || account.layers.iter().any(|layer| layer.missing > 0) {
-        ui.note("`iii store verify` says what is damaged");
+        ui.note("`iii store verify` lists the damage");
     }
 }
 
-/// What the refs would take without a store: each with files of its own.
+/// Bytes of all refs without a store, each with its own files.
 fn as_copies(account: &Account) -> u64 {
     let refs = account.refs.iter();
     let refs = refs.filter(|name| name.kind != RefKind::Volume);
@@ -76,7 +76,7 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
     let sign = if padding < 0 { "-" } else { "" };
     let row = |bytes: u64, what: &str| [human_bytes(bytes), what.to_owned()];
     table.row(row(account.named, "contents of files that layers name"));
-    table.row(row(account.in_trash, "what gc has taken out, in the trash"));
+    table.row(row(account.in_trash, "layers and contents in the trash"));
     table.row(row(account.unnamed, "contents that no layer names"));
     table.row(row(
         account.layer_files,
@@ -90,7 +90,7 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
         (account.unfinished, "being written now"),
         (
             account.abandoned,
-            "what interrupted imports, builds and snapshots left",
+            "remains of interrupted imports, builds and snapshots",
         ),
     ] {
         if bytes > 0 {
@@ -99,7 +99,7 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
     }
     table.row(row(
         account.other,
-        "refs, keys, stat caches, leases, what repair set aside",
+        "refs, keys, stat caches, leases, damage moved aside",
     ));
     let padding = format!("{sign}{}", human_bytes(padding.unsigned_abs()));
     table.row([
@@ -113,7 +113,7 @@ fn totals(store: &Store, account: &Account, plan: &GcPlan) -> String {
     table.row([String::new(), String::new()]);
     table.row(row(
         as_copies(account),
-        "if every worker and image had files of its own",
+        "without sharing between workers and images",
     ));
     let later = match plan.frees_later {
         0 => String::new(),

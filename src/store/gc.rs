@@ -24,7 +24,7 @@ pub fn gc(store: &Store, args: &Gc, ui: &Ui) -> Result<ExitCode, CliError> {
     }
     if plan.still_over > 0 {
         ui.warn(format_args!(
-            "{} more than the limits allow will stay: workers, images and what runs now keep the rest",
+            "the store stays {} over the limits: workers, images and running processes keep the rest",
             human_bytes(plan.still_over)
         ));
     }
@@ -39,7 +39,7 @@ pub fn gc(store: &Store, args: &Gc, ui: &Ui) -> Result<ExitCode, CliError> {
             GcEvent::Waiting => ui.note("another gc is running; waiting"),
             GcEvent::Blocked(why) => blocked(why, ui),
             GcEvent::Unreadable(pack) => ui.warn(format_args!(
-                "pack {}: an object in it cannot be read; it stays as it is",
+                "pack {}: an object in it cannot be read; the pack stays as it is",
                 pack.short()
             )),
         })?;
@@ -73,11 +73,11 @@ fn policy(args: &Gc, disk: Space) -> Policy {
 
 fn blocked(why: &str, ui: &Ui) {
     ui.warn(format_args!(
-        "no file contents can be freed: {why}\n`iii store verify --repair` sets aside what is damaged"
+        "no file contents can be freed: {why}\n`iii store verify --repair` moves damage aside"
     ));
 }
 
-/// Why each layer that goes does so. What no record kept has no root at all.
+/// Why each evicted layer goes. A layer that no record kept has no root.
 fn reasons(plan: &GcPlan) -> BTreeMap<LayerId, Why> {
     let records = plan.records.iter();
     let records = records.map(|record| (record.layer, record.why));
@@ -149,7 +149,7 @@ fn plan_text(plan: &GcPlan, catalog: &Catalog, policy: &Policy) -> String {
         (
             plan.rewritten_packs,
             "pack",
-            "written anew without what is not needed",
+            "rewritten without unneeded objects",
         ),
         (caches, "stat cache", "of projects without a layer"),
         (

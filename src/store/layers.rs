@@ -28,7 +28,7 @@ pub fn list(store: &Store, args: &List, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;
     let catalog = Catalog::read(store, ui)?;
     for error in &account.unreadable {
-        ui.warn(format_args!("{error}; `iii store verify` says more"));
+        ui.warn(format_args!("{error}; see `iii store verify`"));
     }
     let mut layers: Vec<_> = account.layers.iter().collect();
     layers.sort_by_key(|layer| (std::cmp::Reverse(layer.used), layer.id));
@@ -315,12 +315,12 @@ fn mode_text(kind: Kind, mode: u16) -> String {
     text
 }
 
-/// What only a layer has to say of a directory.
+/// The mark of a directory in a single layer.
 fn dir_note(node: NodeRef<'_>) -> &'static str {
     match node.dir_kind() {
         DirKind::Merged => "",
-        DirKind::Opaque => " (opaque: hides what is below)",
-        DirKind::Implicit => " (on the way to something: as below)",
+        DirKind::Opaque => " (opaque: hides the layers below)",
+        DirKind::Implicit => " (only a parent: metadata from below)",
     }
 }
 

@@ -92,10 +92,10 @@ mod tests {
                 "abcd",
                 "the ids of 2 layers begin with abcd: abcd100000, abcd200000",
             ),
-            ("beef1", "there is no layer whose id begins with beef1"),
+            ("beef1", "no layer has an id that begins with beef1"),
             (
                 "bee",
-                "\"bee\" names no layer: that takes the first hex digits of its id, at least 4",
+                "\"bee\" names no layer: expected the first 4 or more hex digits of its id",
             ),
             ("", "\"\" names no layer"),
             ("beeg", "\"beeg\" names no layer"),

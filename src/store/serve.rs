@@ -57,7 +57,7 @@ pub fn serve(home: &Home, store: &Store, args: &Serve, ui: &Ui) -> Result<ExitCo
         ui.note(format_args!(
             "{} after {} requests",
             match served.end {
-                End::Disconnected => "the virtual machine went",
+                End::Disconnected => "the virtual machine disconnected",
                 End::Stopped => "stopped",
             },
             human_count(sum)
@@ -73,7 +73,7 @@ fn requests(served: &Served) -> Map<String, Value> {
         .collect()
 }
 
-/// What can be read from once this process is asked to end.
+/// Becomes readable once this process is asked to end.
 fn on_signals() -> std::io::Result<UnixStream> {
     let (stop, signalled) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP] {

@@ -26,10 +26,10 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
     let (mut mended, mut after) = (Vec::new(), None);
     if args.repair && !report.is_clean() {
         mended = store.repair(&report, &|done| ui.ok(mended_text(done)))?;
-        // Opened anew: the format may have been written.
+        // Opened again: the format may have been written.
         let report = look(&open(dir)?, args, ui)?;
         if !args.json && !report.is_clean() {
-            ui.warn("what could not be mended:");
+            ui.warn("not repaired:");
             print(&problems_text(&report))?;
         }
         after = Some(report);
@@ -52,7 +52,7 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
         human_count(damaged)
     ));
     if !args.repair {
-        ui.note("`iii store verify --repair` sets aside what is damaged, and drops what depends on it, so that it is built again");
+        ui.note("`iii store verify --repair` moves damage aside and drops everything that depends on it, so that it is built again");
     }
     Ok(ExitCode::FAILURE)
 }
@@ -90,7 +90,7 @@ fn look(store: &Store, args: &Verify, ui: &Ui) -> Result<Report, CliError> {
     if report.is_clean() {
         ui.ok(format_args!("verified: {looked_at}"));
     } else {
-        ui.note(format_args!("looked at {looked_at}"));
+        ui.note(format_args!("checked {looked_at}"));
     }
     Ok(report)
 }
@@ -128,7 +128,7 @@ fn problems_text(report: &Report) -> String {
 fn mended_text(done: &Mended) -> String {
     match done {
         Mended::SetAside { path, to } => {
-            format!("{} set aside as {}", path.display(), to.display())
+            format!("{} moved aside to {}", path.display(), to.display())
         }
         Mended::Salvaged {
             pack,
@@ -169,7 +169,7 @@ pub fn migrate(dir: &Path, args: &Migrate, ui: &Ui) -> Result<ExitCode, CliError
         ));
     }
     if !migration.damaged.is_empty() {
-        ui.note("`iii store verify --repair` says what that means, and mends it");
+        ui.note("`iii store verify --repair` explains and repairs the damage");
     }
     if args.json {
         print_json(&json!({ "migrated": migration }))?;
@@ -177,7 +177,7 @@ pub fn migrate(dir: &Path, args: &Migrate, ui: &Ui) -> Result<ExitCode, CliError
         ui.ok("the store is up to date");
     } else {
         ui.ok(format_args!(
-            "the store is brought up to date: {} sealed, {} made",
+            "the store is updated: {} sealed, {} made",
             human_counted(migration.sealed, "file"),
             human_counted(migration.outboards, "outboard")
         ));

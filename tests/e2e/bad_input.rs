@@ -251,7 +251,7 @@ fn limits_are_told_and_raised() {
             "--limit entries=200",
         ]);
     for (text, says) in [
-        ("depth=1", "there is no limit called \"depth\""),
+        ("depth=1", "no limit is called \"depth\""),
         ("bytes=1YB", "bytes takes a size, as in bytes=20MiB"),
         ("entries=0", "entries must be from 1"),
         ("entries", "the names are entries, path, metadata"),

@@ -278,8 +278,8 @@ fn loose_word(word: &str) -> String {
             loose.push_str("<id>");
             continue;
         }
-        let digits = part.trim_start_matches(|char: char| char.is_ascii_digit());
-        if digits.len() == part.len() {
+        let behind = part.trim_start_matches(|char: char| char.is_ascii_digit());
+        if behind.len() == part.len() {
             loose.push_str(part);
             continue;
         }
@@ -289,10 +289,11 @@ fn loose_word(word: &str) -> String {
         } else {
             loose.push('0');
         }
-        loose.push_str(match digits {
-            "ms" | "s" | "m" | "h" => "t",
-            digits => digits,
-        });
+        match behind {
+            "ms" | "s" | "m" | "h" => loose.push('t'),
+            // As in the middle of a time.
+            behind => loose.extend(behind.chars().filter(|char| !char.is_ascii_digit())),
+        }
     }
     loose
 }
@@ -412,6 +413,7 @@ fn output_is_compared_loosely() {
         ("in /tmp/home-x/.iii", "in /home/me/.iii"),
         ("my-project 1.3.0", "my-project 0"),
         ("2 layers, 1 ref", "0 layer, 0 ref"),
+        ("at 2026-11-29T22:44:40Z", "at 0-0-0T:0:0Z"),
     ] {
         assert_eq!(loosely(line, home), expected);
     }

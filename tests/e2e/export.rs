@@ -544,7 +544,7 @@ fn what_cannot_be_exported_is_told_before_anything_is_written() {
         (
             "docker://127.0.0.1:1/x",
             1,
-            &["127.0.0.1:1", "see whether the registry can be reached"],
+            &["127.0.0.1:1", "check the network"],
         ),
     ] {
         home.run(&["image", "export", NODE_IMAGE, "--to", to])
@@ -553,7 +553,7 @@ fn what_cannot_be_exported_is_told_before_anything_is_written() {
     }
     home.run(&["image", "export", "nothing:1", "--to", "oci:new"])
         .exits(1)
-        .says(&["there is no image called nothing:1"]);
+        .says(&["no image is called nothing:1"]);
     home.run(&["worker", "export", "./nothing"])
         .exits(1)
         .says(&["no such directory"]);

@@ -285,7 +285,7 @@ fn config_becomes_the_workers_environment() {
     managed
         .run(&["add", arg(&project), "--port", "1"])
         .ok()
-        .says(&["in config.yaml already"]);
+        .says(&["already in config.yaml"]);
     assert_eq!(managed.config(), text);
     managed.run(&["start", "api"]).ok();
     managed.says("api", "III_LEVEL_OF=debug");
@@ -496,7 +496,7 @@ fn a_project_that_has_moved() {
         .run(&["start", "api"])
         .fails()
         .exits(1)
-        .says(&["not at", "add it from where it is now"]);
+        .says(&["not at", "add it from its new path"]);
     managed.run(&["add", new.arg(), "--port", "1"]).ok();
     managed.run(&["start", "api"]).ok();
     managed.says("api", "main of api");

@@ -105,7 +105,7 @@ fn what_a_worker_wrote_comes_back() {
     managed
         .run(&["rollback", "api", "before"])
         .ok()
-        .says(&["what it wrote since is gone", "api started"]);
+        .says(&["its later files are dropped", "api started"]);
     let state = "cat /data/state main.txt; ls /bin/vi /new 2>/dev/null; true";
     assert_eq!(shell(&managed, "api", state), "one\nedited\n");
     shell(&managed, "api", "echo three >>/data/state");
@@ -300,7 +300,7 @@ fn sandboxes_of_worker_dev_have_snapshots_too() {
     managed
         .run(&["remove", "it"])
         .ok()
-        .says(&["it, a sandbox of worker dev, removed"]);
+        .says(&["sandbox it of `worker dev` removed"]);
     managed
         .run(&["remove", "it"])
         .fails()

@@ -139,7 +139,12 @@ pub fn of_rust(text: &str) -> Vec<Paragraph> {
             Piece::Literal(text) if number <= tests => {
                 let lines = text.lines().enumerate();
                 let lines: Vec<_> = lines
-                    .map(|(index, line)| (number + index, markdown::without_code(line.trim())))
+                    .map(|(index, line)| {
+                        (
+                            number + index,
+                            without_values(&markdown::without_code(line.trim())),
+                        )
+                    })
                     .filter(|(_, line)| !line.is_empty())
                     .collect();
                 if !lines.is_empty() {
@@ -154,6 +159,18 @@ pub fn of_rust(text: &str) -> Vec<Paragraph> {
     }
     close(&mut open, &mut found);
     found
+}
+
+/// `text` without the values of a format string: `{name:?}` is `{}`.
+fn without_values(text: &str) -> String {
+    let mut depth = 0;
+    let kept = text.chars().filter(|char| {
+        depth -= usize::from(*char == '}' && depth > 0);
+        let is_kept = depth == 0;
+        depth += usize::from(*char == '{');
+        is_kept
+    });
+    kept.collect()
 }
 
 /// Whether a comment is a figure, or code that is indented as such.
@@ -322,7 +339,7 @@ mod tests {
 //!
 //! Third `code`.
 fn f() { // trailing
-    let a = \"text \\\n        goes on\"; let b = 'x'; let c = '\"';
+    let a = \"text {what:?} \\\n        goes on\"; let b = 'x'; let c = '\"';
     let d = r#\"raw \"quoted\"\"#; let e: &'static str = b;
 }
 /// - item one
@@ -336,7 +353,7 @@ mod tests {
         let expected = [
             (Text, 1, "First second."),
             (Text, 4, "Third `."),
-            (Literal, 6, "text goes on"),
+            (Literal, 6, "text {} goes on"),
             (Literal, 8, "raw \"quoted\""),
             (Text, 5, "trailing"),
             (Text, 10, "- item one"),
