@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -10,6 +11,26 @@ use super::{SandboxError, Warning};
 
 /// Ids 0 to 65535 exist in a full sandbox, as they do in container engines: `nobody` is 65534.
 const IDS: u32 = 65_536;
+
+/// Most extents of a map that a kernel takes.
+const MAX_EXTENTS: usize = 340;
+
+/// Ids above those belong to no account, but archives name them as owners. Root's sandboxes have
+/// them where the host has no accounts either: above 2^31, which systemd documents as the ids that
+/// programs with signed numbers get wrong, and the last ones (-2 is `nobody` on other systems)
+/// behind the range at [`ROOT_BASE`]. All but the 2^31 ids below the last ones are there.
+const FAR: [Extent; 2] = [
+    Extent {
+        inside: IDS,
+        outside: 1 << 31,
+        count: (1 << 31) - 1,
+    },
+    Extent {
+        inside: u32::MAX - (IDS - 1),
+        outside: ROOT_BASE + IDS,
+        count: IDS - 1,
+    },
+];
 
 /// Where the ids of a sandbox lie that the host's root runs without a range in `/etc/subuid`.
 /// In the part of the id space that systemd documents as unused (1879048192 to 2147352575), away
@@ -22,6 +43,14 @@ struct Extent {
     inside: u32,
     outside: u32,
     count: u32,
+}
+
+impl Extent {
+    /// Whether both have an id of the host's.
+    fn overlaps(&self, other: &Self) -> bool {
+        let end = |extent: &Self| u64::from(extent.outside) + u64::from(extent.count);
+        u64::from(self.outside) < end(other) && u64::from(other.outside) < end(self)
+    }
 }
 
 /// How the maps get written.
@@ -116,15 +145,11 @@ impl IdMaps {
             account.ranges(&account.subgid),
         );
         let reason = if account.uid == 0 {
-            let uid = root_extent(&uids, &account.uid_map);
-            let gid = root_extent(&gids, &account.gid_map);
+            let uid = root_extents(&uids, &account.uid_map);
+            let gid = root_extents(&gids, &account.gid_map);
             if let (Some(uid), Some(gid)) = (uid, gid) {
-                let maps = Self {
-                    uid: vec![uid],
-                    gid: vec![gid],
-                    writer: Writer::Root,
-                };
-                return (maps, None);
+                let writer = Writer::Root;
+                return (Self { uid, gid, writer }, None);
             }
             "this container has no second id either"
         } else if uids.is_empty() || gids.is_empty() {
@@ -214,9 +239,10 @@ impl IdMaps {
     }
 }
 
-/// The range for root's sandboxes: what `/etc/subuid` grants to root, else the fixed one. Within a
-/// user namespace that lacks it, as in a rootless container, the largest range that spares id 0.
-fn root_extent(granted: &[(u32, u32)], own_map: &str) -> Option<Extent> {
+/// The ranges for root's sandboxes: the one that `/etc/subuid` grants to root, else the fixed one, and
+/// [`FAR`]. Within a user namespace that lacks the first, as in a rootless container, the largest
+/// range that spares id 0.
+fn root_extents(granted: &[(u32, u32)], own_map: &str) -> Option<Vec<Extent>> {
     let available: Vec<(u32, u32)> = own_map
         .lines()
         .filter_map(|line| {
@@ -242,23 +268,28 @@ fn root_extent(granted: &[(u32, u32)], own_map: &str) -> Option<Extent> {
         .chain([(ROOT_BASE, IDS)])
         .find(covered)
         .or_else(|| spared.max_by_key(|&(_, count)| count))?;
-    (count > 0).then_some(Extent {
+    let first = Extent {
         inside: 0,
         outside,
         count: count.min(IDS),
-    })
+    };
+    let far = FAR.into_iter().filter(|far| {
+        covered(&(far.outside, far.count)) && !far.overlaps(&first) && first.count == IDS
+    });
+    (count > 0).then(|| iter::once(first).chain(far).collect())
 }
 
-/// Root inside is `own`; the granted ranges follow, up to the ids of a full sandbox.
+/// Root inside is `own`; all granted ranges follow.
 fn own_and(own: u32, granted: &[(u32, u32)]) -> Vec<Extent> {
     let mut extents = vec![Extent {
         inside: 0,
         outside: own,
         count: 1,
     }];
-    let mut inside = 1;
-    for &(outside, count) in granted {
-        let count = count.min(IDS - inside);
+    let mut inside: u32 = 1;
+    for &(outside, count) in granted.iter().take(MAX_EXTENTS - 1) {
+        // The last id is no id.
+        let count = count.min(u32::MAX - inside);
         if count == 0 {
             break;
         }
@@ -367,15 +398,16 @@ mod tests {
 
     /// Case; uid; grants; own map; helpers; expected extents and their writer.
     const CASES: &str = "\
-        root; 0; ; whole; yes; 0 1885929472 65536; Root
-        root with a grant; 0; 0:500000:70000; whole; yes; 0 500000 65536; Root
-        root with a small grant; 0; 0:500000:7; whole; yes; 0 1885929472 65536; Root
+        root; 0; ; whole; yes; 0 1885929472 65536 far; Root
+        root with a grant; 0; 0:500000:70000; whole; yes; 0 500000 65536 far; Root
+        root with a far grant; 0; 0:2147483600:65536; whole; yes; 0 2147483600 65536 4294901760 1885995008 65535; Root
+        root with a small grant; 0; 0:500000:7; whole; yes; 0 1885929472 65536 far; Root
         root in a rootless container; 0; ; 0 1000 1,1 100000 65536; yes; 0 1 65536; Root
         root in a container; 0; ; 0 100000 65536; yes; 0 1 65535; Root
         root and nobody else; 0; ; 0 1000 1; yes; 0 0 1; Oneself
-        user; 7; bob:1:5,ann:100000:65536; whole; yes; 0 7 1 1 100000 65535; Helpers
+        user; 7; bob:1:5,ann:100000:65536; whole; yes; 0 7 1 1 100000 65536; Helpers
         user by number; 7; 7:20:10; whole; yes; 0 7 1 1 20 10; Helpers
-        two grants; 7; ann:1:9,ann:90:100000; whole; yes; 0 7 1 1 1 9 10 90 65526; Helpers
+        two grants; 7; ann:1:9,ann:90:100000; whole; yes; 0 7 1 1 1 9 10 90 100000; Helpers
         no helpers; 7; ann:100000:65536; whole; no; 0 7 1; Oneself
         no grant; 7; bob:100000:65536; whole; yes; 0 7 1; Oneself
         garbage; 7; ann,ann:x:1,ann:5:0,::; whole; yes; 0 7 1; Oneself";
@@ -399,9 +431,11 @@ mod tests {
                 .split_whitespace()
                 .collect::<Vec<_>>()
                 .join(" ");
+            let far = "65536 2147483648 2147483647 4294901760 1885995008 65535";
+            let extents = extents.replace("far", far);
             assert_eq!(
                 (rendered.as_str(), format!("{:?}", maps.writer).as_str()),
-                (extents, writer),
+                (extents.as_str(), writer),
                 "{line}"
             );
             assert_eq!(maps.uid, maps.gid, "{line}");
