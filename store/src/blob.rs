@@ -72,6 +72,41 @@ pub(crate) fn read_exact(
     Ok(())
 }
 
+/// Zeros of a copy become a hole by blocks of this length, at multiples of it.
+const HOLE: usize = 4096;
+
+/// Where the hole ends in which `at` lies, if there is one and the filesystem knows of it.
+fn hole_at(file: &File, at: u64) -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(data) => (data > at).then_some(data),
+        // There is no data up to the end.
+        Err(rustix::io::Errno::NXIO) => Some(u64::MAX),
+        Err(_) => None,
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (file, at);
+        None
+    }
+}
+
+/// The parts of `bytes` that are not blocks of zeros, each with where it starts.
+fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let zeros = |block: &[u8]| block.iter().all(|&byte| byte == 0);
+    let blocks = move |at: usize, zero: bool| {
+        let rest = bytes.get(at..).unwrap_or_default();
+        let alike = rest.chunks(HOLE).take_while(|block| zeros(block) == zero);
+        at + alike.map(<[u8]>::len).sum::<usize>()
+    };
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = blocks(at, true);
+        at = blocks(start, false);
+        (start < at).then(|| (start, &bytes[start..at]))
+    })
+}
+
 /// Hashes a whole file.
 pub(crate) fn hash_file(disk: &dyn Disk, file: &File) -> io::Result<(ObjectId, Outboard)> {
     let mut hasher = OutboardHasher::default();
@@ -318,33 +353,42 @@ impl Blob {
         Ok(bytes)
     }
 
-    /// Copies the first `len` bytes to the start of `to`, without passing them through this process where the filesystem
-    /// can share or copy them by itself and they were checked before.
+    /// Copies the first `len` bytes to `to`, which is empty. Where the filesystem can share them, it
+    /// does, if they were checked before; else blocks of zeros become holes.
     pub fn copy_to(&self, len: u64, to: &File) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         if len > self.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let mut at = 0;
         if let Source::Loose(loose) = &self.source {
             loose.check(self.disk.as_ref(), len)?;
-            while at < len {
-                match self.disk.copy_out(&loose.file, to, at, len - at) {
-                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(count) => at += count,
-                    Err(err) if err.kind() == io::ErrorKind::Unsupported => break,
-                    Err(err) => return Err(err),
-                }
+            if len > 0 && self.disk.reflink(&loose.file, to).is_ok() {
+                return to.set_len(len);
             }
         }
-        let mut piece = vec![0; PIECE.min((len - at) as usize)];
+        let mut piece = vec![0; PIECE.min(len as usize)];
+        let mut at = 0;
         while at < len {
+            if let Source::Loose(loose) = &self.source
+                && let Some(hole) = hole_at(&loose.file, at)
+            {
+                at = hole.min(len);
+                continue;
+            }
             let want = piece.len().min((len - at) as usize);
-            let count = self.read_at(&mut piece[..want], at)?;
-            to.write_all_at(&piece[..count], at)?;
-            at += count as u64;
+            let mut got = 0;
+            while got < want {
+                match self.read_at(&mut piece[got..want], at + got as u64)? {
+                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    count => got += count,
+                }
+            }
+            for (start, run) in runs(&piece[..want]) {
+                to.write_all_at(run, at + start as u64)?;
+            }
+            at += want as u64;
         }
-        Ok(())
+        to.set_len(len)
     }
 
     /// Its length in bytes.
@@ -355,5 +399,41 @@ impl Blob {
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_what_is_left_without_blocks_of_zeros() {
+        /// Blocks, each a letter, `0` one of zeros; by how much the last is short; the runs.
+        type Case = (&'static str, usize, &'static [(usize, usize)]);
+        let cases: [Case; 7] = [
+            ("", 0, &[]),
+            ("000", 0, &[]),
+            ("x", 0, &[(0, 1)]),
+            ("x00yz0", 0, &[(0, 1), (3, 2)]),
+            ("00x", 1, &[(2, 1)]),
+            ("x00", 1, &[(0, 1)]),
+            ("0", 4095, &[]),
+        ];
+        for (blocks, short, expected) in cases {
+            let mut bytes: Vec<u8> = blocks
+                .bytes()
+                .flat_map(|letter| {
+                    let mut block = vec![0; HOLE];
+                    block[HOLE - 1] = letter - b'0';
+                    block[0] = letter - b'0';
+                    block
+                })
+                .collect();
+            bytes.truncate(bytes.len() - short);
+            let found: Vec<_> = runs(&bytes)
+                .map(|(start, run)| (start / HOLE, run.len().div_ceil(HOLE)))
+                .collect();
+            assert_eq!(found, expected, "{blocks} without {short}");
+        }
     }
 }

@@ -48,12 +48,6 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn open(&self, path: &Path) -> io::Result<File>;
     /// Reads what one call gives, 0 bytes at the end.
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
-    /// Copies up to `len` bytes from `offset` of a file of the store to the same place of one that is not the store's.
-    /// [`io::ErrorKind::Unsupported`] where that takes reading and writing: the default.
-    fn copy_out(&self, from: &File, to: &File, offset: u64, len: u64) -> io::Result<u64> {
-        let _ = (from, to, offset, len);
-        Err(io::ErrorKind::Unsupported.into())
-    }
     /// What is known of a name, without following a symlink.
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
     /// The names in a directory, in any order.
@@ -153,21 +147,6 @@ impl Disk for RealDisk {
 
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         file.read_at(buf, offset)
-    }
-
-    #[cfg(target_os = "linux")]
-    fn copy_out(&self, from: &File, to: &File, offset: u64, len: u64) -> io::Result<u64> {
-        use rustix::io::Errno;
-        let (mut source, mut target) = (offset, offset);
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), len) {
-            Ok(count) => Ok(count as u64),
-            // Another filesystem, or one that cannot.
-            Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
-                Err(io::ErrorKind::Unsupported.into())
-            }
-            Err(err) => Err(err.into()),
-        }
     }
 
     fn metadata(&self, path: &Path) -> io::Result<Metadata> {

@@ -1,15 +1,17 @@
 //! Rules of POSIX and of Linux that models do not reach.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-use iii_overlay::Overlay;
 use iii_overlay::fs::{
     Allocate, Caller, Errno, Filesystem, Rename, SetAttr, SetXattr, Special, Time,
 };
 use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::{Overlay, OverlayOptions};
 use iii_store::Layer;
-use iii_store::tree::Tree;
+use iii_store::tree::{Content, Leaf, Meta, Node, Tree};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::support::{Home, names, put};
@@ -309,11 +311,69 @@ fn no_time_goes_back_by_a_kill() {
         .status()
         .unwrap();
     assert!(status.success());
-    let again = home.open_at(&[], &copy, iii_overlay::OverlayOptions::default());
+    let again = home.open_at(&[], &copy, OverlayOptions::default());
     for (number, file) in files.into_iter().enumerate() {
         let was = overlay.getattr(file).unwrap().mtime;
         let name = format!("f{number}");
         let is = again.lookup(ROOT, name.as_bytes()).unwrap().mtime;
         assert!(was <= is, "{name}: {was:?} became {is:?}");
     }
+}
+
+/// Bytes of the host's disk that the flat files of the upper take.
+fn used(home: &Home) -> u64 {
+    let dirs = std::fs::read_dir(home.upper().join("data")).unwrap();
+    let files = dirs.flat_map(|dir| std::fs::read_dir(dir.unwrap().path()).unwrap());
+    files
+        .map(|file| file.unwrap().metadata().unwrap().blocks() * 512)
+        .sum()
+}
+
+/// Of a small file in a pack, and of a large one with a file of the store for itself.
+#[test]
+fn holes_stay_holes_when_a_file_is_copied_up() {
+    const MOST: u64 = 64 << 10;
+    for size in [400_000_u64, 64 << 20] {
+        let home = Home::new();
+        let sparse = tempfile::tempfile().unwrap();
+        sparse.set_len(size).unwrap();
+        sparse.write_all_at(b"head", 0).unwrap();
+        sparse.write_all_at(b"middle", size / 2 - 3).unwrap();
+        let ingest = home.store.ingest(&home.lease).unwrap();
+        let added = ingest.add_file(&sparse).unwrap();
+        let mut tree = Tree::default();
+        let leaf = Leaf {
+            meta: Meta::default(),
+            content: Content::File {
+                object: added.object,
+                size,
+            },
+            link: None,
+        };
+        tree.entries.insert((*b"f").into(), Node::Leaf(leaf));
+        let id = ingest.finish(&tree).unwrap().layer_id;
+        let layers = vec![home.store.layer(&id).unwrap()];
+        let options = OverlayOptions::default();
+        let overlay = Overlay::open(&home.store, layers, &home.upper(), options).unwrap();
+        let file = overlay.lookup(ROOT, b"f").unwrap().ino;
+        overlay.write(file, b"!", size, false).unwrap();
+        assert!(used(&home) <= MOST, "{} bytes of {size}", used(&home));
+        let is = contents(&overlay, file);
+        sparse.write_all_at(b"!", size).unwrap();
+        assert!(is == all(&sparse), "the contents of {size} bytes changed");
+        assert!(overlay.getattr(file).unwrap().blocks * 512 <= MOST);
+    }
+}
+
+fn contents(fs: &Overlay, file: Ino) -> Vec<u8> {
+    let mut bytes = vec![0; fs.getattr(file).unwrap().size as usize];
+    let count = fs.read(file, &mut bytes, 0).unwrap();
+    assert_eq!(count, bytes.len());
+    bytes
+}
+
+fn all(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
