@@ -38,8 +38,10 @@
 
 pub mod adapter;
 mod aside;
+mod differ;
 mod freeze;
 pub mod fs;
+mod hides;
 mod host;
 pub mod ino;
 mod lookups;
@@ -61,7 +63,7 @@ use iii_store::id::ID_LEN;
 
 pub use aside::{Apart, Aside};
 pub use freeze::{FreezeError, HELD_BYTES};
-pub use observe::MAX_FACTS;
+pub use observe::{MAX_FACT_BYTES, MAX_FACTS};
 pub use overlay::{Objects, Overlay};
 pub use thaw::thaw;
 pub use update::{Stale, UpdateError};
@@ -78,7 +80,7 @@ pub struct Project {
 /// How to open an overlay.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OverlayOptions {
-    /// The project's layer, whose changes win when the chain changes and of which facts are recorded.
+    /// The project's layer, which [`Overlay::update`] replaces and of which facts are recorded.
     pub project: Option<Project>,
     /// Whether to record facts about the project.
     pub observe: bool,

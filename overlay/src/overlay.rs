@@ -55,6 +55,8 @@ pub struct Overlay {
     pub(crate) aside: Kept,
     /// The project's layer that is seen, and which of the chain it stands for.
     pub(crate) project: Mutex<Option<(usize, Arc<Layer>)>>,
+    /// See [`Overlay::gave_way`].
+    gave_way: u64,
     /// Number of visible names of hardlinked lower files.
     links: Mutex<HashMap<Ino, u32>>,
 }
@@ -115,9 +117,11 @@ impl Overlay {
             Some(project) => {
                 let layer = layers.get(project.slot).ok_or(OpenError::NoProject)?;
                 seen = Some((project.slot, Arc::clone(layer)));
-                options
+                let seeds = &options.aside.seeds;
+                let observe = options
                     .observe
-                    .then(|| Observer::new(layer.clone(), project, &options.aside.seeds))
+                    .then(|| Observer::new(&layers, project, seeds));
+                observe.flatten()
             }
             None => None,
         };
@@ -133,9 +137,10 @@ impl Overlay {
             })?;
         }
         let known = opened.chain().cloned();
+        let mut gave_way = 0;
         let (state, written) = match known {
             Some(known) if known.layers != chain.layers || !opened.applied().is_empty() => {
-                let state = crate::rebase::rebase(
+                let (state, files) = crate::rebase::rebase(
                     &mut opened,
                     &known,
                     old_layer,
@@ -143,6 +148,7 @@ impl Overlay {
                     chain,
                     &*objects,
                 )?;
+                gave_way = files;
                 (state, false)
             }
             Some(known) => {
@@ -167,8 +173,15 @@ impl Overlay {
             stats: Stats::default(),
             aside,
             project: Mutex::new(seen),
+            gave_way,
             links: Mutex::default(),
         })
+    }
+
+    /// How many files that the sandbox had written or removed gave way to newer ones of its layers when this was opened: see
+    /// [`crate::rebase`].
+    pub fn gave_way(&self) -> u64 {
+        self.gave_way
     }
 
     fn lower_nlink(&self, lower: Lower<'_>) -> u32 {

@@ -1,13 +1,17 @@
 //! Carrying an upper over to another chain: the sandbox starts again on changed layers.
 //!
-//! The upper says of some paths that they are otherwise than in its old lower. What it says stays, but where the project
-//! itself changed the path since: there the project wins. So
+//! The upper says of some paths that they are otherwise than in its old lower. What it says stays, but where the layers
+//! themselves changed the path since, whichever of them it was: there the layers win. Otherwise a file of an older install
+//! that the sandbox has touched would stand among those of a newer one. So
 //!
 //! - a file or whiteout of the upper at a path that changed goes;
-//! - a directory of the upper at a path that changed keeps its other entries, and takes the project's metadata; if the
-//!   project has no directory there any more, it stays as long as the upper has something to say in it;
+//! - a directory of the upper at a path that changed keeps its other entries, and takes the lower's metadata; if the
+//!   lower has no directory there any more, it stays as long as the upper has something to say in it;
 //! - where the sandbox had removed or replaced a directory in which something changed, that alone shows again;
 //! - what the upper says of all other paths stays, whatever the new lower has there.
+//!
+//! A path changed if the merged views of both chains differ there: see [`crate::differ`]. So a change that a layer above
+//! hides is none, and layers that merely changed their order change only what they have in common.
 //!
 //! Afterwards no record but those of directories has an origin, and every file whose data is an object names one that the
 //! new chain holds, and thereby pins, or the layer that the upper was made from; others are copied out of the store first.
@@ -17,9 +21,10 @@ use std::sync::Arc;
 
 use iii_store::layer::Kind;
 use iii_store::tree::components;
-use iii_store::{Change, ChangeKind, Layer, LayerId, NodeRef, ObjectId, diff};
+use iii_store::{Change, ChangeKind, Layer, LayerId, NodeRef, ObjectId};
 
 use crate::OpenError;
+use crate::differ::differ;
 use crate::fs::Errno;
 use crate::ino::{Ino, ROOT};
 use crate::merge::{Lower, Merged};
@@ -34,7 +39,8 @@ use crate::view::Found;
 pub type OldLayer<'a> =
     dyn Fn(&LayerId) -> Result<Arc<Layer>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
-/// The state of the upper over `lower`, the merged `chain`. Until it has been written down, the old one holds.
+/// The state of the upper over `lower`, the merged `chain`, and how many files of the upper gave way to changed ones. Until it
+/// has been written down, the old one holds.
 pub(crate) fn rebase(
     opened: &mut Opened,
     known: &Chain,
@@ -42,7 +48,7 @@ pub(crate) fn rebase(
     lower: &Arc<Merged>,
     chain: Chain,
     objects: &dyn Objects,
-) -> Result<State, OpenError> {
+) -> Result<(State, u64), OpenError> {
     let fail = |source| UpperError::Chain {
         path: opened.dir().to_path_buf(),
         source,
@@ -53,21 +59,27 @@ pub(crate) fn rebase(
         .map(|id| old_layer(&LayerId::from_bytes(*id)))
         .collect::<Result<Vec<_>, _>>()
         .map_err(fail)?;
-    let project = |layers: &[Arc<Layer>], slot: Option<u32>| layers.get(slot? as usize).cloned();
-    // The project as the sandbox has seen it last: what an update brought is the project's.
-    let mut seen: Vec<Arc<Layer>> = Vec::new();
+    // The chain as the sandbox has seen it last: what an update brought is the project's.
+    let mut seen: Vec<Vec<Arc<Layer>>> = Vec::new();
     for id in opened.applied() {
-        seen.push(old_layer(&LayerId::from_bytes(*id)).map_err(fail)?);
+        let project = old_layer(&LayerId::from_bytes(*id)).map_err(fail)?;
+        let mut layers = old_layers.clone();
+        let slot = known.project.map(|slot| slot as usize);
+        if let Some(place) = slot.and_then(|slot| layers.get_mut(slot)) {
+            *place = project;
+        }
+        seen.push(layers);
     }
     if seen.is_empty() {
-        seen.extend(project(&old_layers, known.project));
+        seen.push(old_layers.clone());
     }
     let mut changed: Vec<Change> = Vec::new();
-    if let Some(new) = project(lower.layers(), chain.project) {
-        changed = seen.iter().flat_map(|old| diff(old, &new)).collect();
-        changed.sort_unstable();
-        changed.dedup_by(|one, other| one.path == other.path);
+    for old in &seen {
+        changed.extend(differ(old, lower.layers()));
     }
+    changed.sort_unstable();
+    changed.dedup_by(|one, other| one.path == other.path);
+    let seen = Merged::new(seen.pop().unwrap_or_default())?;
     let thawed = opened.thawed().map(LayerId::from_bytes);
     let thawed = thawed.map(|id| old_layer(&id)).transpose().map_err(fail)?;
     let old = opened.replay(Arc::new(Merged::new(old_layers)?))?;
@@ -78,16 +90,20 @@ pub(crate) fn rebase(
         paths: changed.iter().map(|change| &*change.path).collect(),
         old: &old,
         new,
+        seen: &seen,
         leaves: HashMap::new(),
+        gave_way: 0,
     };
     let damaged = |error: Errno| io_error("reading", opened.dir())(error.into());
     carry.walk().map_err(damaged)?;
     for change in changed.iter().filter(|c| c.kind != ChangeKind::Removed) {
         carry.expose(&change.path).map_err(damaged)?;
     }
-    let mut new = carry.new;
+    let Carry {
+        mut new, gave_way, ..
+    } = carry;
     materialise(&mut new, thawed.as_deref(), opened, objects)?;
-    Ok(new)
+    Ok((new, gave_way))
 }
 
 /// Copies out of the store what neither the new chain nor the layer that the upper was made from pins.
@@ -147,12 +163,16 @@ fn materialise(
 }
 
 struct Carry<'a> {
-    /// The paths that changed in the project.
+    /// The paths that changed in the layers.
     paths: HashSet<&'a [u8]>,
     old: &'a State,
     new: State,
+    /// The layers as the sandbox has seen them last.
+    seen: &'a Merged,
     /// The new numbers of leaves, by their old inode.
     leaves: HashMap<Ino, u64>,
+    /// Files of the upper that gave way, those that it had removed included.
+    gave_way: u64,
 }
 
 fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
@@ -276,7 +296,12 @@ impl Carry<'_> {
             let at = join(path, name);
             match to {
                 Some(to) => self.entry(old.ino(to), at, pending)?,
-                None if self.paths.contains(&*at) => {}
+                None if self.paths.contains(&*at) => {
+                    let hid = self.seen.lookup_path(&at).is_some();
+                    let shows = self.new.lower.lookup_path(&at).is_some();
+                    self.gave_way += u64::from(hid && shows);
+                    self.empty_dir(&at)?;
+                }
                 None => {
                     if self.new.lower.lookup_path(&at).is_some() {
                         let dir = self.dir(path)?;
@@ -326,8 +351,12 @@ impl Carry<'_> {
         let (parent, name) = split(&path);
         let here = self.new.lower.lookup_path(&path);
         if !record.is_dir() {
-            if changed || here.is_some_and(|here| self.is_shown(&path, &record, here)) {
+            if here.is_some_and(|here| self.is_shown(&path, &record, here)) {
                 return Ok(());
+            }
+            if changed {
+                self.gave_way += u64::from(!self.was_shown(&path, &record));
+                return self.empty_dir(&path);
             }
             let dir = self.dir(parent)?;
             if let Some(&number) = self.leaves.get(&ino) {
@@ -342,6 +371,7 @@ impl Carry<'_> {
             return Ok(());
         }
         if changed && here.is_some() && !is_dir(here) {
+            self.gave_way += self.files_in(ino)?;
             return Ok(());
         }
         let own = self.old.lower.lookup_path(&path).map(|lower| lower.ino) != Some(ino);
@@ -371,6 +401,53 @@ impl Carry<'_> {
             && record.xattrs == lower.xattrs
             && record.body == lower.body
             && self.new.at_path(path) == Some(here.ino)
+    }
+
+    /// Shows a directory of the new lower that the sandbox had removed or replaced, without what is in it: of that,
+    /// [`Carry::expose`] shows what changed.
+    fn empty_dir(&mut self, path: &[u8]) -> Result<(), Errno> {
+        let Some(here) = self.new.lower.lookup_path(path) else {
+            return Ok(());
+        };
+        if here.node.kind() == Kind::Dir && is_dir(self.seen.lookup_path(path)) {
+            let record = lower_record(&self.new.lower, here);
+            let (parent, name) = split(path);
+            let parent = self.dir(parent)?;
+            self.put(parent, name, record, 1);
+        }
+        Ok(())
+    }
+
+    /// Whether the layers that the sandbox has seen last had such a file there: an update brought it, and the sandbox did not
+    /// change it.
+    fn was_shown(&self, path: &[u8], record: &Record) -> bool {
+        let Some(there) = self.seen.lookup_path(path) else {
+            return false;
+        };
+        let was = lower_record(self.seen, there);
+        let kept = |r: &Record| (r.mode, r.uid, r.gid);
+        kept(record) == kept(&was) && record.xattrs == was.xattrs && record.body == was.body
+    }
+
+    /// The number of files of the upper's own in one of its directories.
+    fn files_in(&self, dir: Ino) -> Result<u64, Errno> {
+        let mut files = 0;
+        let mut pending = vec![dir];
+        while let Some(dir) = pending.pop() {
+            let mut children = Vec::new();
+            self.old.for_each(dir, 0, &mut |_, _, child| {
+                children.push(child);
+                true
+            })?;
+            for child in children {
+                match self.old.find(child)? {
+                    found if found.kind() == Kind::Dir => pending.push(child),
+                    Found::Upper(_, node) if node.lower.is_none() => files += 1,
+                    _ => {}
+                }
+            }
+        }
+        Ok(files)
     }
 
     /// Shows again what the new lower has at `path`.

@@ -15,8 +15,9 @@ use std::sync::Arc;
 
 use iii_store::layer::{Kind, Layer};
 use iii_store::tree::components;
-use iii_store::{LayerId, NodeRef, ObjectId, diff};
+use iii_store::{LayerId, NodeRef, ObjectId};
 
+use crate::differ::differ;
 use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::{Lower, MergeError, Merged};
@@ -67,18 +68,20 @@ impl Overlay {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let (slot, last) = seen.as_ref().ok_or(UpdateError::NoProject)?;
         let slot = *slot;
-        let mut changes = diff(last, project);
-        if changes.is_empty() {
-            return Ok(Stale::default());
-        }
         let with = |project: &Arc<Layer>| {
             let mut layers = self.lower.layers().to_vec();
             if let Some(place) = layers.get_mut(slot) {
                 *place = Arc::clone(project);
             }
-            Merged::new(layers)
+            layers
         };
-        let (old, new) = (with(last)?, with(project)?);
+        let (old, new) = (with(last), with(project));
+        // What a layer above the project hides changes nothing.
+        let mut changes = differ(&old, &new);
+        if changes.is_empty() {
+            return Ok(Stale::default());
+        }
+        let (old, new) = (Merged::new(old)?, Merged::new(new)?);
         let changed: HashSet<Vec<u8>> = changes.iter().map(|change| change.path.clone()).collect();
         let mut inner = self.upper.write();
         // From here on the upper has something of both.

@@ -188,6 +188,8 @@ proptest! {
         base in tree(),
         before in tree(),
         after in tree(),
+        tops in prop::collection::vec(tree(), 2),
+        same_top in any::<bool>(),
         acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
         thaws in any::<bool>(),
     ) {
@@ -195,8 +197,10 @@ proptest! {
         let base = home.layer(&base, &CONTENTS);
         let old_project = home.layer(&at_workspace(merged(before)), &CONTENTS);
         let new_project = home.layer(&at_workspace(merged(after)), &CONTENTS);
-        let old_layers = vec![base.clone(), old_project.clone()];
-        let new_layers = vec![base, new_project.clone()];
+        // What steps wrote, over the project.
+        let tops: Vec<_> = tops.iter().map(|top| home.layer(top, &CONTENTS)).collect();
+        let old_layers = vec![base.clone(), old_project, tops[0].clone()];
+        let new_layers = vec![base, new_project, tops[usize::from(!same_top)].clone()];
         let mut upper = home.upper();
         let overlay = home.open_at(&old_layers, &upper, options());
         for (dir, name, act) in &acts {
@@ -211,10 +215,7 @@ proptest! {
         drop(overlay);
         let old_lower = lower_view(&home, &old_layers, "old");
         let new_lower = lower_view(&home, &new_layers, "new");
-        let changed: BTreeSet<_> = iii_store::diff(&old_project, &new_project)
-            .into_iter()
-            .map(|change| change.path)
-            .collect();
+        let changed = changed(&old_lower, &new_lower);
         let overlay = home.open_at(&new_layers, &upper, options());
         let carried = view(&overlay);
         prop_assert_eq!(
@@ -227,10 +228,13 @@ proptest! {
     }
 }
 
-/// The paths that changed from one project to another.
-fn changed(old: &Layer, new: &Layer) -> BTreeSet<Vec<u8>> {
-    let changes = iii_store::diff(old, new).into_iter();
-    changes.map(|change| change.path).collect()
+/// The paths at which two views differ.
+fn changed(old: &View, new: &View) -> BTreeSet<Vec<u8>> {
+    let paths = old.keys().chain(new.keys());
+    paths
+        .filter(|path| old.get(*path) != new.get(*path))
+        .cloned()
+        .collect()
 }
 
 /// Without directories that the lower does not have and nothing is in: of one that the project had once, whose files it took away
@@ -254,6 +258,7 @@ proptest! {
     #[test]
     fn an_update_is_like_starting_again(
         base in tree(),
+        top in tree(),
         projects in prop::collection::vec(tree(), 2..5),
         acts in prop::collection::vec((any::<prop::sample::Index>(), name(), act()), 0..12),
         restarts in any::<bool>(),
@@ -266,20 +271,21 @@ proptest! {
             .into_iter()
             .map(|project| home.layer(&at_workspace(merged(project)), &CONTENTS))
             .collect();
-        let layers = |at: usize| [base.clone(), projects[at].clone()];
+        let top = home.layer(&top, &CONTENTS);
+        let layers = |at: usize| [base.clone(), projects[at].clone(), top.clone()];
         let mut upper = home.upper();
         let mut overlay = home.open_at(&layers(0), &upper, options());
         let mut stands_on = 0;
         let mut acts = acts.chunks(4);
-        for at in 1..projects.len() {
+        for (at, project) in projects.iter().enumerate().skip(1) {
             for (dir, name, act) in acts.next().unwrap_or_default() {
                 apply(&overlay, *dir, name, act);
             }
             let old = bare(view(&overlay));
             let old_lower = lower_view(&home, &layers(at - 1), &format!("old{at}"));
             let new_lower = lower_view(&home, &layers(at), &format!("new{at}"));
-            let changed = changed(&projects[at - 1], &projects[at]);
-            overlay.update(&projects[at]).unwrap();
+            let changed = changed(&old_lower, &new_lower);
+            overlay.update(project).unwrap();
             prop_assert_eq!(
                 bare(view(&overlay)),
                 expected(&old_lower, &old, &new_lower, &changed),
@@ -309,7 +315,7 @@ proptest! {
         let new_lower = lower_view(&home, &layers(end), "end");
         drop(overlay);
         let overlay = home.open_at(&layers(end), &upper, options());
-        let changed = changed(&projects[last], &projects[end]);
+        let changed = changed(&old_lower, &new_lower);
         prop_assert_eq!(
             without_empty(bare(view(&overlay)), &new_lower),
             without_empty(expected(&old_lower, &old, &new_lower, &changed), &new_lower),
@@ -402,4 +408,128 @@ fn a_file_that_moved_keeps_what_a_former_project_had() {
     drop(overlay);
     let overlay = home.open_at(&layers(2), &home.upper(), options());
     assert_eq!(files(&overlay), want);
+}
+
+/// A package that the sandbox changed is that of a newer install afterwards, whole, and it is told how many files gave way.
+#[test]
+fn what_a_step_changed_wins_and_is_counted() {
+    let home = Home::new();
+    let layer = |files: &[(&[u8], &[u8])]| {
+        let mut tree = Tree::implicit();
+        for (path, bytes) in files {
+            crate::support::put(&mut tree, path, bytes);
+        }
+        let contents: Vec<&[u8]> = files.iter().map(|(_, bytes)| *bytes).collect();
+        home.layer(&tree, &contents)
+    };
+    let base = layer(&[(b"etc/a", b"base")]);
+    let project = layer(&[(b"w/package.json", b"1")]);
+    let edited = layer(&[(b"w/package.json", b"2")]);
+    let install = |version: &'static [u8]| {
+        layer(&[
+            (b"w/node_modules/ms/package.json", version),
+            (b"w/node_modules/ms/index.js", version),
+            (b"w/node_modules/ms/readme", version),
+            (b"w/node_modules/other/index.js", b"other"),
+        ])
+    };
+    let old = [base.clone(), project.clone(), install(b"2.1.2")];
+    let new = [base.clone(), edited.clone(), install(b"2.1.3")];
+    let overlay = home.open_at(&old, &home.upper(), options());
+    for path in [&b"ms/package.json"[..], b"ms/index.js", b"other/index.js"] {
+        let path = [&b"w/node_modules/"[..], path].concat();
+        let ino = find(&overlay, &path).unwrap();
+        overlay.write(ino, b"2.0.0", 0, true).unwrap();
+    }
+    let ms = find(&overlay, b"w/node_modules/ms").unwrap();
+    remove(&overlay, ms, b"readme");
+    let own = overlay
+        .mknod(Caller::default(), ROOT, b"own", 0o644, Special::File)
+        .unwrap();
+    overlay.write(own.ino, b"own", 0, true).unwrap();
+    // What an update brings is not the sandbox's, and gives way uncounted.
+    overlay.update(&edited).unwrap();
+    assert_eq!(overlay.gave_way(), 0);
+    drop(overlay);
+    let overlay = home.open_at(&new, &home.upper(), options());
+    assert_eq!(overlay.gave_way(), 3);
+    let files = |overlay: &Overlay| -> Vec<(Vec<u8>, Vec<u8>)> {
+        let files = view(overlay).into_iter();
+        let files = files.filter(|(_, seen)| seen.kind == Kind::File);
+        files.map(|(path, seen)| (path, seen.bytes)).collect()
+    };
+    let want = [
+        (&b"etc/a"[..], &b"base"[..]),
+        (b"own", b"own"),
+        (b"w/node_modules/ms/index.js", b"2.1.3"),
+        (b"w/node_modules/ms/package.json", b"2.1.3"),
+        (b"w/node_modules/ms/readme", b"2.1.3"),
+        (b"w/node_modules/other/index.js", b"2.0.0"),
+        (b"w/package.json", b"2"),
+    ];
+    let want = want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()));
+    assert_eq!(files(&overlay), want);
+    drop(overlay);
+    // The same layers in another order, as an earlier program composed them: nothing but what they have in common changes.
+    let [base, project, install] = new;
+    let overlay = home.open_at(
+        &[base, install, project],
+        &home.upper(),
+        OverlayOptions {
+            project: Some(Project {
+                path: b"w".to_vec(),
+                slot: 2,
+            }),
+            ..OverlayOptions::default()
+        },
+    );
+    assert_eq!((files(&overlay), overlay.gave_way()), (want.to_vec(), 0));
+}
+
+/// What a layer above the project hides is not shown by an update, and what it shows is not taken away.
+#[test]
+fn an_update_respects_what_is_above_the_project() {
+    let home = Home::new();
+    let project = |text: &[u8]| {
+        let mut tree = Tree::implicit();
+        for path in [&b"w/lock"[..], b"w/gone", b"w/run.sh", b"w/dir/a"] {
+            crate::support::put(&mut tree, path, text);
+        }
+        home.layer(&tree, &[text])
+    };
+    let mut step = Tree::implicit();
+    for path in [&b"w/lock"[..], b"w/dir/made"] {
+        crate::support::put(&mut step, path, b"step");
+    }
+    let w = step.dir_at(b"w").unwrap();
+    let gone = iii_store::tree::Leaf {
+        meta: iii_store::tree::Meta::default(),
+        content: iii_store::tree::Content::Whiteout,
+        link: None,
+    };
+    w.entries.insert((*b"gone").into(), Node::Leaf(gone));
+    let step = home.layer(&step, &[b"step"]);
+    let (one, two) = (project(b"one"), project(b"two"));
+    let base = home.layer(&Tree::implicit(), &[]);
+    let overlay = home.open_at(&[base.clone(), one, step.clone()], &home.upper(), options());
+    // The sandbox's own change of a file that a step wrote over.
+    let lock = find(&overlay, b"w/lock").unwrap();
+    overlay.write(lock, b"mine", 0, true).unwrap();
+    overlay.update(&two).unwrap();
+    let files = |overlay: &Overlay| -> Vec<(Vec<u8>, Vec<u8>)> {
+        let files = view(overlay).into_iter();
+        let files = files.filter(|(_, seen)| seen.kind == Kind::File);
+        files.map(|(path, seen)| (path, seen.bytes)).collect()
+    };
+    let want = [
+        (&b"w/dir/a"[..], &b"two"[..]),
+        (b"w/dir/made", b"step"),
+        (b"w/lock", b"mine"),
+        (b"w/run.sh", b"two"),
+    ];
+    let want = want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()));
+    assert_eq!(files(&overlay), want);
+    drop(overlay);
+    let overlay = home.open_at(&[base, two, step], &home.upper(), options());
+    assert_eq!((files(&overlay), overlay.gave_way()), (want.to_vec(), 0));
 }
