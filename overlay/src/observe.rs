@@ -1,19 +1,34 @@
 //! What a build step saw of the project: the facts that decide later whether its result still holds.
 //!
-//! A fact speaks of the project's own layer alone. Looking a name up is a fact about what the project has there, if
-//! anything; listing is one about the names, opening or reading a file, also by changing part of it, one about its contents.
-//! A name that the step itself has made, changed or removed says nothing of the project any more, and neither does anything
-//! in a directory that the step made. A directory of the project that the step moved keeps speaking of where it was.
+//! A fact speaks of the project's own layer, as far as the step saw that: what a layer above the project hides or replaces is in the
+//! step's key, and a name that the step itself has made, changed or removed says nothing of the project any more. A
+//! directory of the project that the step moved keeps speaking of where it was.
+//!
+//! | request | fact |
+//! |---|---|
+//! | lookup of a name that the project does not have | absent |
+//! | lookup of a regular file | its contents |
+//! | lookup of a symlink | its target |
+//! | lookup of a directory or anything else | its type |
+//! | listing a directory, or removing it | its names and types |
+//! | moving a directory | everything in it |
+//!
+//! Every other request on a file comes after a lookup of its name, as the kernel knows no inode that it has not looked up. So
+//! stat, open, link, rename, unlink and writing over a file depend on its contents without a request of their own being
+//! looked at, and the kernel may keep attributes as long as it likes. A lookup that none of these follows (realpath, a failing
+//! `O_EXCL`) is taken for one: `access`, which programs use to ask whether a file exists, looks at its attributes in the
+//! kernel and cannot be told from stat. Only directories and symlinks are looked up on the way to something else.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iii_store::Layer;
-use iii_store::facts::{Fact, Seen};
+use iii_store::facts::{self, Fact, How};
 use iii_store::layer::{Kind, NodeRef};
 use iii_store::tree::components;
 
 use crate::Project;
+use crate::hides::hide;
 use crate::ino::Ino;
 use crate::upper::record::{Body, Data};
 use crate::upper::state::State;
@@ -21,11 +36,15 @@ use crate::view::Found;
 
 /// Most facts that are kept apart. A step that sees more depends on the whole project.
 pub const MAX_FACTS: usize = 200_000;
+/// Most bytes of their paths, likewise.
+pub const MAX_FACT_BYTES: usize = 64 << 20;
 
 /// Records facts. Its lock is a leaf.
 #[derive(Debug)]
 pub(crate) struct Observer {
     layer: Arc<Layer>,
+    /// The layers above the project's.
+    above: Vec<Arc<Layer>>,
     project: Project,
     /// Directories of the project that seeds take the place of, from the project's root.
     seeds: Vec<Vec<u8>>,
@@ -35,23 +54,26 @@ pub(crate) struct Observer {
 #[derive(Debug, Default)]
 struct Facts {
     all: HashSet<Fact>,
-    /// Files that were read already, so that reading on costs nothing.
-    read: HashSet<Ino>,
+    /// Bytes of their paths.
+    bytes: usize,
     overflow: bool,
 }
 
 impl Observer {
-    /// `seeds` are paths from the root: what lies in one says nothing of the project.
-    pub(crate) fn new(layer: Arc<Layer>, project: Project, seeds: &[Vec<u8>]) -> Self {
+    /// For the project's layer in the chain `layers`; none if it is not there. `seeds` are paths from the root: what lies in one says
+    /// nothing of the project.
+    pub(crate) fn new(layers: &[Arc<Layer>], project: Project, seeds: &[Vec<u8>]) -> Option<Self> {
+        let (below, above) = layers.split_at_checked(project.slot + 1)?;
         let mut observer = Self {
-            layer,
+            layer: Arc::clone(below.last()?),
+            above: above.to_vec(),
             project,
             seeds: Vec::new(),
             facts: Mutex::default(),
         };
         let seeds = seeds.iter().filter_map(|path| observer.relative(path));
         observer.seeds = seeds.collect();
-        observer
+        Some(observer)
     }
 
     fn is_in_seed(&self, relative: &[u8]) -> bool {
@@ -82,17 +104,51 @@ impl Observer {
         components(relative).try_fold(root, NodeRef::child)
     }
 
-    fn add(&self, path: Vec<u8>, how: Seen) {
+    /// Whether a layer above the project hides what the project has at `relative`, or would have.
+    fn is_hidden(&self, relative: &[u8]) -> bool {
+        !self.above.is_empty() && hide(&self.above, &self.in_chain(relative))
+    }
+
+    fn in_chain(&self, relative: &[u8]) -> Vec<u8> {
+        let both = [&self.project.path, relative];
+        both.into_iter()
+            .flat_map(components)
+            .collect::<Vec<_>>()
+            .join(&b'/')
+    }
+
+    fn add(&self, path: Vec<u8>, how: How) {
         if self.is_in_seed(&path) {
             return;
         }
-        let seen = how.again(self.node(&path));
+        let seen = how.at(self.node(&path));
         let mut facts = self.lock();
-        if facts.all.len() >= MAX_FACTS {
-            facts.overflow = true;
-        } else {
-            facts.all.insert(Fact { path, seen });
+        if facts.overflow {
+            return;
         }
+        let bytes = facts.bytes + path.len();
+        if facts.all.len() >= MAX_FACTS || bytes > MAX_FACT_BYTES {
+            facts.all = HashSet::new();
+            facts.overflow = true;
+        } else if facts.all.insert(Fact { path, seen }) {
+            facts.bytes = bytes;
+        }
+    }
+
+    /// All that a lookup tells of what the project has at a path.
+    fn add_entry(&self, path: Vec<u8>) {
+        let node = self.node(&path);
+        let Some(node) = node.filter(|node| node.kind() == Kind::File) else {
+            let how = node.map_or(How::Exists, |node| How::full(node.kind()));
+            return self.add(path, how);
+        };
+        // A name that is a hardlink is the file of another one, too.
+        for name in node.links() {
+            if let Some(path) = self.relative(&name.path()) {
+                self.add(path, How::Contents);
+            }
+        }
+        self.add(path, How::Contents);
     }
 
     /// Where the lower has what `ino` is, from the project's root.
@@ -114,89 +170,79 @@ impl Observer {
         if iii_store::tree::check_name(name).is_err() {
             return;
         }
-        if let Some(mut path) = self.origin(state, parent) {
-            if !path.is_empty() {
-                path.push(b'/');
-            }
-            path.extend(name);
-            self.add(path, Seen::Absent);
+        let Some(mut path) = self.origin(state, parent) else {
+            return;
+        };
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend(name);
+        if !self.is_hidden(&path) {
+            self.add_entry(path);
         }
     }
 
-    /// `dir` is listed.
+    /// `dir` is listed, or removed.
     pub(crate) fn listing(&self, state: &State, dir: Ino) {
-        if !self.lock().read.insert(dir) {
-            return;
-        }
-        if let Some(path) = self.origin(state, dir) {
-            self.add(path, Seen::listing([]));
+        if let Some(path) = self.origin(state, dir)
+            && !self.is_hidden(&path)
+        {
+            self.add(path, How::Listing);
         }
     }
 
-    /// The contents of the file `ino`, or its target, become known.
-    pub(crate) fn contents(&self, state: &State, ino: Ino) {
-        if !self.lock().read.insert(ino) {
-            return;
+    /// `dir` is moved.
+    pub(crate) fn moved(&self, state: &State, dir: Ino) {
+        if let Some(path) = self.origin(state, dir)
+            && !self.is_hidden(&path)
+        {
+            self.add(path, How::Tree);
         }
-        let (from_lower, lower) = match state.find(ino) {
-            Ok(Found::Lower(lower)) => (true, Some(lower.ino)),
-            Ok(Found::Upper(_, node)) => {
-                let own = matches!(
-                    node.record.body,
-                    Body::File {
-                        data: Data::Flat { .. } | Data::Empty,
-                        ..
-                    }
-                );
-                (!own, node.lower)
-            }
+    }
+
+    /// The contents of the file `ino`, or its target, become part of the result.
+    pub(crate) fn contents(&self, state: &State, ino: Ino) {
+        let lower = match state.find(ino) {
+            Ok(Found::Lower(lower)) => Some(lower.ino),
+            Ok(Found::Upper(_, node)) => match node.record.body {
+                Body::File {
+                    data: Data::Flat { .. } | Data::Empty,
+                    ..
+                } => return,
+                _ => node.lower,
+            },
             Err(_) => return,
         };
         let slot = lower.and_then(|ino| state.lower.place(ino));
-        if !from_lower || slot.is_none_or(|place| usize::from(place.slot) != self.project.slot) {
+        if slot.is_none_or(|place| usize::from(place.slot) != self.project.slot) {
             return;
         }
         if let Some(path) = self.origin(state, ino) {
-            let how = match self.node(&path).map(NodeRef::kind) {
-                Some(Kind::File) => Seen::Contents(iii_store::ObjectId::of(b"")),
-                Some(Kind::Symlink) => Seen::target(b""),
-                _ => return,
-            };
-            self.add(path, how);
+            self.add_entry(path);
         }
     }
 
-    /// Everything in the project's directory `path` becomes known.
+    /// Everything in the directory `path` becomes part of the result.
     pub(crate) fn everything(&self, path: &[u8]) {
-        if let Some(path) = self.relative(path) {
-            self.add_everything(path);
+        if let Some(path) = self.relative(path)
+            && !self.is_hidden(&path)
+        {
+            self.add(path, How::Tree);
         }
     }
 
-    fn add_everything(&self, path: Vec<u8>) {
-        let Some(node) = self.node(&path) else {
-            return;
-        };
-        self.add(path, Seen::Tree(node.subtree()));
-    }
-
-    /// The facts so far, sorted by path.
+    /// The facts so far, in the order of [`facts::sort`].
     pub(crate) fn facts(&self) -> Vec<Fact> {
-        if self.lock().overflow {
-            let whole = self.node(b"").map(NodeRef::subtree);
-            return whole
-                .map(|tree| Fact {
-                    path: Vec::new(),
-                    seen: Seen::Tree(tree),
-                })
-                .into_iter()
-                .collect();
+        let known = self.lock();
+        if known.overflow {
+            drop(known);
+            let seen = How::Tree.at(self.node(b""));
+            let path = Vec::new();
+            return vec![Fact { path, seen }];
         }
-        let mut facts: Vec<Fact> = self.lock().all.iter().cloned().collect();
-        facts.sort_by(|a, b| {
-            let rank = |fact: &Fact| format!("{:?}", fact.seen);
-            a.path.cmp(&b.path).then_with(|| rank(a).cmp(&rank(b)))
-        });
+        let mut facts: Vec<Fact> = known.all.iter().cloned().collect();
+        drop(known);
+        facts::sort(&mut facts);
         facts
     }
 }

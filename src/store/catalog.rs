@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use iii_engine::plan::Kind;
 use iii_engine::worker::keep::run_on;
-use iii_store::{KeyId, Layer, LayerId, Record, RefKind, Root, Roots, Store, StoreError};
+use iii_store::{KeyId, Layer, LayerId, RecordHead, RefKind, Root, Roots, Store, StoreError};
 use serde::Serialize;
 
 use crate::output::{Ui, human_age};
@@ -16,7 +16,7 @@ pub struct Catalog {
     /// The layers of images and workers, bottom first.
     pub refs: Vec<(RefKind, String, Vec<LayerId>)>,
     roots: Roots,
-    recipes: BTreeMap<LayerId, Vec<(KeyId, Record)>>,
+    recipes: BTreeMap<LayerId, Vec<(KeyId, RecordHead)>>,
     projects: BTreeSet<LayerId>,
     /// Layers of snapshots.
     frozen: BTreeSet<LayerId>,
@@ -70,7 +70,7 @@ impl Catalog {
     }
 
     /// The recorded recipes of a layer.
-    pub fn recipes(&self, id: &LayerId) -> &[(KeyId, Record)] {
+    pub fn recipes(&self, id: &LayerId) -> &[(KeyId, RecordHead)] {
         self.recipes.get(id).map_or(&[], Vec::as_slice)
     }
 

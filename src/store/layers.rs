@@ -155,12 +155,14 @@ fn inspect_layer(
     let layer = store.layer(id)?;
     let counts = Counts::of(&layer);
     if args.json {
-        let recipes = catalog.recipes(id).iter().map(|(key, record)| {
+        let mut recipes = Vec::new();
+        for (key, head) in catalog.recipes(id) {
             let mut recipe = serde_json::Map::from_iter([("key".to_owned(), json!(key))]);
-            recipe.extend(record.provenance.clone());
-            recipe.insert("facts".into(), json!(record.facts));
-            recipe
-        });
+            recipe.extend(head.provenance.clone());
+            let record = store.record(key, head.clone())?;
+            recipe.insert("facts".into(), json!(record.map(|record| record.facts)));
+            recipes.push(recipe);
+        }
         let mut value = json!({
             "id": id,
             "tree_id": layer.tree_id(),
@@ -168,7 +170,7 @@ fn inspect_layer(
             "logical": layer.logical_bytes(),
             "counts": counts,
             "kept_by": catalog.roots(id),
-            "recipes": recipes.collect::<Vec<_>>(),
+            "recipes": recipes,
         });
         if args.entries {
             value["entries"] = layer.nodes().map(entry_json).collect();
@@ -185,8 +187,10 @@ fn inspect_layer(
     line("kind", &catalog.kind_text(id));
     line("holds", &counts_text(&counts, layer.logical_bytes()));
     line("kept by", &roots_text(catalog.roots(id)));
-    for (key, record) in catalog.recipes(id) {
-        recipe_lines(key, record, &mut line);
+    for (key, head) in catalog.recipes(id) {
+        if let Some(record) = store.record(key, head.clone())? {
+            recipe_lines(key, &record, &mut line);
+        }
     }
     if args.entries {
         text.push('\n');
@@ -267,9 +271,9 @@ fn fact_text(fact: &Fact) -> String {
     };
     match fact.seen {
         Seen::Absent => format!("absent    {path}"),
-        Seen::Stat { kind, mode } => format!("type      {path} ({} {mode:04o})", type_text(kind)),
+        Seen::Stat { kind, .. } => format!("type      {path} ({})", type_text(kind)),
         Seen::Listing(_) => format!("listing   {path}"),
-        Seen::Contents(id) => format!("contents  {path} ({})", id.short()),
+        Seen::Contents { object, .. } => format!("contents  {path} ({})", object.short()),
         Seen::Target(_) => format!("target    {path}"),
         Seen::Tree(id) => format!("subtree   {path} ({})", id.short()),
     }

@@ -37,9 +37,9 @@ use crate::store::Store;
 use crate::trash;
 
 /// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
-pub const AREAS: [&str; 12] = [
-    "packs", "loose", "layers", "keys", "refs", "stat", "trash", "damaged", "tmp", "leases",
-    "locks", RESERVE,
+pub const AREAS: [&str; 13] = [
+    "packs", "loose", "layers", "keys", "facts", "refs", "stat", "trash", "damaged", "tmp",
+    "leases", "locks", RESERVE,
 ];
 /// The [`Area::name`] of what is beside [`AREAS`], the store's directory itself included.
 pub const OTHER: &str = "other";

@@ -108,6 +108,15 @@ id_type! {
     SeenHash
 }
 
+id_type! {
+    /// Facts: looks at a project, and their answers.
+    FactsId
+}
+id_type! {
+    /// Looks at a project, whatever their answers.
+    LooksId
+}
+
 impl ObjectId {
     /// The id of these bytes.
     pub fn of(bytes: &[u8]) -> Self {

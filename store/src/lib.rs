@@ -7,12 +7,13 @@
 //! ```text
 //! format                   JSON: version; compat, ro_compat, incompat: names of features (`sealed`: see `seal`;
 //!                          `managed_refs`, `snapshot_refs`, `volume_refs`: there are such refs, which keep layers: see
-//!                          `refs`)
+//!                          `refs`; `record_heads`: records are as `keys` says)
 //! packs/<pack>.pack .idx   objects below 1 MiB that one ingest brought, and where each is: `pack`
 //! loose/<object>           an object of 1 MiB or more
 //! loose/<object>.cv        its outboard, by which a part of it can be checked: `outboard`
 //! layers/<layer>           a tree with its mtimes, read in place: `layer`
-//! keys/<key>               JSON: recipe -> at most 8 of (facts, layer, provenance): `keys`
+//! keys/<key>               JSON: recipe -> records, each the id of its facts, a layer and its provenance: `keys`
+//! facts/<key>.<facts>      JSON: the facts of a record: `keys`
 //! refs/<kind>/<name>       JSON: a name and the layers that it keeps: `refs`
 //! leases/<random>          what a living process needs; flocked by it: `lease`
 //! locks/<key>.flight .key  flocked by who builds a key, or writes its records; gone when free
@@ -108,11 +109,11 @@ pub use blob::Blob;
 pub use diff::{Change, ChangeKind, diff};
 pub use disk::Space;
 pub use error::StoreError;
-pub use facts::{Fact, Seen};
+pub use facts::{Answers, Fact, How, Look, Seen};
 pub use gc::{DroppedRecord, DroppedVolume, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
-pub use id::{KeyId, LayerId, ObjectId, PackId, SeenHash, TreeId};
+pub use id::{FactsId, KeyId, LayerId, LooksId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
-pub use keys::{MAX_RECORDS, ORIGIN, Record};
+pub use keys::{MAX_RECORDS, ORIGIN, PREFIX, Record, RecordHead, Search, SearchCost};
 pub use layer::{Kind, Layer, NodeRef};
 pub use lease::{Lease, LiveLease};
 pub use migrate::{MigrateEvent, Migration};

@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 use crate::disk::{Disk, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::ObjectId;
-use crate::keys::MAX_KEY_FILE;
+use crate::keys::{FACTS_DIR, MAX_KEY_FILE};
 use crate::lease::{self, Lease};
 use crate::lock::FileLock;
 use crate::outboard::Outboard;
@@ -121,6 +121,7 @@ struct Work<'a> {
 impl Work<'_> {
     fn run(&mut self) -> Result<(), StoreError> {
         self.seal_all("keys")?;
+        self.seal_all(FACTS_DIR)?;
         for kind in RefKind::ALL {
             self.seal_all(kind.path())?;
         }

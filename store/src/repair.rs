@@ -20,6 +20,7 @@ use crate::blob::{hash_file, read_exact};
 use crate::disk::{Disk, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::keys::{FACTS_DIR, HEADS, RecordHead};
 use crate::lease::Lease;
 use crate::lock::FileLock;
 use crate::objects::LOOSE_MIN;
@@ -243,6 +244,9 @@ impl<'a> Repair<'a> {
             let lock = self.store.dir().join("locks/format");
             let _lock = FileLock::acquire(self.store.disk(), &lock, &|| {})?;
             let mut format = Format::default();
+            if !names(self.disk, &self.store.dir().join(FACTS_DIR))?.is_empty() {
+                format.ro_compat.push(HEADS.to_owned());
+            }
             for kind in RefKind::ALL {
                 let dir = self.store.dir().join(kind.path());
                 if !names(self.disk, &dir)?.is_empty() {
@@ -349,7 +353,8 @@ impl<'a> Repair<'a> {
                 continue;
             };
             let mut gone = BTreeSet::new();
-            match self.store.checked_records(&key) {
+            let mut damaged = BTreeSet::new();
+            match self.store.checked_heads(&key) {
                 Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
                     self.set_aside(&Path::new("keys").join(key.to_string()))?;
                 }
@@ -358,10 +363,23 @@ impl<'a> Repair<'a> {
                         if self.is_lost(&record.layer_id, lost)? {
                             gone.insert(record.layer_id);
                         }
+                        match self.store.checked_facts(&key, &record) {
+                            Ok(Some(_)) => {}
+                            Ok(None) => {
+                                damaged.insert(record.facts);
+                            }
+                            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                                let name = format!("{key}.{}", record.facts);
+                                self.set_aside(&Path::new(FACTS_DIR).join(name))?;
+                                damaged.insert(record.facts);
+                            }
+                            Err(error) => return Err(error),
+                        }
                     }
                 }
             }
-            let go = |layer: &LayerId| gone.contains(layer);
+            let go =
+                |head: &RecordHead| gone.contains(&head.layer_id) || damaged.contains(&head.facts);
             let records = self.store.drop_records(&self.lease, &key, &go)?;
             if records > 0 {
                 self.did(Mended::RecordsDropped { key, records });

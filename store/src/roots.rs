@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::names;
 use crate::error::StoreError;
 use crate::id::{KeyId, LayerId};
-use crate::keys::Record;
+use crate::keys::RecordHead;
 use crate::lease::{self, LiveLease};
 use crate::refs::RefKind;
 use crate::store::Store;
@@ -55,7 +55,7 @@ pub struct Roots {
     /// What keeps each layer; sorted.
     pub layers: HashMap<LayerId, Vec<Root>>,
     /// The records of each key, newest first.
-    pub records: BTreeMap<KeyId, Vec<Record>>,
+    pub records: BTreeMap<KeyId, Vec<RecordHead>>,
     /// Keys whose file does not hold: they keep nothing, and are built anew.
     pub damaged_keys: Vec<KeyId>,
     /// The layers of each cache volume, bottom first.
@@ -96,7 +96,7 @@ impl Roots {
             let Ok(key) = name.parse::<KeyId>() else {
                 continue;
             };
-            match store.checked_records(&key) {
+            match store.checked_heads(&key) {
                 Ok(records) => {
                     for record in &records {
                         let layer = roots.layers.entry(record.layer_id).or_default();

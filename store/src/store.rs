@@ -14,6 +14,7 @@ use crate::disk::{Disk, RealDisk, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId};
 use crate::ingest::Ingest;
+use crate::keys::{FACTS_DIR, HEADS};
 use crate::layer::Layer;
 use crate::lease::{self, Lease};
 use crate::lock::FileLock;
@@ -28,11 +29,12 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Longest `format` file, in bytes.
 const MAX_FORMAT: u64 = 64 << 10;
 /// The directories of a store.
-pub(crate) const DIRS: [&str; 16] = [
+pub(crate) const DIRS: [&str; 17] = [
     "packs",
     "loose",
     "layers",
     "keys",
+    "facts",
     "refs",
     "refs/image",
     "refs/worker",
@@ -132,7 +134,8 @@ impl Format {
     /// Its ro-compat features that this program does not know.
     pub(crate) fn unknown_ro_compat(&self) -> Vec<&str> {
         let is_known = |name: &str| {
-            let mut known = RefKind::ALL.into_iter().filter_map(RefKind::feature);
+            let refs = RefKind::ALL.into_iter().filter_map(RefKind::feature);
+            let mut known = refs.chain([HEADS]);
             known.any(|feature| feature == name)
         };
         let names = self.ro_compat.iter().map(String::as_str);
@@ -206,7 +209,12 @@ impl Store {
         let read_only = format.read_only().or_else(refused);
         if read_only.is_none() {
             // Stores of earlier programs do not have all of them.
-            for path in RefKind::ALL.map(|kind| dir.join(kind.path())) {
+            let refs = RefKind::ALL.map(RefKind::path);
+            for path in refs
+                .into_iter()
+                .chain([FACTS_DIR])
+                .map(|path| dir.join(path))
+            {
                 if disk.metadata(&path).is_err() {
                     disk.create_dir(&path).at("making", &path)?;
                 }
@@ -597,7 +605,34 @@ pub(crate) fn write_json<T: Serialize>(
         path: path.to_owned(),
         source,
     };
-    let text = seal::seal(serde_json::to_vec_pretty(value).map_err(json)?);
+    let text = serde_json::to_vec_pretty(value).map_err(json)?;
+    write_text(store, lease, path, text, limit)
+}
+
+/// As [`write_json`], without white space: for files that may become long.
+pub(crate) fn write_json_compact<T: Serialize>(
+    store: &Store,
+    lease: &Lease,
+    path: &Path,
+    value: &T,
+    limit: u64,
+) -> Result<(), StoreError> {
+    let json = |source| StoreError::Json {
+        path: path.to_owned(),
+        source,
+    };
+    let text = serde_json::to_vec(value).map_err(json)?;
+    write_text(store, lease, path, text, limit)
+}
+
+fn write_text(
+    store: &Store,
+    lease: &Lease,
+    path: &Path,
+    text: Vec<u8>,
+    limit: u64,
+) -> Result<(), StoreError> {
+    let text = seal::seal(text);
     if text.len() as u64 > limit {
         let what = "what is to be recorded";
         return Err(StoreError::TooLarge { what, limit });

@@ -24,6 +24,7 @@ use crate::blob::{hash_file, read_exact};
 use crate::disk::{Disk, read_file};
 use crate::error::StoreError;
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::keys::{FACTS_DIR, facts_name};
 use crate::layer::{Kind, Layer};
 use crate::lock::FileLock;
 use crate::objects::{LOOSE_MIN, Pack, PackSet, lock};
@@ -614,6 +615,7 @@ impl<'a> Pass<'a> {
                 .map(Item::Key),
         );
         self.counts.keys = keys.len() as u64;
+        self.list(FACTS_DIR, |name| facts_name(name).is_some());
         items.push(Item::Names("refs"));
         for kind in RefKind::ALL {
             let refs = self.list(kind.path(), |_| true);
@@ -642,6 +644,9 @@ impl<'a> Pass<'a> {
         for item in items {
             match item {
                 Item::Names("keys") => drop(self.list("keys", is_id::<KeyId>)),
+                Item::Names(FACTS_DIR) => {
+                    drop(self.list(FACTS_DIR, |name| facts_name(name).is_some()));
+                }
                 Item::Names("layers") => drop(self.list("layers", is_id::<LayerId>)),
                 // Looked at when loading, or as an item.
                 Item::Names("packs" | "loose" | "" | "refs") => {}
@@ -940,9 +945,24 @@ impl<'a> Pass<'a> {
 
     fn check_key(&self, item: &Item, key: &KeyId) {
         let path = self.store.key_path(key);
-        match self.store.checked_records(key) {
+        match self.store.checked_heads(key) {
             Ok(records) => {
                 for record in records {
+                    let facts = match self.store.checked_facts(key, &record) {
+                        Ok(Some(_)) => None,
+                        Ok(None) => Some("they are not there".to_owned()),
+                        Err(err) if err.io_kind().is_some() => {
+                            let path = self.store.facts_path(key, &record.facts);
+                            self.report(item, Finding::Unreadable, &path, err.in_one_line());
+                            None
+                        }
+                        Err(err) => Some(err.in_one_line()),
+                    };
+                    if let Some(why) = facts {
+                        let path = self.store.facts_path(key, &record.facts);
+                        let what = format!("the facts of a record cannot be used: {why}");
+                        self.report(item, Finding::Key { key: *key }, &path, what);
+                    }
                     if !self.has_layer(&record.layer_id) {
                         let layer = record.layer_id;
                         let finding = Finding::KeyLayer { key: *key, layer };

@@ -16,7 +16,7 @@ use iii_store::facts::{self, Fact, Seen};
 use iii_store::{KeyId, NodeRef, Record, TreeId};
 
 /// Context of the recipe hash. Any change to what a key covers takes a new one.
-const KEY_CONTEXT: &str = "iii 2026 recipe v1";
+const KEY_CONTEXT: &str = "iii 2026 recipe v2";
 
 /// Names that are left out of a project, at any depth.
 pub const EXCLUDED: [&str; 6] = [
@@ -132,7 +132,7 @@ pub enum How {
     Appeared,
     /// It is not there any more.
     Gone,
-    /// Its type or mode is different.
+    /// It is of another type, or executable or not where it was otherwise.
     Mode,
     /// A directory has other entries.
     Entries,
@@ -233,7 +233,7 @@ mod tests {
     fn golden_key() {
         assert_eq!(
             recipe().key().to_string(),
-            "c2de5f28d2d50cd62e04f42a62992af03f5dcb052e08f7307e1903a009019ebe"
+            "0ece1dba8e916e00dca1bc7f5aee2dfb4d45c7bbf61ccec291b5229373c846f0"
         );
     }
 
@@ -302,7 +302,10 @@ mod tests {
 
     #[test]
     fn a_step_runs_again_when_what_it_saw_has_changed_and_says_what() {
-        let contents = |text: &str| Seen::Contents(ObjectId::of(text.as_bytes()));
+        let contents = |text: &str| Seen::Contents {
+            object: ObjectId::of(text.as_bytes()),
+            exec: false,
+        };
         let list = |names: &[&str]| {
             Seen::listing(
                 names
@@ -310,9 +313,9 @@ mod tests {
                     .map(|name| (name.as_bytes(), iii_store::Kind::File)),
             )
         };
-        let stat = |mode| Seen::Stat {
+        let stat = |exec| Seen::Stat {
             kind: iii_store::Kind::File,
-            mode,
+            exec,
         };
         let here = [("package.json", "{}"), ("src/a.js", "1")];
         for (seen, says) in [
@@ -321,9 +324,9 @@ mod tests {
                 ("package.json", contents("{ }")),
                 Some("package.json changed"),
             ),
-            (("package.json", stat(0o644)), None),
+            (("package.json", stat(false)), None),
             (
-                ("package.json", stat(0o755)),
+                ("package.json", stat(true)),
                 Some("the type or mode of package.json changed"),
             ),
             (("yarn.lock", Seen::Absent), None),
@@ -350,7 +353,10 @@ mod tests {
 
     #[test]
     fn the_newest_record_that_holds_is_taken_and_the_newest_that_does_not_is_blamed() {
-        let contents = |text: &str| Seen::Contents(ObjectId::of(text.as_bytes()));
+        let contents = |text: &str| Seen::Contents {
+            object: ObjectId::of(text.as_bytes()),
+            exec: false,
+        };
         let layer = project(&[("package.json", "2"), ("lock", "x")]);
         let records = [
             record(&[("package.json", contents("3"))], 3),

@@ -13,7 +13,7 @@ use std::io::Read as _;
 
 use iii_oci::Digest;
 use iii_oci::limits::MAX_PATH;
-use iii_store::{Fact, KeyId, LayerId, MAX_RECORDS, Record, Seen, TreeId};
+use iii_store::{Fact, KeyId, LayerId, Record, TreeId};
 use serde::de::{self, DeserializeOwned, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -33,7 +33,9 @@ pub const FACTS: &str = "dev.iii.cache.facts";
 pub const LAYER: &str = "dev.iii.cache.layer";
 
 /// The format of records that is written, and the only one that is read.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// Most records of a key.
+pub const MAX_RECORDS: usize = 8;
 /// Longest record, in bytes, as it is stored.
 pub const MAX_STORED: u64 = 16 << 20;
 /// Longest record, in bytes, decompressed.
@@ -88,7 +90,7 @@ pub struct Document {
     pub key: KeyId,
     /// Setup or install.
     pub kind: Kind,
-    /// What the step saw of the project, in the order of [`rank`].
+    /// What the step saw of the project, in the order of [`iii_store::facts::sort`].
     #[serde(deserialize_with = "bounded_facts")]
     pub facts: Vec<Fact>,
     /// The layer.
@@ -136,18 +138,6 @@ fn bounded_facts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Fact>, D::Err
     from.deserialize_seq(Bounded)
 }
 
-/// In which order the facts about one path stand; of each kind there is one at most.
-fn rank(seen: &Seen) -> u8 {
-    match seen {
-        Seen::Absent => 0,
-        Seen::Contents(_) => 1,
-        Seen::Listing(_) => 2,
-        Seen::Stat { .. } => 3,
-        Seen::Target(_) => 4,
-        Seen::Tree(_) => 5,
-    }
-}
-
 fn check_facts(facts: &[Fact]) -> Result<(), DocumentError> {
     for fact in facts {
         if fact.path.len() > MAX_PATH {
@@ -159,7 +149,7 @@ fn check_facts(facts: &[Fact]) -> Result<(), DocumentError> {
             return Err(DocumentError::Facts("a path is none"));
         }
     }
-    let before = |a: &Fact, b: &Fact| (&a.path, rank(&a.seen)) < (&b.path, rank(&b.seen));
+    let before = |a: &Fact, b: &Fact| (&a.path, a.seen.how()) < (&b.path, b.seen.how());
     if !facts.is_sorted_by(before) {
         return Err(DocumentError::Facts("they are not in order"));
     }
@@ -181,7 +171,7 @@ impl Document {
         let number = |name: &str| record.provenance.get(name);
         let version = record.provenance.get("version").and_then(|v| v.as_str());
         let mut facts = record.facts.clone();
-        facts.sort_by(|a, b| (&a.path, rank(&a.seen)).cmp(&(&b.path, rank(&b.seen))));
+        iii_store::facts::sort(&mut facts);
         Self {
             format: FORMAT,
             key,
@@ -425,7 +415,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DocumentError> {
 
 #[cfg(test)]
 mod tests {
-    use iii_store::{Kind as NodeKind, ObjectId};
+    use iii_store::{Kind as NodeKind, ObjectId, Seen};
 
     use super::*;
 
@@ -455,12 +445,15 @@ mod tests {
 
     fn document() -> Document {
         let stat = Seen::Stat {
-            kind: NodeKind::File,
-            mode: 0o644,
+            kind: NodeKind::Dir,
+            exec: true,
         };
-        let contents = Seen::Contents(ObjectId::of(b"{}"));
+        let contents = Seen::Contents {
+            object: ObjectId::of(b"{}"),
+            exec: false,
+        };
         let record = record(vec![
-            fact("package.json", stat),
+            fact("dir", stat),
             fact("package.json", contents),
             fact("yarn.lock", Seen::Absent),
         ]);
@@ -477,10 +470,10 @@ mod tests {
     fn golden_record() {
         let bytes = document().to_bytes().unwrap();
         let expected = [
-            r#"{"format":1,"key":"0707070707070707070707070707070707070707070707070707070707070707","#,
-            r#""kind":"install","facts":[{"path":"package.json","seen":{"contents":"#,
-            r#""6e46dd10defc9b56c29a6ec56b508c21f54c08192194e4df25bf36f0c9c3c279"}},"#,
-            r#"{"path":"package.json","seen":{"stat":{"kind":"file","mode":420}}},"#,
+            r#"{"format":2,"key":"0707070707070707070707070707070707070707070707070707070707070707","#,
+            r#""kind":"install","facts":[{"path":"dir","seen":{"stat":{"kind":"dir","exec":true}}},"#,
+            r#"{"path":"package.json","seen":{"contents":{"object":"#,
+            r#""6e46dd10defc9b56c29a6ec56b508c21f54c08192194e4df25bf36f0c9c3c279","exec":false}}},"#,
             r#"{"path":"yarn.lock","seen":"absent"}],"#,
             r#""layer_id":"0101010101010101010101010101010101010101010101010101010101010101","#,
             r#""tree_id":"0202020202020202020202020202020202020202020202020202020202020202","#,
@@ -534,8 +527,8 @@ mod tests {
             ("depth", nested.into_bytes(), "not valid JSON"),
             (
                 "format",
-                with("\"format\":1", "\"format\":2"),
-                "it is of format 2",
+                with("\"format\":2", "\"format\":1"),
+                "it is of format 1",
             ),
             (
                 "later",

@@ -396,7 +396,7 @@ pub fn remember_blob(
             .into_iter()
             .collect(),
     };
-    store.put_record(&key(tar, compression), record)
+    store.put_record(&key(tar, compression), record).map(drop)
 }
 
 /// What the blob was the last time, if that was recorded. It is only ever compared with what a destination has.

@@ -99,9 +99,6 @@ impl Overlay {
             }
             Found::Lower(_) => return Err(Errno::INVAL),
         };
-        if let Some(observer) = &self.observer {
-            observer.contents(&inner.state, ino);
-        }
         Ok(target)
     }
 

@@ -203,6 +203,9 @@ impl Overlay {
         if inner.state.find(ino)?.kind() != Kind::Dir {
             return Err(Errno::NOTDIR);
         }
+        if let Some(observer) = &self.observer {
+            observer.listing(&inner.state, ino);
+        }
         if !inner.state.is_empty(ino)? {
             return Err(Errno::NOTEMPTY);
         }
@@ -298,6 +301,16 @@ impl Overlay {
         {
             return Err(Errno::INVAL);
         }
+        if let Some(observer) = &self.observer {
+            if is_dir {
+                observer.moved(state, ino);
+            }
+            match target.filter(|_| target_is_dir) {
+                Some(target) if how == Rename::Exchange => observer.moved(state, target),
+                Some(target) => observer.listing(state, target),
+                None => {}
+            }
+        }
         let mut batch = Batch::new(&mut inner);
         let now = batch.now;
         let dir = batch.parent(parent)?;
@@ -361,9 +374,13 @@ impl Overlay {
                 return Ok(());
             }
         }
+        let listed = ino;
         let mut failed = None;
         state.for_each(ino, cookie, &mut |cookie, name, ino| {
             let (kind, attr) = if attrs {
+                if let Some(observer) = &self.observer {
+                    observer.lookup(state, listed, name);
+                }
                 match self.attr(state, ino) {
                     Ok(attr) => (attr.kind, Some(attr)),
                     Err(error) => {

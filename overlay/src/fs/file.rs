@@ -26,12 +26,6 @@ impl Overlay {
             if found.kind() == Kind::Dir && (how.write || how.truncate) {
                 return Err(Errno::ISDIR);
             }
-            if let Some(observer) = &self.observer
-                && how.read
-                && found.kind() == Kind::File
-            {
-                observer.contents(&inner.state, ino);
-            }
         }
         if how.truncate {
             self.truncate(ino, 0)?;
@@ -42,9 +36,6 @@ impl Overlay {
     /// Where the bytes of `ino` are, for somebody who reads them.
     fn readable(&self, ino: Ino) -> Result<Bytes> {
         let inner = self.upper.read();
-        if let Some(observer) = &self.observer {
-            observer.contents(&inner.state, ino);
-        }
         inner.state.bytes(ino)
     }
 
@@ -85,11 +76,6 @@ impl Overlay {
                     && node.record.mode & SET_ID == 0
                 {
                     return self.upper.data.get(number).map_err(|error| errno(&error));
-                }
-                if let Some(observer) = &self.observer
-                    && keep != 0
-                {
-                    observer.contents(&inner.state, ino);
                 }
                 bytes
             };

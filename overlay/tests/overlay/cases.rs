@@ -4,18 +4,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use iii_overlay::fs::{
-    Allocate, Caller, Errno, Filesystem, Kind, Open, Rename, Seek, SetAttr, SetXattr, Special,
+    Allocate, Caller, Errno, Filesystem, Open, Rename, Seek, SetAttr, SetXattr, Special,
 };
 use iii_overlay::ino::{Ino, ROOT};
 use iii_overlay::upper::UpperError;
-use iii_overlay::{Footing, OpenError, Overlay, OverlayOptions, Project, footing_of, thawed_of};
-use iii_store::facts::{Fact, Seen};
+use iii_overlay::{Footing, OpenError, Overlay, OverlayOptions, footing_of, thawed_of};
+use iii_store::Layer;
 use iii_store::tree::{DirKind, Node, Tree};
-use iii_store::{Layer, ObjectId};
 
 use crate::support::{Home, put, view};
 
-fn files(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
+pub fn files(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
     let mut tree = Tree::implicit();
     for (path, bytes) in files {
         put(&mut tree, path, bytes);
@@ -24,20 +23,20 @@ fn files(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
     home.layer(&tree, &contents)
 }
 
-fn ino(fs: &Overlay, path: &[u8]) -> Ino {
+pub fn ino(fs: &Overlay, path: &[u8]) -> Ino {
     iii_store::tree::components(path)
         .try_fold(ROOT, |dir, name| fs.lookup(dir, name).map(|attr| attr.ino))
         .unwrap()
 }
 
-fn read(fs: &Overlay, ino: Ino) -> Vec<u8> {
+pub fn read(fs: &Overlay, ino: Ino) -> Vec<u8> {
     let mut bytes = vec![0; 1 << 16];
     let count = fs.read(ino, &mut bytes, 0).unwrap();
     bytes.truncate(count);
     bytes
 }
 
-fn create(fs: &Overlay, dir: Ino, name: &[u8]) -> Ino {
+pub fn create(fs: &Overlay, dir: Ino, name: &[u8]) -> Ino {
     fs.mknod(Caller::default(), dir, name, 0o644, Special::File)
         .unwrap()
         .ino
@@ -371,73 +370,6 @@ fn metadata_is_changed_without_copying_data() {
     };
     overlay.setattr(ino(&overlay, b"e/g"), &cut).unwrap();
     assert_eq!(home.upper().join("data").read_dir().unwrap().count(), 0);
-}
-
-fn observed(home: &Home, layers: &[Arc<Layer>]) -> Overlay {
-    let options = OverlayOptions {
-        project: Some(Project {
-            path: b"w".to_vec(),
-            slot: layers.len() - 1,
-        }),
-        observe: true,
-        volatile: true,
-        ..OverlayOptions::default()
-    };
-    home.open_at(layers, &home.upper(), options)
-}
-
-#[test]
-fn facts_are_what_was_seen_of_the_project() {
-    let home = Home::new();
-    let base = files(&home, &[(b"w/base", b"base"), (b"etc/x", b"x")]);
-    let project = files(
-        &home,
-        &[
-            (b"w/package.json", b"{}"),
-            (b"w/src/a", b"a"),
-            (b"w/moved/b", b"b"),
-        ],
-    );
-    let overlay = observed(&home, &[base, project.clone()]);
-    let w = ino(&overlay, b"w");
-    read(&overlay, ino(&overlay, b"w/package.json"));
-    read(&overlay, ino(&overlay, b"w/base"));
-    read(&overlay, ino(&overlay, b"etc/x"));
-    assert_eq!(overlay.lookup(w, b"yarn.lock").unwrap_err(), Errno::NOENT);
-    overlay
-        .readdir(ino(&overlay, b"w/src"), 0, false, &mut |_| true)
-        .unwrap();
-    let made = overlay
-        .mkdir(Caller::default(), w, b"node_modules", 0o755)
-        .unwrap()
-        .ino;
-    let own = create(&overlay, made, b"own");
-    overlay.write(own, b"x", 0, true).unwrap();
-    read(&overlay, ino(&overlay, b"w/node_modules/own"));
-    overlay
-        .rename(w, b"moved", made, b"moved", Rename::Replace)
-        .unwrap();
-    home.frozen(&overlay);
-    let facts = overlay.facts();
-    let node = |path: &[u8]| project.lookup(path).unwrap();
-    let stat = |kind, mode| Seen::Stat { kind, mode };
-    let want = [
-        (&b"base"[..], Seen::Absent),
-        (b"moved", Seen::Tree(node(b"w/moved").subtree())),
-        (b"moved/b", Seen::Contents(ObjectId::of(b"b"))),
-        (b"package.json", Seen::Contents(ObjectId::of(b"{}"))),
-        (b"package.json", stat(Kind::File, 0o644)),
-        (b"src", Seen::listing([(&b"a"[..], Kind::File)])),
-        (b"src", stat(Kind::Dir, 0o755)),
-        (b"yarn.lock", Seen::Absent),
-    ];
-    let want = want.map(|(path, seen)| Fact {
-        path: path.to_vec(),
-        seen,
-    });
-    assert_eq!(facts, want);
-    let root = project.lookup(b"w").unwrap();
-    assert_eq!(iii_store::facts::first_mismatch(&facts, root), None);
 }
 
 #[test]

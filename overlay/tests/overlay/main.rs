@@ -5,6 +5,7 @@
 mod aside;
 mod cases;
 mod corpus;
+mod facts;
 mod kernel;
 #[cfg(feature = "krun")]
 mod krun;

@@ -14,6 +14,7 @@ use crate::census::Census;
 use crate::disk::{names, on_disk};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::keys::RecordHead;
 use crate::lease::{self, Lease, LiveLease};
 use crate::objects::{Pack, lock};
 use crate::pack_writer::PackWriter;
@@ -122,6 +123,8 @@ impl<'a> Collection<'a> {
     fn round(&mut self, plan: &GcPlan) -> Result<(), StoreError> {
         self.drop_records(plan)?;
         self.drop_volumes(plan)?;
+        let swept = self.store.sweep_records(self.lease);
+        self.if_room(swept)?;
         self.trash_layers(plan)?;
         self.remove_expired(plan.grace)?;
         match self.collect_objects() {
@@ -173,7 +176,9 @@ impl<'a> Collection<'a> {
         let leases = lease::live(self.store)?;
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for (key, layers) in &by_key {
-            let goes = |layer: &LayerId| layers.contains(layer) && !pinned.contains(layer);
+            let goes = |head: &RecordHead| {
+                layers.contains(&head.layer_id) && !pinned.contains(&head.layer_id)
+            };
             let dropped = self.store.drop_records(self.lease, key, &goes);
             self.report.records += self.if_room(dropped)?.unwrap_or_default();
         }

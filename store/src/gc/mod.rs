@@ -357,7 +357,7 @@ impl Store {
         Ok(present)
     }
 
-    fn metadata(&self, path: &Path) -> Result<Option<std::fs::Metadata>, StoreError> {
+    pub(crate) fn metadata(&self, path: &Path) -> Result<Option<std::fs::Metadata>, StoreError> {
         match self.disk().metadata(path) {
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(None),
             other => other.at("looking at", path).map(Some),

@@ -154,12 +154,15 @@ fn records() -> Vec<Vec<u8>> {
         Seen::Absent,
         Seen::Stat {
             kind: iii_store::Kind::Dir,
-            mode: 0o755,
+            exec: true,
         },
         Seen::Listing(hash),
-        Seen::Contents(ObjectId::of(b"x")),
+        Seen::Contents {
+            object: ObjectId::of(b"x"),
+            exec: false,
+        },
         Seen::Target(hash),
-        Seen::Tree(TreeId::from_bytes([5; 32])),
+        Seen::Tree(SeenHash::from_bytes([5; 32])),
     ];
     let fact = |seen| Fact {
         path: b"caf\xc3\xa9/%\xff\n".to_vec(),

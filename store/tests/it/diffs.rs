@@ -1,8 +1,8 @@
 //! Diff and facts.
 
-use iii_store::facts::first_mismatch;
+use iii_store::facts::{facts_id, first_mismatch, sort};
 use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Tree};
-use iii_store::{Change, ChangeKind, Fact, Kind, Layer, ObjectId, Seen, diff, layer};
+use iii_store::{Answers, Change, ChangeKind, Fact, How, Kind, Layer, ObjectId, Seen, diff, layer};
 use proptest::prelude::*;
 
 pub fn layer_of(tree: &Tree) -> Layer {
@@ -156,22 +156,25 @@ proptest! {
     #[test]
     fn facts_are_true_of_what_they_were_seen_in(old in tree(), new in tree()) {
         let (old, new) = (layer_of(&old), layer_of(&new));
-        let ways = [
-            Seen::Absent,
-            Seen::listing([]),
-            Seen::Contents(ObjectId::of(b"")),
-            Seen::target(b""),
-        ];
-        let mut facts = Vec::new();
+        let ways = [How::Exists, How::Listing, How::Contents, How::Target, How::Tree];
+        let mut facts: Vec<Fact> = Vec::new();
         let mut nodes = vec![old.root()];
         while let Some(node) = nodes.pop() {
             nodes.extend(node.children());
-            facts.extend(ways.iter().map(|way| Fact { path: node.path(), seen: way.again(Some(node)) }));
+            facts.extend(ways.iter().map(|way| Fact { path: node.path(), seen: way.at(Some(node)) }));
         }
         facts.push(Fact { path: b"a/none/here".to_vec(), seen: Seen::Absent });
         prop_assert_eq!(first_mismatch(&facts, old.root()), None);
-        let mismatch = facts.iter().find(|fact| fact.seen.again(new.lookup(&fact.path)) != fact.seen);
+        let mismatch = facts.iter().find(|fact| fact.seen.how().at(new.lookup(&fact.path)) != fact.seen);
         prop_assert_eq!(first_mismatch(&facts, new.root()), mismatch);
+        let same = mismatch.is_none();
+        // The digest of the answers tells the same.
+        sort(&mut facts);
+        let looks: Vec<_> = facts.iter().map(Fact::look).collect();
+        for (layer, holds) in [(&old, true), (&new, same)] {
+            let found = Answers::new(layer.root()).facts_id(&looks);
+            prop_assert_eq!(found == facts_id(&facts), holds);
+        }
     }
 }
 
@@ -251,14 +254,18 @@ fn what_makes_a_fact_untrue() {
     at.entries.insert((*b"link").into(), link);
     let layer = layer_of(&tree);
     let project = layer.lookup(b"workspace").unwrap();
+    let contents = |text: &[u8]| Seen::Contents {
+        object: ObjectId::of(text),
+        exec: false,
+    };
     for (path, seen, holds) in [
-        ("package.json", Seen::Contents(ObjectId::of(b"{}")), true),
-        ("package.json", Seen::Contents(ObjectId::of(b"{ }")), false),
+        ("package.json", contents(b"{}"), true),
+        ("package.json", contents(b"{ }"), false),
         (
             "package.json",
             Seen::Stat {
                 kind: Kind::File,
-                mode: 0o644,
+                exec: false,
             },
             true,
         ),
@@ -266,14 +273,14 @@ fn what_makes_a_fact_untrue() {
             "package.json",
             Seen::Stat {
                 kind: Kind::File,
-                mode: 0o600,
+                exec: true,
             },
             false,
         ),
         ("package.json", Seen::Absent, false),
         ("package.json/x", Seen::Absent, true),
         ("yarn.lock", Seen::Absent, true),
-        ("yarn.lock", Seen::Contents(ObjectId::of(b"")), false),
+        ("yarn.lock", contents(b""), false),
         ("src", Seen::listing([(&b"main.ts"[..], Kind::File)]), true),
         (
             "src",
@@ -281,7 +288,7 @@ fn what_makes_a_fact_untrue() {
             false,
         ),
         ("src", Seen::listing([]), false),
-        ("src", Seen::Contents(ObjectId::of(b"")), false),
+        ("src", contents(b""), false),
         ("link", Seen::target(b"src"), true),
         ("link", Seen::target(b"lib"), false),
         ("link/main.ts", Seen::Absent, true),
@@ -289,7 +296,7 @@ fn what_makes_a_fact_untrue() {
             "",
             Seen::Stat {
                 kind: Kind::Dir,
-                mode: 0o755,
+                exec: true,
             },
             true,
         ),

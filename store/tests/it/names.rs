@@ -4,11 +4,12 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use iii_store::{
-    Fact, KeyId, LayerId, MAX_RECORDS, ORIGIN, ObjectId, Record, Ref, RefKind, Seen, Store,
-    StoreError,
+    Answers, Fact, FactsId, Finding, KeyId, LayerId, ORIGIN, ObjectId, Record, Ref, RefKind,
+    Search, SearchCost, Seen, Store, StoreError, VerifyOptions,
 };
 
-use crate::helpers::{files, names, publish};
+use crate::helpers::{files, names, publish, put};
+use iii_store::tree::Tree;
 
 fn sealed(json: &str) -> Vec<u8> {
     iii_store::seal::seal(json.as_bytes().to_vec())
@@ -170,10 +171,7 @@ fn what_was_fetched_comes_behind_what_was_built_here() {
     assert_eq!(put("a", "@y"), "b a@y a@x c@y");
     assert_eq!(put("b", "@y"), "b b@y a@y a@x c@y");
     assert_eq!(put("a", ""), "a b b@y c@y");
-    for n in 0..MAX_RECORDS {
-        put(&n.to_string(), "");
-    }
-    assert_eq!(put("d", "@x"), "7 6 5 4 3 2 1 0");
+    assert_eq!(put("d", "@x"), "a b d@x b@y c@y");
 }
 
 #[test]
@@ -183,18 +181,18 @@ fn keys() {
     let key = KeyId::from_bytes([7; 32]);
     assert_eq!(store.records(&key).unwrap(), []);
     let layer = publish(&store, &files(&[("a", "1")])).unwrap();
-    for n in 0..MAX_RECORDS + 3 {
+    for n in 0..20 {
         store
             .put_record(&key, record(&layer, &n.to_string()))
             .unwrap();
     }
     let records = store.records(&key).unwrap();
-    assert_eq!(records.len(), MAX_RECORDS);
-    assert_eq!(records[0], record(&layer, "10"));
+    assert_eq!(records.len(), 20);
+    assert_eq!(records[0], record(&layer, "19"));
     // The same facts again: the newest result counts.
     store.put_record(&key, record(&layer, "8")).unwrap();
     let records = store.records(&key).unwrap();
-    assert_eq!(records.len(), MAX_RECORDS);
+    assert_eq!(records.len(), 20);
     assert_eq!(records[0], record(&layer, "8"));
     assert_eq!(records.iter().filter(|r| **r == records[0]).count(), 1);
 
@@ -207,35 +205,90 @@ fn keys() {
     for name in ["locks", "leases", "tmp"] {
         assert!(names(&dir.path().join(name)).is_empty(), "{name}");
     }
+    let format = fs::read_to_string(dir.path().join("format")).unwrap();
+    assert!(format.contains("record_heads"), "{format}");
+}
+
+/// A record of every kind of fact.
+fn every_kind(layer: &iii_store::Published) -> Record {
+    let hash = iii_store::SeenHash::from_bytes([0; 32]);
+    let facts = [
+        (&b""[..], Seen::Listing(hash)),
+        (
+            b"a/b",
+            Seen::Stat {
+                kind: iii_store::Kind::Symlink,
+                exec: true,
+            },
+        ),
+        (
+            b"c",
+            Seen::Contents {
+                object: ObjectId::of(b""),
+                exec: false,
+            },
+        ),
+        (b"caf\xc3\xa9\xff%\n", Seen::Absent),
+        (b"d", Seen::Target(hash)),
+        (b"e", Seen::Tree(hash)),
+    ];
+    let facts = facts.map(|(path, seen)| Fact {
+        path: path.to_vec(),
+        seen,
+    });
+    Record {
+        facts: facts.into(),
+        layer_id: layer.layer_id,
+        tree_id: layer.tree_id,
+        provenance: serde_json::Map::from_iter([("kind".to_owned(), "install".into())]),
+    }
 }
 
 /// The format: stores that exist have these.
 #[test]
 fn golden_record() {
-    let text = concat!(
-        r#"{"records":[{"facts":["#,
-        r#"{"path":"","seen":{"listing":"0000000000000000000000000000000000000000000000000000000000000000"}},"#,
-        r#"{"path":"caf\u00e9%ff%25%0a","seen":"absent"},"#,
-        r#"{"path":"a/b","seen":{"stat":{"kind":"symlink","mode":511}}},"#,
-        r#"{"path":"c","seen":{"contents":"af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"}},"#,
-        r#"{"path":"d","seen":{"target":"0000000000000000000000000000000000000000000000000000000000000000"}}],"#,
-        r#""layer_id":"0000000000000000000000000000000000000000000000000000000000000000","#,
-        r#""tree_id":"0000000000000000000000000000000000000000000000000000000000000000","#,
-        r#""provenance":{"kind":"install"}}]}"#
-    );
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let key = KeyId::from_bytes([7; 32]);
-    let path = dir.path().join("keys").join(key.to_string());
-    fs::write(path, sealed(text)).unwrap();
-    let records = store.records(&key).unwrap();
-    assert_eq!(records[0].facts[1].path, b"caf\xc3\xa9\xff%\n");
-    assert_eq!(records[0].facts[3].seen, Seen::Contents(ObjectId::of(b"")));
-    let again = serde_json::json!({ "records": records });
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    let record = every_kind(&layer);
+    let facts = store.put_record(&key, record.clone()).unwrap();
     assert_eq!(
-        again,
-        serde_json::from_str::<serde_json::Value>(text).unwrap()
+        facts.to_string(),
+        "f21627cc461624d9e2950746dcd0368b0ac146c6dc03d58d2be6357e596c24d1"
     );
+    let zeros = "0".repeat(64);
+    let text = [
+        r#"{"facts":[{"path":"","seen":{"listing":"Z"}},"#,
+        r#"{"path":"a/b","seen":{"stat":{"kind":"symlink","exec":true}}},"#,
+        r#"{"path":"c","seen":{"contents":{"object":"#,
+        r#""af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262","exec":false}}},"#,
+        r#"{"path":"café%ff%25%0a","seen":"absent"},{"path":"d","seen":{"target":"Z"}},"#,
+        r#"{"path":"e","seen":{"tree":"Z"}}]}"#,
+    ];
+    let text = text.concat().replace('Z', &zeros);
+    let path = dir.path().join("facts").join(format!("{key}.{facts}"));
+    assert_eq!(
+        String::from_utf8(fs::read(path).unwrap()),
+        String::from_utf8(sealed(&text))
+    );
+    let text = [
+        r#"{"prefixes":[["cc","td","l","ae","ecafé%ff%25%0a","ea/b"]],"heads":[{"facts":"#,
+        &format!(r#""{facts}","count":6,"layer_id":"{}","#, layer.layer_id),
+        &format!(
+            r#""tree_id":"{}","provenance":{{"kind":"install"}},"#,
+            layer.tree_id
+        ),
+        r#""looks":"97038ef6542e82d56218ffe1c5e0e0abee5a65774705a9cd4541658a390fd39d","#,
+        r#""prefix":0,"found":"cc72195764d613e78b8928a15a8425c15048f0dc13ded6acc7428afe7cae423b"}]}"#,
+    ]
+    .concat();
+    let path = dir.path().join("keys").join(key.to_string());
+    assert_eq!(
+        String::from_utf8(fs::read(path).unwrap()),
+        String::from_utf8(sealed(&text))
+    );
+    assert_eq!(store.records(&key).unwrap(), [record]);
     let seen = Seen::listing([
         (&b"b"[..], iii_store::Kind::Dir),
         (b"a", iii_store::Kind::File),
@@ -252,6 +305,217 @@ fn golden_record() {
         hash.to_string(),
         "2e135f440e5cb6496f46d4331a05e4c768bc364126ff47ce3640dc501d869c4d"
     );
+}
+
+/// Of the records of earlier programs those without facts still hold; the others said too little, and go with the next collection.
+#[test]
+fn records_of_earlier_programs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let (key, other) = (KeyId::from_bytes([7; 32]), KeyId::from_bytes([8; 32]));
+    let kept = publish(&store, &files(&[("a", "1")])).unwrap();
+    let gone = publish(&store, &files(&[("a", "2")])).unwrap();
+    let earlier = |layer: &iii_store::Published, facts: &str| {
+        let (layer_id, tree_id) = (layer.layer_id, layer.tree_id);
+        format!(
+            r#"{{"facts":[{facts}],"layer_id":"{layer_id}","tree_id":"{tree_id}","provenance":{{}}}}"#
+        )
+    };
+    let stat = r#"{"path":"a/b","seen":{"stat":{"kind":"symlink","mode":511}}}"#;
+    let files = [
+        (key, [earlier(&gone, stat), earlier(&kept, "")].join(",")),
+        (other, earlier(&gone, stat)),
+    ];
+    for (key, records) in files {
+        let path = dir.path().join("keys").join(key.to_string());
+        fs::write(path, sealed(&format!(r#"{{"records":[{records}]}}"#))).unwrap();
+    }
+    let ids = |key| {
+        store
+            .records(key)
+            .unwrap()
+            .into_iter()
+            .map(|record| record.layer_id)
+    };
+    assert_eq!(ids(&key).collect::<Vec<_>>(), [kept.layer_id]);
+    assert_eq!(ids(&other).count(), 0);
+    let policy = iii_store::Policy {
+        grace: std::time::Duration::ZERO,
+        ..iii_store::Policy::default()
+    };
+    store.gc(&store.plan_gc(&policy).unwrap(), &|_| ()).unwrap();
+    assert!(store.has_layer(&kept.layer_id) && !store.has_layer(&gone.layer_id));
+    assert_eq!(names(&dir.path().join("keys")), [key.to_string()]);
+    // What is added keeps the old one.
+    store.put_record(&key, record(&kept, "x")).unwrap();
+    assert_eq!(ids(&key).count(), 2);
+}
+
+/// Looks for what holds for a project with these files, each of which holds its text.
+fn find(
+    store: &Store,
+    key: &KeyId,
+    project: &[(&str, &str)],
+    last: Option<FactsId>,
+) -> (Vec<LayerId>, SearchCost) {
+    let mut tree = Tree::default();
+    for (path, text) in project {
+        let object = ObjectId::of(text.as_bytes());
+        put(&mut tree, path.as_bytes(), object, text.len() as u64);
+    }
+    let layer = crate::diffs::layer_of(&tree);
+    let mut found = Vec::new();
+    let cost = store.find_record(
+        key,
+        &mut Answers::new(layer.root()),
+        Search {
+            last,
+            trusts: &|_| true,
+            take: &mut |head| {
+                found.push(head.layer_id);
+                Ok(false)
+            },
+        },
+    );
+    (found, cost.unwrap())
+}
+
+fn saw(layer: &iii_store::Published, files: &[(&str, &str)]) -> Record {
+    let mut record = record(layer, "yarn.lock");
+    record.facts.extend(files.iter().map(|(path, text)| Fact {
+        path: path.as_bytes().to_vec(),
+        seen: Seen::Contents {
+            object: ObjectId::of(text.as_bytes()),
+            exec: false,
+        },
+    }));
+    record
+}
+
+/// However many projects have a step in common, one that was built is found with the file of its key and one file of facts, whether they
+/// looked at the same paths or at others.
+#[test]
+fn one_of_a_thousand_records_is_found_with_few_looks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let (same, other) = (KeyId::from_bytes([7; 32]), KeyId::from_bytes([8; 32]));
+    let first = publish(&store, &files(&[("a", "1")])).unwrap();
+    let layer = publish(&store, &files(&[("a", "2")])).unwrap();
+    let many: usize = if cfg!(debug_assertions) { 200 } else { 1000 };
+    let of = |n: usize| {
+        [
+            ("package.json", format!("{n}")),
+            ("lock", "same".to_owned()),
+        ]
+    };
+    for n in 0..many {
+        let layer = if n == 0 { &first } else { &layer };
+        let [(manifest, text), (lock, locked)] = of(n);
+        let own = format!("src/own-{n}.js");
+        let looked = [(manifest, &*text), (lock, &*locked)];
+        store.put_record(&same, saw(layer, &looked)).unwrap();
+        let looked = [looked[0], looked[1], (&*own, "x")];
+        store.put_record(&other, saw(layer, &looked)).unwrap();
+    }
+    let [(manifest, text), (lock, locked)] = of(0);
+    let project = [(manifest, &*text), (lock, &*locked), ("src/own-0.js", "x")];
+    let (found, cost) = find(&store, &same, &project, None);
+    assert_eq!(found, [first.layer_id]);
+    assert_eq!((cost.records, cost.prefixes, cost.files), (many, 1, 1));
+    let (found, cost) = find(&store, &other, &project, None);
+    assert_eq!(found, [first.layer_id]);
+    assert_eq!((cost.records, cost.prefixes, cost.files), (many, many, 1));
+    let (found, cost) = find(
+        &store,
+        &same,
+        &[("package.json", "new"), ("lock", "same")],
+        None,
+    );
+    assert_eq!((found, cost.files), (Vec::new(), 0));
+    for key in [same, other] {
+        let len = fs::metadata(dir.path().join("keys").join(key.to_string()))
+            .unwrap()
+            .len();
+        assert!(len < 800 * many as u64, "{len} bytes");
+    }
+}
+
+#[test]
+fn the_record_of_the_last_time_is_tried_first_and_is_only_a_hint() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    let [old, new, none] =
+        ["1", "2", "3"].map(|text| publish(&store, &files(&[("a", text)])).unwrap());
+    let last = store.put_record(&key, saw(&old, &[("a", "x")])).unwrap();
+    store.put_record(&key, saw(&new, &[("b", "y")])).unwrap();
+    let gone = store.put_record(&key, saw(&none, &[("b", "z")])).unwrap();
+    let project = [("a", "x"), ("b", "y")];
+    let (old, new) = (old.layer_id, new.layer_id);
+    assert_eq!(find(&store, &key, &project, None).0, [new, old]);
+    assert_eq!(find(&store, &key, &project, Some(last)).0, [old, new]);
+    for hint in [gone, FactsId::from_bytes([1; 32])] {
+        assert_eq!(find(&store, &key, &project, Some(hint)).0, [new, old]);
+    }
+}
+
+/// Processes that add at once lose nothing.
+#[test]
+fn records_that_are_added_at_once_are_all_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (store, layer) = (Store::open(dir.path()).unwrap(), &layer);
+            scope.spawn(move || {
+                for n in 0..10 {
+                    store
+                        .put_record(&key, record(layer, &format!("{thread}-{n}")))
+                        .unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(store.records(&key).unwrap().len(), 40);
+}
+
+/// Facts that a crash left are no record, and go; a record whose facts are damaged or gone is passed over, told of, and dropped.
+#[test]
+fn facts_without_a_record_and_records_without_facts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let key = KeyId::from_bytes([7; 32]);
+    let layer = publish(&store, &files(&[("a", "1")])).unwrap();
+    let content = Ref {
+        layers: vec![layer.layer_id],
+        info: serde_json::Value::Null,
+    };
+    store.set_ref(RefKind::Worker, "w", &content).unwrap();
+    let ids = ["x", "y", "z"].map(|fact| store.put_record(&key, record(&layer, fact)).unwrap());
+    let path = |id| dir.path().join("facts").join(format!("{key}.{id}"));
+    let left = KeyId::from_bytes([9; 32]);
+    let left = dir.path().join("facts").join(format!("{left}.{}", ids[0]));
+    fs::copy(path(ids[0]), &left).unwrap();
+    fs::remove_file(path(ids[0])).unwrap();
+    fs::remove_file(path(ids[1])).unwrap();
+    fs::copy(path(ids[2]), path(ids[1])).unwrap();
+    assert_eq!(store.records(&key).unwrap(), [record(&layer, "z")]);
+    let options = VerifyOptions { data: false };
+    let report = store.verify(options, &|_| ()).unwrap();
+    let found: Vec<_> = report
+        .problems
+        .iter()
+        .map(|problem| problem.finding.clone())
+        .collect();
+    assert_eq!(found, [Finding::Key { key }, Finding::Key { key }]);
+    store.repair(&report, &|_| ()).unwrap();
+    assert!(store.verify(options, &|_| ()).unwrap().is_clean());
+    assert_eq!(store.heads(&key).unwrap().len(), 1);
+    let plan = store.plan_gc(&iii_store::Policy::default()).unwrap();
+    store.gc(&plan, &|_| ()).unwrap();
+    assert!(!left.exists() && path(ids[2]).exists());
 }
 
 #[test]
