@@ -150,9 +150,6 @@ fn tell(left_out: &LeftOut, ui: &Ui) {
         LeftOut::File(name) => ui.warn(format_args!(
             "{name} is left out of the project's files: it holds secrets, or is for this machine"
         )),
-        LeftOut::Cache(target) => ui.warn(format_args!(
-            "{target} is a cache and left out; the start command makes its contents again"
-        )),
     }
 }
 

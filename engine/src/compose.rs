@@ -124,7 +124,7 @@ pub enum Composed {
     Here(Served),
     /// The process of a microVM.
     #[cfg(feature = "libkrun")]
-    There(Machine),
+    There(Box<Machine>),
 }
 
 impl Composition<'_> {
@@ -140,7 +140,7 @@ impl Composition<'_> {
                 }))
             }
             #[cfg(feature = "libkrun")]
-            Isolation::Machine(hardware) => Ok(Composed::There(Machine {
+            Isolation::Machine(hardware) => Ok(Composed::There(Box::new(Machine {
                 store: self.store.dir().to_owned(),
                 layers: self.layers.iter().map(|layer| layer.layer_id()).collect(),
                 upper: self.upper.clone(),
@@ -150,7 +150,7 @@ impl Composition<'_> {
                 memory_mib: hardware.memory_mib,
                 libkrunfw: hardware.libkrunfw.clone(),
                 console: self.console.clone(),
-            })),
+            }))),
         }
     }
 
@@ -192,7 +192,7 @@ impl Composed {
         match self {
             Self::Here(served) => served.root(),
             #[cfg(feature = "libkrun")]
-            Self::There(machine) => RootSource::Machine(Box::new(machine.clone())),
+            Self::There(machine) => RootSource::Machine(machine.clone()),
         }
     }
 

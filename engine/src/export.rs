@@ -9,7 +9,7 @@ use iii_oci::ImageConfig;
 
 use crate::plan::WORKSPACE;
 use crate::plan::environment::{anywhere, looks_secret};
-use crate::project::{CacheScope, MANIFEST_NAME, Project, WorkerName, config};
+use crate::project::{MANIFEST_NAME, Project, WorkerName, config};
 use crate::worker::dev::Built;
 use crate::worker::program::start_command;
 
@@ -36,8 +36,6 @@ pub enum LeftOut {
     Variable(String),
     /// A file of the project, by its name, that has the value of a secret in it.
     File(&'static str),
-    /// A cache, by where it is mounted, that is this project's own.
-    Cache(String),
 }
 
 impl WorkerImage {
@@ -62,12 +60,6 @@ impl WorkerImage {
         if has_engine_config(project, name) {
             left_out.push(LeftOut::File(ENGINE_CONFIG));
         }
-        let cargo_home = worker.env.get("CARGO_HOME").map(String::as_str);
-        let caches = project.caches(cargo_home);
-        let own = caches
-            .into_iter()
-            .filter(|cache| cache.scope == CacheScope::PerProject);
-        left_out.extend(own.map(|cache| LeftOut::Cache(cache.target)));
         let [entrypoint, cmd] = start_command(&worker.image, project);
         Self {
             config: ImageConfig {
@@ -89,7 +81,7 @@ impl WorkerImage {
     pub fn omitted(&self) -> Vec<Vec<u8>> {
         let files = self.left_out.iter().filter_map(|one| match one {
             LeftOut::File(name) => Some(format!("{WORKSPACE}/{name}").into_bytes()),
-            _ => None,
+            LeftOut::Variable(_) => None,
         });
         files.collect()
     }

@@ -6,7 +6,7 @@
 //!                   console.log of its microVM
 //! managed/<name>/   a managed worker: the same, start.json, and vm.pid while it runs
 //! logs/<name>/      what a managed worker prints
-//! cache/            what package managers download, shared by all sandboxes; cache/<kind>/<name> where it is one project's
+//! cache/            of older versions, which nothing reads any more: what package managers had downloaded
 //! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
 //! ```
 
@@ -69,12 +69,9 @@ impl Home {
         self.root.join("logs").join(name)
     }
 
-    /// What package managers download in sandboxes of that runtime. Root inside is another user of the host in each.
-    pub fn cache(&self, runtime: &str) -> PathBuf {
-        match runtime {
-            "namespace" => self.root.join("cache"),
-            _ => self.root.join("cache").join(runtime),
-        }
+    /// The caches of package managers that older versions kept beside the store. Nothing reads them any more.
+    pub fn old_caches(&self) -> PathBuf {
+        self.root.join("cache")
     }
 
     /// Libraries that were fetched.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use iii_engine::build::collect;
+use iii_engine::home::Home;
 use iii_store::{Account, GcPlan, LayerId, LayerUse, RefKind, Store, StoreError};
 use serde_json::json;
 
@@ -16,10 +17,11 @@ use crate::{CliError, print, print_json};
 /// Layers that are shown unless all are asked for.
 const LARGEST: usize = 20;
 
-pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
+pub fn df(home: &Home, store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
     let account = store.account()?;
     let catalog = Catalog::read(store, ui)?;
     warn_of_damage(&account, ui);
+    warn_of_old_caches(home, ui);
     let plan = match store.plan_gc(&collect::policy(store.space()?)) {
         Err(error @ StoreError::NothingKept { .. }) => {
             ui.warn(error);
@@ -45,6 +47,18 @@ pub fn df(store: &Store, args: &Df, ui: &Ui) -> Result<ExitCode, CliError> {
         ));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Package caches are in the store now.
+fn warn_of_old_caches(home: &Home, ui: &Ui) {
+    let dir = home.old_caches();
+    if dir.exists() {
+        ui.warn(format_args!(
+            "{} holds package caches of an older version, which nothing reads any more; remove it: rm -rf {}",
+            dir.display(),
+            dir.display()
+        ));
+    }
 }
 
 fn warn_of_damage(account: &Account, ui: &Ui) {

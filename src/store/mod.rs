@@ -25,7 +25,7 @@ pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
     let dir = home.store();
     let open = || Store::open(&dir);
     match command {
-        args::Store::Df(args) => df::df(&open()?, &args, ui),
+        args::Store::Df(args) => df::df(&home, &open()?, &args, ui),
         args::Store::List(args) => layers::list(&open()?, &args, ui),
         args::Store::Inspect(args) => layers::inspect(&open()?, &args, ui),
         args::Store::Diff(args) => layers::diff(&open()?, &args, ui),

@@ -21,6 +21,7 @@ mod machine;
 mod managed;
 mod network;
 mod ordinary_user;
+mod package_caches;
 mod posix;
 mod push;
 mod registry;

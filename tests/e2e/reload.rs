@@ -18,20 +18,17 @@ const LOOK: &str = "echo x >>/runs; echo run $(wc -l </runs): $(cat main.txt); e
 const TICK: &str =
     "echo run $(cat main.txt) on $(cat /installed); while :; do echo tick; sleep 0.05; done";
 
-/// Takes what `deps.txt` says, which may be an exit code, once nothing is in its way.
-const INSTALL: &str =
-    "while [ -e /root/.npm/wait ]; do sleep 0.02; done; . ./deps.txt; echo $DEPS >/installed";
+/// Takes what `deps.txt` says, which may be an exit code.
+const INSTALL: &str = ". ./deps.txt; echo $DEPS >/installed";
+
+/// The same, but slowly from the second time on.
+const SLOW: &str = ". ./deps.txt; [ $DEPS = 1 ] || sleep 2; echo $DEPS >/installed";
 
 fn project(install: &str, start: &str) -> Project {
     let project = Project::scripts("true", install, start);
     project.write("main.txt", "main 1\n");
     project.write("deps.txt", "DEPS=1\n");
     project
-}
-
-/// Keeps [`INSTALL`] waiting while it exists: a cache is visible from both sides.
-fn gate(home: &Home) -> PathBuf {
-    home.state().join("cache/npm/wait")
 }
 
 /// The inotify instances of a process.
@@ -260,12 +257,9 @@ fn who_has_a_file_mapped_goes_on_with_its_pages() {
 #[test]
 fn install_runs_beside_the_worker_and_takes_its_place() {
     let home = Home::with_busybox();
-    let project = project(INSTALL, TICK);
+    let project = project(SLOW, TICK);
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("run main 1 on 1");
-    let gate = gate(&home);
-    assert!(gate.parent().unwrap().is_dir(), "no npm cache");
-    fs::write(&gate, "").unwrap();
     project.write("deps.txt", "DEPS=2\n");
     dev.wait_for("install: running");
     for _ in 0..3 {
@@ -275,7 +269,6 @@ fn install_runs_beside_the_worker_and_takes_its_place() {
     for n in 0..3 {
         project.write("main.txt", &format!("meanwhile {n}\n"));
     }
-    fs::remove_file(&gate).unwrap();
     // The first run may be ended before it prints anything.
     loop {
         let line = dev.wait_for("run ");
@@ -358,14 +351,12 @@ fn a_worker_that_ends_before_any_reload_ends_the_run() {
 #[test]
 fn ctrl_c_ends_a_reload() {
     let home = Home::with_busybox();
-    let project = project(INSTALL, TICK);
+    let project = project(SLOW, TICK);
     let mut dev = home.dev(&project, &[]);
     dev.wait_for("run main 1 on 1");
-    fs::write(gate(&home), "").unwrap();
     project.write("deps.txt", "DEPS=2\n");
     dev.wait_for("install: running");
     dev.stop();
-    fs::remove_file(gate(&home)).unwrap();
     let layers = home.build(&project, &[]);
     assert!(layers.built().starts_with("install"), "{layers:#?}");
 }

@@ -1,31 +1,34 @@
 //! Realises the layers of a project: looks up what the plan names, and runs what is missing.
 //!
-//! A step runs in a sandbox on `base, layers so far, project` and an empty upper of its own. What it wrote is frozen,
+//! A step runs in a sandbox on `base, layers so far, project`, the layers that it is lent ([`lent`]: caches of package
+//! managers, a build directory to begin with) and an empty upper of its own. What it wrote is frozen,
 //! published, and stored under the step's key with the facts that it observed about the project. Nothing is stored of a step
 //! that fails or is interrupted. Of two processes that need the same step at once, one runs it and the other waits.
 
 pub mod collect;
 mod jobs;
+mod lent;
 mod pool;
 pub mod realise;
+mod running;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use iii_oci::{self as oci, Image, ImageError, Limits};
 use iii_overlay::adapter::Mode;
-use iii_overlay::{FreezeError, OpenError, OverlayOptions, Project as ProjectAt};
+use iii_overlay::{Aside, FreezeError, OpenError, OverlayOptions, Project as ProjectAt};
 use iii_sandbox::tail::Tail;
-use iii_sandbox::{BindMount, Sandbox, SandboxError, SandboxSpec, Stdio};
-use iii_store::snapshot::{self, SnapshotError};
+use iii_sandbox::{Sandbox, SandboxError, SandboxSpec, Stdio};
+use iii_store::snapshot::{self, Snapshot, SnapshotError};
 use iii_store::{
-    Fact, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store, StoreError,
-    TreeId,
+    Fact, Flight, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store,
+    StoreError, TreeId,
 };
 use rustix::process::Signal;
 
@@ -33,9 +36,13 @@ use crate::compose::{Composed, Composition, Isolation, Left};
 use crate::home::Home;
 use crate::plan::environment::Env;
 use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
-use crate::project::{CacheMount, CacheScope, Project};
+use crate::project::Project;
 use crate::shared_cache::{self, Caches as LayerCaches, Recorded, Wanted};
 use crate::worker::supervise::Signals;
+
+use lent::Lent;
+use running::RunningStep;
+pub use running::RunningSteps;
 
 /// Context of the key that guards the snapshot of one project.
 const SNAPSHOT_CONTEXT: &str = "iii 2026 snapshot v1";
@@ -86,6 +93,14 @@ pub enum BuildError {
         /// The signal.
         signal: Signal,
     },
+    /// An input of a step changed while it ran, so its layer would have been of no use.
+    #[error("{kind} was cancelled: {} changed while it ran", name_of(.path))]
+    Superseded {
+        /// The step.
+        kind: Kind,
+        /// The path in the project; empty for the project itself.
+        path: Vec<u8>,
+    },
     /// A step's microVM had to be killed, so that it is not known what the step looked at.
     #[error("the microVM of {kind} did not go off, and took what {kind} looked at along")]
     Unobserved {
@@ -125,6 +140,14 @@ pub fn describe(status: ExitStatus) -> String {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("killed by signal {signal}"),
         (None, None) => "ended".into(),
+    }
+}
+
+/// A path in a project, for people.
+fn name_of(path: &[u8]) -> String {
+    match path {
+        b"" => "the project".to_owned(),
+        path => String::from_utf8_lossy(path).into_owned(),
     }
 }
 
@@ -278,7 +301,7 @@ impl Stack {
 
 /// What layers are realised from and with.
 pub struct Builder<'a> {
-    /// Where caches and build uppers are.
+    /// Where build uppers are.
     pub home: &'a Home,
     /// The store.
     pub store: &'a Store,
@@ -286,7 +309,7 @@ pub struct Builder<'a> {
     pub lease: &'a Lease,
     /// The project.
     pub project: &'a Project,
-    /// The sandbox's name, which owns the project's stat cache and its own caches.
+    /// The sandbox's name, which owns the project's stat cache.
     pub name: &'a str,
     /// The base image.
     pub image: &'a Image,
@@ -302,6 +325,8 @@ pub struct Builder<'a> {
     pub limits: &'a Limits,
     /// What ends a step.
     pub signals: &'a Signals,
+    /// The steps that run, for those who watch the project.
+    pub running: &'a RunningSteps,
     /// Told what happens, from several threads.
     pub events: &'a (dyn Fn(Event<'_>) + Sync),
 }
@@ -322,23 +347,8 @@ impl Builder<'_> {
     /// The project's layer as it is now.
     pub fn snapshot(&self) -> Result<(Report, Arc<Layer>), BuildError> {
         let start = Instant::now();
-        let name = project_id(self.project);
-        // Two at once would each store what is new of the project.
-        let key = KeyId::from_bytes(blake3::derive_key(SNAPSHOT_CONTEXT, name.as_bytes()));
         let waiting = || (self.events)(Event::Waiting(Kind::Project));
-        let _flight = self.store.flight(&key, &waiting)?;
-        let snapshot = snapshot::snapshot(
-            self.store,
-            self.lease,
-            &self.project.root,
-            &snapshot::Options {
-                name: &name,
-                at: WORKSPACE.as_bytes(),
-                excludes: &EXCLUDED.map(str::as_bytes),
-                uid: 0,
-                gid: 0,
-            },
-        )?;
+        let (snapshot, _) = take_snapshot(self.store, self.lease, self.project, &waiting)?;
         for skipped in &snapshot.skipped {
             let path = String::from_utf8_lossy(&skipped.path);
             (self.events)(Event::Note(format!(
@@ -522,6 +532,28 @@ impl Builder<'_> {
     }
 }
 
+/// A snapshot of a project as it is now, and the right to take the next one.
+fn take_snapshot(
+    store: &Store,
+    lease: &Lease,
+    project: &Project,
+    waiting: &dyn Fn(),
+) -> Result<(Snapshot, Flight), BuildError> {
+    let name = project_id(project);
+    // Two at once would each store what is new of the project.
+    let key = KeyId::from_bytes(blake3::derive_key(SNAPSHOT_CONTEXT, name.as_bytes()));
+    let flight = store.flight(&key, waiting)?;
+    let options = snapshot::Options {
+        name: &name,
+        at: WORKSPACE.as_bytes(),
+        excludes: &EXCLUDED.map(str::as_bytes),
+        uid: 0,
+        gid: 0,
+    };
+    let snapshot = snapshot::snapshot(store, lease, &project.root, &options)?;
+    Ok((snapshot, flight))
+}
+
 /// The project's directory in its layer.
 fn project_root(project: &Layer) -> NodeRef<'_> {
     project
@@ -562,13 +594,20 @@ impl Step<'_> {
     ) -> Result<(Vec<Fact>, Published), BuildError> {
         let kind = self.kind;
         let dir = ScratchDir::new(self.builder.home, "step-")?;
+        let lent = Lent::new(self.builder, kind, below, project)?;
         let mut layers = below.to_vec();
         layers.push(Arc::clone(project));
+        let seen_at = project_at(&layers);
+        let first_lent = layers.len();
+        layers.extend(lent.layers.iter().cloned());
         let options = OverlayOptions {
-            project: Some(project_at(&layers)),
+            project: Some(seen_at),
             observe: true,
+            aside: Aside {
+                slots: (first_lent..layers.len()).collect(),
+                ..lent.aside.clone()
+            },
             volatile: true,
-            ..OverlayOptions::default()
         };
         let composition = Composition {
             store: self.builder.store,
@@ -582,29 +621,34 @@ impl Step<'_> {
         let composed = composition
             .compose(self.builder.isolation)
             .map_err(broken)?;
-        let mut sandbox = self.execute(&composed)?;
+        let mut sandbox = self.execute(&composed, project)?;
+        let ended = SystemTime::now();
         let Left { overlay, facts } = composition
             .take_back(composed, &mut sandbox)
             .map_err(broken)?
             .ok_or(BuildError::Unobserved { kind })?;
         let freeze = |source| BuildError::Freeze { kind, source };
-        let ingest = self.builder.store.ingest(self.builder.lease)?;
-        let (tree, _) = overlay.freeze(&ingest).map_err(freeze)?;
-        let published = ingest.finish(&tree)?;
+        let (store, lease) = (self.builder.store, self.builder.lease);
+        // As long as this one is open, nothing takes the files of the volumes away, which no layer names yet.
+        let merging = store.ingest(lease)?;
+        let ingest = store.ingest(lease)?;
+        let apart = overlay.freeze_apart(&ingest).map_err(freeze)?;
+        let published = ingest.finish(&apart.result)?;
+        lent.give_back(self.builder, &apart.volumes);
+        drop(merging);
+        lent.keep_seed(self.builder, published.layer_id, project, ended);
         Ok((facts, published))
     }
 
     /// Runs the script to its end, and its sandbox's.
-    fn execute(&self, composed: &Composed) -> Result<Sandbox, BuildError> {
+    fn execute(&self, composed: &Composed, project: &Arc<Layer>) -> Result<Sandbox, BuildError> {
         let kind = self.kind;
         let broken = |source| BuildError::Sandbox { kind, source };
-        let caches = self.caches()?;
         let argv = SHELL.into_iter().chain([self.script]).map(OsString::from);
         let mut spec = SandboxSpec::new(composed.root(), argv);
         spec.env = self.builder.env.clone().into_iter().collect();
         spec.user.clone_from(&self.builder.image.config.user);
         self.builder.name.clone_into(&mut spec.hostname);
-        spec.mounts = caches.mounts;
         spec.reach = self.builder.isolation.reach();
         spec.stdio = Stdio::Piped;
         let mut sandbox = Sandbox::start(spec).map_err(broken)?;
@@ -617,18 +661,31 @@ impl Step<'_> {
             (Stream::Err, sandbox.stderr.take()),
         ];
         let controller = sandbox.controller();
-        let (status, signal) = std::thread::scope(|scope| {
+        let running = RunningStep {
+            store: self.builder.store.clone(),
+            project: self.builder.project.clone(),
+            seen: Arc::clone(project),
+            overlay: composed.served().map(|served| Arc::clone(served.overlay())),
+            controller: controller.clone(),
+            cancelled: OnceLock::new(),
+        };
+        let ((status, cancelled), signal) = std::thread::scope(|scope| {
             for (which, pipe) in streams {
                 let tail = &tail;
                 scope.spawn(move || pipe.map(|pipe| self.stream(which, pipe, tail)));
             }
-            self.builder.signals.attend(controller, || sandbox.wait())
+            let wait = || self.builder.running.attend(running, || sandbox.wait());
+            self.builder.signals.attend(controller, wait)
         });
-        let status = status.map_err(broken)?;
         if let Some(signal) = signal {
             return Err(BuildError::Interrupted { kind, signal });
         }
-        if status.success() {
+        let succeeded = status.as_ref().is_ok_and(ExitStatus::success);
+        if let Some(path) = cancelled.filter(|_| !succeeded) {
+            return Err(BuildError::Superseded { kind, path });
+        }
+        let status = status.map_err(broken)?;
+        if succeeded {
             return Ok(sandbox);
         }
         let tail = tail.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -652,78 +709,6 @@ impl Step<'_> {
                 .push(piece);
             (self.builder.events)(Event::Output(self.kind, which, piece));
         }
-    }
-
-    /// The caches of this step, locked as their tools need it.
-    fn caches(&self) -> Result<Caches, BuildError> {
-        let Builder {
-            home,
-            project,
-            env,
-            isolation,
-            ..
-        } = self.builder;
-        // Only setup is expected to install packages of the distribution, and a lock on apt's caches would keep installs that
-        // never use apt from running side by side. Apt writes them as a user of its own, as whom the process of a microVM, which
-        // has no privileges, cannot.
-        Caches::open(
-            &home.cache(isolation.name()),
-            project,
-            env,
-            |cache| {
-                !cache.id.starts_with("apt-")
-                    || self.kind == Kind::Setup && **isolation == Isolation::Namespace
-            },
-            true,
-        )
-    }
-}
-
-/// Cache directories, made and locked.
-pub struct Caches {
-    /// To be mounted.
-    pub mounts: Vec<BindMount>,
-    held: Vec<File>,
-}
-
-impl Caches {
-    /// Makes the directories, in `dir`, of the project's caches that are `wanted`; with `lock`, waits for and holds the locks of those
-    /// that need one.
-    pub fn open(
-        dir: &Path,
-        project: &Project,
-        env: &Env,
-        wanted: impl Fn(&CacheMount) -> bool,
-        lock: bool,
-    ) -> Result<Self, BuildError> {
-        let mut caches = project.caches(env.get("CARGO_HOME").map(String::as_str));
-        caches.retain(wanted);
-        // In one order everywhere, so that two steps never wait for each other.
-        caches.sort_by_key(|cache| cache.id);
-        let mut opened = Self {
-            mounts: Vec::new(),
-            held: Vec::new(),
-        };
-        for cache in caches {
-            let name = match cache.scope {
-                CacheScope::Shared => cache.id.to_owned(),
-                CacheScope::PerProject => format!("{}/{}", cache.id, project_id(project)),
-            };
-            let path = dir.join(format!("{name}.lock"));
-            let dir = dir.join(&name);
-            fs::create_dir_all(&dir).map_err(at("create", &dir))?;
-            if lock && cache.lock {
-                let file = File::create(&path).map_err(at("create", &path))?;
-                file.lock().map_err(at("lock", &path))?;
-                opened.held.push(file);
-            }
-            opened.mounts.push(BindMount {
-                host: dir,
-                target: cache.target,
-                read_only: false,
-            });
-        }
-        Ok(opened)
     }
 }
 

@@ -2,6 +2,7 @@
 //! [`jobs`](crate::build::jobs), on as many threads as there are cores, each step by
 //! [`build`](crate::build).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -12,7 +13,7 @@ use iii_store::{GcReport, Lease, Store, StoreError};
 
 use crate::build::collect;
 use crate::build::jobs::{Base, Footing, Jobs, Product, Step, Work};
-use crate::build::{self, Builder, Event, Stack, Status, pool};
+use crate::build::{self, Builder, Event, RunningSteps, Stack, Status, pool};
 use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::environment::Env;
@@ -100,6 +101,7 @@ pub struct Realiser<'a> {
     pub(super) with: With<'a>,
     caches: LayerCaches,
     signals: &'a Signals,
+    running: Arc<RunningSteps>,
     events: Events<'a>,
 }
 
@@ -127,8 +129,14 @@ impl<'a> Realiser<'a> {
             with,
             caches: layer_caches(with.caches, &|event| events(None, event)),
             signals,
+            running: Arc::default(),
             events,
         }
+    }
+
+    /// The steps that it runs.
+    pub fn running(&self) -> &Arc<RunningSteps> {
+        &self.running
     }
 
     /// Realises the layers of all `wanted`, equal ones once; one that fails fails only those that need it. The lease pins the layers,
@@ -245,6 +253,7 @@ impl<'a> Realiser<'a> {
             caches: &self.caches,
             limits: self.with.limits,
             signals: self.signals,
+            running: &self.running,
             events,
         }
     }

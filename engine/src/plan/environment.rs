@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::project::RESERVED_ENV;
+use crate::project::{FIRST_EPOCH, RESERVED_ENV};
 
 /// What `PATH` begins with everywhere.
 const PATH_FIRST: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
@@ -38,6 +38,10 @@ pub fn anywhere<'a>(steps: &Env, own: impl Iterator<Item = (&'a String, &'a Stri
     let mut env = steps.clone();
     // Meant for apt while it builds; a worker would be surprised to inherit it.
     env.remove("DEBIAN_FRONTEND");
+    // Meant for what install compiles.
+    if env.get("SOURCE_DATE_EPOCH").map(String::as_str) == Some(FIRST_EPOCH) {
+        env.remove("SOURCE_DATE_EPOCH");
+    }
     env.extend(
         own.filter(|(name, _)| !RESERVED_ENV.contains(&name.as_str()))
             .map(|(name, value)| (name.clone(), value.clone())),

@@ -1,32 +1,56 @@
-//! Where package managers keep what they have downloaded or compiled.
+//! Where package managers keep their downloads and builds.
 //!
-//! These directories are mounted over the sandbox from outside its layers, so that a step that runs again downloads
-//! nothing twice and no layer holds a download. A cache may vanish at any time: nothing that a worker needs at run time
-//! may live in one. That is why yarn's later versions have none here: with Plug'n'Play, their cache *is* the installation.
+//! While a step runs, each of these directories is a cache volume: layers that all steps share and none can change in place.
+//! So a step that runs again downloads nothing twice, and no layer holds a download. A cache may vanish at any time, and a
+//! running worker sees none: nothing that a worker needs may live in one. That is why yarn's later versions have none
+//! here: with Plug'n'Play, their cache *is* the installation.
 
 use super::manifest::{Language, PackageManager};
 
-/// Who sees a cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum CacheScope {
-    /// Every sandbox of this user.
-    Shared,
-    /// The sandboxes of one project.
-    PerProject,
+/// The contents of a cache, which say who may share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// Downloads, which are the same on every base.
+    Downloads,
+    /// Builds, such as a wheel made from an sdist: shared by the steps on equal layers.
+    Builds,
 }
 
-/// A directory mounted over the sandbox while a step or the worker runs.
+/// A directory of a package manager's cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CacheMount {
-    /// Its name, fit for a file name; the same id is the same directory.
+pub struct CacheVolume {
+    /// Its name, fit for the name of a ref; the same id is the same cache.
     pub id: &'static str,
     /// Its absolute path in the sandbox.
     pub target: String,
-    /// Who shares it.
-    pub scope: CacheScope,
-    /// Whether one step at a time may use it, because the tool itself does not guard against another instance of itself
-    /// in another sandbox. A running worker does not take the lock, or a build would wait for days.
-    pub lock: bool,
+    /// What it holds.
+    pub holds: Holds,
+}
+
+/// The directories and files of a project's tools that are not simply their results.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Caches {
+    /// Caches that steps share.
+    pub volumes: Vec<CacheVolume>,
+    /// Absolute paths of what tools make for themselves and can make again: no layer holds it.
+    pub scratch: Vec<String>,
+    /// Absolute paths of directories in which the project's tools build: an install begins with what the project's last
+    /// install left there, and all of it is in the install layer.
+    pub seeds: Vec<String>,
+}
+
+impl Caches {
+    fn volume(&mut self, id: &'static str, target: &str, holds: Holds) {
+        self.volumes.push(CacheVolume {
+            id,
+            target: target.to_owned(),
+            holds,
+        });
+    }
+
+    fn scratch(&mut self, paths: &[&str]) {
+        self.scratch.extend(paths.iter().map(|&path| path.into()));
+    }
 }
 
 /// The caches of a project.
@@ -38,53 +62,75 @@ pub fn caches(
     language: Option<Language>,
     package_manager: Option<PackageManager>,
     cargo_home: Option<&str>,
-) -> Vec<CacheMount> {
-    use CacheScope::{PerProject, Shared};
-    let mount = |id, target: &str, scope, lock| CacheMount {
-        id,
-        target: target.to_owned(),
-        scope,
-        lock,
-    };
-    // apt locks these directories with fcntl locks, and fails where it should wait.
-    let mut mounts = vec![
-        mount("apt-archives", "/var/cache/apt/archives", Shared, true),
-        mount("apt-lists", "/var/lib/apt/lists", Shared, true),
-    ];
+) -> Caches {
+    use Holds::{Builds, Downloads};
+    let mut caches = Caches::default();
+    caches.volume("apt-archives", "/var/cache/apt/archives", Downloads);
+    caches.volume("apt-lists", "/var/lib/apt/lists", Downloads);
+    // Derived from the lists; 94 MB after `apt-get install jq`.
+    caches.scratch(&[
+        "/var/cache/apt/pkgcache.bin",
+        "/var/cache/apt/srcpkgcache.bin",
+    ]);
     match language {
         None | Some(Language::TypeScript | Language::JavaScript) => {
-            // npx and `npm install -g` use npm's cache whatever installs the project.
-            mounts.push(mount("npm", "/root/.npm", Shared, false));
+            // npx and `npm install -g` use npm's cache whatever installs the project. `_npx` beside it is an installation.
+            caches.volume("npm", "/root/.npm/_cacache", Downloads);
+            caches.scratch(&[
+                "/root/.npm/_logs",
+                "/root/.npm/_update-notifier-last-checked",
+            ]);
             match package_manager {
-                // yarn 1 as root; two instances corrupt each other's unpacking.
+                // yarn 1 as root.
                 Some(PackageManager::Yarn) => {
-                    mounts.push(mount("yarn", "/usr/local/share/.cache/yarn", Shared, true));
+                    caches.volume("yarn", "/usr/local/share/.cache/yarn", Downloads);
                 }
-                Some(PackageManager::Pnpm) => mounts.push(mount("pnpm", PNPM_STORE, Shared, false)),
+                Some(PackageManager::Pnpm) => {
+                    caches.volume("pnpm", PNPM_STORE, Downloads);
+                    caches.volume("pnpm-metadata", "/root/.cache/pnpm", Downloads);
+                    caches.scratch(&["/root/.local/state/pnpm"]);
+                }
                 Some(PackageManager::Bun) => {
-                    mounts.push(mount("bun", "/root/.bun/install/cache", Shared, false));
+                    caches.volume("bun", "/root/.bun/install/cache", Downloads);
                 }
                 Some(PackageManager::Npm) | None => {}
             }
         }
         Some(Language::Python) => {
-            mounts.push(mount("pip", "/root/.cache/pip", Shared, false));
-            mounts.push(mount("uv", "/root/.cache/uv", Shared, false));
+            // Before and since pip 23.3.
+            caches.volume("pip-http", "/root/.cache/pip/http", Downloads);
+            caches.volume("pip-http-v2", "/root/.cache/pip/http-v2", Downloads);
+            caches.volume("pip-wheels", "/root/.cache/pip/wheels", Builds);
+            caches.scratch(&["/root/.cache/pip/selfcheck"]);
+            // Wheels from the network and those built here are told apart by names that change with uv's version.
+            caches.volume("uv", "/root/.cache/uv", Builds);
         }
         Some(Language::Rust) => {
             let home = cargo_home
-                .filter(|home| home.starts_with('/'))
+                .filter(|home| home.starts_with('/') && home.len() > 1)
                 .map_or("/root/.cargo", |home| home.trim_end_matches('/'));
-            let registry = format!("{home}/registry");
-            mounts.push(mount("cargo-registry", &registry, Shared, false));
-            mounts.push(mount("cargo-git", &format!("{home}/git"), Shared, false));
-            mounts.push(mount("cargo-target", "/workspace/target", PerProject, true));
+            let at = |name: &str| format!("{home}/{name}");
+            caches.volume("cargo-index", &at("registry/index"), Downloads);
+            caches.volume("cargo-crates", &at("registry/cache"), Downloads);
+            caches.volume("cargo-git", &at("git/db"), Downloads);
+            // Locks, and a database of when each crate was used last.
+            let own = [".global-cache", ".package-cache", ".package-cache-mutate"];
+            caches.scratch.extend(own.map(at));
+            // Unpacked sources are written to by nobody but tell their own mtimes, as objects built from them do.
+            caches.seeds = vec![
+                "/workspace/target".to_owned(),
+                at("registry/src"),
+                at("git/checkouts"),
+            ];
         }
     }
-    mounts
+    caches
 }
 
 const PNPM_STORE: &str = "/root/.local/share/pnpm/store";
+
+/// 1980-01-01 in seconds, the first day that an archive of Python's can name.
+pub const FIRST_EPOCH: &str = "315532800";
 
 /// Variables that make a project's tools work with [`caches`] and in a sandbox, for the steps and for the worker alike.
 /// They are defaults: the image's and the manifest's own values go before them.
@@ -93,14 +139,21 @@ pub fn tool_env(
     package_manager: Option<PackageManager>,
 ) -> &'static [(&'static str, &'static str)] {
     match (language, package_manager) {
-        // Output goes to a pipe, where Python would hold it back; uv would warn that it cannot hardlink from its cache.
-        (Some(Language::Python), _) => &[("PYTHONUNBUFFERED", "1"), ("UV_LINK_MODE", "copy")],
-        // Left alone, pnpm puts its store on the file system of the project, which here is a layer. The second name is
-        // the one that pnpm 11 reads.
+        // Output goes to a pipe, where Python would hold it back; uv would warn that it cannot hardlink from its cache. With
+        // an epoch, compiled modules name their sources by hash and not by mtime: installed again, they are the same.
+        (Some(Language::Python), _) => &[
+            ("PYTHONUNBUFFERED", "1"),
+            ("UV_LINK_MODE", "copy"),
+            ("SOURCE_DATE_EPOCH", FIRST_EPOCH),
+        ],
+        // Left alone, pnpm puts its store on the file system of the project, which here is a layer, and keeps what install
+        // scripts made there, for every base. The second names are those that pnpm 11 reads.
         (None | Some(Language::TypeScript | Language::JavaScript), Some(PackageManager::Pnpm)) => {
             &[
                 ("npm_config_store_dir", PNPM_STORE),
                 ("pnpm_config_store_dir", PNPM_STORE),
+                ("npm_config_side_effects_cache", "false"),
+                ("pnpm_config_side_effects_cache", "false"),
             ]
         }
         // Nobody is there to answer npx, nor to read of newer versions of npm.
@@ -116,69 +169,66 @@ pub fn tool_env(
 mod tests {
     use super::*;
 
-    fn ids(language: Option<Language>, manager: Option<PackageManager>) -> String {
-        let mounts = caches(language, manager, None);
-        let ids: Vec<_> = mounts.iter().map(|mount| mount.id).collect();
-        ids.join(" ")
-    }
-
     #[test]
     fn each_toolchain_gets_its_caches() {
         use Language::{JavaScript, Python, Rust, TypeScript};
         use PackageManager::{Bun, Npm, Pnpm, Yarn};
         for (language, manager, expected) in [
-            (None, None, "apt-archives apt-lists npm"),
-            (Some(TypeScript), Some(Npm), "apt-archives apt-lists npm"),
-            (
-                Some(JavaScript),
-                Some(Yarn),
-                "apt-archives apt-lists npm yarn",
-            ),
-            (
-                Some(TypeScript),
-                Some(Pnpm),
-                "apt-archives apt-lists npm pnpm",
-            ),
-            (
-                Some(TypeScript),
-                Some(Bun),
-                "apt-archives apt-lists npm bun",
-            ),
-            (Some(Python), None, "apt-archives apt-lists pip uv"),
-            (
-                Some(Rust),
-                None,
-                "apt-archives apt-lists cargo-registry cargo-git cargo-target",
-            ),
+            (None, None, "npm"),
+            (Some(TypeScript), Some(Npm), "npm"),
+            (Some(JavaScript), Some(Yarn), "npm yarn"),
+            (Some(TypeScript), Some(Pnpm), "npm pnpm pnpm-metadata"),
+            (Some(TypeScript), Some(Bun), "npm bun"),
+            (Some(Python), None, "pip-http pip-http-v2 pip-wheels uv"),
+            (Some(Rust), None, "cargo-index cargo-crates cargo-git"),
         ] {
-            assert_eq!(ids(language, manager), expected);
+            let caches = caches(language, manager, None);
+            let ids: Vec<_> = caches.volumes.iter().map(|volume| volume.id).collect();
+            let apt = ["apt-archives", "apt-lists"];
+            assert_eq!(ids[..2], apt);
+            assert_eq!(ids[2..].join(" "), expected);
         }
     }
 
     #[test]
     fn cargo_follows_the_image() {
         for (home, expected) in [
-            (None, "/root/.cargo/registry"),
-            (Some("/usr/local/cargo"), "/usr/local/cargo/registry"),
-            (Some("/usr/local/cargo/"), "/usr/local/cargo/registry"),
-            (Some("relative"), "/root/.cargo/registry"),
-            (Some(""), "/root/.cargo/registry"),
+            (None, "/root/.cargo"),
+            (Some("/usr/local/cargo"), "/usr/local/cargo"),
+            (Some("/usr/local/cargo/"), "/usr/local/cargo"),
+            (Some("relative"), "/root/.cargo"),
+            (Some(""), "/root/.cargo"),
+            (Some("/"), "/root/.cargo"),
         ] {
-            let mounts = caches(Some(Language::Rust), None, home);
-            let registry = mounts.iter().find(|mount| mount.id == "cargo-registry");
-            assert_eq!(registry.unwrap().target, expected);
+            let caches = caches(Some(Language::Rust), None, home);
+            let index = caches.volumes.iter().find(|one| one.id == "cargo-index");
+            assert_eq!(index.unwrap().target, format!("{expected}/registry/index"));
+            assert_eq!(caches.seeds[1], format!("{expected}/registry/src"));
         }
     }
 
+    /// The overlay wants them apart.
     #[test]
-    fn only_a_projects_own_build_is_not_shared() {
+    fn no_path_lies_in_another() {
         for language in [None, Some(Language::Python), Some(Language::Rust)] {
-            for mount in caches(language, Some(PackageManager::Pnpm), None) {
-                assert_eq!(
-                    mount.scope == CacheScope::PerProject,
-                    mount.id == "cargo-target"
-                );
-                assert!(mount.target.starts_with('/'));
+            for manager in [
+                PackageManager::Npm,
+                PackageManager::Pnpm,
+                PackageManager::Bun,
+            ] {
+                let caches = caches(language, Some(manager), None);
+                let targets = caches.volumes.iter().map(|volume| &volume.target);
+                let all: Vec<&String> = targets
+                    .chain(&caches.scratch)
+                    .chain(&caches.seeds)
+                    .collect();
+                for (at, one) in all.iter().enumerate() {
+                    assert!(one.starts_with('/') && !one.ends_with('/'));
+                    for (other_at, other) in all.iter().enumerate() {
+                        let inside = format!("{other}/");
+                        assert!(at == other_at || (*one != *other && !one.starts_with(&inside)));
+                    }
+                }
             }
         }
     }

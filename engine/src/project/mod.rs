@@ -28,7 +28,7 @@ mod name;
 pub mod scaffold;
 mod yaml;
 
-pub use caches::{CacheMount, CacheScope};
+pub use caches::{CacheVolume, Caches, FIRST_EPOCH, Holds};
 use commands::Recipe;
 pub use config::WorkerConfig;
 pub use manifest::{
@@ -287,7 +287,7 @@ impl Project {
     }
 
     /// The package managers' directories to mount over the sandbox; `cargo_home` is the base image's `CARGO_HOME`.
-    pub fn caches(&self, cargo_home: Option<&str>) -> Vec<CacheMount> {
+    pub fn caches(&self, cargo_home: Option<&str>) -> Caches {
         caches::caches(self.language, self.package_manager, cargo_home)
     }
 

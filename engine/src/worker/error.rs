@@ -104,4 +104,9 @@ impl RunError {
             _ => false,
         }
     }
+
+    /// Whether a step was cancelled because its inputs changed.
+    pub(crate) fn is_superseded(&self) -> bool {
+        matches!(self, Self::Build(BuildError::Superseded { .. }))
+    }
 }

@@ -1,13 +1,11 @@
-//! The program of a worker: command, environment, user and mounts.
+//! The program of a worker: command, environment and user.
 
 use std::path::Path;
 
 use iii_oci::Image;
-use iii_sandbox::BindMount;
 
 use crate::build::realise::Worker;
-use crate::build::{self, Caches, Event};
-use crate::home::Home;
+use crate::build::{self, Event};
 use crate::plan::environment;
 use crate::project::{Project, WorkerConfig, WorkerName};
 use crate::worker::engine::Engine;
@@ -19,20 +17,13 @@ pub(crate) struct Program {
     pub(super) argv: Vec<String>,
     pub(super) env: Vec<(String, String)>,
     pub(super) user: String,
-    /// Package managers' caches.
-    pub(super) mounts: Vec<BindMount>,
     /// Whom it is to reach.
     pub(super) engine: Engine,
 }
 
 impl Program {
-    /// What `worker` runs, with an engine there and what config.yaml says. Makes the directories of its caches.
-    pub fn new(
-        home: &Home,
-        worker: &Worker,
-        engine: &Engine,
-        config: &WorkerConfig,
-    ) -> Result<Self, RunError> {
+    /// What `worker` runs, with an engine there and what config.yaml says.
+    pub fn new(worker: &Worker, engine: &Engine, config: &WorkerConfig) -> Self {
         let project = &worker.project;
         let env = environment::for_worker(
             &worker.env,
@@ -43,25 +34,12 @@ impl Program {
             worker.isolation.name(),
         );
         let [entrypoint, command] = start_command(&worker.image, project);
-        Ok(Self {
+        Self {
             argv: entrypoint.into_iter().chain(command).collect(),
             env: env.into_iter().collect(),
             user: worker.image.config.user.clone(),
-            mounts: Caches::open(
-                &home.cache(worker.isolation.name()),
-                project,
-                &worker.env,
-                |cache| !cache.id.starts_with("apt-"),
-                false,
-            )?
-            .mounts,
             engine: engine.clone(),
-        })
-    }
-
-    /// Whether a sandbox that was made for `other` has what this one needs.
-    pub fn fits(&self, other: &Self) -> bool {
-        self.mounts == other.mounts
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff};
 use rustix::process::Signal;
 
 use crate::build::realise::{Realiser, Share, Wanted, Worker};
-use crate::build::{self, Event, Status, with_causes};
+use crate::build::{self, Event, RunningSteps, Status, with_causes};
 use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};
@@ -102,14 +102,15 @@ impl Inbox {
 
     /// Has the changes of the project told from now on, until this is dropped. That whoever starts a worker does not wait for it is
     /// why it comes after the start: what has changed before is found by looking once more.
-    fn watch(&mut self) {
+    fn watch(&mut self, running: &Arc<RunningSteps>) {
         let Some(root) = self.root.take() else {
             return;
         };
         let (sender, stirs) = (self.sender.clone(), Arc::clone(&self.stirs));
+        let running = Arc::clone(running);
         let failed = sender.clone();
         let watch = move || {
-            if let Err(error) = watch(&root, &stirs, &sender) {
+            if let Err(error) = watch(&root, &stirs, &sender, &running) {
                 let _ = sender.send(Message::Unwatched(error));
             }
         };
@@ -186,8 +187,14 @@ impl Drop for Inbox {
 /// What was seen, and is not to be used.
 struct Unsure<T>(T);
 
-/// Tells `sender` of changes for as long as anybody listens, and counts their beginnings and ends.
-fn watch(root: &Path, stirs: &AtomicU64, sender: &Sender<Message>) -> Result<(), WatchError> {
+/// Tells `sender` of changes for as long as anybody listens, and counts their beginnings and ends. Steps that run look again
+/// at each.
+fn watch(
+    root: &Path,
+    stirs: &AtomicU64,
+    sender: &Sender<Message>,
+    running: &RunningSteps,
+) -> Result<(), WatchError> {
     let mut watch = Watch::new(root, &EXCLUDED)?;
     if sender.send(Message::Watching(watch.stopper())).is_err() {
         return Ok(());
@@ -196,7 +203,11 @@ fn watch(root: &Path, stirs: &AtomicU64, sender: &Sender<Message>) -> Result<(),
     stirs.fetch_add(1, Ordering::Release);
     while watch.settled()? {
         stirs.fetch_add(1, Ordering::Release);
-        if sender.send(Message::Changed).is_err() || !watch.stirred()? {
+        if sender.send(Message::Changed).is_err() {
+            break;
+        }
+        running.look_again();
+        if !watch.stirred()? {
             break;
         }
         stirs.fetch_add(1, Ordering::Release);
@@ -281,9 +292,7 @@ impl Ready {
             let below = layers.map_or(&[][..], |(_, below)| below);
             below.iter().map(|layer| layer.tree_id()).collect()
         };
-        self.worker.isolation == other.worker.isolation
-            && self.program.fits(&other.program)
-            && below(self) == below(other)
+        self.worker.isolation == other.worker.isolation && below(self) == below(other)
     }
 }
 
@@ -450,7 +459,7 @@ impl Session<'_> {
     fn leave_machine(&self, ready: &mut Ready) -> Result<(), RunError> {
         ready.worker.isolation = Isolation::Namespace;
         let config = worker_config(self.config, &ready.worker.name, &|event| self.tell(event))?;
-        ready.program = Program::new(self.home, &ready.worker, self.engine, &config)?;
+        ready.program = Program::new(&ready.worker, self.engine, &config);
         Ok(())
     }
 
@@ -472,7 +481,7 @@ impl Session<'_> {
             stdio: self.stdio,
         };
         start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
-            inbox.watch();
+            inbox.watch(self.realiser.running());
             if let Some((begun, files)) = change {
                 self.reloaded(begun, files, &ready.worker);
             }
@@ -596,8 +605,9 @@ impl Session<'_> {
             Ok(ready) if ready.is_like(last) => None,
             Ok(ready) => Some(Change::new(ready, begun, last)),
             Err(error) => {
-                // Who wants the worker to end wants what is built for it to end, too.
-                if self.signals.received().is_none() {
+                // The change that superseded a step is the next. Who wants the worker to end wants what is built for it to
+                // end, too.
+                if !error.is_superseded() && self.signals.received().is_none() {
                     self.note(format!("not reloaded: {}", with_causes(&error)));
                 }
                 None
@@ -617,7 +627,7 @@ impl Session<'_> {
 
     fn ready(&self, worker: Worker, lease: Lease) -> Result<Ready, RunError> {
         let config = worker_config(self.config, &worker.name, &|event| self.tell(event))?;
-        let program = Program::new(self.home, &worker, self.engine, &config)?;
+        let program = Program::new(&worker, self.engine, &config);
         Ok(Ready {
             worker,
             program,

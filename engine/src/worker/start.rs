@@ -52,7 +52,7 @@ pub(crate) struct Live<'a> {
 }
 
 impl Live<'_> {
-    /// Runs `program` in place of the one that runs: SIGTERM, and SIGKILL after the usual grace. It [fits](Program::fits).
+    /// Runs `program` in place of the one that runs: SIGTERM, and SIGKILL after the usual grace.
     pub fn restart(&self, program: &Program) -> Result<(), SandboxError> {
         let mut env = program.env.clone();
         self.host.extend_env(&mut env);
@@ -108,7 +108,6 @@ impl Start<'_> {
         spec.user.clone_from(&program.user);
         name.clone_into(&mut spec.hostname);
         spec.stdio = self.stdio;
-        spec.mounts.clone_from(&program.mounts);
         let Engine { host, port } = &program.engine;
         spec.reach = worker
             .isolation
