@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use super::cargo::CargoBinary;
 use super::detect::PythonInputs;
 use super::manifest::{Language, PackageManager, Scripts};
 
@@ -19,6 +20,8 @@ pub struct Recipe<'a> {
     pub entry: Option<&'a str>,
     /// What pip can install, if it is a Python project.
     pub python: PythonInputs,
+    /// The binary that `cargo run` would run, if it is a Rust project and has one.
+    pub binary: Option<&'a CargoBinary>,
 }
 
 /// The commands for `recipe`, or `None` for a Python project without an entry.
@@ -26,11 +29,7 @@ pub fn infer(recipe: Recipe<'_>) -> Option<Scripts> {
     let (setup, install, start) = match recipe.language {
         Language::TypeScript | Language::JavaScript => node(recipe),
         Language::Python => python(recipe.python, recipe.entry?),
-        Language::Rust => (
-            RUST_SETUP.to_owned(),
-            "cargo build --release".to_owned(),
-            "cargo run --release".to_owned(),
-        ),
+        Language::Rust => rust(recipe.binary),
     };
     Some(Scripts {
         setup: Some(setup),
@@ -92,6 +91,21 @@ const RUST_SETUP: &str = concat!(
     )
 );
 
+// The worker executes what install built, so an edit is compiled beside the worker that runs. Where several binaries or none
+// could be meant, cargo says so.
+fn rust(binary: Option<&CargoBinary>) -> (String, String, String) {
+    let mut install = String::from("cargo build --release");
+    if let Some(package) = binary.and_then(|binary| binary.package.as_ref()) {
+        install.push_str(" -p ");
+        install.push_str(&shell_word(package));
+    }
+    let start = match binary {
+        Some(binary) => shell_word(&format!("target/release/{}", binary.name)),
+        None => "cargo run --release".to_owned(),
+    };
+    (RUST_SETUP.to_owned(), install, start)
+}
+
 // Major versions are pinned: a later major wants a newer Node than Debian's, and another lockfile format.
 fn node(recipe: Recipe<'_>) -> (String, String, String) {
     let then = |tool, package| {
@@ -102,20 +116,27 @@ fn node(recipe: Recipe<'_>) -> (String, String, String) {
         Some(entry) => format!("{exec} {entry}"),
         None => format!("{run} dev"),
     };
+    // The start command finds a program that is installed for all projects as well; it downloads nothing.
+    let with_tsx = |install: &str| match &entry {
+        Some(_) => {
+            format!("{install}\n[ -e node_modules/.bin/tsx ] || npm install -g tsx@4")
+        }
+        None => install.to_owned(),
+    };
     match recipe.package_manager {
         PackageManager::Npm => (
             NODE_SETUP.to_owned(),
-            "npm install".to_owned(),
+            with_tsx("npm install"),
             start("npx tsx", "npm run"),
         ),
         PackageManager::Yarn => (
             then("yarn", "yarn@1"),
-            "yarn install".to_owned(),
+            with_tsx("yarn install"),
             start("yarn exec tsx", "yarn run"),
         ),
         PackageManager::Pnpm => (
             then("pnpm", "pnpm@10"),
-            "pnpm install".to_owned(),
+            with_tsx("pnpm install"),
             start("pnpm exec tsx", "pnpm run"),
         ),
         PackageManager::Bun => (

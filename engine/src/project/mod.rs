@@ -19,6 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 mod caches;
+mod cargo;
 mod commands;
 pub mod config;
 mod detect;
@@ -232,11 +233,15 @@ impl Project {
                 if language == Language::Python && entry.is_none() {
                     entry = detect::python_entry(has, &runnable_packages(path));
                 }
+                let binary = (language == Language::Rust)
+                    .then(|| cargo::binary(path, entry.as_deref()))
+                    .flatten();
                 let recipe = Recipe {
                     language,
                     package_manager: package_manager.unwrap_or(PackageManager::Npm),
                     entry: entry.as_deref(),
                     python: detect::python_inputs(has),
+                    binary: binary.as_ref(),
                 };
                 commands::infer(recipe).ok_or_else(|| ProjectError::NoEntry {
                     path: path.to_owned(),

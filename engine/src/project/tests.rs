@@ -575,6 +575,9 @@ fn inferred(files: &[(&str, &str)]) -> String {
     }
 }
 
+/// Added to install where the start command is tsx.
+const TSX: &str = "\n[ -e node_modules/.bin/tsx ] || npm install -g tsx@4";
+
 #[test]
 #[allow(clippy::too_many_lines, reason = "a table")]
 fn commands_are_inferred() {
@@ -599,14 +602,14 @@ fn commands_are_inferred() {
         ),
         (
             vec![package, (yaml, &with("entry: src/index.ts"))],
-            format!("npm install | npx tsx src/index.ts | {node}"),
+            format!("npm install{TSX} | npx tsx src/index.ts | {node}"),
         ),
         (
             vec![(
                 yaml,
                 &with("kind: typescript, package_manager: yarn, entry: a.ts"),
             )],
-            format!("yarn install | yarn exec tsx a.ts | {node}"),
+            format!("yarn install{TSX} | yarn exec tsx a.ts | {node}"),
         ),
         (
             vec![
@@ -614,7 +617,7 @@ fn commands_are_inferred() {
                 ("yarn.lock", ""),
                 (yaml, &with("package_manager: pnpm, entry: a.ts")),
             ],
-            format!("pnpm install | pnpm exec tsx a.ts | {node}"),
+            format!("pnpm install{TSX} | pnpm exec tsx a.ts | {node}"),
         ),
         (
             vec![(yaml, &with("package_manager: bun, entry: a.ts"))],
@@ -622,7 +625,7 @@ fn commands_are_inferred() {
         ),
         (
             vec![package, (yaml, &with("entry: \"it's; rm -rf $HOME.ts\""))],
-            format!("npm install | npx tsx 'it'\\''s; rm -rf $HOME.ts' | {node}"),
+            format!("npm install{TSX} | npx tsx 'it'\\''s; rm -rf $HOME.ts' | {node}"),
         ),
         (
             vec![package, (yaml, &with("base_image: \"ghcr.io/o/i:1\""))],
@@ -667,6 +670,23 @@ fn commands_are_inferred() {
         (
             vec![("Cargo.toml", "")],
             "cargo build --release | cargo run --release | docker.io/library/rust:slim-bookworm"
+                .into(),
+        ),
+        (
+            vec![
+                ("Cargo.toml", "[package]\nname = \"app\""),
+                ("src/main.rs", ""),
+            ],
+            "cargo build --release | target/release/app | docker.io/library/rust:slim-bookworm"
+                .into(),
+        ),
+        (
+            vec![
+                ("Cargo.toml", "[workspace]\nmembers = [\"a\"]"),
+                ("a/Cargo.toml", "[package]\nname = \"app\""),
+                ("a/src/main.rs", ""),
+            ],
+            "cargo build --release -p app | target/release/app | docker.io/library/rust:slim-bookworm"
                 .into(),
         ),
         (
