@@ -1,7 +1,8 @@
 //! Builds the init of microVMs, a static Linux program, for the tool to embed.
 //!
-//! Cargo cannot build a dependency for another target or with other flags, so this runs it once more, on the same lock file. On
-//! Linux with what is downloaded already: the init's dependencies are the tool's. Elsewhere some are Linux's alone.
+//! Cargo cannot build a dependency for another target or with other flags, so this runs it once
+//! more, on the same lock file. On Linux with what is downloaded already: the init's dependencies
+//! are the tool's. Elsewhere some are Linux's alone.
 
 use std::env;
 use std::path::{Path, PathBuf};

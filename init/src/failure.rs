@@ -5,7 +5,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// A step on the way to a running command. Displays as what could not be done.
+/// A step on the way to a running command. Displays as the failed action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "their Display says it")]
 pub enum Step {
@@ -69,7 +69,7 @@ impl fmt::Display for Step {
 pub struct Failure {
     /// The step.
     pub step: Step,
-    /// What it was done to; may be empty.
+    /// Object of the step; may be empty.
     pub what: String,
     /// Why.
     pub errno: i32,

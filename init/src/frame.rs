@@ -12,7 +12,8 @@ pub const MAX_REPORT: usize = 4096;
 /// Bytes of a message's length.
 pub(crate) const LENGTH: usize = 4;
 
-/// How much is read at once. A frame's buffer grows with what has come, not with what its length claims.
+/// How much is read at once. A frame's buffer grows with the received bytes, not with its claimed
+/// length.
 const PIECE: usize = 8 << 10;
 
 /// Sends a message that is no longer than [`MAX_FRAME`].
@@ -20,12 +21,12 @@ pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()>
     stream.write_all(&bytes_of(message)?)
 }
 
-/// What a message that is no longer than [`MAX_FRAME`] is sent as.
+/// The frame of a message of at most [`MAX_FRAME`] bytes.
 pub fn bytes_of(message: &impl Serialize) -> io::Result<Vec<u8>> {
     framed(message, MAX_FRAME)
 }
 
-/// What a message that is no longer than `limit`, which a length can tell, is sent as.
+/// The frame of a message of at most `limit` bytes, which fits into a length.
 pub(crate) fn framed(message: &impl Serialize, limit: usize) -> io::Result<Vec<u8>> {
     let mut frame = postcard::to_extend(message, vec![0; LENGTH]).map_err(invalid)?;
     let length = frame.len() - LENGTH;
@@ -54,7 +55,7 @@ pub struct Receiver {
     limit: usize,
 }
 
-/// What [`Receiver::read`] found.
+/// The result of [`Receiver::read`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received<T> {
     /// A message.
@@ -74,8 +75,9 @@ impl Receiver {
         }
     }
 
-    /// The next message. Blocks where the stream does; where that would block, [`Received::Nothing`]. Fails on a message that is too
-    /// long or makes no sense: the stream has lost its place then.
+    /// The next message. Blocks where the stream does; where that would block,
+    /// [`Received::Nothing`]. Fails on a message that is too long or makes no sense: the stream has
+    /// lost its place then.
     pub fn read<T: DeserializeOwned>(&mut self, stream: &mut impl Read) -> io::Result<Received<T>> {
         let mut piece = [0; PIECE];
         loop {

@@ -1,21 +1,22 @@
-//! Pid 1 of a sandbox, and what it says to the tool.
+//! Pid 1 of a sandbox, and its protocol with the tool.
 //!
 //! ```text
-//! machine      boot in a microVM: mounts, network, clock, then supervise     the static program `iii-init`
-//! supervise    commands, their streams and their ends, signals, reaping      both runtimes
+//! machine      boot in a microVM: mounts, network, clock, then supervise    `iii-init` alone
+//! supervise    commands, their streams and their ends, signals, reaping     both runtimes
 //! process      user lookup, fork, becoming the command
-//! mounts       what every sandbox has mounted
+//! mounts       the mounts of every sandbox
 //! message      requests and reports      packet, frame, vm    how they travel
 //! ```
 //!
-//! In a microVM this is a program of its own, `machine::main`, that lies in no layer. In the namespace runtime the tool's own
-//! binary forks into pid 1 and uses the same modules, so that a command sees the same things either way.
+//! In a microVM this is a program of its own, `machine::main`, that lies in no layer. In the
+//! namespace runtime the tool's own binary forks into pid 1 and uses the same modules, so that a
+//! command sees the same things either way.
 //!
 //! # Invariants
 //!
 //! - Single-threaded, so that a fork may do everything that a process may.
-//! - Whatever arrives is bounded before it is read, and garbage ends the conversation, not the sandbox's rules: no message
-//!   makes this side panic.
+//! - Input is bounded before it is read, and garbage ends the conversation, not the sandbox's
+//!   rules: no message makes this side panic.
 //! - The tool's end is the sandbox's end: when the link closes, pid 1 goes, and all with it.
 //!
 //! A sandbox is Linux; what it says is understood elsewhere, too.

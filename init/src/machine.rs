@@ -23,8 +23,9 @@ use crate::vm::{FromGuest, Hello, PORT, Start, ToGuest};
 /// The host, as a guest knows it.
 const HOST: libc::c_uint = 2;
 
-/// What a connection may hold on its way out. A kernel lets no more be on its way than it would take itself, 256 KiB unless it is
-/// told, and `msb_krun` 0.1 says that it has taken something only when it was 4 MiB.
+/// Most bytes that a connection may hold on its way out. A kernel lets no more be on its way than
+/// it would take itself, 256 KiB unless it is told, and `msb_krun` 0.1 says that it has taken
+/// something only when it was 4 MiB.
 const ON_THE_WAY: u64 = 8 << 20;
 /// `SO_VM_SOCKETS_BUFFER_SIZE` of `linux/vm_sockets.h`.
 const BUFFER_SIZE: libc::c_int = 0;
@@ -40,7 +41,8 @@ const OPEN_FILES: Rlimit = Rlimit {
     maximum: Some(1 << 20),
 };
 
-/// The whole of the program; returns its exit code, but only where it is not pid 1: the machine goes off instead.
+/// The whole of the program; returns its exit code, but only where it is not pid 1: the machine
+/// goes off instead.
 pub fn main() -> i32 {
     if std::process::id() != 1 {
         eprintln!("iii-init is pid 1 of a microVM; it is not for people");
@@ -56,7 +58,8 @@ pub fn main() -> i32 {
         );
     }
     rustix::fs::sync();
-    // The end of the machine for every VMM that takes a reset for one, whether or not it knows how to be switched off.
+    // The end of the machine for every VMM that takes a reset for one, whether or not it knows how
+    // to be switched off.
     let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
     1
 }
@@ -148,7 +151,8 @@ fn loopback_up() -> io::Result<()> {
         rustix::net::SocketType::DGRAM,
         None,
     )?;
-    // SAFETY: the request is a valid one when zeroed, its name ends with a NUL, and the call reads and writes no more than it.
+    // SAFETY: the request is a valid one when zeroed, its name ends with a NUL, and the call reads
+    // and writes no more than it.
     unsafe {
         let mut request: libc::ifreq = std::mem::zeroed();
         for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
@@ -169,7 +173,8 @@ fn loopback_up() -> io::Result<()> {
 
 /// A connection to the tool. A stream socket is one, whatever its family.
 fn connect(hello: Hello) -> io::Result<UnixStream> {
-    // SAFETY: the options' values and the address are vsock's, as long as the call is told, and the descriptor is new and nobody else's.
+    // SAFETY: the options' values and the address are vsock's, as long as the call is told, and the
+    // descriptor is new and owned by no other code.
     let socket = unsafe {
         let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
         if fd == -1 {
@@ -243,7 +248,8 @@ impl Link for Vsock {
     }
 
     fn receive(&mut self) -> io::Result<Received> {
-        // Nobody else reads, and a report should wait for room: only for this read it may not block.
+        // No other thread reads, and a report should wait for room: only for this read it may not
+        // block.
         self.control.set_nonblocking(true)?;
         let received = self.receiver.read(&mut self.control);
         self.control.set_nonblocking(false)?;

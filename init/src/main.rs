@@ -1,6 +1,7 @@
 //! The init of a microVM, as a static program.
 
-// Rust's own start wants three open descriptors, and where a kernel finds no console there are none.
+// Rust's own start wants three open descriptors, and where a kernel finds no console there are
+// none.
 #![cfg_attr(target_os = "linux", no_main)]
 
 /// Called by the C runtime.

@@ -1,7 +1,7 @@
-//! What the tool and a sandbox's pid 1 say to each other, whatever carries it.
+//! Messages between the tool and a sandbox's pid 1, over any transport.
 //!
-//! Either side may be hostile to the other. A message is decoded into these types, within the bounds of its carrier, before
-//! anything is done; an id that is not known means nothing.
+//! Either side may be hostile to the other. A message is decoded into these types, within the
+//! bounds of its carrier, before anything is done; an id that is not known means nothing.
 
 use std::ffi::OsString;
 use std::time::Duration;
@@ -50,7 +50,7 @@ pub struct HostFile {
     pub name: String,
     /// The path it covers, too.
     pub covers: Option<String>,
-    /// What is in it.
+    /// Its contents.
     pub contents: String,
 }
 
@@ -63,18 +63,20 @@ pub enum Request {
     Signal(CommandId, i32),
     /// Change the size of the command's terminal.
     Resize(CommandId, Size),
-    /// End the sandbox: the signal to the main command's process group; once that has ended, to whatever it left running;
-    /// after the grace, SIGKILL to all. Again, it can only shorten the grace.
+    /// End the sandbox: the signal to the main command's process group; once that has ended, to
+    /// whatever it left running; after the grace, SIGKILL to all. Again, it can only shorten the
+    /// grace.
     Stop {
         /// The signal.
         signal: i32,
         /// How long they have.
         grace: Duration,
     },
-    /// Run another main command in place of the one that runs, on the same streams, which only a command can have that was
-    /// given its own. The signal goes to the process group of the old one and, once that has ended, to whatever it left
-    /// running, if no command runs beside it; after the grace, SIGKILL. Answered by [`Report::Running`] or [`Report::Failed`];
-    /// by neither, if the sandbox ends first.
+    /// Run another main command in place of the one that runs, on the same streams, which only a
+    /// command can have that was given its own. The signal goes to the process group of the old one
+    /// and, once that has ended, to whatever it left running, if no command runs beside it; after
+    /// the grace, SIGKILL. Answered by [`Report::Running`] or [`Report::Failed`]; by neither, if
+    /// the sandbox ends first.
     Restart {
         /// The new command.
         command: Box<Command>,

@@ -1,4 +1,4 @@
-//! What every sandbox has mounted, on whatever its root is.
+//! The mounts of every sandbox, on any root.
 
 use std::ffi::CString;
 use std::fs;
@@ -105,8 +105,8 @@ pub fn host_files(files: &[HostFile]) -> Result<(), Failure> {
     mount_remount(HOST_FILES, flags | MountFlags::RDONLY, "").at(Step::HostFile, HOST_FILES)
 }
 
-/// Where to mount so that it is seen at `target`: what is there, or a directory or an empty file that is made. To be called
-/// where names are resolved inside the sandbox.
+/// Where to mount so that it is seen at `target`: what is there, or a directory or an empty file
+/// that is made. To be called where names are resolved inside the sandbox.
 pub fn mount_point(target: &str, is_directory: bool) -> io::Result<PathBuf> {
     if is_directory {
         directory(target)?;

@@ -1,4 +1,5 @@
-//! Messages over a pair of Unix stream sockets, as in [`frame`](crate::frame), with descriptors that ride along.
+//! Messages over a pair of Unix stream sockets, as in [`frame`](crate::frame), with descriptors
+//! that ride along.
 //!
 //! A stream, since that is the one kind of Unix socket that every system has and whose end is told.
 
@@ -18,7 +19,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::frame::{LENGTH, decode, framed};
 
-/// Longest message: what a build step can have looked at.
+/// Longest message, in bytes: the observations of a build step.
 const MAX_MESSAGE: usize = 256 << 20;
 /// Most descriptors in a message: three standard streams.
 const MAX_FDS: usize = 3;
@@ -76,7 +77,8 @@ impl Socket {
         Ok(())
     }
 
-    /// The next message, and what came along; `None` once the other end is gone. Waits for the whole of a message that has begun.
+    /// The next message, and its descriptors; `None` once the other end is gone. Waits for the
+    /// whole of a message that has begun.
     pub fn recv<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         let mut length = [0; LENGTH];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -110,7 +112,7 @@ impl Socket {
         if length > MAX_MESSAGE {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        // It grows with what comes, not with what its length claims.
+        // It grows with the received bytes, not with the claimed length.
         let mut message = Vec::new();
         (&self.stream)
             .take(length as u64)
@@ -121,12 +123,12 @@ impl Socket {
         Ok(Some((decode(&message)?, fds)))
     }
 
-    /// Ends what comes, what goes, or both, for whoever waits at either end.
+    /// Ends reading, writing, or both, for waiters at either end.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.stream.shutdown(how)
     }
 
-    /// Another descriptor of this end. What one of the two sends is not kept apart from what the other sends.
+    /// Another descriptor of this end. Messages sent on both of them mix.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(self.stream.try_clone()?.into())
     }

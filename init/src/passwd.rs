@@ -1,6 +1,6 @@
 //! The `User` of an image config, resolved against the image's own `/etc/passwd` and `/etc/group`.
 
-/// Who the command runs as.
+/// The user of the command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// User id.

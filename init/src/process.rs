@@ -38,7 +38,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
 /// Largest `/etc/passwd` or `/etc/group` of an image that is looked into.
 const MAX_ACCOUNTS: u64 = 1 << 20;
 
-/// What stands between a command and the kernel.
+/// The filter between a command and the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
     /// It is shared with others: capabilities that concern the machine are dropped.
@@ -87,7 +87,8 @@ pub fn fork() -> rustix::io::Result<Option<Pid>> {
     }
 }
 
-/// Runs `command`; returns once it has been executed. The process leads a session and a group of its own.
+/// Runs `command`; returns once it has been executed. The process leads a session and a group of
+/// its own.
 pub fn spawn(command: &Command, kernel: Kernel, streams: Streams) -> Result<Pid, Failure> {
     let identity = find_user(&command.user)?;
     std::fs::create_dir_all(&command.cwd).at(Step::Chdir, &command.cwd)?;
@@ -210,7 +211,8 @@ fn become_user(name: &str, identity: &Identity) -> Result<(), Failure> {
     set_thread_res_uid(uid, uid, uid).at(Step::BecomeUser, name)
 }
 
-/// Sets the supplementary groups. Where one id alone is mapped that cannot be done; they are the tool's then.
+/// Sets the supplementary groups. Where one id alone is mapped that cannot be done; they are the
+/// tool's then.
 pub fn set_groups(groups: &[Gid]) -> rustix::io::Result<()> {
     match set_thread_groups(groups) {
         Err(rustix::io::Errno::PERM) => Ok(()),
@@ -231,8 +233,8 @@ fn new_session_keyring() {
     }
 }
 
-/// Closes every descriptor but the standard streams: whatever the tool inherited from its own parent and left open for
-/// others.
+/// Closes every descriptor but the standard streams: whatever the tool inherited from its own
+/// parent and left open for others.
 ///
 /// # Safety
 ///

@@ -7,21 +7,22 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
-/// Bytes that are held between reading and writing. A kernel that has no memory for more in one piece sends a longer write
-/// over vsock in several, which `msb_krun` 0.1 drops.
+/// Bytes that are held between reading and writing. A kernel that has no memory for more in one
+/// piece sends a longer write over vsock in several, which `msb_krun` 0.1 drops.
 const BUFFER: usize = 16 << 10;
 
 /// Buffers filled before others get their turn.
 const TURN: usize = 16;
 
-/// Moves bytes between two descriptors that do not block. When nothing more comes, the receiver is told.
+/// Moves bytes between two descriptors that do not block. When nothing more comes, the receiver is
+/// told.
 #[derive(Debug)]
 pub struct Pump {
     from: Rc<OwnedFd>,
     to: Rc<OwnedFd>,
-    /// What was read and not yet written.
+    /// Bytes that were read and not yet written.
     held: Vec<u8>,
-    /// Whoever wrote has ended: when nothing is there, nothing more comes.
+    /// The writers have ended: after the present bytes, no more come.
     last: bool,
     /// Nothing more comes.
     ended: bool,
@@ -41,7 +42,7 @@ impl Pump {
         })
     }
 
-    /// What to wait for before [`Self::step`] gets on.
+    /// Events to wait for before the next [`Self::step`].
     pub fn interest(&self) -> (BorrowedFd<'_>, PollFlags) {
         if self.held.is_empty() {
             (self.from.as_fd(), PollFlags::IN)
@@ -50,7 +51,7 @@ impl Pump {
         }
     }
 
-    /// From now on, what is there is the last, even if somebody could write more.
+    /// Makes the present bytes the last, even if a process could write more.
     pub fn finish(&mut self) {
         self.last = true;
     }
@@ -61,7 +62,7 @@ impl Pump {
             match self.empty() {
                 Ok(()) => {}
                 Err(Errno::AGAIN) => return true,
-                // Nobody reads any more; whoever writes is told when `from` closes.
+                // The reader is gone; the writer sees it when `from` closes.
                 Err(_) => return false,
             }
             if self.ended {

@@ -11,7 +11,7 @@ impl Signals {
     /// Blocks them for the rest of the process.
     pub fn block() -> io::Result<Self> {
         // SAFETY: the sets are initialised before they are read, and the descriptor is new and
-        // nobody else's.
+        // owned by no other code.
         unsafe {
             let mut all = std::mem::zeroed();
             libc::sigfillset(&raw mut all);
@@ -32,8 +32,8 @@ impl Signals {
         while rustix::io::read(&self.0, &mut buffer).is_ok_and(|length| length > 0) {}
     }
 
-    /// Every signal as a program expects it: deliverable, and with its default effect. What the
-    /// tool or its parents ignore (SIGPIPE, SIGHUP under nohup) would otherwise be inherited.
+    /// Every signal as a program expects it: deliverable, and with its default effect. Signals that
+    /// the tool or its parents ignore (SIGPIPE, SIGHUP under nohup) would be inherited otherwise.
     pub(crate) fn reset() {
         // SAFETY: no handlers are installed, and the set is initialised before it is read.
         unsafe {

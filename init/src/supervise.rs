@@ -1,4 +1,5 @@
-//! Pid 1 at work: runs commands, moves what they read and print, forwards signals, reaps, and tells how they ended.
+//! Pid 1 at work: runs commands, moves their input and output, forwards signals, reaps, and reports
+//! their ends.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +24,7 @@ use crate::signals::Signals;
 pub trait Link {
     /// Becomes readable when the tool has said something.
     fn as_fd(&self) -> BorrowedFd<'_>;
-    /// What the tool has said, called when there may be something.
+    /// The tool's messages; called when one may have arrived.
     fn receive(&mut self) -> io::Result<Received>;
     /// Tells the tool.
     fn report(&mut self, report: &Report) -> io::Result<()>;
@@ -36,7 +37,7 @@ pub trait Link {
     ) -> io::Result<Connected>;
 }
 
-/// What a [`Link`] brought.
+/// The result of reading a [`Link`].
 #[derive(Debug)]
 pub enum Received {
     /// A request, and descriptors that came along.
@@ -73,7 +74,7 @@ struct Running {
 /// A stop that was asked for.
 struct Stop {
     signal: i32,
-    /// `None` for a grace beyond what the clock can tell.
+    /// `None` for a grace beyond the clock's range.
     deadline: Option<Instant>,
 }
 
@@ -133,8 +134,9 @@ impl<L: Link> Supervisor<L> {
         Ok(supervisor)
     }
 
-    /// Serves until the main command has ended, what it printed is on its way, and what it left behind has had its chance;
-    /// reports that. Whatever still runs is to die with this process. False if the tool is gone.
+    /// Serves until the main command has ended, its output is on its way, and its children
+    /// behind has had its chance; reports that. Remaining processes die with this one.
+    /// False if the tool is gone.
     pub fn supervise(&mut self) -> bool {
         loop {
             let all_gone = self.reap();
@@ -147,7 +149,7 @@ impl<L: Link> Supervisor<L> {
                 let told = if self.makes_room(all_gone, left) {
                     self.run_again()
                 } else {
-                    // Who was killed has no more time, and goes all the same.
+                    // A killed process has no more time, and ends all the same.
                     self.report_ended() && self.wait(left.filter(|left| !left.is_zero()))
                 };
                 if !told {
@@ -246,8 +248,8 @@ impl<L: Link> Supervisor<L> {
         })
     }
 
-    /// Whether the main command that is to go has gone, with what it left running. What has not gone when no time is `left` is
-    /// killed.
+    /// Whether the main command that is to go has gone, with its children. Processes that
+    /// remain when no time is `left` are killed.
     fn makes_room(&self, all_gone: bool, left: Option<Duration>) -> bool {
         let Some(main) = self.commands.get(&MAIN) else {
             return true;
@@ -288,12 +290,13 @@ impl<L: Link> Supervisor<L> {
         self.link.report(&report).is_ok()
     }
 
-    /// Whether no command runs beside the main one, so that whoever runs is the main one's.
+    /// Whether no command runs beside the main one, so that every process is the main one's.
     fn is_alone(&self) -> bool {
         self.commands.keys().all(|id| *id == MAIN)
     }
 
-    /// Collects whoever has ended; whether nobody is left. When the main command ends during a stop, the others hear of it.
+    /// Reaps ended processes; whether none is left. When the main command ends during a
+    /// stop, the others hear of it.
     fn reap(&mut self) -> bool {
         let alone = self.is_alone();
         loop {
@@ -320,7 +323,7 @@ impl<L: Link> Supervisor<L> {
         }
     }
 
-    /// Moves what can be moved.
+    /// Moves bytes as far as possible.
     fn pump(&mut self) {
         for command in self.commands.values_mut() {
             let outputs = command.outputs;
@@ -350,7 +353,8 @@ impl<L: Link> Supervisor<L> {
         })
     }
 
-    /// Waits until there is something to do, at most for `left`, and does what the tool asks. False if it is gone.
+    /// Waits until there is something to do, at most for `left`, and carries out the tool's
+    /// requests. False if it is gone.
     fn wait(&mut self, left: Option<Duration>) -> bool {
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = vec![
@@ -374,7 +378,7 @@ impl<L: Link> Supervisor<L> {
         }
     }
 
-    /// Does what the tool asks. False if it cannot be told how that went.
+    /// Carries out the tool's requests. False if their outcome cannot be reported.
     fn serve(&mut self, request: Request, fds: Vec<OwnedFd>) -> bool {
         match request {
             Request::Run(id, command) => {
@@ -405,7 +409,7 @@ impl<L: Link> Supervisor<L> {
                     tell_all(signal);
                 }
             }
-            // What ends does not begin anew.
+            // A command that is being stopped does not restart.
             Request::Restart { .. } if self.stop.is_some() => {}
             Request::Restart {
                 command,

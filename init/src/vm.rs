@@ -1,5 +1,6 @@
-//! What the tool and pid 1 of a microVM say to each other, over vsock: one connection to [`PORT`] for messages, framed, and one for
-//! each stream of a command. Every connection begins with a [`Hello`] that says what it is.
+//! Messages between the tool and pid 1 of a microVM, over vsock: one connection to [`PORT`]
+//! for messages, framed, and one for each stream of a command. Every connection begins with a
+//! [`Hello`] that says what it is.
 //!
 //! ```text
 //! pid 1                          tool
@@ -22,7 +23,7 @@ use crate::message::{Command, CommandId, HostFile, Report, Request};
 /// The port of the host that pid 1 connects to.
 pub const PORT: u32 = 49_134;
 
-/// What a connection is for. The first [`Hello::LEN`] bytes on it.
+/// Purpose of a connection, in its first [`Hello::LEN`] bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Hello {
     /// Messages.
@@ -39,7 +40,7 @@ impl Hello {
     /// Length in bytes.
     pub const LEN: usize = 5;
 
-    /// What is sent.
+    /// The bytes on the wire.
     pub fn to_bytes(self) -> [u8; Self::LEN] {
         let (kind, id) = match self {
             Self::Control => (0, 0),
@@ -51,7 +52,7 @@ impl Hello {
         [kind, a, b, c, d]
     }
 
-    /// What was sent, if it means anything.
+    /// The purpose that was sent, if it is valid.
     pub fn from_bytes([kind, id @ ..]: [u8; Self::LEN]) -> Option<Self> {
         let id = u32::from_le_bytes(id);
         match kind {
@@ -64,7 +65,7 @@ impl Hello {
     }
 }
 
-/// What the tool says first.
+/// The tool's first message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// Host name.

@@ -1,4 +1,5 @@
-//! The fuzz target's check of what a sandbox says over its committed corpus, and over bytes near it.
+//! The fuzz target's check of a sandbox's messages, over its committed corpus and over bytes near
+//! it.
 
 use std::fs;
 use std::io;
@@ -22,7 +23,7 @@ fn corpus() -> PathBuf {
     concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/guest_message").into()
 }
 
-/// What decides which variant it is: the generator of `SplitMix64`.
+/// Random bytes that decide the variant: the generator of `SplitMix64`.
 fn noise(number: u64) -> Vec<u8> {
     let mut state = number;
     let words = (0..8).map(|_| {

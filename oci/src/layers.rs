@@ -1,8 +1,9 @@
 //! The layers of an image become layers of the store, each unpacked once.
 //!
-//! A layer is known by its diff id, so whatever image brings it, in whatever compression, it is unpacked only if the
-//! store does not have it. The few that depend on what is below them (a hardlink into a lower layer, an opaque directory
-//! that has no entry) are known by the diff ids of the whole chain.
+//! A layer is known by its diff id, so whatever image brings it, in whatever compression, it is
+//! unpacked only if the store does not have it. The few that depend on layers below them (a
+//! hardlink into a lower layer, an opaque directory that has no entry) are known by the diff ids of
+//! the whole chain.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -20,7 +21,8 @@ use super::unpack::{self, Dialect, UnpackError, Unpacked};
 use super::{Event, ImageError, Limits, Passed, Progress};
 
 const KEY_CONTEXT: &str = "iii 2026 base layer by diff_id v1";
-/// Apart from the other, so that what depends on there being nothing below is not taken for what depends on nothing.
+/// Apart from the other, so that a layer that must be the lowest is not taken for one that depends
+/// on nothing.
 const CHAIN_CONTEXT: &str = "iii 2026 base layer by chain of diff_ids v1";
 /// Bytes of a blob between two reports of progress.
 const REPORT: u64 = 1 << 20;
@@ -37,7 +39,7 @@ pub enum LayerError {
 }
 
 impl LayerError {
-    /// The limit that was passed, where that is what is wrong.
+    /// The exceeded limit, if that is the fault.
     pub fn passed(&self) -> Option<Passed> {
         match self {
             Self::Stream(StreamError::Limit(passed))
@@ -52,7 +54,7 @@ impl LayerError {
 
 /// The blob of one layer, to be read only if it is needed.
 pub struct Blob<'a> {
-    /// What it is called in messages: its digest, or its name in an archive.
+    /// Its name in messages: its digest, or its name in an archive.
     pub name: String,
     /// Digest of its plain bytes.
     pub diff_id: Digest,
@@ -81,8 +83,9 @@ pub struct Realised {
 /// Most layers of one image that are read at once.
 pub const MAX_PARALLEL: usize = 3;
 
-/// Brings the layers of an image, bottom first, into the store, pinned by `lease`. Up to [`MAX_PARALLEL`] of them are read at
-/// once, on threads that end before this returns. Each is durable, and known to the next try, as soon as it is whole.
+/// Brings the layers of an image, bottom first, into the store, pinned by `lease`. Up to
+/// [`MAX_PARALLEL`] of them are read at once, on threads that end before this returns. Each is
+/// durable, and known to the next try, as soon as it is whole.
 pub fn realise(
     store: &Store,
     lease: &Lease,
@@ -149,7 +152,7 @@ fn chain(blobs: &[Blob<'_>], index: usize) -> Vec<Digest> {
     blobs.iter().take(index + 1).map(|b| b.diff_id).collect()
 }
 
-/// What the threads of one call share.
+/// State shared by the threads of one call.
 struct Run<'a, 'b> {
     store: &'a Store,
     lease: &'a Lease,
@@ -179,8 +182,9 @@ struct Done {
 impl Run<'_, '_> {
     /// Takes one layer after the other. Those that depend on others are left.
     ///
-    /// A layer that waited for those below it would hold its flight meanwhile, and two processes with two images could wait for
-    /// each other forever. So it gives up, and is read again when they are there; few layers are like that.
+    /// A layer that waited for those below it would hold its flight meanwhile, and two processes
+    /// with two images could wait for each other forever. So it gives up, and is read again when
+    /// they are there; few layers are like that.
     fn work(&self) {
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
@@ -326,7 +330,7 @@ impl One<'_, '_> {
     }
 }
 
-/// A blob that ends when it is of no use any more.
+/// A blob that ends when its reader has failed.
 struct Stoppable<'a> {
     blob: Box<dyn Read + Send>,
     stop: &'a AtomicBool,

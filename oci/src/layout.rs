@@ -1,8 +1,9 @@
-//! Images as documents and blobs: OCI layouts, as a directory or a tar archive of one, what `docker save` writes, and what a
-//! registry gives.
+//! Images as documents and blobs: OCI layouts, as a directory or a tar archive of one, archives
+//! of `docker save`, and documents of a registry.
 //!
-//! Nothing is taken on trust: every document and every blob is checked against the digest that names it, and names that
-//! stand in documents are looked up in an index of the archive, never as paths of this machine.
+//! Nothing is taken on trust: every document and every blob is checked against the digest that
+//! names it, and names that stand in documents are looked up in an index of the archive, never as
+//! paths of this machine.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -52,7 +53,7 @@ pub enum LayoutError {
     /// The archive could not be read.
     #[error(transparent)]
     Tar(#[from] TarError),
-    /// A document that is not what its name promises.
+    /// A document that does not keep its name's promise.
     #[error("{name} is not valid")]
     Blob {
         /// Its name in the layout.
@@ -65,13 +66,13 @@ pub enum LayoutError {
     Json {
         /// Its name in the layout.
         name: String,
-        /// What it should be.
+        /// The expected form.
         what: &'static str,
         /// The cause.
         source: serde_json::Error,
     },
     /// A digest that cannot be verified.
-    #[error("{name} names a blob by what is not a digest")]
+    #[error("{name} names a blob by an invalid digest")]
     Digest {
         /// The document.
         name: String,
@@ -85,14 +86,14 @@ pub enum LayoutError {
         name: String,
         /// Its media type.
         media_type: String,
-        /// What it should be.
+        /// The expected form.
         what: &'static str,
     },
     /// The registry does not give it.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// Nothing for the platform that is asked for.
-    #[error("there is no image for {wanted}, only for {}", available(.found))]
+    #[error("no image for {wanted}, only for {}", available(.found))]
     Platform {
         /// The platform that is asked for.
         wanted: Platform,
@@ -100,7 +101,7 @@ pub enum LayoutError {
         found: Vec<String>,
     },
     /// Several images, and none has the name that is asked for.
-    #[error("there are several images and none is named {wanted}: {}", .found.join(", "))]
+    #[error("several images, and none is named {wanted}: {}", .found.join(", "))]
     Several {
         /// The name under which the image is imported.
         wanted: String,
@@ -121,7 +122,7 @@ pub enum LayoutError {
 }
 
 impl LayoutError {
-    /// The limit that was passed, where that is what is wrong.
+    /// The exceeded limit, if that is the fault.
     pub fn passed(&self) -> Option<Passed> {
         match self {
             Self::Limit(passed)
@@ -172,17 +173,17 @@ enum Place {
 pub struct FoundImage<'f> {
     /// Digest of its manifest; of its configuration where there is no manifest.
     pub digest: Digest,
-    /// What it is built for.
+    /// Its platform.
     pub platform: Platform,
-    /// What it says about running it.
+    /// Its configuration.
     pub config: ImageConfig,
     /// Its layers, bottom first.
     pub layers: Vec<Blob<'f>>,
 }
 
 impl Files {
-    /// The members of the tar archive `file`, if all of them can belong to an image; `None` where one cannot, so that the
-    /// archive is something else.
+    /// The members of the tar archive `file`, if all of them can belong to an image; `None` where
+    /// one cannot, so that the archive is something else.
     pub fn of_archive(file: File, limits: &Limits) -> Result<Option<Self>, LayoutError> {
         let mut members = HashMap::new();
         let name = || "the archive".to_owned();
@@ -373,7 +374,8 @@ impl Files {
             (Some(media_type), _) if is_index(&media_type) || is_manifest(&media_type) => {
                 media_type
             }
-            // Registries that serve files as they lie there know no better; the document shows what it is.
+            // Registries that serve files as they lie there know no better; the document shows what
+            // it is.
             (Some(media_type), _) if media_type.starts_with("application/vnd.") => media_type,
             (_, Some(_)) => MediaType::ImageIndex.to_string(),
             (_, None) => MediaType::ImageManifest.to_string(),
@@ -492,7 +494,7 @@ impl Files {
         Ok(())
     }
 
-    /// What `docker save` wrote before it wrote OCI layouts, and podman's `docker-archive`.
+    /// The older format of `docker save`, and podman's `docker-archive`.
     fn find_docker(
         &self,
         name: &Reference,
@@ -621,7 +623,7 @@ struct DockerImage {
     layers: Vec<String>,
 }
 
-/// What an index leads to.
+/// The entries of an index.
 #[derive(Default)]
 struct Collected {
     candidates: Vec<Candidate>,
@@ -633,7 +635,7 @@ struct Candidate {
     name: Option<String>,
 }
 
-/// What a manifest and an index have in common, enough to tell them apart.
+/// The common part of a manifest and an index, enough to tell them apart.
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Top {
@@ -675,7 +677,8 @@ fn check_platform(config: &ImageConfiguration, wanted: Platform) -> Result<(), L
     })
 }
 
-/// The manifest for `platform`; among several, the one that has the name that is asked for, or the first if none is.
+/// The manifest for `platform`; among several, the one that has the name that is asked for, or the
+/// first if none is.
 fn choose(
     candidates: Vec<Candidate>,
     name: Option<&Reference>,
@@ -687,7 +690,7 @@ fn choose(
         .filter_map(stated)
         .map(|stated| format!("{}/{}", stated.os(), stated.architecture()))
         .collect();
-    // One that does not say what it is for is asked again when its configuration is read.
+    // The platform of one without it is read from its configuration later.
     let fits = |candidate: &Candidate| {
         stated(candidate).is_none_or(|stated| platform.is(stated.os(), stated.architecture()))
     };
@@ -851,7 +854,7 @@ fn image_path(member: &Member) -> Option<Vec<u8>> {
     (documents.contains(&top) || is_id).then(|| parts.join(&b'/'))
 }
 
-/// What a link in the archive stands for, seen from the root of the archive.
+/// Target of a link in the archive, from the root of the archive.
 fn alias(path: &[u8], link: &[u8]) -> Vec<u8> {
     let mut parts: Vec<&[u8]> = iii_store::tree::components(path).collect();
     parts.pop();

@@ -1,12 +1,15 @@
-//! Base images: from a registry, a directory, an archive or an OCI layout into the store, under the name of an image.
+//! Base images: from a registry, a directory, an archive or an OCI layout into the store, under the
+//! name of an image.
 //!
-//! An image is a ref of the store: its layers, bottom first, and what it says about running it. Importing or pulling under a
-//! name that is taken replaces the image of that name in one step; nothing is seen of what fails, but that its whole layers
-//! need not be read again. A tag is asked for when it is pulled, and stands for what it was then until it is pulled again.
+//! An image is a ref of the store: its layers, bottom first, and its configuration.
+//! Importing or pulling under a name that is taken replaces the image of that name in one step;
+//! a failure leaves no trace except complete layers, which need not be read again. A tag is
+//! resolved by a pull, and stands for that image until the next pull.
 //!
-//! [`stream`] reads blobs and verifies them, [`unpack`] makes trees of archives, [`layers`] keeps what the store has
-//! already from being unpacked again; [`layout`] finds images in documents, and [`registry`] brings these from afar. What a
-//! stranger can make large is bounded by [`limits`].
+//! [`stream`] reads blobs and verifies them, [`unpack`] makes trees of archives, [`layers`] keeps
+//! what the store has already from being unpacked again; [`layout`] finds images in documents, and
+//! [`registry`] brings these from afar. [`limits`] bounds everything that a stranger can make
+//! large.
 
 // The checks of the fuzz targets are part of the tests, and call this crate by its name.
 #[cfg(test)]
@@ -49,7 +52,7 @@ use layout::Files;
 use stream::{Promise, StreamError};
 use unpack::Dialect;
 
-/// What an image says about running it. All empty for a root filesystem that never was an image.
+/// Configuration of an image. All empty for a root filesystem that never was an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
@@ -65,7 +68,7 @@ pub struct ImageConfig {
     pub cmd: Vec<String>,
 }
 
-/// What an image was made from.
+/// Source of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
@@ -88,13 +91,14 @@ pub struct Image {
     /// Its layers, bottom first.
     #[serde(default)]
     pub layers: Vec<LayerId>,
-    /// Digest of its manifest. Without one: of its configuration, or of the plain archive. None for a directory.
+    /// Digest of its manifest. Without one: of its configuration, or of the plain archive. None for
+    /// a directory.
     pub digest: Option<Digest>,
-    /// What it says about running it.
+    /// Its configuration.
     pub config: ImageConfig,
-    /// What it was made from.
+    /// Its source.
     pub origin: Origin,
-    /// What it is built for, where that is known.
+    /// Its platform, where that is known.
     #[serde(default)]
     pub platform: Option<Platform>,
     /// When, in seconds since 1970.
@@ -116,10 +120,10 @@ pub struct Imported {
     pub elapsed: Duration,
 }
 
-/// Told what happens, from any thread.
+/// Callback for events, from any thread.
 pub type Progress<'a> = dyn Fn(Event<'_>) + Sync + 'a;
 
-/// What happens during an import or a pull. Layers are read at the same time, in any order.
+/// Events of an import or a pull. Layers are read at the same time, in any order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {
     /// The store has a layer: nothing is read.
@@ -167,7 +171,7 @@ pub enum ImageError {
     /// Not the name of an image.
     #[error(transparent)]
     Name(#[from] ReferenceError),
-    /// It cannot be had from its registry.
+    /// The pull from its registry failed.
     #[error("pulling {name} failed")]
     Pull {
         /// Its complete name.
@@ -181,9 +185,9 @@ pub enum ImageError {
     /// A file or directory could not be read.
     #[error("{op} {} failed", path.display())]
     Io {
-        /// What was being done.
+        /// The operation.
         op: &'static str,
-        /// To what.
+        /// Path of the object.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -195,9 +199,9 @@ pub enum ImageError {
         path.display()
     )]
     NotAnImage {
-        /// What was given.
+        /// Path of the input.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         why: &'static str,
     },
     /// The name has a digest that the image does not have.
@@ -205,13 +209,13 @@ pub enum ImageError {
     Pinned {
         /// The name.
         name: String,
-        /// The digest of what was given.
+        /// The digest of the input.
         actual: Option<Digest>,
     },
-    /// What was given is not right.
+    /// The input is not valid.
     #[error("importing {} failed", path.display())]
     Import {
-        /// What was given.
+        /// Path of the input.
         path: PathBuf,
         /// The cause.
         source: Box<ImageError>,
@@ -233,8 +237,8 @@ pub enum ImageError {
     /// The directory cannot be taken.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
-    /// What the store knows of an image does not parse.
-    #[error("what the store knows of the image {name} does not parse; import it again")]
+    /// The stored record of an image does not parse.
+    #[error("the stored record of the image {name} does not parse; import it again")]
     Info {
         /// The image's name.
         name: String,
@@ -247,7 +251,7 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    /// The limit that was passed, where that is what is wrong.
+    /// The exceeded limit, if that is the fault.
     pub fn passed(&self) -> Option<Passed> {
         match self {
             Self::Pull { source, .. } | Self::Import { source, .. } => source.passed(),
@@ -259,11 +263,12 @@ impl ImageError {
     }
 }
 
-/// Brings what is at `path` into the store as the image `name`, in place of what had that name.
+/// Imports `path` into the store as the image `name`, in place of an earlier one of that name.
 ///
-/// `path` is a directory with a root filesystem, a tar archive of one, the directory of an OCI layout, or a tar archive
-/// of an image; archives may be compressed with gzip or zstd. Which it is is found out by looking. When this returns, the
-/// image is durable; when it fails, nothing has changed.
+/// `path` is a directory with a root filesystem, a tar archive of one, the directory of an OCI
+/// layout, or a tar archive of an image; archives may be compressed with gzip or zstd. Which it is
+/// is found out by looking. When this returns, the image is durable; when it fails, nothing has
+/// changed.
 pub fn import(
     store: &Store,
     path: &Path,
@@ -292,11 +297,13 @@ pub fn import(
     finish(store, &name, content, start)
 }
 
-/// Brings the image `name`, built for `platform`, from its registry into the store, in place of what had that name.
+/// Brings the image `name`, built for `platform`, from its registry into the store, in place of
+/// an earlier one of that name.
 ///
-/// A tag is resolved anew; a digest in the name is what is asked for and verified. Layers that the store has are not
-/// downloaded, and those that were whole when an earlier pull ended are in the store. When this returns, the image is durable;
-/// when it fails, the name stands for what it stood for.
+/// A tag is resolved anew; a digest in the name is requested and verified. Layers that the store
+/// has are not downloaded, and those that were whole when an earlier pull ended are in the store.
+/// When this returns, the image is durable; when it fails, the name stands for the image that it
+/// stood for.
 pub fn pull(
     store: &Store,
     name: &str,
@@ -325,7 +332,7 @@ pub fn pull(
     finish(store, &name, content, start)
 }
 
-/// Gives the name to what is in the store. The lease on it must still be held.
+/// Gives the name to the stored layers. The lease on it must still be held.
 fn finish(
     store: &Store,
     name: &Reference,
@@ -371,7 +378,8 @@ pub fn resolve(store: &Store, name: &str) -> Result<Option<Image>, ImageError> {
     content.map(|content| image_of(name, content)).transpose()
 }
 
-/// Removes the name of an image, and says whether there was one. Its layers stay until they are collected.
+/// Removes the name of an image, and says whether there was one. Its layers stay until they are
+/// collected.
 pub fn remove(store: &Store, name: &str) -> Result<bool, ImageError> {
     let name = name.parse::<Reference>()?.to_string();
     Ok(store.remove_ref(RefKind::Image, &name)?)
@@ -406,7 +414,7 @@ fn image_of(name: String, content: Ref) -> Result<Image, ImageError> {
     })
 }
 
-/// What a path holds, in the store.
+/// Contents of a path, in the store.
 struct Contents {
     realised: Realised,
     digest: Option<Digest>,
@@ -481,7 +489,7 @@ impl Importer<'_> {
         }
     }
 
-    /// The archive, decompressed, if it begins like one of an image. What does not is read only once.
+    /// The archive, decompressed, if it begins like one of an image. Other input is read only once.
     fn plain_image(&self, mut file: File, path: &Path) -> Result<Option<File>, ImageError> {
         let rewind = |mut file: &File| file.rewind().map_err(io_error("reading", path));
         let blob = |source: StreamError| ImageError::Archive(source.into());
@@ -564,7 +572,7 @@ impl Importer<'_> {
     }
 }
 
-/// Refuses what was given by mistake: a project, a home directory, somebody's downloads.
+/// Refuses input given by mistake: a project, a home directory, a directory of downloads.
 fn check_rootfs(path: &Path, has: impl Fn(&str) -> bool) -> Result<(), ImageError> {
     if ["usr", "bin", "etc", "lib", "nix"].into_iter().any(has) {
         return Ok(());

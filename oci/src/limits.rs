@@ -1,4 +1,4 @@
-//! How much of anything an archive or a document may bring, and what that is called where the user raises it.
+//! Limits of archives and documents, and their names for the user who raises them.
 
 use std::fmt;
 
@@ -23,7 +23,8 @@ pub const MAX_SEGMENTS: usize = 64 << 10;
 /// Longest index, manifest or configuration, in bytes.
 pub const MAX_DOCUMENT: u64 = 4 << 20;
 
-/// How much of anything an archive may bring. The values of [`Limits::default`] are the constants of this module.
+/// How much of anything an archive may bring. The values of [`Limits::default`] are the constants
+/// of this module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// See [`MAX_ENTRIES`].
@@ -96,7 +97,7 @@ impl Limit {
         Self::Document,
     ];
 
-    /// What people call it.
+    /// Its name for users.
     pub fn name(self) -> &'static str {
         match self {
             Self::Entries => "entries",
@@ -117,7 +118,8 @@ impl Limit {
         !matches!(self, Self::Entries | Self::Ratio | Self::Segments)
     }
 
-    /// The largest value that it can have: what a number in the code can hold, with room to count on.
+    /// The largest value that it can have: what a number in the code can hold, with room to count
+    /// on.
     pub fn most(self) -> u64 {
         match self {
             // Entries of a tree that is being built are numbered with 32 bits.
@@ -183,11 +185,11 @@ impl Limits {
 /// Something that is larger than it may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passed {
-    /// What is too large.
+    /// The exceeded limit.
     pub what: &'static str,
     /// The limit that it is over.
     pub value: u64,
-    /// Which limit that is; none for one that cannot be raised.
+    /// The limit; `None` for one that cannot be raised.
     pub limit: Option<Limit>,
 }
 

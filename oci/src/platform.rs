@@ -1,4 +1,4 @@
-//! What an image is built for.
+//! Platforms of images.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,7 +22,7 @@ pub enum Platform {
 pub struct ParsePlatformError(String);
 
 impl Platform {
-    /// That of this machine. What runs in a sandbox is Linux on any host.
+    /// Platform of this machine. Sandboxes run Linux on any host.
     pub const fn host() -> Self {
         if cfg!(target_arch = "aarch64") {
             Self::Arm64
@@ -36,7 +36,7 @@ impl Platform {
         *os == Os::Linux && *arch == self.arch()
     }
 
-    /// What OCI calls its architecture.
+    /// Its architecture in OCI's terms.
     pub fn arch(self) -> Arch {
         match self {
             Self::Amd64 => Arch::Amd64,

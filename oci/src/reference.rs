@@ -32,7 +32,7 @@ pub enum ReferenceError {
     /// Too long.
     #[error("the image name is longer than {MAX_NAME} bytes")]
     TooLong,
-    /// The part before the first `/` looks like a registry and is none.
+    /// The part before the first `/` looks like a registry and is not valid.
     #[error("{0:?} is not a registry: expected HOST or HOST:PORT")]
     Registry(String),
     /// The repository has capital letters, which docker refuses.

@@ -1,8 +1,9 @@
 //! A directory of this machine that holds a root filesystem, as a tree.
 //!
-//! Taken as it is: owners, modes, times, xattrs, hardlinks, devices. Symlinks are never followed. What is mounted in it
-//! is left out, and so are sockets and what the user may not read; each is told. What belongs to the user who imports it
-//! belongs to root in the image: nobody but root can unpack a tree with its owners, so they say nothing then.
+//! Taken as it is: owners, modes, times, xattrs, hardlinks, devices. Symlinks are never followed.
+//! Mounts in it, sockets and files that the user may not read are left out; each is reported. Files
+//! of the importing user belong to root in the image: only root can unpack a tree with its owners,
+//! so owners mean nothing otherwise.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -23,7 +24,7 @@ use rustix::io::Errno;
 
 use super::{Limit, Limits, Passed};
 
-/// What belongs to the host that the directory is on and not to its contents.
+/// Xattrs that belong to the directory's host and not to its contents.
 const HOST_XATTRS: [&[u8]; 2] = [b"security.selinux", b"trusted.overlay."];
 /// Longest list of the names of a file's xattrs (Linux's `XATTR_LIST_MAX`).
 const MAX_XATTR_LIST: usize = 64 << 10;
@@ -34,9 +35,9 @@ pub enum RootfsError {
     /// A system call failed.
     #[error("{op} {} failed", path.display())]
     Io {
-        /// What was being done.
+        /// The operation.
         op: &'static str,
-        /// To what.
+        /// Path of the object.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -46,7 +47,7 @@ pub enum RootfsError {
     Limit {
         /// Where the limit was passed.
         path: PathBuf,
-        /// What is too large.
+        /// The exceeded limit.
         passed: Passed,
     },
     /// The store did not take the contents of a file.
@@ -73,12 +74,12 @@ pub struct LeftOut {
 pub struct Taken {
     /// The tree. Every object it names is in the ingest.
     pub tree: Tree,
-    /// What of the directory is not in it.
+    /// Paths of the directory that are not in it.
     pub left_out: Vec<LeftOut>,
 }
 
-/// Takes the directory at `root` into a tree, its files into `ingest`. `on_level` is called between levels with the number
-/// of entries so far.
+/// Takes the directory at `root` into a tree, its files into `ingest`. `on_level` is called between
+/// levels with the number of entries so far.
 pub fn take(
     root: &Path,
     ingest: &Ingest<'_>,
@@ -185,7 +186,8 @@ struct Walk<'a> {
     fd: OwnedFd,
     device: u64,
     ingest: &'a Ingest<'a>,
-    /// Device and inode numbers of the files with several names, and the number they are known by in the tree.
+    /// Device and inode numbers of the files with several names, and the number they are known by
+    /// in the tree.
     links: Mutex<HashMap<(u64, u64), u64>>,
 }
 
@@ -289,7 +291,7 @@ impl<'a> Walk<'a> {
             FileType::Fifo => Content::Fifo,
             FileType::CharacterDevice => Content::Char(rdev()),
             FileType::BlockDevice => Content::Block(rdev()),
-            // A socket without the process that listens on it is of no use to anybody.
+            // A socket means nothing without its listening process.
             FileType::Socket => {
                 listing
                     .left_out
@@ -421,7 +423,8 @@ fn fd_xattrs(fd: impl AsFd) -> rustix::io::Result<Xattrs> {
     )
 }
 
-/// The xattrs of what cannot be opened, through a path that no symlink in the directory can divert.
+/// The xattrs of a file that cannot be opened, through a path that no symlink in the directory can
+/// divert.
 fn name_xattrs(dir: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<Xattrs> {
     let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
     path.extend(name.to_bytes());

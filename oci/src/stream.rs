@@ -1,4 +1,5 @@
-//! Blobs as they are read: decompressed on a thread of their own, with every digest computed on the way.
+//! Blobs as they are read: decompressed on a thread of their own, with every digest computed on the
+//! way.
 
 use std::io::{self, BufReader, Cursor, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,7 +64,7 @@ pub enum StreamError {
     Limit(Passed),
 }
 
-/// What is promised of a blob.
+/// Promises about a blob.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Promise {
     /// Digest of the blob as it is stored.
@@ -74,7 +75,7 @@ pub struct Promise {
     pub diff_id: Option<Digest>,
 }
 
-/// What a blob turned out to be.
+/// Measured properties of a blob.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen {
     /// Digest of the blob as it is stored.
@@ -85,11 +86,13 @@ pub struct Seen {
     pub size: u64,
 }
 
-/// Reads `blob` to its end, plain, gzip or zstd as its first bytes say, and hands `consume` the plain bytes. What `consume`
-/// leaves is read and hashed all the same. `read` counts the bytes of the blob as they go by.
+/// Reads `blob` to its end, plain, gzip or zstd as its first bytes say, and hands `consume` the
+/// plain bytes. The rest behind `consume` is read and hashed as well. `read` counts the bytes of
+/// the blob as they go by.
 ///
-/// Only when this returns `Ok` are the bytes what `promise` says: `consume` must do nothing that counts. Where the blob
-/// is not what was promised, that is the error, rather than what `consume` made of it.
+/// Only when this returns `Ok` are the bytes what `promise` says: `consume` must do nothing that
+/// counts. Where the blob is not what was promised, that is the error, rather than what `consume`
+/// made of it.
 pub fn read_blob<T, E: From<StreamError>>(
     blob: impl Read + Send,
     promise: Promise,
@@ -117,7 +120,7 @@ pub fn read_blob<T, E: From<StreamError>>(
         let diff_id = if consumed.is_ok() {
             plain.finish()
         } else {
-            // Who produces for nobody stops.
+            // A producer without a consumer stops.
             drop(plain);
             None
         };
@@ -205,7 +208,7 @@ impl<B: Read> Read for Source<'_, B> {
     }
 }
 
-/// What the consumer reads from.
+/// The consumer's end.
 struct Plain {
     receiver: Receiver<Chunk>,
     chunk: Chunk,
@@ -259,7 +262,8 @@ fn produce<B: Read>(
     chunks: &SyncSender<Chunk>,
 ) -> Result<(Digest, u64), StreamError> {
     let decoded = decode(&mut source, limits, chunks);
-    // Whether the blob is the one asked for decides which error to report, so it is read to its end after an error too.
+    // Whether the blob is the one asked for decides which error to report, so it is read to its end
+    // after an error too.
     let promised = promise.digest.is_some() || promise.size.is_some();
     let drained = if promised {
         io::copy(&mut source, &mut io::sink()).map(drop)
@@ -316,7 +320,8 @@ pub fn plain<'s>(
     Ok((compression, plain))
 }
 
-/// The compression that a blob's first bytes show; its media type says nothing that can be relied on.
+/// The compression that a blob's first bytes show; its media type says nothing that can be relied
+/// on.
 fn sniff(head: &[u8]) -> Result<Option<&'static str>, StreamError> {
     Ok(match head {
         [0x1f, 0x8b, ..] => Some(GZIP),
@@ -328,7 +333,7 @@ fn sniff(head: &[u8]) -> Result<Option<&'static str>, StreamError> {
     })
 }
 
-/// Sends the plain bytes, until their end or until nobody wants them.
+/// Sends the plain bytes, until their end or until the consumer is gone.
 fn send_all(
     mut plain: impl Read,
     read: &AtomicU64,

@@ -1,17 +1,23 @@
 //! Reading tar streams: V7, ustar, star, GNU and PAX, with every kind of sparse file.
 //!
-//! The `tar` crate is not used for reading. Its PAX parser cuts records at newlines, so an xattr with a newline in it
-//! hides the `size` that follows and the reader loses its place in the archive; it reads extension headers of any
-//! length into memory; and it knows no PAX sparse files and no times before 1970.
+//! The `tar` crate is not used for reading. Its PAX parser cuts records at newlines, so an xattr
+//! with a newline in it hides the `size` that follows and the reader loses its place in the
+//! archive; it reads extension headers of any length into memory; and it knows no PAX sparse files
+//! and no times before 1970.
 //!
-//! Where the readers of this world disagree about what an archive holds, Go's `archive/tar` (docker, containerd, podman,
-//! umoci) is followed; where a disagreement can only be meant to deceive, the member is refused:
+//! Where readers of tar disagree about an archive, Go's `archive/tar`
+//! (docker, containerd, podman, umoci) is followed; where a disagreement can only be meant to
+//! deceive, the member is refused:
 //!
 //! - Links, directories, devices and FIFOs have no data, whatever their size field says.
-//! - A `size` of a PAX header overrides the member's own; it never applies to another extension header in between.
-//! - Global PAX headers are skipped, as docker does. One that would change names, sizes or sparseness is refused.
-//! - A stream may end at the end of a member, and in the padding after one: `umoci insert` writes such archives.
-//! - Two extension headers of one kind for one member, or a GNU and a PAX name that differ, are refused.
+//! - A `size` of a PAX header overrides the member's own; it never applies to another extension
+//!   header in between.
+//! - Global PAX headers are skipped, as docker does. One that would change names, sizes or
+//!   sparseness is refused.
+//! - A stream may end at the end of a member, and in the padding after one: `umoci insert` writes
+//!   such archives.
+//! - Two extension headers of one kind for one member, or a GNU and a PAX name that differ, are
+//!   refused.
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -25,7 +31,8 @@ const SKIP_CHUNK: usize = 64 << 10;
 /// How many bytes of an entry's name an error shows.
 const SHOWN_NAME: usize = 160;
 
-/// The name of a member as people are shown it: quoted, control and non-UTF-8 bytes escaped, cut when long.
+/// The name of a member as people are shown it: quoted, control and non-UTF-8 bytes escaped, cut
+/// when long.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EntryName(pub Vec<u8>);
 
@@ -70,7 +77,8 @@ pub enum TarError {
         /// The member being read, or a word for the header.
         entry: EntryName,
     },
-    /// A header block whose checksum does not fit: not a tar archive, damaged, or a member with a false size before it.
+    /// A header block whose checksum does not fit: not a tar archive, damaged, or a member with a
+    /// false size before it.
     #[error("no valid tar header at byte {offset} (after {after})")]
     Header {
         /// Where it stands.
@@ -97,7 +105,7 @@ pub enum TarError {
     Ambiguous {
         /// The member.
         entry: EntryName,
-        /// What is ambiguous.
+        /// The ambiguity.
         what: &'static str,
     },
     /// A type of member that a root filesystem does not have.
@@ -119,12 +127,12 @@ pub enum TarError {
     Limit {
         /// The member.
         entry: EntryName,
-        /// What is too large.
+        /// The exceeded limit.
         passed: Passed,
     },
 }
 
-/// What a stream of archive bytes can do.
+/// A stream of archive bytes.
 pub trait Input: Read {
     /// Passes over `count` bytes. A file may do so without looking whether they exist.
     fn skip(&mut self, count: u64) -> io::Result<()>;
@@ -167,7 +175,7 @@ impl Input for &mut dyn Read {
     }
 }
 
-/// What a member is.
+/// Type of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemberKind {
     /// A regular file, sparse or not.
@@ -191,7 +199,7 @@ pub enum MemberKind {
 pub struct Member {
     /// Its name as the archive has it.
     pub path: Vec<u8>,
-    /// What it is.
+    /// Its type.
     pub kind: MemberKind,
     /// The target of a link, empty for anything else.
     pub link: Vec<u8>,
@@ -243,7 +251,7 @@ pub struct Archive<'l, R> {
     limits: &'l Limits,
     offset: u64,
     contents: Contents,
-    /// What the members so far claim to hold, and how much of it is holes.
+    /// Bytes that the members so far claim to hold, and the holes among them.
     claimed: u64,
     holes: u64,
     ended: bool,
@@ -295,20 +303,20 @@ impl<'l, R: Input> Archive<'l, R> {
         }
     }
 
-    /// Bytes of the archive read or passed over so far. Before the contents of a member without holes are read: where
-    /// they begin.
+    /// Bytes of the archive read or passed over so far. Before the contents of a member without
+    /// holes are read: where they begin.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// The next member; what is left of the one before is passed over. `None` at the archive's end mark or when the stream
-    /// ends where a header would begin.
+    /// The next member; what is left of the one before is passed over. `None` at the archive's end
+    /// mark or when the stream ends where a header would begin.
     pub fn next_member(&mut self) -> Result<Option<Member>, TarError> {
         let stored = std::mem::take(&mut self.contents.stored);
         let padding = std::mem::take(&mut self.contents.padding);
         self.skip(stored)?;
         match self.skip(padding) {
-            // What matters of the last member is there.
+            // The important part of the last member is there.
             Err(TarError::Truncated { .. }) => {
                 self.ended = true;
                 return Ok(None);
@@ -362,7 +370,8 @@ impl<'l, R: Input> Archive<'l, R> {
         }
     }
 
-    /// Reads the contents of the current member, holes as zeros. `Ok(0)` at their end, unless `buf` is empty.
+    /// Reads the contents of the current member, holes as zeros. `Ok(0)` at their end, unless `buf`
+    /// is empty.
     pub fn read_contents(&mut self, buf: &mut [u8]) -> Result<usize, TarError> {
         let contents = &mut self.contents;
         let left = contents.size - contents.position;
@@ -646,7 +655,8 @@ impl<'l, R: Input> Archive<'l, R> {
             for slot in 0..slots {
                 let field = Header(&block);
                 let pair = at + slot * 24;
-                // An empty slot ends the list; GNU tar ends a file that ends in a hole with an empty segment.
+                // An empty slot ends the list; GNU tar ends a file that ends in a hole with an
+                // empty segment.
                 if field.bytes(pair, 24).iter().all(|&byte| byte == 0) {
                     break;
                 }
@@ -699,7 +709,8 @@ impl<'l, R: Input> Archive<'l, R> {
         self.set_sparse(size, segments)
     }
 
-    /// Format 1.0 keeps its map before the data: decimal numbers, a line each, padded to whole blocks.
+    /// Format 1.0 keeps its map before the data: decimal numbers, a line each, padded to whole
+    /// blocks.
     fn map_in_contents(&mut self) -> Result<Vec<u64>, TarError> {
         let mut numbers = Vec::new();
         let mut expected = None;
@@ -847,7 +858,7 @@ fn put_once<T>(slot: &mut Option<T>, value: T) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// What two extensions say about one thing, if they do not contradict each other.
+/// The common value of two extensions, unless they contradict each other.
 fn agree(gnu: Option<Vec<u8>>, pax: Option<Vec<u8>>) -> Result<Option<Vec<u8>>, Vec<u8>> {
     match (gnu, pax) {
         (Some(gnu), Some(pax)) if gnu != pax => Err(gnu),
@@ -896,8 +907,8 @@ fn pax_time(text: &[u8]) -> Option<Mtime> {
 }
 
 impl Pax {
-    /// Parses `LENGTH KEY=VALUE\n` records. As POSIX says, a later record for a key wins, and an empty value leaves what the
-    /// member's own header says.
+    /// Parses `LENGTH KEY=VALUE\n` records. As POSIX says, a later record for a key wins, and an
+    /// empty value leaves what the member's own header says.
     fn parse(mut text: &[u8]) -> Option<Self> {
         let mut pax = Self::default();
         while !text.is_empty() {

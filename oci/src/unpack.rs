@@ -1,23 +1,27 @@
 //! A tar stream becomes a tree, its files become objects.
 //!
-//! No name of the archive is ever used as a name on this machine: the tree is built in memory, contents go to the
-//! store under their hash. What is left to decide is what the archive means, and there docker's extraction is followed:
+//! No name of the archive is ever used as a name on this machine: the tree is built in memory,
+//! contents go to the store under their hash. The meaning of the archive is
+//! that of docker's extraction:
 //!
 //! - A leading `/` and `.` components are dropped; a name with `..` in it is refused.
 //! - A missing parent becomes an [implicit](DirKind::Implicit) directory.
-//! - A later entry replaces an earlier one of the same name, a directory with all that is in it; a directory over a
-//!   directory keeps what is in it and takes the new metadata.
-//! - A symlink of this archive on the way to an entry is followed within the root of the image, as in a chroot, making
-//!   missing directories; the last component never is. A file on the way is an error.
-//! - A hardlink's own metadata is ignored: it has its target's. A target that only layers below have is taken into
-//!   this layer, as copying up would. So is the metadata of an opaque directory that has no entry of its own.
-//! - Owners, modes with setuid, devices and xattrs, `security.*` and `trusted.*` among them, are kept as they are: they
-//!   hold inside a sandbox only.
+//! - A later entry replaces an earlier one of the same name, a directory with all that is in it; a
+//!   directory over a directory keeps what is in it and takes the new metadata.
+//! - A symlink of this archive on the way to an entry is followed within the root of the image, as
+//!   in a chroot, making missing directories; the last component never is. A file on the way is an
+//!   error.
+//! - A hardlink's own metadata is ignored: it has its target's. A target that only layers below
+//!   have is taken into this layer, as copying up would. So is the metadata of an opaque directory
+//!   that has no entry of its own.
+//! - Owners, modes with setuid, devices and xattrs, `security.*` and `trusted.*` among them, are
+//!   kept as they are: they hold inside a sandbox only.
 //!
-//! In a [layer](Dialect::Layer) `.wh.NAME` hides NAME of the layers below and `.wh..wh..opq` all of a directory's,
-//! wherever among the entries they stand; they never touch entries of their own layer. Other names of the form
-//! `.wh..wh.*` at the root are AUFS's bookkeeping and skipped. In a [root filesystem](Dialect::Rootfs), which is not a
-//! difference to anything, such names are names like any other.
+//! In a [layer](Dialect::Layer) `.wh.NAME` hides NAME of the layers below and `.wh..wh..opq` all of
+//! a directory's, wherever among the entries they stand; they never touch entries of their own
+//! layer. Other names of the form `.wh..wh.*` at the root are AUFS's bookkeeping and skipped. In a
+//! [root filesystem](Dialect::Rootfs), which is not a difference to anything, such names are names
+//! like any other.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,7 +40,8 @@ use iii_store::{Ingest, Kind, Layer, NodeRef, ObjectId, StoreError};
 use super::tar::{Archive, EntryName, Input, Member, MemberKind, TarError};
 use super::{Limit, Limits, Passed};
 
-/// Files above this are hashed and stored as they are read, smaller ones in batches by threads of their own.
+/// Files above this are hashed and stored as they are read, smaller ones in batches by threads of
+/// their own.
 const BATCHED_FILE: u64 = 2 << 20;
 /// Bytes and files of a batch after which it is handed over.
 const BATCH_BYTES: usize = 1 << 20;
@@ -101,7 +106,7 @@ pub enum UnpackError {
     Limit {
         /// The entry at which the limit was passed.
         entry: EntryName,
-        /// What is too large.
+        /// The exceeded limit.
         passed: Passed,
     },
     /// The store did not take the contents of a file.
@@ -109,14 +114,16 @@ pub enum UnpackError {
     Store(#[from] StoreError),
 }
 
-/// What the archive is.
+/// Kind of the archive.
 #[derive(Debug, Clone, Copy)]
 pub enum Dialect<'a> {
     /// A whole root filesystem: names that look like whiteouts are just names.
     Rootfs,
-    /// A layer of an image on these layers, bottom first, which may be none: whiteouts are whiteouts.
+    /// A layer of an image on these layers, bottom first, which may be none: whiteouts are
+    /// whiteouts.
     Layer(&'a [Arc<Layer>]),
-    /// A layer of an image on layers that are not known yet. One that depends on them is [`UnpackError::NeedsBelow`].
+    /// A layer of an image on layers that are not known yet. One that depends on them is
+    /// [`UnpackError::NeedsBelow`].
     LayerAlone,
 }
 
@@ -125,15 +132,18 @@ pub enum Dialect<'a> {
 pub struct Unpacked {
     /// The tree. Every object it names is in the ingest.
     pub tree: ArchiveTree,
-    /// Whether it depends on the layers below, so that it stands for this archive on these layers only.
+    /// Whether it depends on the layers below, so that it stands for this archive on these layers
+    /// only.
     pub took_from_below: bool,
 }
 
-/// Unpacks the tar stream `input` into a tree, its files into `ingest`. `on_entry` is called after every entry with the
-/// offset in the stream. The stream is read up to the archive's end mark; what follows it is left.
+/// Unpacks the tar stream `input` into a tree, its files into `ingest`. `on_entry` is called after
+/// every entry with the offset in the stream. The stream is read up to the archive's end mark; what
+/// follows it is left.
 ///
-/// Memory grows with the number of entries and the length of their names and xattrs, within `limits`, and not with the
-/// contents. Nothing is published: on an error, dropping `ingest` leaves no trace.
+/// Memory grows with the number of entries and the length of their names and xattrs, within
+/// `limits`, and not with the contents. Nothing is published: on an error, dropping `ingest` leaves
+/// no trace.
 pub fn unpack(
     input: &mut dyn Read,
     ingest: &Ingest<'_>,
@@ -206,7 +216,7 @@ impl<'scope, 'i: 'scope> Objects<'scope, 'i> {
     fn slot(&self, object: ObjectId) -> Slot {
         let mut ids = lock(&self.ids);
         ids.push(object);
-        // There are no more of them than entries.
+        // They are no more than the entries.
         ids.len() as Slot - 1
     }
 
@@ -289,7 +299,8 @@ fn unwrap_input(error: StoreError) -> UnpackError {
 type DirIx = usize;
 type InodeIx = usize;
 
-/// Made small: there can be a million of them. There are no more of either kind than entries and components of their names.
+/// Made small: a tree can have a million of them. Their number is bounded by the entries and the
+/// components of their names.
 #[derive(Debug, Clone, Copy)]
 enum Entry {
     Dir(u32),
@@ -357,8 +368,8 @@ enum Body {
 
 const ROOT: DirIx = 0;
 
-/// The tree as it grows. Directories and inodes stand in tables, so that depth costs no stack and hardlinks are numbers.
-/// A directory stands after its parent.
+/// The tree as it grows. Directories and inodes stand in tables, so that depth costs no stack and
+/// hardlinks are numbers. A directory stands after its parent.
 struct Builder<'scope, 'i, 'd> {
     dialect: Dialect<'d>,
     limits: &'d Limits,
@@ -366,8 +377,8 @@ struct Builder<'scope, 'i, 'd> {
     dirs: Vec<DirNode>,
     inodes: Vec<Inode>,
     entries: u64,
-    /// Bytes of names, targets and xattrs, and of the targets of symlinks each time that one is followed: a bound on both
-    /// memory and time.
+    /// Bytes of names, targets and xattrs, and of the targets of symlinks each time that one is
+    /// followed: a bound on both memory and time.
     metadata: u64,
     took_from_below: bool,
 }
@@ -690,8 +701,8 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         })
     }
 
-    /// A whiteout beside a directory of the same name hides what the directory would otherwise be merged with. Beside
-    /// anything else it says nothing new.
+    /// A whiteout beside a directory of the same name hides what the directory would otherwise be
+    /// merged with. Beside anything else it says nothing new.
     fn apply_whiteouts(&mut self) {
         for ix in 0..self.dirs.len() {
             for name in std::mem::take(&mut self.dirs[ix].whiteouts) {
@@ -706,8 +717,8 @@ impl<'scope, 'i: 'scope, 'd> Builder<'scope, 'i, 'd> {
         }
     }
 
-    /// An opaque directory hides the one below and needs metadata of its own; without an entry it keeps the other's. That
-    /// there is no other depends on the layers below as much.
+    /// An opaque directory hides the one below and needs metadata of its own; without an entry it
+    /// keeps the other's. That there is no other depends on the layers below as much.
     fn fill_opaque_metadata(&mut self) -> Result<(), UnpackError> {
         for ix in 0..self.dirs.len() {
             if !self.dirs[ix].opaque || self.dirs[ix].meta.is_some() {
@@ -743,8 +754,8 @@ fn lower_inode(found: NodeRef<'_>, objects: &Objects<'_, '_>) -> Option<Inode> {
     Some(Inode::new(found.meta(), body))
 }
 
-/// The tree of an archive, in the tables in which it grew: a million entries take 180 MB, and as much again as a
-/// [`tree::Tree`].
+/// The tree of an archive, in the tables in which it grew: a million entries take 180 MB, and as
+/// much again as a [`tree::Tree`].
 #[derive(Debug)]
 pub struct ArchiveTree {
     /// By slot.
@@ -820,7 +831,7 @@ impl Source for ArchiveTree {
 /// A walk from the root along a name, following symlinks within the root.
 struct Walk {
     dir: DirIx,
-    /// What is still to walk, last first.
+    /// Paths still to walk, last first.
     todo: Vec<Box<[u8]>>,
     symlinks: usize,
     /// Bytes of the targets of the symlinks followed.
@@ -879,8 +890,8 @@ impl Walk {
     }
 }
 
-/// The entry at `path` of a chain of layers, bottom first; `None` where it is missing or hidden. Symlinks on the way are
-/// not followed.
+/// The entry at `path` of a chain of layers, bottom first; `None` where it is missing or hidden.
+/// Symlinks on the way are not followed.
 fn find<'l>(layers: &'l [Arc<Layer>], path: &[&[u8]]) -> Option<NodeRef<'l>> {
     'layers: for layer in layers.iter().rev() {
         let mut node = layer.root();
@@ -906,8 +917,8 @@ fn find<'l>(layers: &'l [Arc<Layer>], path: &[&[u8]]) -> Option<NodeRef<'l>> {
     None
 }
 
-/// The components of a name, without empty ones and `.`. A mark of a whiteout does not count towards its length: the longest name
-/// can be hidden, too.
+/// The components of a name, without empty ones and `.`. A mark of a whiteout does not count
+/// towards its length: the longest name can be hidden, too.
 fn components<'p>(path: &'p [u8], entry: &[u8]) -> Result<Vec<&'p [u8]>, UnpackError> {
     let mut names = Vec::new();
     for name in tree::components(path) {

@@ -1,11 +1,11 @@
 //! Times as text.
 
-/// A time in UTC as RFC 3339 has it, from the seconds since 1970: `2026-11-22T01:36:27Z`. Only years from 0 to 9999 are of the
-/// standard's form.
+/// A time in UTC as RFC 3339 has it, from the seconds since 1970: `2026-11-22T01:36:27Z`. Only
+/// years from 0 to 9999 are of the standard's form.
 pub fn rfc3339(seconds: i64) -> String {
     const DAY: i64 = 24 * 3600;
-    // <https://howardhinnant.github.io/date_algorithms.html#civil_from_days>: years begin in March, so that the day that
-    // leaps is the last of one.
+    // <https://howardhinnant.github.io/date_algorithms.html#civil_from_days>: years begin in March,
+    // so that the day that leaps is the last of one.
     let days = seconds.div_euclid(DAY) + 719_468;
     let era = days.div_euclid(146_097);
     let day_of_era = days.rem_euclid(146_097);

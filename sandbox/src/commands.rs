@@ -10,7 +10,8 @@ use iii_init::message::{CommandId, MAIN, Report};
 /// News of a command.
 pub(super) enum News {
     Report(Report),
-    /// A stream that it has connected, which of its streams it is, by [`Hello`](iii_init::vm::Hello).
+    /// A stream that it has connected, which of its streams it is, by
+    /// [`Hello`](iii_init::vm::Hello).
     #[cfg_attr(
         not(feature = "libkrun"),
         expect(dead_code, reason = "streams of namespaces are given")
@@ -43,7 +44,8 @@ impl Commands {
         (id, news)
     }
 
-    /// News of the main command from now on, for one who listens at a time. None will come where the sandbox has ended.
+    /// News of the main command from now on, for one who listens at a time. None will come where
+    /// the sandbox has ended.
     pub fn main(&self) -> Receiver<News> {
         let (sender, news) = channel();
         let mut state = self.lock();
@@ -57,7 +59,7 @@ impl Commands {
         self.lock().waiting.remove(&id);
     }
 
-    /// Hands on what came. What nobody waits for is dropped.
+    /// Hands news on. News without a waiter is dropped.
     pub fn tell(&self, id: CommandId, news: News) {
         if let Some(waiting) = self.lock().waiting.get(&id) {
             let _ = waiting.send(news);

@@ -1,4 +1,4 @@
-//! What can go wrong, and what to do about it.
+//! Errors of sandboxes, and remedies.
 
 use std::error::Error;
 use std::fmt;
@@ -32,7 +32,7 @@ pub enum SandboxError {
     SetUp {
         /// The step.
         step: Step,
-        /// What it was done to; may be empty.
+        /// Object of the step; may be empty.
         what: String,
         /// Why.
         source: io::Error,
@@ -56,7 +56,7 @@ pub enum SandboxError {
     Host {
         /// The operation.
         operation: &'static str,
-        /// What it was done to.
+        /// Object of the operation.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -66,7 +66,7 @@ pub enum SandboxError {
     IdHelper {
         /// Which.
         helper: &'static str,
-        /// What it wrote.
+        /// Its output.
         message: String,
     },
     /// The root's filesystem server failed.
@@ -130,7 +130,7 @@ impl RemoteError {
     /// Most errors in a chain, and bytes of each.
     const MAX: (usize, usize) = (8, 400);
 
-    /// What can be sent of `error`.
+    /// The part of `error` that can be sent.
     pub fn new(error: &(dyn Error + 'static)) -> Self {
         let mut chain: Vec<_> = std::iter::successors(Some(error), |error| (*error).source())
             .take(Self::MAX.0)
@@ -190,7 +190,7 @@ impl SandboxError {
         }
     }
 
-    /// What to do about it, where that is known.
+    /// The remedy, where one is known.
     pub fn hint(&self) -> Option<String> {
         let (step, source) = match self {
             Self::SetUp { step, source, .. } => (step, source),
@@ -246,14 +246,14 @@ impl SandboxError {
     }
 }
 
-/// Something that works worse than it could. Displays as one line that says what and what to do.
+/// A restriction of the sandbox. Displays as one line with its remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warning {
     /// Only one id exists inside the sandbox.
     SingleId {
         /// Why no more could be mapped.
         reason: String,
-        /// What would change that.
+        /// The remedy.
         remedy: String,
     },
 }

@@ -1,5 +1,5 @@
-//! What of the host is visible in every sandbox: its DNS settings, its `hosts`, and, when it trusts
-//! a private certificate authority, its trust store.
+//! Settings of the host that are visible in every sandbox: its DNS settings, its `hosts`, and, when
+//! it trusts a private certificate authority, its trust store.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -61,7 +61,8 @@ pub struct HostSettings {
     pub hosts: Option<String>,
     /// PEM certificates, when the host has been told to trust more than its distribution does.
     pub ca_bundle: Option<String>,
-    /// The variables of [`PROXY_VARIABLES`] that are set. The network being shared, a proxy on a loopback address works.
+    /// The variables of [`PROXY_VARIABLES`] that are set. The network being shared, a proxy on a
+    /// loopback address works.
     pub proxies: Vec<(String, String)>,
 }
 
@@ -115,7 +116,8 @@ impl HostSettings {
         files
     }
 
-    /// Adds the proxies and the variables that point at [`CA_BUNDLE`]; those that `env` sets already stay.
+    /// Adds the proxies and the variables that point at [`CA_BUNDLE`]; those that `env` sets
+    /// already stay.
     pub fn extend_env(&self, env: &mut Vec<(String, String)>) {
         let bundle = |_: &String| CA_VARIABLES.map(|name| (name.to_owned(), CA_BUNDLE.to_owned()));
         let certificates = self.ca_bundle.iter().flat_map(bundle);
@@ -192,7 +194,7 @@ fn certificates(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A regular file's contents; `None` where it cannot be had or is too large to be what it should.
+/// A regular file's contents; `None` if it cannot be read or is too large.
 fn read(path: &Path) -> Option<String> {
     let metadata = fs::metadata(path).ok()?;
     if !metadata.is_file() || metadata.len() > MAX_HOST_FILE {

@@ -67,7 +67,7 @@ enum Writer {
 /// The id maps of a sandbox.
 ///
 /// Root inside is never root outside: files below `/proc/sys` belong to the host's root and would
-/// be writable. Run by root, a sandbox gets a range of its own; run by somebody else, root inside
+/// be writable. Run by root, a sandbox gets a range of its own; run by another user, root inside
 /// is that user and the other ids come from `/etc/subuid` and `/etc/subgid`. (In a container that
 /// has a single id itself, there is no other to be.)
 #[derive(Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ pub(super) struct IdMaps {
     writer: Writer,
 }
 
-/// What the maps are made from.
+/// The source of the maps.
 struct Account {
     uid: u32,
     gid: u32,
@@ -191,8 +191,8 @@ impl IdMaps {
         (outside(&self.uid), outside(&self.gid))
     }
 
-    /// As [`root`](Self::root), where they are not this process's own: it has to give away what
-    /// the sandbox is to write to.
+    /// As [`root`](Self::root), where they are not this process's own: it has to change the owner
+    /// of directories that the sandbox writes to.
     pub(super) fn foreign_root(&self) -> Option<(u32, u32)> {
         (self.writer == Writer::Root).then(|| self.root())
     }

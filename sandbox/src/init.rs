@@ -58,7 +58,7 @@ fn stage_1() -> i32 {
 }
 
 fn report_failure(control: &Socket, failure: Failure) -> i32 {
-    // Where the tool is gone there is nobody to tell.
+    // If the tool is gone, the failure reaches no process.
     let _ = control.send(&FromInit::Failed(failure), &[]);
     1
 }
@@ -71,8 +71,8 @@ fn enter_namespaces(
     // A session of its own, so that the terminal's Ctrl-C reaches the tool alone.
     setsid().at(Step::Unshare, "")?;
     // The host's root may open everything now, and afterwards perhaps not: a directory below
-    // somebody else's private home is closed to the ids of the sandbox. Anybody else may clone
-    // mounts only once the namespace is theirs.
+    // another user's private home is closed to the ids of the sandbox. Other users may clone mounts
+    // only once the namespace is theirs.
     let early = Sources::open(plan).ok();
     unshare()?;
     let sources = match early {
@@ -224,7 +224,7 @@ impl Link for Control {
             return Ok(Connected::Terminal(end));
         }
         let fds = fds.try_into().map_err(|_| io::ErrorKind::InvalidInput)?;
-        // Those of other commands are somebody else's.
+        // Those of other commands have other owners.
         let owned = self.owns_output && id == MAIN;
         Ok(Connected::Direct(process::Streams::Three { fds, owned }))
     }

@@ -1,10 +1,11 @@
 //! Whether `/dev/kvm` can run a guest.
 //!
-//! That it is there, opens, and makes a virtual machine proves little: where the hardware's support does not reach this
-//! machine, a kernel may interpret the guest, a thousand times slower, and give up at an instruction that an ordinary kernel needs.
-//! So a guest is run: in 64-bit mode with paging it counts, uses what a kernel uses early on, and says so at a port. What
-//! takes milliseconds with hardware is given [`PATIENCE`]. It runs in a child process, which can be killed whatever the kernel
-//! does with it.
+//! That it is there, opens, and makes a virtual machine proves little: where the hardware's support
+//! does not reach this machine, a kernel may interpret the guest, a thousand times slower, and give
+//! up at an instruction that an ordinary kernel needs. So a guest is run: in 64-bit mode with
+//! paging it counts, uses what a kernel uses early on, and says so at a port. Work that
+//! takes milliseconds with hardware may take [`PATIENCE`]. It runs in a child process, which can be
+//! killed whatever the kernel does with it.
 
 use std::fmt;
 use std::fs;
@@ -19,13 +20,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::process;
 
-/// What runs guests.
+/// The device that runs guests.
 pub const DEVICE: &str = if cfg!(target_os = "macos") {
     "the Hypervisor framework"
 } else {
     "/dev/kvm"
 };
-/// What macOS wants of a program that runs guests: `iii.entitlements` at the top of the repository.
+/// The entitlement that macOS demands for guests, as in `iii.entitlements`.
 const ENTITLEMENT: &str = "com.apple.security.hypervisor";
 /// The argument by which the program knows that it is to run the guest.
 const MARKER: &str = "__kvm-probe";
@@ -40,7 +41,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "why", content = "detail", rename_all = "kebab-case")]
 pub enum Unusable {
-    /// There is no such device.
+    /// The device does not exist.
     Missing,
     /// It may not be opened.
     Forbidden,
@@ -55,7 +56,7 @@ pub enum Unusable {
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing => write!(f, "there is no {DEVICE}"),
+            Self::Missing => write!(f, "{DEVICE} does not exist"),
             Self::Forbidden if cfg!(target_os = "macos") => write!(
                 f,
                 "{DEVICE} is closed to this program, which is not signed with the entitlement {ENTITLEMENT}"
@@ -74,7 +75,7 @@ impl fmt::Display for Unusable {
 }
 
 impl Unusable {
-    /// What to do about it.
+    /// The remedy.
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Missing if cfg!(target_os = "macos") => {
@@ -90,7 +91,7 @@ impl Unusable {
                 "add the user to the device's group: sudo usermod -aG kvm $USER, then log in again"
             }
             Self::Broken(_) | Self::Slow => {
-                "have the host of this machine enable nested virtualization"
+                "enable nested virtualization on the host of this machine"
             }
             Self::Unsupported => "build it with the feature `libkrun`, on x86-64 or arm64",
         }
@@ -106,8 +107,9 @@ struct Remembered {
     unusable: Option<Unusable>,
 }
 
-/// As [`usable_now`], but an answer of this boot that `cache` holds is taken. Permissions change without a boot, so what may
-/// not be opened or is missing is asked for again each time, which takes no time.
+/// As [`usable_now`], but an answer of this boot that `cache` holds is taken. Permissions change
+/// without a boot, so what may not be opened or is missing is asked for again each time, which
+/// takes no time.
 pub fn usable(cache: &Path) -> Result<(), Unusable> {
     guest::open()?;
     if let Some(remembered) = recall(cache)
@@ -139,7 +141,7 @@ fn open_device() -> Result<(), Unusable> {
     device.map(drop).map_err(|error| cannot_open(&error))
 }
 
-/// Has the answer for this boot be that guests do not run: one was started and said nothing.
+/// Records for this boot that guests do not run: one was started and sent nothing.
 pub fn distrust(cache: &Path, why: String) {
     if let Some(boot) = process::boot_id() {
         remember(cache, boot, Some(Unusable::Broken(why)));
@@ -181,8 +183,8 @@ fn cannot_open(error: &io::Error) -> Unusable {
     }
 }
 
-/// Runs a guest. Takes a few milliseconds where that works, and [`PATIENCE`] at most. This program must call [`maybe_run`] first
-/// in its `main`.
+/// Runs a guest. Takes a few milliseconds where that works, and [`PATIENCE`] at most. This program
+/// must call [`maybe_run`] first in its `main`.
 fn probe() -> Result<(), Unusable> {
     let broken = |error: io::Error| Unusable::Broken(error.to_string());
     let mut child = Command::new(process::this_program())
@@ -217,7 +219,8 @@ fn probe() -> Result<(), Unusable> {
     }
 }
 
-/// To be called first in `main`. Returns unless this process was started to run the guest; then it never does.
+/// To be called first in `main`. Returns unless this process was started to run the guest; then it
+/// never does.
 pub fn maybe_run() {
     if std::env::args_os().nth(1).is_some_and(|one| one == MARKER) {
         let answer: Result<(), Unusable> = guest::run();
@@ -247,17 +250,19 @@ mod guest {
     /// Where the guest says [`ANSWER`].
     const PORT: u8 = 0x10;
     const ANSWER: u8 = 42;
-    /// How far it counts: two milliseconds for a processor, a tenth of a second for one that is emulated, and three to eight
-    /// seconds where a kernel interprets the guest.
+    /// How far it counts: two milliseconds for a processor, a tenth of a second for one that is
+    /// emulated, and three to eight seconds where a kernel interprets the guest.
     const COUNT: u32 = 4_000_000;
 
-    /// From Intel's manual, volume 3: CR0.{PE, MP, ET, NE, WP, AM, PG}, CR4.{PAE, OSFXSR, OSXMMEXCPT}, EFER.{LME, LMA}.
+    /// From Intel's manual, volume 3: CR0.{PE, MP, ET, NE, WP, AM, PG}, CR4.{PAE, OSFXSR,
+    /// OSXMMEXCPT}, EFER.{LME, LMA}.
     const CR0: u64 = 0x8005_0033;
     const CR4: u64 = 0x620;
     const EFER: u64 = 0x500;
 
-    /// Counts down, asks for CPUID, reads the time stamp, uses a vector register, reloads the page tables, reads and writes a model
-    /// specific register, flushes a translation, moves a string, swaps atomically, answers.
+    /// Counts down, asks for CPUID, reads the time stamp, uses a vector register, reloads the page
+    /// tables, reads and writes a model specific register, flushes a translation, moves a string,
+    /// swaps atomically, answers.
     fn code() -> Vec<u8> {
         let data = DATA.to_le_bytes();
         let mut code = vec![0xb9]; // mov ecx, COUNT
@@ -330,7 +335,8 @@ mod guest {
             memory_size: MEMORY as u64,
             userspace_addr: memory.as_ptr() as u64,
         };
-        // SAFETY: the mapping is as large as said, outlives the machine, and is not looked at while the guest runs.
+        // SAFETY: the mapping is as large as said, outlives the machine, and is not looked at while
+        // the guest runs.
         unsafe { vm.set_user_memory_region(region) }.map_err(broken("giving it memory failed"))?;
         let mut cpu = vm
             .create_vcpu(0)
@@ -387,7 +393,8 @@ mod guest {
 
 #[cfg(all(feature = "libkrun", target_os = "linux", target_arch = "aarch64"))]
 mod guest {
-    //! On arm64 nobody interprets guests, so that a processor can be made says enough. Compiled, and not run.
+    //! On arm64 no hypervisor interprets guests, so that a processor can be made says enough.
+    //! Compiled, and not run.
 
     use kvm_ioctls::Kvm;
 
@@ -406,7 +413,8 @@ mod guest {
 
 #[cfg(all(feature = "libkrun", target_os = "macos", target_arch = "aarch64"))]
 mod guest {
-    //! That the system lets this program have a machine says enough: there is hardware behind it, or none. Compiled, and not run.
+    //! That the system lets this program have a machine says enough: there is hardware behind it,
+    //! or none. Compiled, and not run.
 
     use std::ptr;
 
@@ -424,7 +432,8 @@ mod guest {
     pub fn open() -> Result<(), Unusable> {
         let (mut has, mut length) = (0_i32, size_of::<i32>());
         let name = c"kern.hv_support".as_ptr();
-        // SAFETY: the name ends with a NUL, and the call writes no more than the length it is given.
+        // SAFETY: the name ends with a NUL, and the call writes no more than the length it is
+        // given.
         let done = unsafe {
             let to = (&raw mut has).cast();
             libc::sysctlbyname(name, to, &raw mut length, ptr::null_mut(), 0)

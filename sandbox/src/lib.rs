@@ -1,10 +1,11 @@
 //! Sandboxes: where a worker's steps and its start command run.
 //!
-//! A [`SandboxSpec`] says what to run on which root filesystem. The libkrun runtime (`krun`) runs it in a microVM. The
-//! namespace runtime runs it as an ordinary process tree in Linux namespaces of its own (user, mount, pid, ipc, uts, cgroup);
-//! the rest of this page is about that one, which is Linux's.
+//! A [`SandboxSpec`] names a command and its root filesystem. The libkrun runtime (`krun`) runs
+//! it in a microVM. The namespace runtime runs it as an ordinary process tree in Linux namespaces
+//! of its own (user, mount, pid, ipc, uts, cgroup); the rest of this page is about that one, which
+//! is Linux's.
 //!
-//! What it isolates, and what not: files, processes, ids, System V ipc and host name are the
+//! Isolation of the namespace runtime: files, processes, ids, System V ipc and host name are the
 //! sandbox's own; the **kernel and the network are the host's**. `localhost` inside is `localhost`
 //! outside, which is how a worker reaches the engine. Memory and cpus are not limited.
 //!

@@ -31,7 +31,8 @@ pub(super) struct Namespace {
     status: Option<ExitStatus>,
     commands: Arc<Commands>,
     warnings: Vec<Warning>,
-    /// The command's output, with [`Stdio::Piped`] or [`Stdio::Joined`]. To be read, lest the command block.
+    /// The command's output, with [`Stdio::Piped`] or [`Stdio::Joined`]. To be read, lest the
+    /// command block.
     pub stdout: Option<PipeReader>,
     /// The command's error output, with [`Stdio::Piped`]. To be read, lest the command block.
     pub stderr: Option<PipeReader>,
@@ -186,7 +187,7 @@ impl Namespace {
                     request(&self.control, &ToInit::MapsWritten, &[])?;
                 }
                 FromInit::FuseMounted => {
-                    // A probe has no server and lets go of the descriptor.
+                    // A probe has no server and drops the descriptor.
                     if let (Some(serve), Some(fd)) = (serve.take(), fds.pop()) {
                         self.server = Some(serve(fd).map_err(SandboxError::Server)?);
                     }
@@ -212,7 +213,7 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         self.commands.close();
         // The init takes the end of the socket for the end of the tool. Killed instead, stage 1
-        // would be gone before those that it waits for. Nobody is left to tell of a failure.
+        // would be gone before those that it waits for. A failure would reach no process.
         let _ = self.control.shutdown(Shutdown::Both);
         let _ = self.end();
     }
@@ -236,12 +237,12 @@ fn request(control: &Socket, request: &ToInit, fds: &[BorrowedFd<'_>]) -> Result
     }
 }
 
-/// What the namespace runtime can do for this process.
+/// Abilities of the namespace runtime for this process.
 #[derive(Debug)]
 pub struct NamespaceSupport {
     /// Why no sandbox can start; `None` if one can.
     pub blocker: Option<SandboxError>,
-    /// What works worse than it could.
+    /// Restrictions of the sandbox.
     pub warnings: Vec<Warning>,
     /// The host's uid and gid behind the sandbox's root; files in a [`RootSource::Dir`] that are
     /// to be root's inside belong to them.

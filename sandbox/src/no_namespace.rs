@@ -1,4 +1,5 @@
-//! In place of the namespace runtime, on systems that have no namespaces: there are no such sandboxes.
+//! In place of the namespace runtime, on systems that have no namespaces: there are no such
+//! sandboxes.
 
 use std::io::PipeReader;
 use std::os::fd::BorrowedFd;
@@ -62,7 +63,7 @@ impl Link {
     }
 }
 
-/// What the namespace runtime can do for this process.
+/// Abilities of the namespace runtime for this process.
 #[derive(Debug)]
 pub struct NamespaceSupport {
     /// Why no sandbox can start.

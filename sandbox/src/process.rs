@@ -10,12 +10,13 @@ use rustix::process::{Pid, Signal};
 
 pub use system::started;
 
-/// A process that ran when this was made. It stays that one, whoever gets its pid after its end.
+/// A process that ran when this was made. It stays that one, even if a later process gets its pid.
 #[derive(Debug)]
 pub struct Process {
     /// Becomes readable when it ends.
     end: OwnedFd,
-    /// Where that descriptor cannot be sent a signal: the pid, and what tells the process from one that has the pid later.
+    /// Where that descriptor cannot be sent a signal: the pid, and what tells the process from one
+    /// that has the pid later.
     #[cfg(not(target_os = "linux"))]
     id: (Pid, u64),
 }
@@ -40,10 +41,12 @@ impl Process {
         })
     }
 
-    /// Sends a signal. It does nothing where the process has ended. Where the system has no handles of processes (macOS), one that gets
-    /// the pid in the moment between a look and the signal is hit in its place.
+    /// Sends a signal. It does nothing where the process has ended. Where the system has no handles
+    /// of processes (macOS), one that gets the pid in the moment between a look and the signal is
+    /// hit in its place.
     pub fn signal(&self, signal: Signal) {
-        // It can only fail for one that has ended, or is another user's, whose end is waited for all the same.
+        // It can only fail for one that has ended, or belongs to another user; its end is awaited
+        // all the same.
         let _ = system::signal(self, signal);
     }
 
@@ -62,7 +65,8 @@ impl Process {
     }
 }
 
-/// This program, to be run once more. On Linux the very file, also where another one has taken its place.
+/// This program, to be run once more. On Linux the very file, also where another one has taken its
+/// place.
 pub fn this_program() -> PathBuf {
     if cfg!(target_os = "linux") {
         return "/proc/self/exe".into();
@@ -70,7 +74,7 @@ pub fn this_program() -> PathBuf {
     std::env::current_exe().unwrap_or_else(|_| "iii".into())
 }
 
-/// What tells this boot of the machine from any other.
+/// Identifies this boot of the machine.
 pub fn boot_id() -> Option<String> {
     system::boot_id()
 }
@@ -158,7 +162,8 @@ mod system {
         let mut text = [0_u8; 64];
         let mut length = text.len();
         let name = c"kern.bootsessionuuid".as_ptr();
-        // SAFETY: the name ends with a NUL, and the call writes no more than the length it is given.
+        // SAFETY: the name ends with a NUL, and the call writes no more than the length it is
+        // given.
         let done = unsafe {
             let to = text.as_mut_ptr().cast();
             libc::sysctlbyname(name, to, &raw mut length, ptr::null_mut(), 0)
@@ -187,7 +192,7 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(started(pid), None);
         assert!(process.ends(Some(Instant::now())));
-        // Nobody is there any more.
+        // The process has ended already.
         process.signal(Signal::KILL);
         assert!(Process::open(pid).is_err() && Process::open(0).is_err());
     }

@@ -1,20 +1,23 @@
-//! What of the network a guest may reach.
+//! The guest's reach in the network.
 //!
-//! A microVM has no network of its own: its connections are made by the process that runs it, on the host. So `localhost` of
-//! the guest would be the host's, with every service that trusts whoever reaches it there.
+//! A microVM has no network of its own: its connections are made by the process that runs it, on
+//! the host. So `localhost` of the guest would be the host's, with every service that trusts
+//! others on those networks.
 //!
-//! - Outside, everything may be reached. That includes this machine's other addresses, and with them what listens on all of
-//!   them, as whoever shares a network with it reaches that.
-//! - Of the loopback, the ports that are allowed, the engine's, the name servers that the host uses, and its proxies.
-//!   The guest's kernel keeps datagrams for its own `localhost` to itself, so that a name server there has another address inside.
-//! - What listens does so on the loopback: a port that a worker opens is there for its developer, and for nobody else.
+//! - Outside, everything may be reached. That includes this machine's other addresses, and with
+//!   them every service that listens on all of them, as neighbours on a network reach it.
+//! - Of the loopback, the ports that are allowed, the engine's, the name servers that the host
+//!   uses, and its proxies. The guest's kernel keeps datagrams for its own `localhost` to itself,
+//!   so that a name server there has another address inside.
+//! - A worker listens on the loopback: its ports are for its developer alone.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::HostSettings;
 
 const DNS: u16 = 53;
-/// The first address, inside, of a name server on the host's loopback. Both are of blocks that nobody has (RFC 5737, RFC 3849).
+/// The first address, inside, of a name server on the host's loopback. Both are of blocks that
+/// reserved for documentation (RFC 5737, RFC 3849).
 const NAME_SERVERS: (Ipv4Addr, Ipv6Addr) = (
     Ipv4Addr::new(192, 0, 2, 53),
     Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 53),
@@ -22,7 +25,7 @@ const NAME_SERVERS: (Ipv4Addr, Ipv6Addr) = (
 /// Most name servers that are looked at; a libc takes three.
 const MAX_NAME_SERVERS: usize = 8;
 
-/// What may be reached.
+/// The reachable addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reach {
     /// Ports of the loopback.
@@ -107,7 +110,7 @@ impl Reach {
     }
 }
 
-/// Whether this is the loopback, which is what the unspecified address is for whoever connects to it.
+/// Whether this is the loopback, as is the unspecified address for a connecting process.
 fn is_local(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
     ip.is_loopback() || ip.is_unspecified()
@@ -144,7 +147,8 @@ fn authority(url: &str) -> Option<(&str, u16)> {
     Some((host, port.parse().ok()?))
 }
 
-/// Whether a host's name or address is one of this machine's loopback, as far as that is known without asking a name server.
+/// Whether a host's name or address is one of this machine's loopback, as far as that is known
+/// without asking a name server.
 fn is_here(server: &str, host: &HostSettings) -> bool {
     if let Ok(ip) = server.parse() {
         return is_local(ip);

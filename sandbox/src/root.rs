@@ -1,4 +1,4 @@
-//! The sandbox's root filesystem, and what lies on it that is not the image's.
+//! The sandbox's root filesystem, and the mounts on it.
 //!
 //! Needs `open_tree` and `mount_setattr`, that is Linux 5.12.
 
@@ -24,7 +24,8 @@ pub(super) const FUSE_DEVICE: &str = "/dev/fuse";
 /// Devices that are the host's: they hold no state that a sandbox could spoil.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
-/// A directory of every host; covered, in our mount namespace alone, while the root is put together.
+/// A directory of every host; covered, in our mount namespace alone, while the root is put
+/// together.
 const SCRATCH: &str = "/tmp";
 const NEW_ROOT: &str = "/tmp/root";
 
@@ -102,9 +103,9 @@ pub(super) fn mount(
 }
 
 fn mount_fuse(device: &OwnedFd) -> io::Result<()> {
-    // `default_permissions`: the kernel checks modes, knowing the ids of the sandbox. `allow_other`:
-    // for all of them. Neither nosuid, so that sudo and the like work inside, nor nodev, which the
-    // kernel adds by itself.
+    // `default_permissions`: the kernel checks modes, knowing the ids of the sandbox.
+    // `allow_other`: for all of them. Neither nosuid, so that sudo and the like work inside, nor
+    // nodev, which the kernel adds by itself.
     let options = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
         device.as_raw_fd()
@@ -120,7 +121,7 @@ fn mount_fuse(device: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the new root `/`, lets go of the host's, and puts on it what every sandbox has.
+/// Makes the new root `/`, unmounts the host's, and adds the mounts of every sandbox.
 ///
 /// From `pivot_root` on, every name is resolved inside, the image's symlinks included. The old root
 /// stays mounted, beneath no name, until proc is there: the kernel allows a new proc only where

@@ -1,4 +1,4 @@
-//! A running sandbox, whatever it runs in.
+//! A running sandbox of either runtime.
 
 use std::fs::File;
 use std::io::{self, PipeReader};
@@ -28,10 +28,11 @@ use super::{SandboxError, SandboxSpec, Warning};
 /// process dies.
 pub struct Sandbox {
     kind: Kind,
-    /// The command's output, with [`Stdio::Piped`](super::Stdio::Piped) or [`Joined`](super::Stdio::Joined). To be read, lest the
-    /// command block.
+    /// The command's output, with [`Stdio::Piped`](super::Stdio::Piped) or
+    /// [`Joined`](super::Stdio::Joined). To be read, lest the command block.
     pub stdout: Option<PipeReader>,
-    /// The command's error output, with [`Stdio::Piped`](super::Stdio::Piped). To be read, lest the command block.
+    /// The command's error output, with [`Stdio::Piped`](super::Stdio::Piped). To be read, lest the
+    /// command block.
     pub stderr: Option<PipeReader>,
 }
 
@@ -42,8 +43,8 @@ enum Kind {
 }
 
 impl Sandbox {
-    /// Starts the command and returns once it has been executed. It runs in a microVM where the root is a
-    /// [`RootSource::Machine`](super::RootSource), else in namespaces.
+    /// Starts the command and returns once it has been executed. It runs in a microVM where the
+    /// root is a [`RootSource::Machine`](super::RootSource), else in namespaces.
     pub fn start(spec: SandboxSpec) -> Result<Self, SandboxError> {
         spec.check()?;
         #[cfg(feature = "libkrun")]
@@ -72,7 +73,7 @@ impl Sandbox {
         }
     }
 
-    /// What works worse than it could.
+    /// Restrictions of the sandbox.
     pub fn warnings(&self) -> &[Warning] {
         match &self.kind {
             Kind::Namespace(namespace) => namespace.warnings(),
@@ -121,8 +122,8 @@ impl Sandbox {
         self.wait()
     }
 
-    /// What the overlay of a microVM has observed, after [`wait`](Self::wait). `None` where that is not known: the machine was
-    /// killed, or it is none.
+    /// The observations of a microVM's overlay, after [`wait`](Self::wait). `None` if they are
+    /// lost, because the machine was killed, or if the sandbox is not a microVM.
     #[cfg(feature = "libkrun")]
     pub fn facts(&mut self) -> Option<Vec<iii_store::Fact>> {
         match &mut self.kind {
@@ -132,7 +133,8 @@ impl Sandbox {
     }
 }
 
-/// Reaches a sandbox while another thread waits for it. Once the sandbox has ended, nothing happens.
+/// Reaches a sandbox while another thread waits for it. Once the sandbox has ended, nothing
+/// happens.
 #[derive(Clone)]
 pub struct Controller {
     link: Link,
@@ -160,8 +162,9 @@ impl Controller {
         self.request(Request::Stop { signal, grace }, &[])
     }
 
-    /// Runs one more command, on three streams, or on one socket where it is to have a terminal. It ends with the sandbox at
-    /// the latest. News of it come while another thread waits for the sandbox.
+    /// Runs one more command, on three streams, or on one socket where it is to have a terminal. It
+    /// ends with the sandbox at the latest. News of it come while another thread waits for the
+    /// sandbox.
     pub fn run(&self, command: Command, fds: Vec<OwnedFd>) -> Result<Started, SandboxError> {
         if fds.len() != if command.terminal.is_some() { 1 } else { 3 } {
             return Err(SandboxError::Spec(
@@ -191,9 +194,10 @@ impl Controller {
         }
     }
 
-    /// Has `command` run in place of the sandbox's, on the same streams: `signal` to the old one's process group and, once that
-    /// has ended and if no command runs beside it, to whatever it left running; after `grace`, SIGKILL. Returns once the new one
-    /// has been executed. While another thread waits for the sandbox; not in a microVM.
+    /// Runs `command` in place of the sandbox's, on the same streams: `signal` to the old one's
+    /// process group and, once that has ended and if no command runs beside it, to all processes it
+    /// left running; after `grace`, SIGKILL. Returns once the new one has been executed. While
+    /// another thread waits for the sandbox; not in a microVM.
     ///
     /// The error is [`SandboxError::Killed`] where the sandbox ended, or is asked to, before that.
     pub fn restart(
@@ -268,8 +272,8 @@ impl Started {
         }
     }
 
-    /// Waits until the command has ended, and all that it printed is where its streams lead. The error is
-    /// [`SandboxError::Killed`] where the sandbox ended before it.
+    /// Waits until the command has ended, and all that it printed is where its streams lead. The
+    /// error is [`SandboxError::Killed`] where the sandbox ended before it.
     pub fn wait(self) -> Result<ExitStatus, SandboxError> {
         let (mut outputs, mut ended) = (Vec::new(), None);
         let mut awaited = vec![true; self.fds.len()];
@@ -296,7 +300,7 @@ impl Started {
         }
     }
 
-    /// Has a stream of the command lead to where it belongs, by its index.
+    /// Connects a stream of the command to its destination, by its index.
     fn connect(
         &self,
         index: usize,
@@ -330,7 +334,8 @@ impl Drop for Started {
     }
 }
 
-/// Which of a command's streams has come, if it is one that has not come before: a guest may say so of as many as it likes.
+/// Which of a command's streams has come, if it is one that has not come before: a guest may say so
+/// of as many as it likes.
 fn take_awaited(awaited: &mut [bool], hello: Hello) -> Option<usize> {
     let index = match hello {
         Hello::Input(_) => 0,
@@ -346,7 +351,7 @@ fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<JoinHandle<()>> {
     let copy = move || {
         let to = File::from(to);
         let _ = io::copy(&mut File::from(from), &mut &to);
-        // What is no socket is told when it closes.
+        // Other files signal the end when they close.
         let _ = shutdown(&to, Shutdown::Write);
     };
     thread::Builder::new().name("stream".into()).spawn(copy)

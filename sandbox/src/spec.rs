@@ -1,4 +1,4 @@
-//! What to run, on what, and with what around it.
+//! The command of a sandbox, its root, and its surroundings.
 
 use std::ffi::OsString;
 use std::io;
@@ -18,7 +18,8 @@ const MAX_HOSTNAME: usize = 64;
 pub struct SandboxSpec {
     /// The root filesystem.
     pub root: RootSource,
-    /// The command and its arguments. A name without `/` is looked up in the `PATH` of [`env`](Self::env).
+    /// The command and its arguments. A name without `/` is looked up in the `PATH` of
+    /// [`env`](Self::env).
     pub argv: Vec<OsString>,
     /// The command's whole environment. Added where absent: `HOME` of the user, and the variables
     /// that point at [`CA_BUNDLE`](super::CA_BUNDLE) when the host has one to hand on.
@@ -34,10 +35,10 @@ pub struct SandboxSpec {
     pub mounts: Vec<BindMount>,
     /// Where the command's standard streams lead.
     pub stdio: Stdio,
-    /// What of the host's network identity is visible inside.
+    /// The host's network settings that are visible inside.
     pub host: HostSettings,
-    /// What of the host's loopback a microVM may reach, besides its name servers and proxies. In namespaces, which share the
-    /// host's network, everything.
+    /// Ports of the host's loopback that a microVM may reach, besides name servers and proxies.
+    /// Namespaces share the host's network and reach everything.
     pub reach: Reach,
     /// The program whose `main` calls [`maybe_run_init`](super::maybe_run_init).
     pub init: PathBuf,
@@ -140,7 +141,7 @@ pub trait FuseServer: Send {
 pub struct BindMount {
     /// A directory or file that exists. Where it is writable and the tool runs as the host's root,
     /// it is given to the sandbox's root (the top only): meant for package caches, not for
-    /// directories that belong to somebody.
+    /// directories that belong to a user.
     pub host: PathBuf,
     /// Absolute path inside; created when missing.
     pub target: String,
@@ -151,13 +152,15 @@ pub struct BindMount {
 /// Where the command's standard streams lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stdio {
-    /// To this process's own. What is behind them keeps its owner, so a command that opens
-    /// `/dev/stdout` or `/dev/stderr` by name, rather than using the stream, needs to be allowed to.
+    /// To this process's own. The files behind them keep their owner, so a command that opens
+    /// `/dev/stdout` or `/dev/stderr` by name, rather than using the stream, needs to be allowed
+    /// to.
     Inherit,
-    /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox), which the
-    /// command's user may open by name as well.
+    /// Standard input is empty; output and error are pipes of [`Sandbox`](super::Sandbox), which
+    /// the command's user may open by name as well.
     Piped,
-    /// As [`Piped`](Self::Piped), but output and error are one pipe, [`Sandbox::stdout`](super::Sandbox), so that their order is
-    /// kept; in a microVM, whose streams come apart, only roughly.
+    /// As [`Piped`](Self::Piped), but output and error are one pipe,
+    /// [`Sandbox::stdout`](super::Sandbox), so that their order is kept; in a microVM, whose
+    /// streams come apart, only roughly.
     Joined,
 }

@@ -1,7 +1,7 @@
 //! A step's output: cut into lines, made safe to show, and its end kept for when the step fails.
 //!
-//! The bytes come from inside a sandbox. They may be of any length without a newline, in any encoding, and hold sequences
-//! that would act on the terminal that shows them.
+//! The bytes come from inside a sandbox. They may be of any length without a newline, in any
+//! encoding, and hold sequences that would act on the terminal that shows them.
 
 use std::collections::VecDeque;
 
@@ -33,7 +33,7 @@ impl LineSplitter {
         self.extend(piece, &mut line);
     }
 
-    /// Calls `line` for what was left without a newline, if anything was.
+    /// Calls `line` for a last line without a newline, if any.
     pub fn finish(&mut self, mut line: impl FnMut(&[u8])) {
         if !self.partial.is_empty() {
             line(&self.partial);
@@ -83,16 +83,16 @@ fn char_boundary(bytes: &[u8]) -> usize {
     }
 }
 
-/// A line of output as [inert] text: invalid UTF-8 replaced, and of a line that was drawn over with carriage returns the
-/// last state.
+/// A line of output as [inert] text: invalid UTF-8 replaced, and of a line that was drawn over with
+/// carriage returns the last state.
 pub fn clean(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     let text = text.trim_end_matches('\r');
     inert(text.rsplit('\r').next().unwrap_or_default())
 }
 
-/// `text` that only shows and does nothing to a terminal: without escape sequences, control characters and the blanks at
-/// its end.
+/// `text` that only shows and does nothing to a terminal: without escape sequences, control
+/// characters and the blanks at its end.
 pub fn inert(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars();
@@ -131,7 +131,8 @@ fn skip_escape(chars: &mut std::str::Chars<'_>) {
     }
 }
 
-/// The last [`TAIL_LINES`] lines, and at most [`TAIL_BYTES`] bytes, of what was pushed. Blank lines are not kept.
+/// The last [`TAIL_LINES`] lines, and at most [`TAIL_BYTES`] bytes, of what was pushed. Blank lines
+/// are not kept.
 #[derive(Debug, Default)]
 pub struct Tail {
     splitter: LineSplitter,
@@ -280,7 +281,7 @@ mod tests {
             prop_assert!(lines.len() <= TAIL_LINES);
             prop_assert!(lines.iter().map(String::len).sum::<usize>() <= TAIL_BYTES);
             prop_assert!(lines.iter().all(|line| !line.contains(|c: char| c.is_control() && c != '\t')));
-            // What is cut is nothing but newlines.
+            // Only newlines are cut.
             let joined: Vec<u8> = pieces.concat().into_iter().filter(|&b| b != b'\n').collect();
             prop_assert_eq!(split(&pieces).concat(), joined);
         }

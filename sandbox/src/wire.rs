@@ -1,5 +1,5 @@
-//! What the tool and the namespace runtime's init say to each other while a sandbox is set up; from then on, the requests and
-//! reports of every sandbox.
+//! Messages between the tool and the namespace runtime's init while a sandbox is set up; from then
+//! on, the requests and reports of every sandbox.
 
 use std::ffi::OsString;
 
@@ -23,7 +23,7 @@ pub(super) struct Plan {
 pub(super) enum Root {
     Fuse,
     Dir(OsString),
-    /// Mount a FUSE filesystem that nobody serves, then end: shows that a sandbox could start.
+    /// Mount a FUSE filesystem without a server, then end: shows that a sandbox could start.
     Probe,
 }
 

@@ -518,7 +518,7 @@ fn what_cannot_be_exported_is_told_before_anything_is_written() {
             2,
             &["expected oci:DIR[:TAG], docker-archive:FILE[:NAME] or docker://HOST/REPO[:TAG]"][..],
         ),
-        ("oci:", 2, &["there is no path behind oci:"]),
+        ("oci:", 2, &["no path behind oci:"]),
         ("oci:x:a b", 2, &["is not a tag"]),
         ("docker://Host/x@sha256:1", 2, &["digest"]),
         (

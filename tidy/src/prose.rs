@@ -161,14 +161,21 @@ pub fn of_rust(text: &str) -> Vec<Paragraph> {
     found
 }
 
-/// `text` without the values of a format string: `{name:?}` is `{}`.
+/// `text` without the values of a format string, each replaced by one `` ` ``.
 fn without_values(text: &str) -> String {
-    let mut depth = 0;
-    let kept = text.chars().filter(|char| {
-        depth -= usize::from(*char == '}' && depth > 0);
-        let is_kept = depth == 0;
-        depth += usize::from(*char == '{');
-        is_kept
+    let mut depth = 0_usize;
+    let kept = text.chars().filter_map(|char| {
+        let was = depth;
+        match char {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        match (was, depth) {
+            (0, 1) => Some('`'),
+            (0, 0) => Some(char),
+            _ => None,
+        }
     });
     kept.collect()
 }
@@ -353,7 +360,7 @@ mod tests {
         let expected = [
             (Text, 1, "First second."),
             (Text, 4, "Third `."),
-            (Literal, 6, "text {} goes on"),
+            (Literal, 6, "text ` goes on"),
             (Literal, 8, "raw \"quoted\""),
             (Text, 5, "trailing"),
             (Text, 10, "- item one"),

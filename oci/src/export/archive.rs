@@ -1,15 +1,18 @@
 //! The tar stream of a layer: PAX, deterministic, nothing of this machine in it.
 //!
-//! Unpacked by [`unpack`](crate::unpack), it is the same layer again, times and all. Entries stand in the order of their
-//! names, a directory before what is in it.
+//! Unpacked by [`unpack`](crate::unpack), it is the same layer again, times and all. Entries stand
+//! in the order of their names, a directory before its entries.
 //!
-//! - Names and link targets are the layer's bytes, whatever their encoding, without a leading `/` or `./`.
-//! - PAX records are written only for what a ustar header cannot say: long names, large numbers, times before 1970 or with
-//!   nanoseconds, xattrs (`SCHILY.xattr.NAME`).
-//! - Of a file with several names the first has the contents, and the others are hardlinks to it. They repeat its metadata,
-//!   xattrs too: extractors set the owner of each name anew, and the kernel drops capabilities when they do.
-//! - A whiteout of NAME is an empty file `.wh.NAME`; an opaque directory holds an empty file `.wh..wh..opq`, right behind it.
-//! - A directory that is only on the way to something is not written: what is in it names it.
+//! - Names and link targets are the layer's bytes, whatever their encoding, without a leading `/`
+//!   or `./`.
+//! - PAX records are written only for values that a ustar header cannot hold: long names, large
+//!   numbers, times before 1970 or with nanoseconds, xattrs (`SCHILY.xattr.NAME`).
+//! - Of a file with several names the first has the contents, and the others are hardlinks to it.
+//!   They repeat its metadata, xattrs too: extractors set the owner of each name anew, and the
+//!   kernel drops capabilities when they do.
+//! - A whiteout of NAME is an empty file `.wh.NAME`; an opaque directory holds an empty file
+//!   `.wh..wh..opq`, right behind it.
+//! - A directory that is only a parent is not written: the names of its entries imply it.
 //! - Sockets are left out, as every archiver does: see [`LayerTar::sockets`].
 
 use std::borrow::Cow;
@@ -48,11 +51,11 @@ pub struct LayerTar<'a> {
 pub type Watch<'a> = dyn Fn(u64) -> io::Result<()> + Sync + 'a;
 
 impl<'a> LayerTar<'a> {
-    /// The archive of `layer`, without the entries at the paths in `omit` and what is below them. Of the store only
-    /// metadata is read. The layer must be pinned for as long as this lives.
+    /// The archive of `layer`, without the entries at the paths in `omit` and what is below them.
+    /// Of the store only metadata is read. The layer must be pinned for as long as this lives.
     ///
-    /// A name that an image would take for a whiteout, an xattr whose name has a `=`, and xattrs of more than [`MAX_EXTENSION`]
-    /// bytes are refused.
+    /// A name that an image would take for a whiteout, an xattr whose name has a `=`, and xattrs of
+    /// more than [`MAX_EXTENSION`] bytes are refused.
     pub fn new(
         store: &'a Store,
         layer: &'a Layer,
@@ -109,7 +112,8 @@ impl<'a> LayerTar<'a> {
             .map(|node| EntryName(node.path()))
     }
 
-    /// The times of its entries, in whole seconds since 1970. Those of what is left out are among them.
+    /// The times of its entries, in whole seconds since 1970. Those of what is left out are among
+    /// them.
     pub fn mtimes(&self) -> impl Iterator<Item = i64> + 'a {
         let nodes = self.layer.nodes();
         let timed = nodes
@@ -170,7 +174,8 @@ impl<'a> LayerTar<'a> {
         &self,
         mut visit: impl FnMut(&Member<'_>) -> Result<(), ExportError>,
     ) -> Result<(), ExportError> {
-        // Of each file with several names, by the first of them in the layer: the one that has the contents here.
+        // Of each file with several names, by the first of them in the layer: the one that has the
+        // contents here.
         let mut linked: HashMap<u32, NodeRef<'_>> = HashMap::new();
         let mut path = Vec::new();
         directory(self.layer.root(), &path, &mut visit)?;

@@ -1,4 +1,5 @@
-//! The archive of a layer as the blob that an image has: compressed, its digests computed on the way.
+//! The archive of a layer as the blob that an image has: compressed, its digests computed on the
+//! way.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -51,7 +52,7 @@ impl Compression {
         }
     }
 
-    /// What OCI calls a layer that is compressed so.
+    /// Media type of a layer with this compression.
     pub const fn media_type(self) -> &'static str {
         match self {
             Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -78,7 +79,8 @@ impl FromStr for Compression {
     }
 }
 
-/// Writes a layer's blob and returns the digest of its plain archive. Memory does not depend on the layer's size.
+/// Writes a layer's blob and returns the digest of its plain archive. Memory does not depend on the
+/// layer's size.
 pub fn write_layer(
     tar: &LayerTar<'_>,
     compression: Compression,
@@ -146,7 +148,7 @@ impl<W: Write> Hashing<W> {
         }
     }
 
-    /// What was written through to, and what that was.
+    /// The inner writer, and the digests and lengths of its bytes.
     pub fn finish(self) -> (W, Stored) {
         let stored = Stored {
             digest: Digest::from_bytes(self.hash.finalize().into()),

@@ -37,13 +37,15 @@ pub enum ParseDestinationError {
     #[error("expected oci:DIR[:TAG], docker-archive:FILE[:NAME] or docker://HOST/REPO[:TAG]")]
     Transport,
     /// Nothing behind the transport.
-    #[error("there is no path behind {0}:")]
+    #[error("no path behind {0}:")]
     NoPath(&'static str),
     /// Not a tag.
     #[error("{0:?} is not a tag: letters, digits, and . _ - after the first")]
     Tag(String),
     /// A digest, which follows from what is put there.
-    #[error("an image cannot be put under a digest of one's choice: leave out what follows the @")]
+    #[error(
+        "an image cannot be pushed under a chosen digest: leave out the @ and the text behind it"
+    )]
     Digest,
     /// Not the name of an image.
     #[error(transparent)]
@@ -55,7 +57,7 @@ impl FromStr for Destination {
 
     fn from_str(text: &str) -> Result<Self, ParseDestinationError> {
         if let Some(rest) = text.strip_prefix("oci:") {
-            // What is behind the last slash cannot have a tag of its own.
+            // The part behind the last slash cannot have a tag of its own.
             let (dir, tag) = match rest.rsplit_once(':') {
                 Some((dir, tag)) if !tag.contains('/') => (dir, tag),
                 _ => (rest, DEFAULT_TAG),
@@ -112,8 +114,8 @@ impl fmt::Display for Destination {
 }
 
 impl Destination {
-    /// Opens it. `own_name` is what the image is called in an archive that is given no name for it; `settings` are asked for where
-    /// it is a registry.
+    /// Opens it. `own_name` is what the image is called in an archive that is given no name for it;
+    /// `settings` are asked for where it is a registry.
     pub fn open(
         &self,
         own_name: &str,
@@ -186,7 +188,7 @@ mod tests {
             ("docker-archive:", "no path behind docker-archive:"),
             ("docker-archive:x:Y", "must be in lower case"),
             ("docker://", "must not be empty"),
-            (&pinned, "cannot be put under a digest"),
+            (&pinned, "under a chosen digest"),
         ] {
             let error = text.parse::<Destination>().expect_err(text).to_string();
             assert!(error.contains(message), "{text}: {error}");

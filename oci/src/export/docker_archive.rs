@@ -1,8 +1,9 @@
 //! The archive that `docker load` and `podman load` take, as a destination: one image in one file.
 //!
-//! Members stand one behind the other in the order in which they come, `blobs/sha256/DIGEST` each, and `manifest.json` at the
-//! end. What a blob's digest and length are is known only when it is written, so its header is written last, into the room left
-//! for it: no blob is kept anywhere meanwhile, and the file must be one that can be written to anywhere. It gets its name when it is
+//! Members stand one behind the other in the order in which they come, `blobs/sha256/DIGEST` each,
+//! and `manifest.json` at the end. The digest and length of a blob are known only when it is
+//! written, so its header is written last, into the room left for it: no blob is kept anywhere
+//! meanwhile, and the file must be one that can be written to anywhere. It gets its name when it is
 //! whole.
 
 use std::collections::HashMap;
@@ -35,8 +36,8 @@ struct State {
 }
 
 impl DockerArchiveSink {
-    /// Begins an archive that will be the file `path`, in place of one that is there. The image in it will have the name
-    /// `name`.
+    /// Begins an archive that will be the file `path`, in place of one that is there. The image in
+    /// it will have the name `name`.
     pub fn create(path: &Path, name: String) -> Result<Self, ExportError> {
         if path.is_dir() {
             return Err(ExportError::Io {
@@ -135,9 +136,10 @@ impl Sink for DockerArchiveSink {
         self.append(&mut self.lock(), write, member_name)
     }
 
-    /// Writes the list of the image's parts, which is what engines read instead of its manifest, and gives the archive its name. It
-    /// takes one manifest, and `_tag` is of no account: the name is the archive's. The digest is that of the image's configuration, by
-    /// which engines call it: the manifest is not in the archive.
+    /// Writes the list of the image's parts, which is what engines read instead of its manifest,
+    /// and gives the archive its name. It takes one manifest, and `_tag` is of no account: the name
+    /// is the archive's. The digest is that of the image's configuration, by which engines call it:
+    /// the manifest is not in the archive.
     fn put_manifest(
         &self,
         _media_type: &str,

@@ -1,8 +1,9 @@
 //! An image: its layers, put in parallel, then its configuration, then its manifest.
 //!
-//! What the blob of a layer is, is recorded in the store once it has been made, so that a destination that has it is asked
-//! before anything is read or compressed. Everything is a function of the layers and of what is said about running them, the
-//! time of creation too: the same image has the same digest each time.
+//! The digest of a layer's blob is recorded in the store once the blob exists, so that a
+//! destination that has it is asked before anything is read or compressed. Everything is a function
+//! of the layers and of their configuration, including the time of creation: the same image
+//! has the same digest each time.
 
 use std::collections::HashMap;
 use std::io;
@@ -25,7 +26,7 @@ use crate::{ImageConfig, Platform};
 pub const MAX_PARALLEL: usize = 2;
 
 const KEY_CONTEXT: &str = "iii 2026 exported layer v1";
-/// The kind in the provenance of a record that says what the blob of a layer is.
+/// The kind in the provenance of a record of a layer's blob.
 pub const EXPORTED: &str = "exported";
 /// The last second that RFC 3339 has a form for.
 const LAST_SECOND: i64 = 253_402_300_799;
@@ -36,12 +37,12 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub struct Part<'a> {
     /// The layer.
     pub layer: &'a Layer,
-    /// What it is, for the image's history.
+    /// Description for the image's history.
     pub what: &'a str,
     /// Paths that are left out, with what is below them.
     pub omit: &'a [&'a [u8]],
-    /// Whether to record what its blob is. The record keeps the layer as a recipe's does, for as long as the limits of the store
-    /// allow: nothing for layers that the next build replaces.
+    /// Whether to record its blob. The record keeps the layer as a recipe's does, for as
+    /// long as the limits of the store allow: nothing for layers that the next build replaces.
     pub remember: bool,
 }
 
@@ -57,9 +58,10 @@ pub struct Export<'a> {
     pub config: ImageConfig,
     /// Labels by name.
     pub labels: HashMap<String, String>,
-    /// What it is built for.
+    /// Its platform.
     pub platform: Platform,
-    /// When it was created, in seconds since 1970; without it, the newest time of an entry in its layers.
+    /// When it was created, in seconds since 1970; without it, the newest time of an entry in its
+    /// layers.
     pub created: Option<i64>,
     /// How its layers are compressed.
     pub compression: Compression,
@@ -89,7 +91,7 @@ pub struct Exported {
     pub layers: Vec<ExportedLayer>,
 }
 
-/// What happens during an export, in any order.
+/// Events of an export, in any order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The destination has a layer.
@@ -125,7 +127,7 @@ pub enum Event {
     },
 }
 
-/// Told what happens, from any thread.
+/// Callback for events, from any thread.
 pub type Progress<'a> = dyn Fn(&Event) + Sync + 'a;
 
 /// An image whose layers can all be written: see [`Export::check`].
@@ -147,8 +149,8 @@ impl<'a> Export<'a> {
 }
 
 impl Checked<'_> {
-    /// Puts the image into `sink`, under `tag` if there is one. When this returns, it is durable there; when it fails, no
-    /// image of the destination has changed.
+    /// Puts the image into `sink`, under `tag` if there is one. When this returns, it is durable
+    /// there; when it fails, no image of the destination has changed.
     pub fn put(
         &self,
         sink: &dyn Sink,
@@ -280,7 +282,7 @@ fn put_bytes(sink: &dyn Sink, bytes: &[u8]) -> Result<Stored, ExportError> {
     sink.put_blob(&mut |out| out.write_all(bytes).map_err(ExportError::Write))
 }
 
-/// What the threads of one call share.
+/// State shared by the threads of one call.
 struct Run<'a> {
     image: &'a Checked<'a>,
     sink: &'a dyn Sink,
@@ -359,7 +361,7 @@ impl Run<'_> {
     }
 }
 
-/// Under which it is recorded what the blob of a layer is.
+/// Key of the record of a layer's blob.
 fn key(tar: &LayerTar<'_>, compression: Compression) -> KeyId {
     let mut hasher = blake3::Hasher::new_derive_key(KEY_CONTEXT);
     hasher.update(tar.layer().layer_id().as_bytes());
@@ -372,7 +374,7 @@ fn key(tar: &LayerTar<'_>, compression: Compression) -> KeyId {
     hasher.finalize().into()
 }
 
-/// Records what the blob of a layer is.
+/// Records the blob of a layer.
 pub fn remember_blob(
     store: &Store,
     tar: &LayerTar<'_>,
@@ -399,7 +401,7 @@ pub fn remember_blob(
     store.put_record(&key(tar, compression), record).map(drop)
 }
 
-/// What the blob was the last time, if that was recorded. It is only ever compared with what a destination has.
+/// The blob of the last export, if recorded. It is only compared with the blobs of a destination.
 pub fn known_blob(
     store: &Store,
     tar: &LayerTar<'_>,

@@ -1,8 +1,9 @@
 //! An OCI layout as a destination: a directory that other images may be in, too.
 //!
-//! Blobs are written in a directory of this process within the layout, synced, and renamed to their digests. The index comes last,
-//! under a lock, and is replaced whole: whoever is killed leaves the images that were there before. The lock is on the layout's
-//! directory itself, so that nothing is left in it for it.
+//! Blobs are written in a directory of this process within the layout, synced, and renamed to their
+//! digests. The index comes last, under a lock, and is replaced whole: a killed process leaves the
+//! earlier images. The lock is on the layout's directory itself, so that nothing is
+//! left in it for it.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read as _, Write};
@@ -25,8 +26,8 @@ pub struct LayoutSink {
 }
 
 impl LayoutSink {
-    /// Opens the layout in `dir`, or makes one where there is nothing or an empty directory. From then on it is a valid layout. A
-    /// directory that holds anything else is refused.
+    /// Opens the layout in `dir`, or makes one where there is nothing or an empty directory. From
+    /// then on it is a valid layout. A directory that holds anything else is refused.
     pub fn open(dir: &Path) -> Result<Self, ExportError> {
         fs::create_dir_all(dir).map_err(io_error("making", dir))?;
         let _lock = tmp::lock_dir(dir)?;

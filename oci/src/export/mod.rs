@@ -1,11 +1,12 @@
 //! Images out of the store: layers as archives, and the places that take them.
 //!
-//! A layer is the same archive each time, on any machine, so a place that has it is sent nothing. [`archive`] writes the tar
-//! stream of a layer, [`blob`] compresses it, [`Export`] puts the layers of an image and its documents into one.
+//! A layer is the same archive each time, on any machine, so a place that has it is sent nothing.
+//! [`archive`] writes the tar stream of a layer, [`blob`] compresses it, [`Export`] puts the layers
+//! of an image and its documents into one.
 //!
-//! [`Sink`] is what every destination is: something that takes blobs in any order and from several threads, and then the
-//! manifest that names them. What is not named by a manifest is of no account, so an export that is cut short has changed
-//! nothing.
+//! Every destination is a [`Sink`]: it takes blobs in any order and from several threads, and then
+//! the manifest that names them. A blob that no manifest names has no
+//! account, so an export that is cut short has changed nothing.
 
 pub mod archive;
 pub mod blob;
@@ -40,13 +41,14 @@ pub trait Sink: Sync {
     /// Whether the blob is there already, whole, so that a manifest may name it.
     fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool, ExportError>;
 
-    /// Takes what `write` writes as one blob, whose digest and size are known afterwards. `write` may be called again from
-    /// the beginning, and writes the same bytes each time. Blobs may be put from several threads at once; one that
-    /// is there already is no error. It need not be durable when this returns.
+    /// Takes the output of `write` as one blob, whose digest and size are known afterwards. `write`
+    /// may be called again from the beginning, and writes the same bytes each time. Blobs may be
+    /// put from several threads at once; one that is there already is no error. It need not be
+    /// durable when this returns.
     fn put_blob(&self, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError>;
 
-    /// Puts a manifest or an index under `tag`, or under its digest alone. Everything that it names has been put before. When
-    /// this returns, it and what it names are durable.
+    /// Puts a manifest or an index under `tag`, or under its digest alone. Everything that it names
+    /// has been put before. When this returns, it and what it names are durable.
     fn put_manifest(
         &self,
         media_type: &str,
@@ -55,7 +57,7 @@ pub trait Sink: Sync {
     ) -> Result<Digest, ExportError>;
 }
 
-/// Writes the bytes of a blob. What the writer refuses is an [`ExportError::Write`].
+/// Writes the bytes of a blob. A refusal of the writer is an [`ExportError::Write`].
 pub type WriteBlob<'a> = dyn FnMut(&mut dyn io::Write) -> Result<(), ExportError> + 'a;
 
 /// A blob in its place.
@@ -78,7 +80,7 @@ pub enum ExportError {
     Entry {
         /// The entry.
         entry: EntryName,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
     /// The contents of a file could not be read.
@@ -89,15 +91,15 @@ pub enum ExportError {
         /// The cause.
         source: io::Error,
     },
-    /// The destination did not take what was written.
+    /// The destination did not take the bytes.
     #[error("writing to the destination failed")]
     Write(#[source] io::Error),
     /// A file or directory of the destination.
     #[error("{op} {} failed", path.display())]
     Io {
-        /// What was being done.
+        /// The operation.
         op: &'static str,
-        /// To what.
+        /// Path of the object.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -107,7 +109,7 @@ pub enum ExportError {
     NotALayout {
         /// The directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         why: &'static str,
     },
     /// A document of the image cannot be put together.

@@ -48,7 +48,8 @@ fn in_pieces(to: &Repository, write: &mut WriteBlob<'_>) -> Result<Stored, Expor
     Ok(Stored { digest, size })
 }
 
-/// Sends a blob by way of a temporary file: its length and digest have to be known before its first byte.
+/// Sends a blob by way of a temporary file: its length and digest have to be known before its first
+/// byte.
 fn whole(to: &Repository, write: &mut WriteBlob<'_>) -> Result<Stored, ExportError> {
     let file = tempfile::tempfile().map_err(io_error(
         "making a temporary file in",

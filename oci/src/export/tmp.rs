@@ -1,5 +1,5 @@
-//! Files and directories on their way to their name, beside where they will be. Each is locked by who makes it, so that what a
-//! killed process has left is told from what is being made.
+//! Files and directories on their way to their name, beside where they will be. Each is locked by
+//! who makes it, so that remains of a killed process differ from files in the making.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,7 +9,7 @@ use tempfile::{Builder, NamedTempFile, TempDir};
 
 use super::{ExportError, io_error};
 
-/// What other users may do with what is made here, less the umask.
+/// Mode of new files, less the umask.
 const FILE_MODE: u32 = 0o644;
 const DIR_MODE: u32 = 0o755;
 
@@ -47,7 +47,8 @@ pub fn file(parent: &Path, prefix: &str) -> Result<NamedTempFile, ExportError> {
     Ok(file)
 }
 
-/// Removes what dead processes have left in `parent` under names that begin with `prefix`. Failing to is no harm.
+/// Removes what dead processes have left in `parent` under names that begin with `prefix`. Failing
+/// to is no harm.
 pub fn sweep(parent: &Path, prefix: &str) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();

@@ -1,4 +1,4 @@
-//! Who we are: credentials as docker and podman keep them, and what registries ask for.
+//! Credentials of docker and podman, and challenges of registries.
 
 use std::collections::HashMap;
 use std::env;
@@ -23,15 +23,15 @@ const MAX_HELPER_ANSWER: u64 = 64 << 10;
 const HELPER_TIME: Duration = Duration::from_secs(60);
 /// Between two looks at whether a helper that has answered has ended.
 const HELPER_POLL: Duration = Duration::from_millis(5);
-/// What a credential helper calls a user whose secret is an identity token.
+/// User name in a credential helper whose secret is an identity token.
 const TOKEN_USER: &str = "<token>";
 
-/// What we prove ourselves with.
+/// A credential.
 #[derive(PartialEq, Eq)]
 pub enum Credentials {
     /// A name and a password.
     Password(String, String),
-    /// What tokens are given out for.
+    /// An identity token, for which tokens are issued.
     Identity(String),
 }
 
@@ -54,7 +54,8 @@ impl Credentials {
     }
 }
 
-/// The files that may have credentials, the first to be asked first. They are read when a registry asks who we are.
+/// The files that may have credentials, the first to be asked first. They are read when a registry
+/// asks who we are.
 #[derive(Debug, Clone, Default)]
 pub struct AuthFiles(pub Vec<PathBuf>);
 
@@ -257,7 +258,7 @@ fn ask_program(program: &OsStr, host: &str, limit: Duration) -> io::Result<Optio
     }))
 }
 
-/// What a helper says about `host`. One that has nothing fails.
+/// A helper's answer for `host`. A helper without one fails.
 fn converse(child: &mut Child, host: &str, limit: Duration) -> io::Result<Option<Vec<u8>>> {
     let deadline = Instant::now() + limit;
     if let Some(mut stdin) = child.stdin.take() {
@@ -409,7 +410,8 @@ mod tests {
             ),
         ] {
             let program = dir.path().join("helper");
-            // By a process of its own: a file that this one writes may be open in a child of another test, and not run.
+            // By a process of its own: a file that this one writes may be open in a child of
+            // another test, and not run.
             let written = Command::new("sh")
                 .args([
                     "-c",

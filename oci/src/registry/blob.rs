@@ -17,8 +17,8 @@ const WINDOW: Duration = Duration::from_secs(60);
 /// See [`WINDOW`].
 pub const MIN_WINDOW: u64 = 64 << 10;
 
-/// Reads a blob. Whatever breaks is asked for again from the byte where it broke. It ends where the registry ends it, one byte
-/// after the promised size at the latest: whoever reads it compares.
+/// Reads a blob. A broken transfer resumes at the byte where it broke. It ends where the
+/// registry ends it, one byte after the promised size at the latest: the reader compares.
 pub struct Resumed {
     repository: Arc<Repository>,
     digest: Digest,
@@ -33,7 +33,7 @@ pub struct Resumed {
     fruitless: u32,
     waited: Duration,
     came: u64,
-    /// What ended it for good.
+    /// The final error.
     failed: Option<Arc<RegistryError>>,
 }
 
@@ -164,7 +164,8 @@ fn body_from(
         let start = range
             .strip_prefix("bytes ")
             .and_then(|range| range.split('-').next()?.trim().parse().ok());
-        // A part that does not say which one it is is the one that was asked for, or its digest will be wrong.
+        // A part that does not say which one it is is the one that was asked for, or its digest
+        // will be wrong.
         start.unwrap_or(at)
     } else {
         0
@@ -181,6 +182,6 @@ fn body_from(
             actual: starts_at.saturating_add(length),
         });
     }
-    // Who cannot resume sends all of it again.
+    // A server that cannot resume sends all of it again.
     Ok((response.into_body().into_reader(), at - starts_at))
 }

@@ -15,9 +15,10 @@ use super::{MAX_REDIRECTS, Patience, Refusal, RegistryError, Settings, without_p
 const MAX_HEADERS: usize = 64 << 10;
 /// Most characters of an address that are shown.
 const MAX_SHOWN: usize = 1000;
-/// What a connection reads at once: large enough that blobs do not wait for system calls.
+/// Bytes of one read of a connection: large enough that blobs do not wait for system calls.
 const INPUT_BUFFER: usize = 256 << 10;
-/// How long a body may take to be sent, however steadily it trickles, apart from its bytes at [`MIN_RATE`].
+/// How long a body may take to be sent, however steadily it trickles, apart from its bytes at
+/// [`MIN_RATE`].
 const SEND_TIME: Duration = Duration::from_secs(60);
 /// Bytes in a second that a registry must at least take.
 const MIN_RATE: u64 = 16 << 10;
@@ -31,7 +32,7 @@ pub struct Request<'a> {
     pub body: Payload<'a>,
 }
 
-/// What a request sends.
+/// Body of a request.
 #[derive(Clone, Copy)]
 pub enum Payload<'a> {
     Bytes(&'a [u8]),
@@ -118,9 +119,9 @@ impl Http {
         proxied.as_ref().unwrap_or(&self.direct)
     }
 
-    /// Sends a request. The redirects of a GET or HEAD are followed: never from https to http, and with `authorization` only as
-    /// long as they stay on the host that was asked. What changes something goes where it is meant to go and nowhere else: its
-    /// redirect is the answer.
+    /// Sends a request. The redirects of a GET or HEAD are followed: never from https to http, and
+    /// with `authorization` only as long as they stay on the host that was asked. A request
+    /// that changes something follows no redirect: the redirect is its answer.
     pub fn send(
         &self,
         request: &Request<'_>,
@@ -189,8 +190,8 @@ fn run(
     agent.run(request)
 }
 
-/// The certificates that this machine trusts, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. One that cannot be read is missing,
-/// which shows when it is needed.
+/// The certificates that this machine trusts, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. One
+/// that cannot be read is missing, which shows when it is needed.
 fn roots() -> &'static RootCerts {
     static ROOTS: OnceLock<RootCerts> = OnceLock::new();
     ROOTS.get_or_init(|| {
@@ -229,7 +230,7 @@ fn failed(url: &Uri, source: ureq::Error) -> Refusal {
     (error, None)
 }
 
-/// An address as it is shown: what comes after the question mark may be a secret.
+/// An address for messages: the part after the question mark may be a secret.
 pub fn without_query(url: &str) -> String {
     let shown = url.split('?').next().unwrap_or_default();
     shown.chars().take(MAX_SHOWN).collect()
@@ -243,7 +244,7 @@ fn is_https(url: &Uri) -> bool {
     url.scheme_str() == Some("https")
 }
 
-/// Whether what is meant for one address may go to the other.
+/// Whether a login for one address may go to the other.
 pub fn is_same_host(one: &Uri, other: &Uri) -> bool {
     one.authority() == other.authority() && one.scheme() == other.scheme()
 }
@@ -269,8 +270,8 @@ pub fn checked(from: &str, to: &str) -> Result<Uri, RegistryError> {
     Ok(to)
 }
 
-/// Where an answer from `at` leads: an address, or what is to be put in place of the end of this one (RFC 3986, without its
-/// dots).
+/// Where an answer from `at` leads: an address, or what is to be put in place of the end of this
+/// one (RFC 3986, without its dots).
 pub fn next(at: &Uri, location: &str) -> Result<Uri, RegistryError> {
     let from = at.to_string();
     let scheme = at.scheme_str().unwrap_or_default();

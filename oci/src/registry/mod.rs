@@ -1,10 +1,13 @@
-//! Images in registries: the part of the OCI distribution protocol that pulling and pushing need, over blocking HTTP.
+//! Images in registries: the part of the OCI distribution protocol that pulling and pushing need,
+//! over blocking HTTP.
 //!
-//! A registry may lie. Whatever it answers is bounded before it is read: redirects, challenges, retries, the size of documents
-//! and tokens, the rate at which a blob trickles. Blobs are checked against their digests by whoever reads them (see
-//! [`stream`](super::stream)); nothing here decides that bytes are right.
+//! A registry may lie. Its answers are bounded before they are read: redirects, challenges,
+//! retries, the size of documents and tokens, the rate at which a blob trickles. Blobs are checked
+//! against their digests by their readers (see [`stream`](super::stream)); nothing here
+//! decides that bytes are right.
 //!
-//! [`http`] sends one request, [`auth`] knows who we are, [`blob`] reads a blob across broken connections, and [`push`] sends one.
+//! [`http`] sends one request, [`auth`] knows who we are, [`blob`] reads a blob across broken
+//! connections, and [`push`] sends one.
 
 mod auth;
 mod blob;
@@ -56,23 +59,24 @@ const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json";
 
-/// Why a registry did not give what was asked for. Every message names the address, and with it registry, repository and digest.
+/// Why a request to a registry failed. Every message names the address, and with it
+/// registry, repository and digest.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// A variable of the environment makes no sense.
-    #[error("{variable} has {text:?}, which is not {expected}")]
+    #[error("{variable} is {text:?}, which is not {expected}")]
     Setting {
         /// The variable.
         variable: &'static str,
         /// The part of its value.
         text: String,
-        /// What it should be.
+        /// The expected form.
         expected: &'static str,
     },
     /// No answer.
     #[error("requesting {url} failed")]
     Http {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
         /// The cause.
         source: Box<ureq::Error>,
@@ -80,9 +84,9 @@ pub enum RegistryError {
     /// No such thing there.
     #[error("{url} does not exist{detail}")]
     NotFound {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
-        /// What the registry says about it.
+        /// Message of the registry, if any.
         detail: String,
     },
     /// Not for us.
@@ -90,27 +94,27 @@ pub enum RegistryError {
     Unauthorized {
         /// The registry.
         host: String,
-        /// What was asked for.
+        /// Address of the request.
         url: String,
         /// As whom it was asked for.
         who: &'static str,
-        /// What the registry says about it.
+        /// Message of the registry, if any.
         detail: String,
     },
-    /// An answer that is none.
+    /// An unexpected answer.
     #[error("{url} answers {status}{detail}")]
     Status {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
         /// The HTTP status.
         status: u16,
-        /// What the registry says about it.
+        /// Message of the registry, if any.
         detail: String,
     },
     /// From https to http.
     #[error("{url} leads to {to}, which is not encrypted")]
     Downgrade {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
         /// Where it leads.
         to: String,
@@ -118,7 +122,7 @@ pub enum RegistryError {
     /// To nowhere.
     #[error("{url} leads to {to:?}, which is not an http or https address")]
     Address {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
         /// Where it leads.
         to: String,
@@ -126,13 +130,13 @@ pub enum RegistryError {
     /// Too many redirects, most likely in a circle.
     #[error("{url} leads through more than {MAX_REDIRECTS} redirects")]
     Redirects {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
     },
     /// An unknown way to log in.
     #[error("{url} asks for a login in a way that is not supported")]
     Challenge {
-        /// What was asked for.
+        /// Address of the request.
         url: String,
     },
     /// No token.
@@ -160,7 +164,7 @@ pub enum RegistryError {
         repository: String,
         /// As whom it was tried.
         who: &'static str,
-        /// What the registry says about it.
+        /// Message of the registry, if any.
         detail: String,
     },
     /// Takes only blobs that fit into one request.
@@ -168,7 +172,7 @@ pub enum RegistryError {
     Pieces {
         /// The registry.
         host: String,
-        /// What the registry says about it.
+        /// Message of the registry, if any.
         detail: String,
     },
     /// Bytes of an upload that were not sent, or are not there any more.
@@ -188,7 +192,7 @@ pub enum RegistryError {
         url: String,
         /// Its digest.
         expected: Digest,
-        /// What the registry calls it.
+        /// The registry's digest of it.
         actual: String,
     },
     /// Another part of a blob than the one that was asked for.
@@ -249,7 +253,7 @@ impl RegistryError {
         };
         match self {
             Self::Http { source, .. } => match source.as_ref() {
-                // Nobody there now is nobody there in a moment.
+                // An absent server stays absent for a while.
                 ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => false,
                 ureq::Error::Timeout(_) => true,
                 ureq::Error::Io(error) => matches!(
@@ -311,7 +315,7 @@ pub struct Mirror {
     pub of: String,
     /// The host, with its port if it has one.
     pub host: String,
-    /// What comes before the repository there; empty, or ending in a slash.
+    /// Prefix of the repository there; empty, or ending in a slash.
     pub prefix: String,
 }
 
@@ -326,7 +330,7 @@ pub struct Proxies {
     pub except: Vec<String>,
 }
 
-/// What the user says about registries.
+/// The user's settings about registries.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// Hosts, with or without a port, that are spoken to without TLS.
@@ -335,15 +339,15 @@ pub struct Settings {
     pub mirrors: Vec<Mirror>,
     /// How to get out of here.
     pub proxies: Proxies,
-    /// Who we are.
+    /// Files with credentials.
     pub auth: AuthFiles,
     /// How long to wait.
     pub patience: Patience,
 }
 
 impl Settings {
-    /// What the environment says: `III_INSECURE_REGISTRIES`, `III_REGISTRY_MIRRORS`, the usual variables for proxies, and where docker
-    /// and podman keep their credentials.
+    /// Settings of the environment: `III_INSECURE_REGISTRIES`, `III_REGISTRY_MIRRORS`, the usual
+    /// variables for proxies, and where docker and podman keep their credentials.
     pub fn from_environment() -> Result<Self, RegistryError> {
         let list = |variable| {
             let text = env::var(variable).unwrap_or_default();
@@ -389,7 +393,7 @@ fn parse_mirrors(entries: &[String]) -> Result<Vec<Mirror>, RegistryError> {
     let parse = |entry: &String| {
         let (of, place) = entry.split_once('=')?;
         let (host, prefix) = place.split_once('/').unwrap_or((place, ""));
-        // What can stand in the name of an image can be a mirror.
+        // A mirror has the form of a part of an image's name.
         let name: Reference = format!("{host}/{prefix}/x")
             .replace("//", "/")
             .parse()
@@ -420,8 +424,8 @@ fn without_port(host: &str) -> &str {
     }
 }
 
-/// One repository, wherever it can be had. All that is read of it, documents and blobs, comes through here; any number of
-/// threads may ask at once.
+/// One repository, in its registry and mirrors. All reads of it, documents and blobs, come through
+/// here; any number of threads may ask at once.
 #[derive(Debug)]
 pub struct Repository {
     http: Http,
@@ -438,7 +442,7 @@ struct Place {
     /// Address of the repository, without a slash at its end.
     base: String,
     repository: String,
-    /// What a token has to allow.
+    /// Actions that a token has to permit.
     actions: &'static str,
     auth: AuthFiles,
     /// Names that credentials for this host may have.
@@ -446,11 +450,12 @@ struct Place {
     login: Mutex<Login>,
 }
 
-/// What is sent along with requests.
+/// Headers of requests.
 #[derive(Default)]
 struct Login {
     authorization: Option<String>,
-    /// Counts what was sent along, so that a thread sees whether another has logged in again meanwhile.
+    /// Counts what was sent along, so that a thread sees whether another has logged in again
+    /// meanwhile.
     number: u64,
     has_credentials: bool,
 }
@@ -463,7 +468,7 @@ impl std::fmt::Debug for Login {
     }
 }
 
-/// What is asked for.
+/// The object of a request.
 #[derive(Debug, Clone, Copy)]
 enum Item<'a> {
     /// A manifest or an index, by tag or digest.
@@ -522,7 +527,8 @@ impl Repository {
         }))
     }
 
-    /// Opens a manifest or an index, by its tag or digest. Also returns its media type as the registry gives it.
+    /// Opens a manifest or an index, by its tag or digest. Also returns its media type as the
+    /// registry gives it.
     pub fn manifest(
         &self,
         tag_or_digest: &str,
@@ -547,7 +553,7 @@ impl Repository {
         )?))
     }
 
-    /// Asks one place after the other. What the last one says is the error: it is the registry itself.
+    /// Asks one place after the other. The error is that of the last one, the registry itself.
     fn get(&self, item: Item<'_>, from: u64) -> Result<Answer, RegistryError> {
         let mut mirrors = self.mirrors.iter();
         let mirrored = mirrors.find_map(|place| self.get_at(place, item, from).ok());
@@ -630,7 +636,8 @@ impl Repository {
     }
 }
 
-/// Opens what is at `url`, which needs no login. Redirects are followed as for blobs; nothing is tried twice.
+/// Opens what is at `url`, which needs no login. Redirects are followed as for blobs; nothing is
+/// tried twice.
 pub fn download(url: &str, settings: &Settings) -> Result<Box<dyn Read + Send>, RegistryError> {
     let sent = Http::new(settings)?.send(&Request::new(Method::GET, url), None);
     let response = sent.map_err(|(error, _)| error)?.response;
@@ -682,7 +689,8 @@ impl Place {
         (login.authorization.clone(), login.number)
     }
 
-    /// Does what the challenge in `response` asks for, unless another thread has done so since `number`.
+    /// Does what the challenge in `response` asks for, unless another thread has done so since
+    /// `number`.
     fn log_in(
         &self,
         http: &Http,
@@ -797,7 +805,7 @@ impl Place {
         (error, wait)
     }
 
-    /// What it means to be refused where something was to be written.
+    /// The meaning of a refusal of a write.
     fn not_allowed(&self, (error, wait): Refusal) -> Refusal {
         let error = match error {
             RegistryError::Unauthorized {
@@ -852,7 +860,7 @@ fn header_text(response: &Response<Body>, name: &header::HeaderName) -> Option<S
     value.to_str().ok().map(str::to_owned)
 }
 
-/// What the registry says about an error, made fit to be shown.
+/// The registry's message about an error, made safe to print.
 fn error_message(body: &[u8]) -> String {
     #[derive(serde::Deserialize)]
     struct Errors {

@@ -1,8 +1,10 @@
 //! Pushing: a blob in pieces, each of which can be sent again, and manifests at once.
 //!
-//! A blob's length and digest need not be known before its last byte. One of at most [`CHUNK`] bytes goes in one request; a longer
-//! one in pieces of that size, of which one is in memory. (A registry that takes no pieces gets a file in one request.) When a connection breaks, the registry is asked how much it has, and
-//! gets the rest: what is lost is the rest of one piece. Mirrors are not pushed to.
+//! A blob's length and digest need not be known before its last byte. One of at most [`CHUNK`]
+//! bytes goes in one request; a longer one in pieces of that size, of which one is in memory. (A
+//! registry that takes no pieces gets a file in one request.) When a connection breaks, the
+//! registry is asked how much it has, and gets the rest: only the rest of one piece is lost.
+//! Mirrors are not pushed to.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use crate::text::shown;
 pub const CHUNK: usize = 8 << 20;
 /// Largest piece that a registry may insist on.
 const MAX_CHUNK: usize = 64 << 20;
-/// What a registry says its pieces must at least have (OCI distribution 1.1).
+/// Header with a registry's least size of a piece (OCI distribution 1.1).
 const MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 /// Characters shown of a digest that is not the one asked for.
@@ -74,12 +76,14 @@ impl Repository {
         Ok(digest)
     }
 
-    /// Sends a file as one blob in one request, for registries that take no pieces. What breaks begins again.
+    /// Sends a file as one blob in one request, for registries that take no pieces. A broken
+    /// request begins again.
     pub fn put_file(&self, file: &File, digest: &Digest) -> Result<(), RegistryError> {
         self.upload().complete(digest, Payload::File(file))
     }
 
-    /// Gives a manifest or an index the name `name`, a tag or its digest. What it names has to be there already.
+    /// Gives a manifest or an index the name `name`, a tag or its digest. Its blobs have to be
+    /// there already.
     pub fn put_manifest(
         &self,
         name: &str,
@@ -154,7 +158,7 @@ impl Upload<'_> {
         Ok((digest, self.size))
     }
 
-    /// Has the registry take what it got, and `rest` behind it, as the blob `digest`.
+    /// Completes the blob `digest` from the sent pieces and `rest`.
     fn complete(&mut self, digest: &Digest, rest: Payload<'_>) -> Result<(), RegistryError> {
         let patience = &self.repository.patience;
         let mut tried = 1;
@@ -301,7 +305,7 @@ impl Upload<'_> {
         Ok(())
     }
 
-    /// What it means if the first piece is refused.
+    /// The meaning of a refused first piece.
     fn in_pieces(&self, error: RegistryError) -> RegistryError {
         let host = || self.repository.itself.host.clone();
         match error {
@@ -327,7 +331,8 @@ impl Upload<'_> {
     }
 }
 
-/// Of `Range: 0-N`, the number of bytes: N + 1. That of none is written `0-0`; where `at` bytes were there before, it means one.
+/// Of `Range: 0-N`, the number of bytes: N + 1. That of none is written `0-0`; where `at` bytes
+/// were there before, it means one.
 fn received(response: &Response<Body>, at: u64) -> Option<u64> {
     let range = header_text(response, &header::RANGE)?;
     let range = range.trim();

@@ -34,13 +34,13 @@ impl Request {
     }
 }
 
-/// What the server does with a request.
+/// The server's reaction to a request.
 pub enum Reply {
     /// Status, headers, body; the length of the body is added.
     Full(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// Exactly these bytes, then the end of the connection.
     Raw(Vec<u8>),
-    /// These bytes, and then the last ones again and again until nobody listens.
+    /// These bytes, and then the last ones again and again until the client is gone.
     Endless(Vec<u8>, Vec<u8>),
 }
 
@@ -174,7 +174,8 @@ impl Content {
         json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() })
     }
 
-    /// An image of these layers under the tag `tag`. Returns its descriptor, and those of its layers.
+    /// An image of these layers under the tag `tag`. Returns its descriptor, and those of its
+    /// layers.
     fn image(&mut self, tag: &str, arch: &str, archives: &[Vec<u8>]) -> (Value, Vec<Value>) {
         let diff_ids: Vec<_> = archives.iter().map(|one| Digest::of(one)).collect();
         let config = json!({
@@ -861,7 +862,7 @@ fn mirrors_are_asked_first_and_the_registry_last() {
     let mut content = Content::default();
     content.image("1", arch(), &[archive(1, 10)]);
     let mirrored = content.clone();
-    // Has everything but the layers, below a prefix.
+    // A mirror of everything but the layers, below a prefix.
     let mirror = Server::new(move |request| {
         let mut request = request.clone();
         request.path = request.path.replace("/v2/pre/fix/", "/v2/");

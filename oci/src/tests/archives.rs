@@ -1,4 +1,4 @@
-//! What archives mean, and which are refused.
+//! The meaning of archives, and their refusals.
 
 use super::*;
 

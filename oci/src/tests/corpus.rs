@@ -1,4 +1,5 @@
-//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain without a fuzzer can do.
+//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain
+//! without a fuzzer can do.
 
 use std::fs;
 use std::io::Write as _;
@@ -20,7 +21,7 @@ fn corpus(target: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)
 }
 
-/// What decides which variant it is.
+/// Random bytes that decide the variant.
 fn noise(number: u64) -> [u8; 64] {
     let mut bytes = [0; 64];
     let mut hasher = blake3::Hasher::new();

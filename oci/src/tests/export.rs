@@ -204,7 +204,7 @@ fn times_and_owners(tree: &mut Dir, text: &dyn Fn(&str) -> Content) {
     }
 }
 
-/// Around what fits into a header: 100 bytes, or 155 and 100 with a slash between.
+/// Around the size of a header: 100 bytes, or 155 and 100 with a slash between.
 fn long_names(tree: &mut Dir, text: &dyn Fn(&str) -> Content) {
     for dir in [0_usize, 1, 98, 99, 100, 154, 155, 156, 255] {
         for name in [1_usize, 99, 100, 101, 255] {
@@ -402,7 +402,7 @@ fn what_no_archive_can_hold() {
         });
         let error = tar_of(&test, &layer, &[]).expect_err(path).to_string();
         assert!(error.contains(expected), "{error}");
-        // What is left out need not fit.
+        // An excluded path need not fit.
         tar_of(&test, &layer, &[path.as_bytes()]).unwrap();
     }
     let layer = publish(&test, |_| {
@@ -721,7 +721,7 @@ fn an_export_is_imported_as_it_was() {
     let archive = DockerArchiveSink::create(&path, "me:1".to_owned()).unwrap();
     export(&test, &layers, &archive, None, &|_| {}).unwrap();
     drop(archive);
-    // What is imported was not known by these archives before.
+    // The import did not know these archives before.
     let other = TestStore::new();
     for (path, name, digest) in [(&dir, "a:v1", Some(put.digest)), (&path, "me:1", None)] {
         let image = import(&other, path, name).unwrap();
@@ -849,7 +849,7 @@ fn what_the_documents_say() {
             ],
         });
         assert_eq!(config, expected);
-        // What is not to be remembered is not.
+        // No record is kept against the caller's wish.
         let keys = std::fs::read_dir(test.store.dir().join("keys")).unwrap();
         assert_eq!(keys.count(), 0);
     }
@@ -904,7 +904,7 @@ fn a_layout_keeps_its_other_images() {
         serde_json::from_slice(&std::fs::read(dir.join("index.json")).unwrap()).unwrap()
     };
     assert_eq!(index()["manifests"], serde_json::json!([]));
-    // Of somebody who knows more of indexes than we do.
+    // Of a tool with a later version of indexes.
     let foreign = serde_json::json!({
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "digest": format!("sha256:{}", "0".repeat(64)),
@@ -979,7 +979,7 @@ fn what_cannot_be_a_destination() {
         let error = chain(&put.expect_err(expected));
         assert!(error.contains(expected), "{error}");
         assert!(error.contains(dir.to_str().unwrap()), "{error}");
-        // What is refused is left alone, but for room for blobs in what is a layout.
+        // A refused directory is left alone, except for room for blobs in a layout.
         let after = std::fs::read_dir(&dir).unwrap().count();
         assert!(after == before || dir.join("blobs").is_dir(), "{dir:?}");
     }
@@ -1004,7 +1004,7 @@ fn what_cannot_be_a_destination() {
     }
 }
 
-/// Whatever is left of one who was killed goes, and whatever somebody is at stays.
+/// Remains of a killed process go, and files in the making stay.
 #[test]
 fn leftovers_of_the_killed_are_removed() {
     let test = TestStore::new();

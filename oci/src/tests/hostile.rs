@@ -1,7 +1,7 @@
-//! Archives that have harmed others, each with what becomes of it: refused, with the entry named, or contained, with the tree
-//! that GNU tar and umoci make of it, where these take it.
+//! Archives that have harmed others, each with its outcome: refused, with the entry named,
+//! or contained, with the tree that GNU tar and umoci make of it, where these take it.
 //!
-//! What is only malformed, or over a limit, is in [`archives`](super::archives).
+//! Archives that are only malformed, or over a limit, are in [`archives`](super::archives).
 
 use std::fs;
 use std::io::Write as _;
@@ -19,7 +19,7 @@ use super::gnu_tar::take;
 use super::images::{Packing, pack, tagged, tool};
 use super::*;
 
-/// Who else takes it.
+/// Other tools that accept it.
 #[derive(Clone, Copy, PartialEq)]
 enum Peers {
     /// GNU tar, which knows no layers, and umoci.
@@ -722,7 +722,7 @@ fn what_could_only_deceive_is_refused_by_name() {
     }
 }
 
-/// What is wrong with a blob, the blob, and the tree or the error.
+/// The fault of a blob, the blob, and the tree or the error.
 type Packed<'a> = (&'a str, Vec<u8>, Result<&'a [&'a str], &'a str>);
 
 /// A frame of zstd with one block as it is, and a window of `2^log` bytes.

@@ -236,7 +236,7 @@ fn a_layer_is_unpacked_once() {
     let two = import(&test, &layout.dir, "two").unwrap();
     assert_eq!(two.image.layers[0], one.image.layers[0]);
     assert_eq!(show(&test, &two.image), two_layers());
-    // What a layer took from those below it is not taken for its own on others.
+    // Entries that a layer took from those below are not its own on others.
     let other = Tar::default().file("etc/name", "other").end();
     let layers = [
         layout.layer(&other, Packing::Plain),

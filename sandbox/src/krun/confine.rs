@@ -1,13 +1,15 @@
-//! What of this machine the process of a microVM may touch: landlock for files, no capabilities, and the filter of
-//! [`super::filter`] for the rest.
+//! Limits of the process of a microVM on this machine: landlock for files, no capabilities,
+//! and the filter of [`super::filter`] for the rest.
 //!
-//! It is put on before there are threads, layers or a guest. From then on the process reads the store, writes its upper and the
-//! directories that the guest mounts, and opens `/dev/kvm`. The upper is opened by the tool afterwards, which nothing confines: so
-//! only regular files and directories can be made there, and nothing can be moved or linked to it or from it.
+//! It is put on before there are threads, layers or a guest. From then on the process reads the
+//! store, writes its upper and the directories that the guest mounts, and opens `/dev/kvm`. The
+//! upper is opened by the tool afterwards, which nothing confines: so only regular files and
+//! directories can be made there, and nothing can be moved or linked to it or from it.
 //!
-//! Landlock says who may open a file, and make or remove a name. It says nothing of modes, owners and times, nor of asking
-//! whether something is there. A kernel without it, or before 5.19, confines files by their owners and modes alone; before
-//! 6.2, what the user may write could be emptied by opening it.
+//! Landlock says who may open a file, and make or remove a name. It says nothing of modes, owners
+//! and times, nor of asking whether something is there. A kernel without it, or before 5.19,
+//! confines files by their owners and modes alone; before 6.2, a file that the user may write could
+//! be emptied by opening it.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -23,7 +25,8 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use super::filter;
 use crate::kvm;
 
-/// What is written for. What a later version knows besides is not asked for, since it was not tried.
+/// The version that this is written for. Rights of later versions are not used, since they were not
+/// tried.
 const KNOWN: ABI = ABI::V7;
 /// The first version that lets a file move to another directory.
 const NEEDED: ABI = ABI::V2;
@@ -64,8 +67,8 @@ pub fn has_landlock() -> bool {
     needed.is_ok()
 }
 
-/// Confines this thread and those that it starts, for good. `control` leads to the tool. Returns what [`super::watch::Watch`]
-/// answers on.
+/// Confines this thread and those that it starts, for good. `control` leads to the tool. Returns
+/// what [`super::watch::Watch`] answers on.
 pub(super) fn confine(files: &Files<'_>, control: BorrowedFd<'_>) -> Result<OwnedFd, ConfineError> {
     let capabilities = needed_capabilities(files.store);
     restrict(files)
@@ -103,7 +106,7 @@ fn restrict(files: &Files<'_>) -> Result<(), RulesetError> {
         .scope(Scope::from_all(KNOWN))?
         .create()?;
     let mut allow = |path: &Path, access: BitFlags<AccessFs>| {
-        // What is not there cannot be opened either; its absence is told by whoever misses it.
+        // A missing path cannot be opened either; its later user reports the absence.
         if let Ok(path) = PathFd::new(path) {
             (&mut ruleset).add_rule(PathBeneath::new(path, access))?;
         }
@@ -138,12 +141,12 @@ mod tests {
 
     use super::*;
 
-    /// What a thread may do that is confined to `files`.
+    /// The result of `act` on a thread that is confined to `files`.
     fn confined<T: Send>(files: &Files<'_>, act: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let acting = scope.spawn(|| {
                 let control = UnixStream::pair().unwrap().0;
-                // Nobody answers.
+                // No process answers.
                 drop(confine(files, control.as_fd()).unwrap());
                 act()
             });
@@ -218,21 +221,21 @@ mod tests {
                 fs::rename(path("store/layers/a"), path("upper/a")).err(),
                 fs::write(path("store/packs/b"), "other").err(),
                 fs::rename(path("upper/data/2"), path("ssh/2")).err(),
-                // Of what is in the upper, the tool opens what it finds.
+                // The tool opens the files that it finds in the upper.
                 symlink("/etc/shadow", path("upper/data/3")).err(),
                 node("upper/data/3", FileType::Fifo).err(),
                 node("upper/data/3", FileType::Socket).err(),
                 fs::rename(path("volume/link"), path("upper/data/3")).err(),
                 fs::rename(path("volume/fifo"), path("upper/data/3")).err(),
                 fs::hard_link(path("volume/file"), path("upper/data/3")).err(),
-                // Whoever has a file open can write to it wherever it is.
+                // A process with an open file can write to it anywhere.
                 fs::hard_link(path("upper/data/2"), path("store/layers/d")).err(),
                 fs::rename(path("upper/data/2"), path("store/packs/d")).err(),
                 fs::rename(path("volume/file"), path("store/packs/d")).err(),
                 fs::rename(path("store/trash/1/c"), path("store/layers/c")).err(),
                 fs::read("/proc/self/environ").err(),
                 File::open("/dev/null").err(),
-                // Whom nobody answers for, does not connect.
+                // Without an answer, a thread does not connect.
                 TcpStream::connect("127.0.0.1:1").err(),
             ]
             .map(|error| error.map(|error| error.kind()))

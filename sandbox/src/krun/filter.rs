@@ -1,12 +1,14 @@
-//! What the process of a microVM may ask of its kernel: a seccomp filter.
+//! The system calls of a microVM's process: a seccomp filter.
 //!
-//! It refuses what a virtual machine monitor never needs and somebody who has taken one over would: programs, other processes,
-//! namespaces and mounts, keys, modules, and the interfaces with a history of holes. It is a list of what is refused, not of what
-//! is allowed: what a libc, an allocator and KVM's next version call is not known, and a worker that dies of an upgrade would teach
-//! people to switch the filter off. Files are landlock's part: see `confine`.
+//! It refuses calls that a virtual machine monitor never needs and an attacker inside one would:
+//! programs, other processes, namespaces and mounts, keys, modules, and the interfaces with a
+//! history of holes. It is a list of refused calls, not of allowed ones: the calls of a libc,
+//! an allocator and KVM's next version are not known, and a worker that dies of an upgrade would
+//! teach people to switch the filter off. Files are landlock's part: see `confine`.
 //!
-//! Whatever leads to another process, by an address, goes through [`super::watch`] in the tool: connecting, binding, and sending to
-//! an address. Messages with descriptors may be sent to the tool alone.
+//! Every call that leads to another process by an address goes through [`super::watch`] in the
+//! tool: connecting, binding, and sending to an address. Messages with descriptors may be sent to
+//! the tool alone.
 
 use std::io;
 use std::mem;
@@ -28,7 +30,7 @@ const FOREIGN: u32 = 0x4000_0000;
 #[cfg(target_arch = "aarch64")]
 const FOREIGN: u32 = u32::MAX;
 
-/// What is never needed.
+/// Calls that are never needed.
 const REFUSED: &[i64] = &[
     // Programs.
     libc::SYS_execve,
@@ -76,7 +78,7 @@ const REFUSED: &[i64] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_sendmmsg,
-    // Closes, among others, what may not be closed.
+    // Closes, among others, descriptors that must stay open.
     libc::SYS_close_range,
     // Holes of the past.
     libc::SYS_bpf,
@@ -148,7 +150,7 @@ impl Program {
         self.push(BPF_RET | BPF_K, [0, 0], answer)
     }
 
-    /// What becomes of a call; `what` has to end with an answer.
+    /// The rule of a call; `what` has to end with an answer.
     fn on(&mut self, call: i64, what: impl FnOnce(&mut Self)) -> &mut Self {
         let mut part = Self::default();
         what(&mut part);
@@ -198,7 +200,7 @@ fn program(control: RawFd, pid: u32) -> Vec<sock_filter> {
             it.answer(SECCOMP_RET_USER_NOTIF);
         });
     }
-    // Most of what is sent goes where the socket is connected to.
+    // Most messages go to the peer that the socket is connected to.
     program.on(libc::SYS_sendto, |it| {
         it.only(4, ALL, &[0], SECCOMP_RET_USER_NOTIF)
             .load(of_argument(4) + size_of::<u32>())
@@ -246,7 +248,8 @@ fn program(control: RawFd, pid: u32) -> Vec<sock_filter> {
     program.on(libc::SYS_clone3, |it| {
         it.answer(fails_with(libc::ENOSYS));
     });
-    // Threads, and nothing else: another process would have the socket to the tool, and outlive this one.
+    // Threads, and nothing else: another process would have the socket to the tool, and outlive
+    // this one.
     program.on(libc::SYS_clone, |it| {
         let thread = libc::CLONE_THREAD as u32;
         it.only(0, NEW_NAMESPACE | thread, &[thread], refuse)
@@ -267,8 +270,8 @@ fn program(control: RawFd, pid: u32) -> Vec<sock_filter> {
     program.0
 }
 
-/// Puts the filter on this thread and those that it starts from now on, for good. Returns what a [`super::watch::Watch`] answers on:
-/// until there is one, calls that it is asked about wait.
+/// Puts the filter on this thread and those that it starts from now on, for good. Returns what a
+/// [`super::watch::Watch`] answers on: until there is one, calls that it is asked about wait.
 pub fn install(control: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let program = program(control.as_raw_fd(), std::process::id());
     let filter = libc::sock_fprog {
@@ -276,7 +279,8 @@ pub fn install(control: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         filter: program.as_ptr().cast_mut(),
     };
     rustix::thread::set_no_new_privs(true)?;
-    // SAFETY: the program is as long as said and outlives the call, which copies it; what comes back is a new descriptor.
+    // SAFETY: the program is as long as said and outlives the call, which copies it; what comes
+    // back is a new descriptor.
     unsafe {
         let fd = libc::syscall(
             libc::SYS_seccomp,

@@ -18,12 +18,14 @@
 //!                              exit
 //! ```
 //!
-//! The process of the VM serves the guest's filesystem and holds its memory; the tool supervises and never touches either. What
-//! the guest sends to the tool are framed messages and the bytes that its commands print. When the tool goes, the socket
-//! closes, and the process goes with the VM in it.
+//! The process of the VM serves the guest's filesystem and holds its memory; the tool supervises
+//! and never touches either. The guest sends framed messages and the output of its commands to the
+//! tool. When the tool goes, the socket closes, and the process goes with the VM
+//! in it.
 //!
-//! On Linux, that process gives up all that it does not need before it opens a layer (`confine`, `filter`), and its connections are
-//! made by the tool (`watch`), where [`Reach`] allows them. On macOS it is started in a sandbox of the system's (`seatbelt`).
+//! On Linux, that process gives up all that it does not need before it opens a layer (`confine`,
+//! `filter`), and its connections are made by the tool (`watch`), where [`Reach`] allows them. On
+//! macOS it is started in a sandbox of the system's (`seatbelt`).
 
 #[cfg(target_os = "linux")]
 mod confine;
@@ -73,12 +75,13 @@ use vm::{FromVm, ToVm, VmPlan, VmVolume};
 #[cfg(target_os = "linux")]
 use watch::Watch;
 
-/// How long a guest has from the start of its process until its init speaks. With hardware that is a fraction of a second; this is for
-/// machines that emulate it.
+/// How long a guest has from the start of its process until its init speaks. With hardware that is
+/// a fraction of a second; this is for machines that emulate it.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// What a guest has beyond the grace of a stop, to do what its init was told, and to go off once its command has ended.
+/// Time of a guest beyond the grace of a stop, to carry out its init's orders and to shut down once
+/// its command has ended.
 const GOING_LIMIT: Duration = Duration::from_secs(30);
-/// What the process of a VM has to end in once its socket is closed.
+/// Time of a VM's process to end once its socket is closed.
 const END_LIMIT: Duration = Duration::from_secs(1);
 /// How often it is looked whether it has.
 const END_POLL: Duration = Duration::from_millis(5);
@@ -89,8 +92,8 @@ const MAX_UNREAD: usize = 256;
 /// Streams of commands that are kept until they are asked for.
 const MAX_STREAMS: usize = 16;
 
-/// The machine that a command runs in, and the overlay that is its root. The layers, and those that the upper stood on
-/// last, have to be pinned until the sandbox has ended.
+/// The machine that a command runs in, and the overlay that is its root. The layers, and those that
+/// the upper stood on last, have to be pinned until the sandbox has ended.
 #[derive(Clone, Debug)]
 pub struct Machine {
     /// The store's directory.
@@ -101,7 +104,7 @@ pub struct Machine {
     pub upper: PathBuf,
     /// How to open the overlay.
     pub overlay: OverlayOptions,
-    /// Whether the guest's kernel may keep what it knows.
+    /// Whether the guest's kernel may cache.
     pub mode: Mode,
     /// Virtual cpus, at least 1.
     pub cpus: u8,
@@ -109,11 +112,11 @@ pub struct Machine {
     pub memory_mib: u32,
     /// The library with the guest's kernel.
     pub libkrunfw: PathBuf,
-    /// Where the console's output is written; what was there goes.
+    /// File for the console's output; old contents go.
     pub console: PathBuf,
 }
 
-/// What happens to a VM.
+/// An event of a VM.
 enum Event {
     Vm(FromVm, Vec<OwnedFd>),
     /// The VM's process is gone, or talks nonsense.
@@ -130,12 +133,13 @@ enum Event {
 /// The way to the guest's init.
 struct Guest {
     stream: UnixStream,
-    /// To a thread that writes, since a guest that does not read may hold up nobody else.
+    /// To a thread that writes, since a guest that does not read may not delay others.
     frames: SyncSender<Vec<u8>>,
 }
 
 impl Guest {
-    /// Where it cannot be told, it has ended, or will be ended. The error is that of a message that is too long.
+    /// Where it cannot be told, it has ended, or will be ended. The error is that of a message that
+    /// is too long.
     fn send(&self, message: &ToGuest) -> io::Result<()> {
         let _ = self.frames.try_send(frame::bytes_of(message)?);
         Ok(())
@@ -148,7 +152,7 @@ pub(super) struct Vm {
     /// Closed by the tool's end, with which the VM's process ends.
     control: Arc<Socket>,
     console: PathBuf,
-    /// What the guest may reach, until its process has asked for it.
+    /// The guest's reach, until its process has asked for it.
     #[cfg(target_os = "linux")]
     reach: Option<Reach>,
     events: Receiver<Event>,
@@ -176,7 +180,7 @@ impl Vm {
         if let Some(mount) = spec.mounts.iter().find(|m| m.read_only || !m.host.is_dir()) {
             let target = &mount.target;
             return Err(SandboxError::Spec(format!(
-                "a microVM shares whole directories, to read and write; the mount at {target} is another"
+                "a microVM shares whole directories, to read and write; the mount at {target} is not of that kind"
             )));
         }
         let volumes = spec.mounts.iter().enumerate();
@@ -217,7 +221,7 @@ impl Vm {
 
     /// Waits until the machine is off. The command's status; SIGKILL's where a stop took too long.
     pub fn wait(&mut self) -> Result<ExitStatus, SandboxError> {
-        // What was printed has to be out of the guest before it goes off.
+        // All output has to leave the guest before it shuts down.
         while self.exited.is_none() || self.draining > 0 {
             if self.gone && self.exited.is_none() {
                 return Err(self.ended());
@@ -266,7 +270,8 @@ impl Vm {
         true
     }
 
-    /// What the overlay observed, once the machine is off; `None` if it did not go off by itself.
+    /// The overlay's observations after the machine's end; `None` if it did not shut down by
+    /// itself.
     pub fn facts(&mut self) -> Option<Vec<Fact>> {
         self.facts.take()
     }
@@ -327,7 +332,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// The next event of the machine's start; what means that it will not run is an error.
+    /// The next event of the machine's start; an event that prevents its start is an error.
     fn next_of_start(&mut self, deadline: Instant) -> Result<Option<Event>, SandboxError> {
         match self.next(Some(deadline)) {
             Ok(Some(Event::Vm(FromVm::Failed(cause), _))) => Err(cause.into()),
@@ -357,7 +362,7 @@ impl Vm {
         }
     }
 
-    /// Has a thread make the connections of the guest, which ends with its process.
+    /// Starts a thread that makes the guest's connections and ends with its process.
     #[cfg(target_os = "linux")]
     fn watch(&mut self, mut fds: Vec<OwnedFd>) -> Result<(), SandboxError> {
         let (Some(listener), Some(reach)) = (fds.pop(), self.reach.take()) else {
@@ -372,7 +377,8 @@ impl Vm {
         .map(drop)
     }
 
-    /// The next event, within what is left until `deadline` and the end that was set. `None` for what needs nothing more.
+    /// The next event, within what is left until `deadline` and the end that was set. `None` for
+    /// an event that is dealt with.
     fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Event>, RecvTimeoutError> {
         let event = if let Some(at) = deadline.into_iter().chain(self.end_by).min() {
             let left = at.saturating_duration_since(Instant::now());
@@ -509,7 +515,7 @@ impl Vm {
         for (name, from, to) in [("stdout", output, to_output), ("stderr", errors, to_errors)] {
             let sender = self.sender.clone();
             spawn_thread(name, move || {
-                // When nobody reads any more, the guest's command is told by its pipe.
+                // When the reader is gone, the guest's command sees it on its pipe.
                 let _ = io::copy(&mut File::from(from), &mut File::from(to));
                 let _ = sender.send(Event::Drained);
             })?;
@@ -532,7 +538,8 @@ impl Vm {
         self.gone = true;
     }
 
-    /// Has the VM's process end, by itself if it soon does: that its socket is closed can be its own doing.
+    /// Ends the VM's process, or lets it end by itself if it soon does: that its socket is closed
+    /// can be its own doing.
     fn reap(&mut self) -> io::Result<ExitStatus> {
         let deadline = Instant::now() + END_LIMIT;
         while self.child.try_wait()?.is_none() && Instant::now() < deadline {
@@ -627,11 +634,12 @@ fn spawn_thread(
     })
 }
 
-/// What the guest is told first, but for the time.
+/// The first message to the guest, without the time.
 fn start(spec: &SandboxSpec, plan: &VmPlan, reach: &Reach) -> Start {
     let hostname = spec.hostname();
     let mut host = spec.host.clone();
-    // Elsewhere the connections are not made by this process, which knows where such a name server is.
+    // Elsewhere the connections are not made by this process, which knows where such a name server
+    // is.
     if cfg!(target_os = "linux") {
         host.resolv_conf = host.resolv_conf.map(|text| reach.resolv_conf(&text));
     }

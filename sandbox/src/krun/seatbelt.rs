@@ -1,16 +1,19 @@
-//! What the process of a microVM may do on macOS: a profile of the system's own sandbox, which `sandbox-exec` puts on before it runs
-//! the program. Compiled, and not run yet.
+//! Limits of the process of a microVM on macOS: a profile of the system's own sandbox, which
+//! `sandbox-exec` puts on before it runs the program. Compiled, and not run yet.
 //!
-//! Files: it writes the upper, the shared directories, the console's log and devices, and of what is in people's homes it reads
-//! those, the store and the guest's kernel. Network: it connects as [`Reach`] has it, as far as `localhost` is a word for the
-//! loopback; whether it covers the unspecified address, too, is not known. A name server on the loopback has no address inside,
-//! and what the guest listens on is not narrowed. Processes: it starts none, runs no other program and signals nobody. What it
-//! may still do that Linux's confinement refuses: make symlinks and other kinds of files in the upper, which the tool opens without
-//! following them, and ask the system's services.
+//! Files: it writes the upper, the shared directories, the console's log and devices, and in
+//! users' homes it reads only those, the store and the guest's kernel. Network: it connects as
+//! [`Reach`] has it, as far as `localhost` is a word for the loopback; whether it covers the
+//! unspecified address, too, is not known. A name server on the loopback has no address inside, and
+//! what the guest listens on is not narrowed. Processes: it starts none, runs no other program and
+//! signals no process. Unlike Linux's confinement, it permits these: make symlinks and other
+//! kinds of files in the upper, which the tool opens without following them, and ask the system's
+//! services.
 //!
-//! The language is documented by its examples in `/System/Library/Sandbox/Profiles` alone; later rules win. Nearly all that is written here
-//! is in the profiles of Bazel (`DarwinSandboxedSpawnRunner`) and Chromium (`sandbox/policy/mac`) as well; a port behind `localhost` is in
-//! neither.
+//! The language is documented by its examples in `/System/Library/Sandbox/Profiles` alone; later
+//! rules win. Nearly all that is written here is in the profiles of Bazel
+//! (`DarwinSandboxedSpawnRunner`) and Chromium (`sandbox/policy/mac`) as well; a port behind
+//! `localhost` is in neither.
 
 use std::ffi::OsString;
 use std::fs;
@@ -22,7 +25,7 @@ use super::vm::VmPlan;
 
 const SANDBOX_EXEC: &str = "/usr/bin/sandbox-exec";
 
-/// Where people's files are, besides what is the system's.
+/// Directories of users' files, beside the system's.
 const PRIVATE: [&str; 3] = ["/Users", "/Volumes", "/private/var/root"];
 
 /// How `program` is to be run for `plan`, up to its own arguments.
@@ -39,12 +42,13 @@ pub(super) fn confined(program: &Path, plan: &VmPlan, reach: &Reach) -> Command 
     command
 }
 
-/// The profile, and the paths that it calls by names, so that none of them can be taken for a part of it.
+/// The profile, and the paths that it calls by names, so that none of them can be taken for a part
+/// of it.
 fn profile(program: &Path, plan: &VmPlan, reach: &Reach) -> (String, Vec<(String, PathBuf)>) {
     let mut paths = Vec::new();
     let mut name = |path: &Path| {
         let name = format!("PATH{}", paths.len());
-        // The kernel sees no symlinks; what is not there yet is in a directory that is.
+        // The kernel sees no symlinks; a path that does not exist yet has a parent that does.
         let real = fs::canonicalize(path).or_else(|_| {
             let parent = fs::canonicalize(path.parent().unwrap_or(path))?;
             Ok::<_, std::io::Error>(parent.join(path.file_name().unwrap_or_default()))

@@ -47,7 +47,7 @@ const MAX_CONSOLE: u64 = 1 << 20;
 /// Connections that a guest may make in its life. The tool keeps far fewer at once.
 const MAX_CONNECTIONS: u32 = 1 << 20;
 
-/// What the process is to do.
+/// The orders of the process.
 #[derive(Serialize, Deserialize)]
 pub(super) struct VmPlan {
     pub store: PathBuf,
@@ -105,10 +105,10 @@ pub(super) enum ToVm {
 pub(super) enum FromVm {
     /// The guest has connected, and begun with these bytes. With the other end.
     Stream([u8; Hello::LEN]),
-    /// The guest has gone off, and this is what the overlay has observed.
+    /// The guest has shut down, with these observations of the overlay.
     Facts(Vec<Fact>),
-    /// The process is confined, and asks what its guest may reach. With the end that is to be answered on, before anything is
-    /// asked.
+    /// The process is confined, and asks for its guest's reach. With the end that is to be
+    /// answered on, before anything is asked.
     Confined,
     /// There will be no VM.
     Failed(RemoteError),
@@ -134,7 +134,8 @@ fn at(operation: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Io(operation, source)
 }
 
-/// To be called first in `main`. Returns unless this process was started to be a VM; then it never does.
+/// To be called first in `main`. Returns unless this process was started to be a VM; then it never
+/// does.
 pub fn maybe_run() {
     if std::env::args_os()
         .nth(1)
@@ -157,7 +158,7 @@ fn run() -> i32 {
     let control = Arc::new(control);
     let Err(error) = enter(&control, *plan);
     let failed = FromVm::Failed(RemoteError::new(&error));
-    // Where the tool is gone there is nobody to tell.
+    // If the tool is gone, the failure reaches no process.
     let _ = control.send(&failed, &[]);
     1
 }
@@ -221,7 +222,8 @@ fn enter(control: &Arc<Socket>, plan: VmPlan) -> Result<std::convert::Infallible
         .map_err(VmError::Krun)
 }
 
-/// Gives up what this process and its guest do not need. Before it there may be no thread, and behind it is nothing of the guest's.
+/// Gives up what this process and its guest do not need. Before it there may be no thread, and
+/// behind it is nothing of the guest's.
 #[cfg(target_os = "linux")]
 fn confine(control: &Socket, plan: &VmPlan) -> Result<(), VmError> {
     // As many files as may be open: the guest's files in shared directories are some of them.
@@ -246,7 +248,8 @@ fn confine(control: &Socket, plan: &VmPlan) -> Result<(), VmError> {
         .map_err(at("talk to the tool"))
 }
 
-/// A second filesystem, for libkrun forwards the guest's Unix sockets to the host's where the root is the only one.
+/// A second filesystem, for libkrun forwards the guest's Unix sockets to the host's where the root
+/// is the only one.
 struct Nothing;
 
 impl DynFileSystem for Nothing {}
@@ -254,7 +257,8 @@ impl DynFileSystem for Nothing {}
 #[cfg(target_os = "linux")]
 use iii_init::process::close_others;
 
-/// Closes every descriptor but the standard streams: whatever the tool inherited and left open for others. Compiled, and not run yet.
+/// Closes every descriptor but the standard streams: whatever the tool inherited and left open for
+/// others. Compiled, and not run yet.
 ///
 /// # Safety
 ///
@@ -267,7 +271,7 @@ unsafe fn close_others() {
     let names = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let open: Vec<i32> = names.filter(|fd| *fd > 2).collect();
     for fd in open {
-        // SAFETY: nobody has it; that of the directory that was read is closed already.
+        // SAFETY: no code owns it; that of the directory that was read is closed already.
         unsafe { libc::close(fd) };
     }
 }
@@ -284,7 +288,7 @@ fn end_with_the_tool(control: Arc<Socket>) -> Result<(), VmError> {
     thread.map(drop).map_err(at("start a thread"))
 }
 
-/// What is written to the pipe ends up in the log, as much as there is room for.
+/// Copies the pipe's bytes to the log, as far as they fit.
 fn console(log: File) -> io::Result<io::PipeWriter> {
     let (mut reader, writer) = io::pipe()?;
     rustix::stdio::dup2_stderr(&writer)?;
@@ -324,7 +328,7 @@ impl VsockPortBackend for Streams {
 struct Stream {
     ours: UnixStream,
     control: Arc<Socket>,
-    /// What has come of its first bytes, and the tool's end, until it is handed over.
+    /// Received first bytes, and the tool's end, until the handover.
     hello: Mutex<Option<(Vec<u8>, UnixStream)>>,
 }
 

@@ -1,8 +1,10 @@
-//! The tool's side of the filter of a microVM's process: connects, binds and sends in its stead, where its guest may.
+//! The tool's side of the filter of a microVM's process: connects, binds and sends in its stead,
+//! where its guest may.
 //!
-//! The kernel asks here before that process connects, binds, or sends to an address. The address is read once, looked at, and used
-//! from here, on the same socket: what that process does to its memory meanwhile changes nothing, so that the policy binds one
-//! that the guest has taken over, too.
+//! The kernel asks here before that process connects, binds, or sends to an address. The address is
+//! read once, looked at, and used from here, on the same socket: later changes of that
+//! process's memory have no effect, so that the policy binds one that the guest has taken over,
+//! too.
 
 use std::io;
 use std::mem;
@@ -17,11 +19,12 @@ use crate::reach::{Reach, narrowed};
 
 /// Longest address that is looked at: that of a Unix socket is the longest there is.
 const MAX_ADDRESS: usize = size_of::<libc::sockaddr_un>();
-/// Most bytes that are sent to an address at once. A datagram has less; of a stream the rest is sent by the next call.
+/// Most bytes that are sent to an address at once. A datagram has less; of a stream the rest is
+/// sent by the next call.
 const MAX_DATA: usize = 1 << 16;
 
-/// What of a call's flags is done as it asks. Others would have the kernel do more than to send: `MSG_ZEROCOPY` sends from this
-/// process's memory after it has been put to another use.
+/// Flags of a call that are passed on. Others would make the kernel do more than send:
+/// `MSG_ZEROCOPY` sends from this process's memory after it has been put to another use.
 const FLAGS: SendFlags = SendFlags::MORE
     .union(SendFlags::OOB)
     .union(SendFlags::DONTROUTE)
@@ -35,17 +38,17 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Of the process `pid`, whose filter has this listener. An error where this process may not look into that one: it is its
-    /// parent, but a container may forbid that.
+    /// Of the process `pid`, whose filter has this listener. An error where this process may not
+    /// look into that one: it is its parent, but a container may forbid that.
     pub fn new(listener: OwnedFd, pid: Pid) -> io::Result<Self> {
         let process = pidfd_open(pid, PidfdFlags::empty())?;
-        // Its standard input. What is not allowed now would fail at each connection, and say so to nobody.
+        // Its standard input. A refusal now would otherwise be a silent failure of each connection.
         pidfd_getfd(&process, 0, PidfdGetfdFlags::empty())?;
         Ok(Self { listener, process })
     }
 
-    /// Answers until nothing is left that has the filter. A socket that blocks while it connects holds up those after it, which are
-    /// the same guest's.
+    /// Answers until nothing is left that has the filter. A socket that blocks while it connects
+    /// holds up those after it, which are the same guest's.
     pub fn answer(&self, reach: &Reach) -> io::Result<()> {
         loop {
             let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
@@ -57,7 +60,7 @@ impl Watch {
             if !events.iter().any(|events| events.contains(PollFlags::IN)) {
                 return Ok(());
             }
-            // SAFETY: an all-zero notification is what the kernel wants to be given.
+            // SAFETY: the kernel demands an all-zero notification.
             let mut asked: libc::seccomp_notif = unsafe { mem::zeroed() };
             if !control(&self.listener, libc::SECCOMP_IOCTL_NOTIF_RECV, &mut asked)? {
                 continue;
@@ -76,7 +79,7 @@ impl Watch {
         }
     }
 
-    /// Does what a call asks for, if it may be done. Returns what the call returns.
+    /// Carries out a permitted call. Returns the result of the call.
     fn act(&self, reach: &Reach, asked: &libc::seccomp_notif) -> io::Result<i64> {
         let [fd, second, third, fourth, fifth, sixth] = asked.data.args;
         let call = i64::from(asked.data.nr);
@@ -99,7 +102,7 @@ impl Watch {
         }
         let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
         let socket = pidfd_getfd(&self.process, fd, PidfdGetfdFlags::empty())?;
-        // The thread that had this number may be gone, and what was read be somebody else's.
+        // The thread that had this number may be gone, and the read bytes belong to another one.
         let mut id = asked.id;
         if !control(&self.listener, libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &mut id)? {
             return Err(io::ErrorKind::NotFound.into());
@@ -111,7 +114,7 @@ impl Watch {
             Some(libc::AF_INET | libc::AF_INET6) => {
                 internet(bytes).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?
             }
-            // Dissolves a connection, which reaches nobody.
+            // Dissolves a connection, and reaches no process.
             Some(libc::AF_UNSPEC) if call == libc::SYS_connect => {
                 rustix::net::connect_unspec(&socket)?;
                 return Ok(0);
@@ -120,7 +123,7 @@ impl Watch {
             _ => return Err(io::Error::from_raw_os_error(libc::EACCES)),
         };
         if call == libc::SYS_bind {
-            // Port 0 is a socket that is about to send; what it may reach is asked when it does.
+            // Port 0 is a socket that is about to send; its reach is checked when it does.
             let address = if address.port() == 0 {
                 address
             } else {
@@ -142,7 +145,7 @@ impl Watch {
     }
 }
 
-/// With what flags is sent that was to be sent with these.
+/// The flags to send with, in place of these.
 fn send_flags(asked: u64) -> SendFlags {
     let asked = SendFlags::from_bits_truncate(asked as u32);
     (asked & FLAGS) | SendFlags::NOSIGNAL | SendFlags::DONTWAIT
@@ -176,7 +179,8 @@ fn read_memory(thread: u32, at: u64, into: &mut [u8]) -> io::Result<()> {
         iov_base: at as *mut libc::c_void,
         iov_len: into.len(),
     };
-    // SAFETY: the local piece is ours to write to; the remote one is only read, by the kernel, which checks it.
+    // SAFETY: the local piece is ours to write to; the remote one is only read, by the kernel,
+    // which checks it.
     let read = unsafe {
         libc::process_vm_readv(
             thread as libc::pid_t,
@@ -194,7 +198,8 @@ fn read_memory(thread: u32, at: u64, into: &mut [u8]) -> io::Result<()> {
     }
 }
 
-/// One of the requests of seccomp's listeners, with what it takes or gives. False where who asked is gone.
+/// One of the requests of seccomp's listeners, with its argument. False where who asked
+/// is gone.
 fn control<T>(listener: impl AsFd, request: libc::Ioctl, argument: &mut T) -> io::Result<bool> {
     loop {
         // SAFETY: each request is called with the structure that it is defined for.
@@ -303,7 +308,7 @@ mod tests {
         let reach = Reach::of_loopback([open.port(), asked.port()], false);
         let Some(kinds) = confined(&reach, move |_| {
             let mut stream = TcpStream::connect(open).unwrap();
-            // What is sent on it is nobody's business.
+            // The tool does not look at the bytes.
             stream.write_all(b"hello").unwrap();
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             assert_eq!(socket.send_to(b"who is it?", asked).unwrap(), 10);
@@ -350,7 +355,8 @@ mod tests {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let call = |number: i64, arguments: [i64; 4]| {
                 let [a, b, c, d] = arguments;
-                // SAFETY: each of these calls is refused before it looks at what it is given; one that is not fails on it.
+                // SAFETY: each of these calls is refused before it looks at what it is given; one
+                // that is not fails on it.
                 match unsafe { libc::syscall(number, a, b, c, d) } {
                     -1 => io::Error::last_os_error().raw_os_error(),
                     _ => None,
@@ -396,7 +402,8 @@ mod tests {
                 call(libc::SYS_close, [fd, 0, 0, 0]),
                 call(libc::SYS_dup3, [of_ours, fd, 0, 0]),
                 call(libc::SYS_prlimit64, [parent, 0, 0, 0]),
-                // Neither a thread nor a process that would run here: a kernel that is asked says `EINVAL`.
+                // Neither a thread nor a process that would run here: a kernel that is asked says
+                // `EINVAL`.
                 call(libc::SYS_clone, [i64::from(libc::CLONE_SIGHAND), 0, 0, 0]),
             ]
         });

@@ -13,7 +13,7 @@ use crate::tests::chain;
 /// Bytes of a piece here.
 const PIECE: usize = 1000;
 
-/// What a registry has.
+/// Contents of a registry.
 #[derive(Default)]
 struct State {
     /// Uploads under way, by their names.
@@ -26,10 +26,10 @@ struct State {
 
 type Shared = Arc<Mutex<State>>;
 
-/// What is answered to a request by its number from 1, given what would be right.
+/// The answer to a request by its number from 1, given the right answer.
 type Break = fn(usize, &dyn Fn() -> Reply) -> Reply;
 
-/// What the registry answers that takes everything, where the OCI distribution specification says so.
+/// Answers of a registry that takes everything, as the OCI distribution specification demands.
 fn honest(state: &Shared, asked: &Asked) -> Reply {
     let mut state = state.lock().unwrap();
     let (path, query) = asked.path.split_once('?').unwrap_or((&asked.path, ""));
@@ -109,7 +109,8 @@ fn push(repository: &Repository, bytes: &[u8]) -> Result<(Digest, u64), String> 
         .map_err(|error| chain(&error))
 }
 
-/// A registry that does as `lie` says with requests of one method, by their number from 1, and else as it should.
+/// A registry that does as `lie` says with requests of one method, by their number from 1, and else
+/// as it should.
 fn lying(
     method: &'static str,
     lie: impl Fn(usize, &Asked, &dyn Fn() -> Reply) -> Reply + Send + Sync + 'static,
@@ -158,7 +159,7 @@ fn a_blob_goes_in_pieces_and_a_small_one_in_one() {
         assert_eq!(sizes(&server, "PATCH"), pieces, "{size}");
         assert_eq!(sizes(&server, "PUT"), [last], "{size}");
         assert!(repository.has_blob(&digest).unwrap());
-        // What is there is not sent again.
+        // A present blob is not sent again.
         let before = server.seen().len();
         assert_eq!(repository.put_blob(&blob).unwrap(), digest);
         assert_eq!(server.seen().len(), before + 1);
@@ -300,7 +301,7 @@ fn a_registry_may_want_larger_pieces_within_bounds() {
     }
 }
 
-/// Every lie, what is asked for, and what the error says. Each has to end by itself, and soon.
+/// Every lie, the request, and the message of the error. Each has to end by itself, and soon.
 #[test]
 #[expect(clippy::too_many_lines, reason = "it is a table")]
 fn lies_are_refused_within_bounds() {
@@ -594,7 +595,7 @@ fn an_export_goes_to_a_registry() {
     let path = format!("/v2/a/b/blobs/{}", stored.digest);
     assert_eq!(state.lock().unwrap().things[&path], blob);
     assert_eq!(sizes(&server, "PUT"), [CHUNK + 1]);
-    // What the registry says is the error, and not that writing failed.
+    // The error is the registry's message, and not that writing failed.
     let (server, _) = lying("PATCH", |_, _, _| status(403));
     let repository = self::repository(&server, &settings());
     let error = Sink::put_blob(&*repository, &mut write).unwrap_err();
