@@ -416,7 +416,7 @@ fn the_image_for_this_machine_is_chosen() {
     for (manifests, message) in [
         (
             &tagged[..],
-            "several images and none is named docker.io/library/x:latest: v1, docker.io/library/x:v2, v3",
+            "several images, and none is named docker.io/library/x:latest: v1, docker.io/library/x:v2, v3",
         ),
         (
             &[with(a, "platform", platform("s390x"))],
