@@ -352,7 +352,7 @@ impl Drop for Aio {
 /// (xfstests generic/451).
 #[test]
 fn direct_writes_are_seen_by_buffered_readers() {
-    const ROUNDS: u8 = 40;
+    const ROUNDS: u8 = 200;
     let Some(mounted) = mounted("direct writes", Mode::Quiet) else {
         return;
     };
