@@ -11,12 +11,9 @@ mod linux {
 
     use rustix::fs::FallocateFlags;
 
-    use crate::fs::{Allocate, Result};
+    use crate::posix::{Allocate, Result};
 
     pub use rustix::fs::{copy_file_range, syncfs};
-
-    /// The clock that the kernel takes the times of files from.
-    pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::RealtimeCoarse;
 
     /// The id of the running kernel: it has the same from its start to its end.
     pub fn boot() -> Option<[u8; 16]> {
@@ -42,10 +39,7 @@ mod linux {
 mod other {
     use std::fs::File;
 
-    use crate::fs::{Allocate, Errno, Result};
-
-    /// The clock that the kernel takes the times of files from.
-    pub const FILE_CLOCK: rustix::time::ClockId = rustix::time::ClockId::Realtime;
+    use crate::posix::{Allocate, Errno, Result};
 
     /// The id of the running kernel, where none is asked for: everything that a log holds then holds.
     pub fn boot() -> Option<[u8; 16]> {
@@ -71,6 +65,6 @@ mod other {
     /// `syncfs`, where there is none: everything is on its way to the disk, and the disk has it when the directory is synced.
     pub fn syncfs(dir: &File) -> Result<()> {
         rustix::fs::sync();
-        dir.sync_all().map_err(|error| crate::upper::errno(&error))
+        dir.sync_all().map_err(|error| crate::posix::errno(&error))
     }
 }

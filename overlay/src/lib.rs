@@ -8,7 +8,8 @@
 //! merge      layers to one index                     the lower, immutable
 //! freeze     upper -> tree        thaw    layer -> upper        rebase  upper -> upper over another chain
 //! observe    what was looked at
-//! aside      parts of a step's filesystem that are not its result
+//! aside      parts of a step's filesystem that are not its result       apart   freezing without them
+//! posix      errors, times                objects  contents of the layers' files
 //! ```
 //!
 //! Nothing here knows images, projects' contents, a terminal or a network.
@@ -37,6 +38,7 @@
 //! client, as the Linux kernel does with its inode lock; if it does not, the bytes of both arrive in some order.
 
 pub mod adapter;
+mod apart;
 mod aside;
 mod differ;
 mod freeze;
@@ -46,8 +48,10 @@ mod host;
 pub mod ino;
 mod lookups;
 pub mod merge;
+mod objects;
 mod observe;
 mod overlay;
+mod posix;
 pub mod rebase;
 mod stats;
 mod thaw;
@@ -61,10 +65,12 @@ use iii_store::LayerId;
 use iii_store::facts::Fact;
 use iii_store::id::ID_LEN;
 
-pub use aside::{Apart, Aside};
+pub use apart::Apart;
+pub use aside::Aside;
 pub use freeze::{FreezeError, HELD_BYTES};
+pub use objects::Objects;
 pub use observe::{MAX_FACT_BYTES, MAX_FACTS};
-pub use overlay::{Objects, Overlay};
+pub use overlay::Overlay;
 pub use thaw::thaw;
 pub use update::{Stale, UpdateError};
 

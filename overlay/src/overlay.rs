@@ -13,36 +13,16 @@ use crate::fs::{Attr, Result, Time};
 use crate::ino::Ino;
 use crate::lookups::Lookups;
 use crate::merge::{Lower, Merged};
+use crate::objects::Objects;
 use crate::observe::Observer;
+use crate::posix::errno;
 use crate::stats::Stats;
 use crate::upper::disk::Disk;
-use crate::upper::record::{Body, Data};
+use crate::upper::record::{Body, Bytes, Data};
 use crate::upper::state::{Node, State};
-use crate::upper::{Inner, Opened, Upper, errno};
-use crate::view::{Bytes, Found};
+use crate::upper::{Inner, Opened, Upper};
+use crate::view::Found;
 use crate::{OpenError, OverlayOptions};
-
-/// Where the bytes of the layers' files come from.
-pub trait Objects: Send + Sync {
-    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end.
-    fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize>;
-
-    /// Copies the first `len` bytes of the object to the start of `to`.
-    fn copy_to(&self, object: &ObjectId, len: u64, to: &std::fs::File) -> io::Result<()>;
-}
-
-impl Objects for Store {
-    fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.object(object)
-            .map_err(io::Error::other)?
-            .read_at(buf, offset)
-    }
-
-    fn copy_to(&self, object: &ObjectId, len: u64, to: &std::fs::File) -> io::Result<()> {
-        let blob = self.object(object).map_err(io::Error::other)?;
-        blob.copy_to(len, to)
-    }
-}
 
 /// Layers and an upper as one filesystem. See the crate's documentation for what holds.
 pub struct Overlay {

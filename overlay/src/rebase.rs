@@ -28,7 +28,7 @@ use crate::differ::differ;
 use crate::fs::Errno;
 use crate::ino::{Ino, ROOT};
 use crate::merge::{Lower, Merged};
-use crate::overlay::Objects;
+use crate::objects::Objects;
 use crate::upper::batch::lower_record;
 use crate::upper::record::{Body, Chain, Data, Op, Record};
 use crate::upper::state::{Dir, State};

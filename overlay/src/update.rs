@@ -22,10 +22,11 @@ use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::{Lower, MergeError, Merged};
 use crate::overlay::Overlay;
+use crate::posix::errno;
+use crate::upper::Inner;
 use crate::upper::batch::{Batch, lower_record};
 use crate::upper::record::{Body, Data, Op, Record};
 use crate::upper::state::Node;
-use crate::upper::{Inner, errno};
 
 /// Why a running filesystem cannot take a new project layer.
 #[derive(Debug, thiserror::Error)]

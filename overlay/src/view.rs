@@ -3,10 +3,10 @@
 use iii_store::layer::Kind;
 use iii_store::tree::{MAX_NAME, components};
 
-use crate::fs::{Errno, Result};
 use crate::ino::{Ino, ROOT};
 use crate::merge::Lower;
-use crate::upper::record::{Body, Data, Record};
+use crate::posix::{Errno, Result};
+use crate::upper::record::{Body, Bytes, Data, Record};
 use crate::upper::state::{Node, OWN_END, State};
 
 /// `.` and `..` come first, so position `p` is cookie `p + 2`, and its successor's is `p + 3`.
@@ -29,13 +29,6 @@ impl Found<'_> {
             Self::Lower(lower) => lower.node.kind(),
         }
     }
-}
-
-/// Where a file's bytes are, and how many.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Bytes {
-    pub(crate) data: Data,
-    pub(crate) size: u64,
 }
 
 impl State {

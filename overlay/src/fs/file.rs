@@ -13,10 +13,10 @@ use super::{Allocate, Errno, Open, ReadTo, Result, Seek, Time};
 use crate::host;
 use crate::ino::Ino;
 use crate::overlay::Overlay;
+use crate::posix::errno;
 use crate::upper::batch::Batch;
-use crate::upper::errno;
-use crate::upper::record::{Body, Data};
-use crate::view::{Bytes, Found};
+use crate::upper::record::{Body, Bytes, Data};
+use crate::view::Found;
 
 impl Overlay {
     pub(super) fn do_open(&self, ino: Ino, how: Open) -> Result<()> {

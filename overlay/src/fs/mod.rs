@@ -13,57 +13,11 @@ mod serve;
 use std::fs::File;
 use std::io;
 
-use serde::{Deserialize, Serialize};
-
 pub use iii_store::layer::Kind;
 pub use iii_store::tree::Rdev;
-pub use rustix::io::Errno;
 
 use crate::ino::Ino;
-
-/// The result of an operation.
-pub type Result<T> = std::result::Result<T, Errno>;
-
-/// A point in time: seconds since 1970, negative before, and nanoseconds below 1,000,000,000.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
-pub struct Time {
-    /// Seconds, rounded towards minus infinity.
-    pub sec: i64,
-    /// Nanoseconds after `sec`.
-    pub nsec: u32,
-}
-
-impl Time {
-    /// The time now, by the clock that the kernel stamps files with: a file of this filesystem and one
-    /// of another compare as they were changed.
-    pub fn now() -> Self {
-        let now = rustix::time::clock_gettime(crate::host::FILE_CLOCK);
-        Self {
-            sec: now.tv_sec,
-            nsec: now.tv_nsec as u32,
-        }
-    }
-}
-
-impl From<iii_store::tree::Mtime> for Time {
-    fn from(mtime: iii_store::tree::Mtime) -> Self {
-        Self {
-            sec: mtime.sec,
-            nsec: mtime.nsec,
-        }
-    }
-}
-
-impl From<Time> for iii_store::tree::Mtime {
-    fn from(time: Time) -> Self {
-        Self {
-            sec: time.sec,
-            nsec: time.nsec,
-        }
-    }
-}
+pub use crate::posix::{Allocate, Errno, Result, Time};
 
 /// What `stat` tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,21 +147,6 @@ pub enum Seek {
     Data,
     /// The next hole.
     Hole,
-}
-
-/// What `fallocate` does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Allocate {
-    /// Allocates, growing the file.
-    Grow,
-    /// Allocates, keeping the length.
-    KeepSize,
-    /// Makes a hole.
-    PunchHole,
-    /// Zeroes, growing the file.
-    ZeroGrow,
-    /// Zeroes, keeping the length.
-    ZeroKeepSize,
 }
 
 /// An entry of a directory listing.

@@ -7,9 +7,9 @@ use iii_store::Kind;
 use super::commit::Inner;
 use super::record::{Op, Record};
 use super::state::State;
-use crate::fs::{Errno, Result, Time};
 use crate::ino::Ino;
 use crate::merge::{Lower, Merged};
+use crate::posix::{Errno, Result, Time};
 
 /// The changes of one operation. Nothing has happened before [`Batch::commit`].
 #[derive(Debug)]

@@ -43,12 +43,11 @@ use super::compact::{COMPACT_MIN, Compaction};
 use super::data::FlatFiles;
 use super::disk::Disk;
 use super::log::{self, Log, Reserve};
-use super::record::{Body, Data, Op, Record, Update};
+use super::record::{Body, Bytes, Data, Op, Record, Update};
 use super::state::{self, MAX_MEMORY, REMOVAL_MEMORY, State};
 use super::writers::Writers;
-use super::{CLOSED_FACTOR, SYNC_EACH, errno, is_bulky, is_dirty};
-use crate::fs::Errno;
-use crate::view::Bytes;
+use super::{CLOSED_FACTOR, SYNC_EACH, is_bulky, is_dirty};
+use crate::posix::{Errno, errno};
 
 /// How long a change is in no commit, if nothing asks for one: as ext4's `commit` option.
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use crate::fs::Allocate;
+use crate::posix::Allocate;
 
 /// An id that the host has from its start to its end.
 pub type Boot = [u8; 16];

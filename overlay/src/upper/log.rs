@@ -61,8 +61,8 @@ use std::sync::Arc;
 use super::disk::{Access, Boot, Disk};
 use super::record::Op;
 use super::state::State;
-use super::{UpperError, errno, io_error};
-use crate::fs::Errno;
+use super::{UpperError, io_error};
+use crate::posix::{Errno, errno};
 
 /// Version of the format described above and of the records in it.
 pub const VERSION: u32 = 4;
@@ -750,7 +750,7 @@ mod tests {
     use super::super::disk::HostDisk;
     use super::super::record::{Body, Chain, Data, Device, Record, Update};
     use super::*;
-    use crate::fs::Time;
+    use crate::posix::Time;
 
     fn sample() -> Vec<Vec<Op>> {
         let time = |sec| Time { sec, nsec: 5 };

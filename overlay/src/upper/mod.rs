@@ -46,8 +46,8 @@ use std::sync::Arc;
 use iii_store::id::ID_LEN;
 use rustix::fs::FlockOperation;
 
-use crate::fs::Errno;
 use crate::merge::Merged;
+use crate::posix::Errno;
 pub use check::{UpperReport, check};
 pub use commit::{Inner, Upper};
 use data::{FlatFiles, Found};
@@ -142,14 +142,6 @@ impl UpperError {
             offset,
         }
     }
-}
-
-/// The errno of an I/O error, for the sandbox to see.
-pub(crate) fn errno(error: &io::Error) -> Errno {
-    Errno::from_io_error(error).unwrap_or(match error.kind() {
-        io::ErrorKind::FileTooLarge => Errno::FBIG,
-        _ => Errno::IO,
-    })
 }
 
 /// What opening found, before it is known whether the chain is the same. Nothing has been changed.

@@ -10,7 +10,7 @@ use iii_store::tree::Rdev;
 use serde::ser::SerializeMap as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::fs::Time;
+use crate::posix::Time;
 
 /// A device number as the log writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,13 @@ impl Data {
     pub fn object(object: ObjectId) -> Self {
         Self::Lower(*object.as_bytes())
     }
+}
+
+/// Where a file's bytes are, and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bytes {
+    pub(crate) data: Data,
+    pub(crate) size: u64,
 }
 
 /// What an inode is.
