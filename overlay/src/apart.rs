@@ -1,4 +1,5 @@
-//! Freezing a build step's filesystem with the parts of [`Aside`](crate::Aside) apart from its result.
+//! Freezing a build step's filesystem with the parts of [`Aside`](crate::Aside) apart from its
+//! result.
 
 use std::sync::Arc;
 
@@ -46,7 +47,8 @@ impl Overlay {
     }
 }
 
-/// Takes the entry at `path` out of a tree, and makes the directories on the way what they are without it.
+/// Takes the entry at `path` out of a tree, and makes the directories on the way what they are
+/// without it.
 fn cut(tree: &mut Tree, path: &[u8], plain: &Merged) -> Option<Node> {
     let names: Vec<&[u8]> = components(path).collect();
     cut_at(tree, &names, 0, plain)
@@ -65,7 +67,8 @@ fn cut_at(dir: &mut Dir, names: &[&[u8]], depth: usize, plain: &Merged) -> Optio
     taken
 }
 
-/// Has the marks on the way to a seed, and at its root, say what they are to say of the layers below the result.
+/// Makes the marks on the way to a seed, and at its root, say what they are to say of the layers
+/// below the result.
 fn settle(tree: &mut Tree, path: &[u8], plain: &Merged) {
     let names: Vec<&[u8]> = components(path).collect();
     let mut dir = tree;
@@ -88,8 +91,8 @@ fn settle(tree: &mut Tree, path: &[u8], plain: &Merged) {
     }
 }
 
-/// An entry on the way to a part was written for a chain that has the part. Without it, a mark may hide nothing, and a
-/// directory may say nothing.
+/// An entry on the way to a part was written for a chain that has the part. Without it, a mark may
+/// hide nothing, and a directory may say nothing.
 fn settle_entry(parent: &mut Dir, name: &[u8], path: &[u8], plain: &Merged) {
     let below = plain.lookup_path(path);
     let is_dir = below.is_some_and(|below| below.node.kind() == Kind::Dir);

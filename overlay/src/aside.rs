@@ -1,13 +1,16 @@
 //! Parts of a build step's filesystem that are not the step's result, or not only.
 //!
-//! - A *volume* is a directory of a cache. Its layers lie below the upper; what the step changed in it is frozen apart from
-//!   the result, and the result says nothing of it. Like a mount, it ends at its root: nothing is renamed or linked into
-//!   it or out of it (`EXDEV`), and its root is not moved (`EBUSY`). So a program copies out of a cache, and what it does to
-//!   the copy does nothing to the cache.
+//! - A *volume* is a directory of a cache. Its layers lie below the upper; what the step changed in
+//!   it is frozen apart from the result, and the result says nothing of it. Like a mount, it ends
+//!   at its root: nothing is renamed or linked into it or out of it (`EXDEV`), and its root is not
+//!   moved (`EBUSY`). So a program copies out of a cache, and what it does to the copy does nothing
+//!   to the cache.
 //! - *Scratch* is a path that tools make for themselves and can make again. It is dropped.
-//! - A *seed* is a directory that a step begins with and whose result it is as a whole, changed or not.
+//! - A *seed* is a directory that a step begins with and whose result it is as a whole, changed or
+//!   not.
 //!
-//! The layers of volumes and seeds are [borrowed](Aside::slots): the result stands on the other layers of the chain.
+//! The layers of volumes and seeds are [borrowed](Aside::slots): the result stands on the other
+//! layers of the chain.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,7 +21,8 @@ use crate::posix::{Errno, Result};
 use crate::upper::state::State;
 use crate::view::Found;
 
-/// See the module. Paths are relative to the root, as in `root/.npm/_cacache`; none lies in another.
+/// See the module. Paths are relative to the root, as in `root/.npm/_cacache`; none lies in
+/// another.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Aside {
     /// Indexes in the chain of the layers that the result does not stand on.
@@ -109,8 +113,8 @@ impl Kept {
         self.roots.iter().find(inside).map(|(root, _)| *root)
     }
 
-    /// An error if a link in `dir` would give a file a name beyond its volume. A file without a name may have its first one
-    /// anywhere.
+    /// An error if a link in `dir` would give a file a name beyond its volume. A file without a
+    /// name may have its first one anywhere.
     pub(crate) fn check_link(&self, state: &State, ino: Ino, dir: Ino) -> Result<()> {
         if self.roots.is_empty() {
             return Ok(());

@@ -1,4 +1,5 @@
-//! Calls that not every host has. Where one is missing, what a guest is told is what a filesystem without it would say.
+//! Calls that not every host has. Where one is missing, what a guest is told is what a filesystem
+//! without it would say.
 
 #[cfg(target_os = "linux")]
 pub use linux::*;
@@ -41,7 +42,8 @@ mod other {
 
     use crate::posix::{Allocate, Errno, Result};
 
-    /// The id of the running kernel, where none is asked for: everything that a log holds then holds.
+    /// The id of the running kernel, where none is asked for: everything that a log holds then
+    /// holds.
     pub fn boot() -> Option<[u8; 16]> {
         None
     }
@@ -62,7 +64,8 @@ mod other {
         Err(Errno::NOSYS)
     }
 
-    /// `syncfs`, where there is none: everything is on its way to the disk, and the disk has it when the directory is synced.
+    /// `syncfs`, where there is none: everything is on its way to the disk, and the disk has it
+    /// when the directory is synced.
     pub fn syncfs(dir: &File) -> Result<()> {
         rustix::fs::sync();
         dir.sync_all().map_err(|error| crate::posix::errno(&error))

@@ -20,7 +20,7 @@ pub const FIRST_LOWER: Ino = 16;
 /// A map by inode number.
 pub type InoMap<T> = HashMap<Ino, T, BuildHasherDefault<InoHasher>>;
 
-/// Hashes inode numbers, which nobody outside can choose.
+/// Hashes inode numbers. No guest can choose them, so no keys are needed.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct InoHasher(u64);
 

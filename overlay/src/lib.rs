@@ -6,36 +6,45 @@
 //! view       upper over lower                        names, entries, listings
 //! upper      records by inode, log, flat files       what the sandbox changed
 //! merge      layers to one index                     the lower, immutable
-//! freeze     upper -> tree        thaw    layer -> upper        rebase  upper -> upper over another chain
+//! freeze     upper -> tree                           thaw    layer -> upper
+//! rebase     upper -> upper over another chain
 //! observe    what was looked at
-//! aside      parts of a step's filesystem that are not its result       apart   freezing without them
-//! posix      errors, times                objects  contents of the layers' files
+//! aside      parts of a step's filesystem            apart   freezing without them
+//! posix      errors, times                           objects contents of the layers' files
 //! ```
 //!
 //! Nothing here knows images, projects' contents, a terminal or a network.
 //!
 //! # Invariants
 //!
-//! - A name from inside the sandbox is never a name on the host: data is stored by number or by hash, everything else in
-//!   records. So no privileges are needed, and whatever uid, mode, device or xattr the sandbox sets is just kept.
-//! - The lower is never written to, and nothing that was read from it is kept in memory but the tables of directories that
-//!   several layers share, and the pages of the layer files.
-//! - Memory is never ahead of the log: an operation that failed has changed nothing, one that was answered survives the
-//!   death of this process, and one followed by `fsync` that of the machine (unless the upper is volatile).
-//! - The first change of a lower file copies its data once, and only if its data changes; the copy is complete, and durable
-//!   unless the upper is volatile, before anything names it.
-//! - An inode keeps its number for the life of the mount, whatever is done to it. Numbers are not kept across mounts.
-//! - A file or directory without a name lives until the kernel forgets it, in memory and in its flat file; not longer.
-//! - No descriptor is held per inode: flat files and the store's files are opened through bounded caches.
-//! - This server is the only one who changes anything, and the kernel the only client: see [`adapter::fuse`].
+//! - A name from inside the sandbox is never a name on the host: data is stored by number or by
+//!   hash, everything else in records. So no privileges are needed, and whatever uid, mode, device
+//!   or xattr the sandbox sets is just kept.
+//! - The lower is never written to, and nothing that was read from it is kept in memory but the
+//!   tables of directories that several layers share, and the pages of the layer files.
+//! - Memory is never ahead of the log: an operation that failed has changed nothing, one that was
+//!   answered survives the death of this process, and one followed by `fsync` that of the machine
+//!   (unless the upper is volatile).
+//! - The first change of a lower file copies its data once, and only if its data changes; the copy
+//!   is complete, and durable unless the upper is volatile, before anything names it.
+//! - An inode keeps its number for the life of the mount, whatever is done to it. Numbers are not
+//!   kept across mounts.
+//! - A file or directory without a name lives until the kernel forgets it, in memory and in its
+//!   flat file; not longer.
+//! - No descriptor is held per inode: flat files and the store's files are opened through bounded
+//!   caches.
+//! - This server is the only one who changes anything, and the kernel the only client: see
+//!   [`adapter::fuse`].
 //!
 //! # Locks
 //!
-//! One `RwLock` holds the upper's state and log: shared to look, exclusive to change, and never held while file data is
-//! read, written, copied or synced, but by [`freeze`], for a bounded number of bytes. Before it, requests that write to files take
-//! another, shared, and freezing takes that exclusively: [`upper::writers`]. Taken under them, or alone, and never with one another: a shard of the lookup counts, the
-//! cache of descriptors, the facts, the counts of hardlinks. Writes to one file from several threads are kept apart by the
-//! client, as the Linux kernel does with its inode lock; if it does not, the bytes of both arrive in some order.
+//! One `RwLock` holds the upper's state and log: shared to look, exclusive to change, and never
+//! held while file data is read, written, copied or synced, but by [`freeze`], for a bounded number
+//! of bytes. Before it, requests that write to files take another, shared, and freezing takes that
+//! exclusively: [`upper::writers`]. Taken under them, or alone, and never with one another: a shard
+//! of the lookup counts, the cache of descriptors, the facts, the counts of hardlinks. Writes to
+//! one file from several threads are kept apart by the client, as the Linux kernel does with its
+//! inode lock; if it does not, the bytes of both arrive in some order.
 
 pub mod adapter;
 mod apart;
@@ -110,14 +119,15 @@ pub enum OpenError {
     NoProject,
 }
 
-/// What an upper stands on.
+/// The layers that an upper stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Footing {
     /// The chain that it stood on last, bottom first.
     pub layers: Vec<LayerId>,
     /// Which of these is the project's.
     pub project: Option<usize>,
-    /// The layers of the project whose changes it has taken over since, of which the last is the newest: see [`Overlay::update`].
+    /// The layers of the project whose changes it has taken over since, of which the last is the
+    /// newest: see [`Overlay::update`].
     pub applied: Vec<LayerId>,
     /// The layer that it was made from, if it was: see [`thaw`].
     pub thawed: Option<LayerId>,
@@ -145,7 +155,8 @@ impl Footing {
     }
 }
 
-/// What the upper in `dir` stands on, to be pinned before it is opened; none if there is no such upper.
+/// The layers that the upper in `dir` stands on, to be pinned before it is opened; none if there is
+/// no such upper.
 pub fn footing_of(dir: &Path) -> Result<Option<Footing>, upper::UpperError> {
     if !dir.exists() {
         return Ok(None);
@@ -155,8 +166,8 @@ pub fn footing_of(dir: &Path) -> Result<Option<Footing>, upper::UpperError> {
     Ok(opened.chain().map(footing))
 }
 
-/// The layer that the upper in `dir` was made from, if it was, whoever has it open. It stays the same for as long as the upper is
-/// there.
+/// The layer that the upper in `dir` was made from, if it was; another process may have it open. It
+/// stays the same for as long as the upper is there.
 pub fn thawed_of(dir: &Path) -> Result<Option<LayerId>, upper::UpperError> {
     let first = upper::log::first(dir, &upper::disk::HostDisk)?.unwrap_or_default();
     Ok(upper::thawed(&first).map(LayerId::from_bytes))

@@ -1,20 +1,21 @@
 //! Layers merged into one read-only view: the lower. Pure, built once, immutable afterwards.
 //!
-//! A directory to which two or more layers contribute gets a table of its merged entries, sorted by name. All others
-//! stand in one layer alone, whose own node table is already such a table, and are shared as they are. So building
-//! costs what the layers have in common, and a lookup is one binary search in one table, however many layers there
-//! are and whether or not it finds anything.
+//! A directory to which two or more layers contribute gets a table of its merged entries, sorted by
+//! name. All others stand in one layer alone, whose own node table is already such a table, and are
+//! shared as they are. So building costs what the layers have in common, and a lookup is one binary
+//! search in one table, however many layers there are and whether or not it finds anything.
 //!
-//! Rules, from the top layer down, for one name: a whiteout ends the search; a file, symlink or other leaf is the answer if
-//! nothing was found above it and ends the search; directories add up until an opaque one has been added. A merged
-//! directory has the metadata of the topmost contributor that is not implicit.
+//! Rules, from the top layer down, for one name: a whiteout ends the search; a file, symlink or
+//! other leaf is the answer if nothing was found above it and ends the search; directories add up
+//! until an opaque one has been added. A merged directory has the metadata of the topmost
+//! contributor that is not implicit.
 //!
 //! # Inode numbers
 //!
-//! They are computed, not stored: each layer has a range as long as its table of nodes, bottom first
-//! from [`FIRST_LOWER`]; an entry has the number of the topmost contributor's node, with the first of
-//! its names in the layer standing for a hardlinked file; the root is [`ROOT`]. All are below
-//! [`Merged::end`].
+//! They are computed, not stored: each layer has a range as long as its table of nodes, bottom
+//! first from [`FIRST_LOWER`]; an entry has the number of the topmost contributor's node, with the
+//! first of its names in the layer standing for a hardlinked file; the root is [`ROOT`]. All are
+//! below [`Merged::end`].
 
 use std::sync::Arc;
 
@@ -160,7 +161,8 @@ impl Merged {
         Ok(merged)
     }
 
-    /// Merges one directory from its contributors, topmost first; what of its children needs merging goes to `pending`.
+    /// Merges one directory from its contributors, topmost first; what of its children needs
+    /// merging goes to `pending`.
     fn merge_dir(&mut self, contributors: &[Place], pending: &mut Vec<Vec<Place>>) {
         let layers = std::mem::take(&mut self.layers);
         let node = |place: Place| at(&layers, place);
@@ -287,8 +289,8 @@ impl Merged {
         self.lower(self.place_of_path(path)?)
     }
 
-    /// The entries of `dir` from position `from` on: each with its position, its name and itself, in the order of
-    /// names. Positions never change.
+    /// The entries of `dir` from position `from` on: each with its position, its name and itself,
+    /// in the order of names. Positions never change.
     pub fn children(
         &self,
         dir: Ino,
@@ -332,7 +334,8 @@ impl Merged {
             .unwrap_or_else(|| self.layers[0].root())
     }
 
-    /// The paths at which a leaf is visible: one, or those of its hardlinks that no layer above hides.
+    /// The paths at which a leaf is visible: one, or those of its hardlinks that no layer above
+    /// hides.
     pub fn visible_paths(&self, leaf: Lower<'_>) -> Vec<Vec<u8>> {
         let Some(Place { slot, .. }) = self.place(leaf.ino) else {
             return Vec::new();

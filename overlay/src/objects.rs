@@ -6,7 +6,8 @@ use iii_store::{ObjectId, Store};
 
 /// Where the bytes of the layers' files come from.
 pub trait Objects: Send + Sync {
-    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end.
+    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its
+    /// end.
     fn read_at(&self, object: &ObjectId, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Copies the first `len` bytes of the object to `to`, which is empty.

@@ -50,9 +50,10 @@ impl std::fmt::Debug for Overlay {
 }
 
 impl Overlay {
-    /// Composes `layers`, bottom first, and the upper in the directory `upper`, which is made when missing and locked as
-    /// long as the overlay lives. If the upper stood on another chain, its changes are carried over first: see
-    /// [`crate::rebase`]. The caller has pinned the layers, and those of [`crate::footing_of`].
+    /// Composes `layers`, bottom first, and the upper in the directory `upper`, which is made when
+    /// missing and locked as long as the overlay lives. If the upper stood on another chain, its
+    /// changes are carried over first: see [`crate::rebase`]. The caller has pinned the layers, and
+    /// those of [`crate::footing_of`].
     pub fn open(
         store: &Store,
         layers: Vec<Arc<Layer>>,
@@ -109,7 +110,8 @@ impl Overlay {
         let aside = Kept::new(options.aside, &lower);
         let mut opened = Opened::new_on(disk, upper)?;
         if let Some(thawed) = opened.thawed() {
-            // Its contents are read when they are needed: it is too late then to say that they are gone.
+            // Its contents are read when they are needed: it is too late then to say that they are
+            // gone.
             let layer = old_layer(&iii_store::LayerId::from_bytes(thawed));
             layer.map_err(|source| crate::upper::UpperError::Thawed {
                 path: upper.to_owned(),
@@ -158,8 +160,8 @@ impl Overlay {
         })
     }
 
-    /// How many files that the sandbox had written or removed gave way to newer ones of its layers when this was opened: see
-    /// [`crate::rebase`].
+    /// How many files that the sandbox had written or removed gave way to newer ones of its layers
+    /// when this was opened: see [`crate::rebase`].
     pub fn gave_way(&self) -> u64 {
         self.gave_way
     }

@@ -28,8 +28,8 @@ pub struct Time {
 }
 
 impl Time {
-    /// The time now, by the clock that the kernel stamps files with: a file of this filesystem and one
-    /// of another compare as they were changed.
+    /// The time now, by the clock that the kernel stamps files with: a file of this filesystem and
+    /// one of another compare as they were changed.
     pub fn now() -> Self {
         let now = rustix::time::clock_gettime(FILE_CLOCK);
         Self {
@@ -57,7 +57,7 @@ impl From<Time> for iii_store::tree::Mtime {
     }
 }
 
-/// What `fallocate` does.
+/// The mode of a `fallocate`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allocate {
     /// Allocates, growing the file.

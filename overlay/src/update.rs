@@ -1,14 +1,17 @@
-//! A changed project under a running sandbox: what changed on the host shows inside, nothing is mounted anew.
+//! A changed project under a running sandbox: changes on the host show inside, and nothing is
+//! mounted anew.
 //!
-//! What the sandbox sees afterwards is what it would see if it were started again on the new layer (see [`crate::rebase`]): the paths
-//! that changed win over what the sandbox had written there, everything else that it wrote stays. But the lower stays the one that
-//! was composed at the start, so that every inode number that the kernel knows keeps its meaning; the changes are made in the upper,
-//! as if the sandbox had made them, with contents that stay in the store. The log says which layer they came from, and
-//! the next start on a newer one carries the upper over as if it had stood on that layer. A file that the sandbox has given another
-//! name, and whose contents the project has no more, gets them for its own, so that a former layer is needed by nobody but those
-//! who have a file of it open.
+//! Afterwards, the sandbox sees the same as if it were started again on the new layer (see
+//! [`crate::rebase`]): the paths that changed win over the sandbox's own writes there, everything
+//! else that it wrote stays. But the lower stays the one that was composed at the start,
+//! so that every inode number that the kernel knows keeps its meaning; the changes are made in the
+//! upper, as if the sandbox had made them, with contents that stay in the store. The log says which
+//! layer they came from, and the next start on a newer one carries the upper over as if it had
+//! stood on that layer. A file that the sandbox has given another name, and whose contents the
+//! project has no more, gets them for its own, so that only processes that have a file of a
+//! former layer open need that layer.
 //!
-//! The kernel is not told: [`Overlay::update`] returns what it has to forget.
+//! The kernel is not told: [`Overlay::update`] returns the entries that it has to forget.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -48,7 +51,7 @@ impl From<Errno> for UpdateError {
     }
 }
 
-/// What a kernel that serves the filesystem has to forget after an update.
+/// Entries that a kernel has to forget after an update.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Stale {
     /// Entries that lead elsewhere, by directory and name, in the order of their changes.
@@ -58,10 +61,12 @@ pub struct Stale {
 }
 
 impl Overlay {
-    /// Has the sandbox see `project` in place of the project's layer that it saw last. Requests wait meanwhile. The caller has
-    /// pinned the layer, for as long as the upper stands on it: see [`crate::footing_of`].
+    /// Shows the sandbox `project` in place of the project's layer that it saw last. Requests
+    /// wait meanwhile. The caller has pinned the layer, for as long as the upper stands on it: see
+    /// [`crate::footing_of`].
     ///
-    /// A process that dies on the way has made some of the changes; the next opening makes the others.
+    /// A process that dies on the way has made some of the changes; the next opening makes the
+    /// others.
     pub fn update(&self, project: &Arc<Layer>) -> std::result::Result<Stale, UpdateError> {
         let mut seen = self
             .project
@@ -77,7 +82,7 @@ impl Overlay {
             layers
         };
         let (old, new) = (with(last), with(project));
-        // What a layer above the project hides changes nothing.
+        // A change below a layer that hides it changes nothing.
         let mut changes = differ(&old, &new);
         if changes.is_empty() {
             return Ok(Stale::default());
@@ -99,7 +104,7 @@ impl Overlay {
             changed: &changed,
             stale: Stale::default(),
         };
-        // A directory is there before what is in it, and goes after that.
+        // A directory comes before its entries, and goes after them.
         for change in &changes {
             update.show(&change.path)?;
         }
@@ -119,8 +124,8 @@ impl Overlay {
         Ok(stale)
     }
 
-    /// Files that the sandbox has given other names, whose contents neither the layers that were composed nor `new` have: only
-    /// `last`, which nobody pins for long.
+    /// Files that the sandbox has given other names, whose contents neither the layers that were
+    /// composed nor `new` have: only `last`, which stays pinned only for a while.
     fn moved(
         &self,
         inner: &Inner,
@@ -230,7 +235,7 @@ fn is_dir(entry: Option<Lower<'_>>) -> bool {
 }
 
 impl Update<'_> {
-    /// Shows at a path that changed what the new lower has there, if it has something.
+    /// Shows the entry of the new lower at a path that changed, if it has one.
     fn show(&mut self, path: &[u8]) -> Result<()> {
         let Some(there) = self.new.lookup_path(path) else {
             return Ok(());
@@ -261,7 +266,8 @@ impl Update<'_> {
         Ok(())
     }
 
-    /// Takes away what a path that changed led to, if the new lower has nothing there and nothing is left in it.
+    /// Takes away the entry at a path that changed, if the new lower has nothing there and nothing
+    /// is left in it.
     fn clear(&mut self, path: &[u8]) -> Result<()> {
         let (parent, name) = split(path);
         let Some(parent) = self.inner.state.at_path(parent) else {
@@ -282,7 +288,7 @@ impl Update<'_> {
         self.remove(parent, name, shown)
     }
 
-    /// The directory at `path`, which is made, and those on the way, where there is none.
+    /// The directory at `path`, which is made, and those on the way, where they are missing.
     fn directory(&mut self, path: &[u8]) -> Result<Ino> {
         let mut dir = ROOT;
         let mut end = 0;
@@ -302,7 +308,8 @@ impl Update<'_> {
         Ok(dir)
     }
 
-    /// Makes what the new lower has in the directory at `path`, but for what the sandbox or another change has a say over.
+    /// Makes the new lower's entries in the directory at `path`, but for those that the sandbox or
+    /// another change has a say over.
     fn reveal(&mut self, dir: Ino, path: &[u8], there: Lower<'_>) -> Result<()> {
         let mut pending = vec![(dir, path.to_vec(), there)];
         while let Some((dir, path, there)) = pending.pop() {
@@ -337,7 +344,7 @@ impl Update<'_> {
         Ok(())
     }
 
-    /// Has `name` in `parent` lead to a new inode, and to nothing that it led to before.
+    /// Makes `name` in `parent` lead to a new inode, and removes the entry that it led to before.
     fn put(&mut self, parent: Ino, name: &[u8], record: Record) -> Result<Ino> {
         if let Some(shown) = self.inner.state.child(parent, name)? {
             self.remove(parent, name, shown)?;
@@ -353,7 +360,7 @@ impl Update<'_> {
 
     /// Removes an entry, with all that is in it.
     fn remove(&mut self, parent: Ino, name: &[u8], ino: Ino) -> Result<()> {
-        // A directory is taken out before what is in it: so far down, nobody can get any more.
+        // A directory is taken out before its entries: no process can get so far down any more.
         let mut pending = vec![(parent, name.to_vec(), ino)];
         let mut doomed = Vec::new();
         while let Some(entry) = pending.pop() {

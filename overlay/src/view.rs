@@ -1,4 +1,4 @@
-//! What lower and upper show together: names, entries and where directories stand.
+//! Lower and upper as one: names, entries and where directories stand.
 
 use iii_store::layer::Kind;
 use iii_store::tree::{MAX_NAME, components};
@@ -96,7 +96,8 @@ impl State {
         true
     }
 
-    /// Calls `each` with the cookie, the name and the inode of every entry from `cookie` on, as long as it returns true.
+    /// Calls `each` with the cookie, the name and the inode of every entry from `cookie` on, as
+    /// long as it returns true.
     pub(crate) fn for_each<'a>(
         &'a self,
         dir: Ino,

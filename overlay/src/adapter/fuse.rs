@@ -1,25 +1,28 @@
 //! Serving over `/dev/fuse`, by `fuser`, which parses the wire format.
 //!
-//! The kernel is the only client and this server the only one who changes anything, so whatever the kernel learns stays
-//! true until it changes it itself, and it is told to keep it without limit: entries, absent entries, attributes, listings,
-//! targets and pages. Opening and closing need no request ([`Mode::Quiet`]): data is addressed by inode.
+//! The kernel is the only client and no other process changes the filesystem, so all that the
+//! kernel learns stays true until it changes it itself. It may keep all of that without limit:
+//! entries, absent entries, attributes, listings, targets and pages. Opening and closing need no
+//! request ([`Mode::Quiet`]): data is addressed by inode.
 //!
-//! While a build step runs, its looks are recorded ([`Mode::Observed`]): opens are real requests, and listings bring no
-//! attributes, so that the kernel asks for each entry that is looked at. What it asked once is recorded once.
+//! While a build step runs, its looks are recorded ([`Mode::Observed`]): opens are real requests,
+//! and listings bring no attributes, so that the kernel asks for each entry that is looked at. A
+//! repeated look is recorded once.
 //!
-//! Not offered: locks (the kernel's own are right, for it is one kernel), POSIX ACLs, writeback (the
-//! kernel would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no request
-//! for: programs are told that it is not supported, and fall back to a named file.
+//! Not offered: locks (the kernel's own are right, for it is one kernel), POSIX ACLs, writeback
+//! (the kernel would make up times and lengths of its own), and `O_TMPFILE`, which `fuser` has no
+//! request for: programs are told that it is not supported, and fall back to a named file.
 //!
-//! Nor passthrough: it needs privileges in the host's user namespace, and a file of its own for every object, which small
-//! ones do not have. So the first read of a small file is one request, and all that follow are none.
+//! Nor passthrough: it needs privileges in the host's user namespace, and a file of its own for
+//! every object, which small ones do not have. So the first read of a small file is one request,
+//! and all that follow are none.
 //!
 //! setuid and setgid go with a write, a truncation or a change of the owner (`HANDLE_KILLPRIV_V2`).
-//! `fuser` hides whether the kernel asked for that in a truncation, so every truncation does it. In a
-//! user namespace, where sandboxes are, the kernel asks for it even when root truncates.
+//! `fuser` hides whether the kernel asked for that in a truncation, so every truncation does it. In
+//! a user namespace, where sandboxes are, the kernel asks for it even when root truncates.
 //!
-//! `ASYNC_DIO` is not agreed to: with it, the kernel leaves pages that a buffered read cached before
-//! an asynchronous direct write, and later reads return them.
+//! `ASYNC_DIO` is not agreed to: with it, the kernel leaves pages that a buffered read cached
+//! before an asynchronous direct write, and later reads return them.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -55,7 +58,7 @@ impl FuseSession {
         self.0.join()
     }
 
-    /// What tells the kernel what it has to forget.
+    /// A handle that tells the kernel to forget what an update changed.
     pub fn forgetter(&self) -> Forgetter {
         Forgetter(self.0.notifier())
     }
@@ -66,8 +69,9 @@ impl FuseSession {
 pub struct Forgetter(fuser::Notifier);
 
 impl Forgetter {
-    /// Has the kernel ask again for what an update changed. From when this returns, programs see it; those that have a file open that
-    /// was replaced go on with what they have. Must not be called by a thread that serves requests.
+    /// Makes the kernel ask again for all that an update changed. From when this returns, programs
+    /// see it; those that have a file open that was replaced go on with what they have. Must not be
+    /// called by a thread that serves requests.
     pub fn forget(&self, stale: &Stale) -> io::Result<()> {
         for (dir, name) in &stale.entries {
             self.0.inval_entry(INodeNo(*dir), OsStr::from_bytes(name))?;
@@ -80,9 +84,9 @@ impl Forgetter {
     }
 }
 
-/// Serves `fs` on `fuse`, a `/dev/fuse` descriptor that is mounted already, on `threads` threads. The mount needs the
-/// options `default_permissions` and, for more than one user, `allow_other`. Returns once the kernel has been answered
-/// for the first time; the mount ends the session.
+/// Serves `fs` on `fuse`, a `/dev/fuse` descriptor that is mounted already, on `threads` threads.
+/// The mount needs the options `default_permissions` and, for more than one user, `allow_other`.
+/// Returns once the kernel has been answered for the first time; the mount ends the session.
 pub fn serve<F: Filesystem + 'static>(
     fs: Arc<F>,
     fuse: OwnedFd,
@@ -129,8 +133,8 @@ fn to_system_time(time: Time) -> SystemTime {
         .unwrap_or(UNIX_EPOCH)
 }
 
-/// Undoes what `fuser` 0.18 makes of the request's seconds and nanoseconds, which for times before 1970 is
-/// `1970 - (-seconds + nanoseconds)`.
+/// Undoes the change that `fuser` 0.18 makes of the request's seconds and nanoseconds, which for
+/// times before 1970 is `1970 - (-seconds + nanoseconds)`.
 fn from_fuser_time(time: SystemTime) -> Time {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => Time {
@@ -183,7 +187,7 @@ fn file_attr(attr: &Attr) -> FileAttr {
     }
 }
 
-/// What tells the kernel that a name is absent, for it to remember.
+/// The attributes of an absent name; the kernel remembers that it is absent.
 fn absent() -> FileAttr {
     FileAttr {
         ino: INodeNo(0),

@@ -1,16 +1,20 @@
 //! Serving a microVM from the process that runs it, by `msb_krun`, which parses the wire format.
 //!
-//! The guest's kernel is the only client, and is told to keep what it learns, as in [`fuse`](super::fuse). Two things differ:
+//! The guest's kernel is the only client, and is told to keep all that it learns, as in
+//! [`fuse`](super::fuse). Two things differ:
 //!
-//! - Opening a file is a request in every [`Mode`]. `msb_krun` 0.1 always tells the kernel that an open also truncates, and a
-//!   kernel that need not open files then never says that one was truncated. Opening a directory needs no request.
-//! - `msb_krun` moves file data between the guest and a file of the host's, so bytes pass through one in memory.
+//! - Opening a file is a request in every [`Mode`]. `msb_krun` 0.1 always tells the kernel that an
+//!   open also truncates, and a kernel that need not open files then never says that one was
+//!   truncated. Opening a directory needs no request.
+//! - `msb_krun` moves file data between the guest and a file of the host's, so bytes pass through
+//!   one in memory.
 //!
 //! # `/.iii`
 //!
-//! The root has a directory [`RESERVED`] that is in no layer, in no listing and in no fact: it holds the guest's init, which
-//! the kernel executes before anything can be mounted. Its inodes are the adapter's, read-only, and unknown to the
-//! filesystem. A file of that name in a layer cannot be seen.
+//! The root has a directory [`RESERVED`] that is in no layer, in no listing and in no fact: it
+//! holds the guest's init, which the kernel executes before anything can be mounted. Its inodes are
+//! the adapter's, read-only, and unknown to the filesystem. A file of that name in a layer cannot
+//! be seen.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -54,8 +58,9 @@ pub struct Krun<F> {
 }
 
 impl<F: Filesystem> Krun<F> {
-    /// Serves `fs`. A request's data passes through memory, or where the host has no files in memory through one without a name in
-    /// the directory `scratch`. Fails where that cannot be had.
+    /// Serves `fs`. A request's data passes through memory, or where the host has no files in
+    /// memory through one without a name in the directory `scratch`. Fails where the
+    /// host has neither.
     pub fn new(fs: Arc<F>, mode: Mode, init: &'static [u8], scratch: &Path) -> io::Result<Self> {
         Ok(Self {
             fs,
@@ -88,7 +93,8 @@ impl<F: Filesystem> Krun<F> {
         })
     }
 
-    /// The reserved inode that `name` leads to, if it leads to one or is looked for where only those are.
+    /// The reserved inode that `name` leads to, if it leads to one or is looked for where only
+    /// those are.
     fn reserved_entry(&self, parent: Ino, name: &[u8]) -> Option<Result<Attr, Errno>> {
         let ino = match (parent, name) {
             (ROOT, name) if name == RESERVED.as_bytes() => RESERVED_INO,
@@ -101,7 +107,7 @@ impl<F: Filesystem> Krun<F> {
         self.reserved(ino).map(Ok)
     }
 
-    /// Refuses to change what is reserved.
+    /// Refuses to change a reserved inode.
     fn writable(&self, ino: Ino) -> io::Result<Ino> {
         match self.reserved(ino) {
             Some(_) => Err(error(Errno::ROFS)),
@@ -109,7 +115,7 @@ impl<F: Filesystem> Krun<F> {
         }
     }
 
-    /// Refuses to make, remove or replace what is reserved.
+    /// Refuses to make, remove or replace a reserved entry.
     fn changeable<'a>(&self, parent: Ino, name: &'a CStr) -> io::Result<(Ino, &'a [u8])> {
         let name = checked(name)?;
         match self.reserved_entry(parent, name) {
@@ -182,7 +188,8 @@ fn entry(attr: &Attr) -> Entry {
     }
 }
 
-/// What tells the kernel that a name is absent, for it to remember; in a listing, that it is to keep the name alone.
+/// The entry of an absent name, for the kernel to remember; in a listing, a mark that it is to
+/// keep the name alone.
 fn no_entry() -> Entry {
     Entry {
         inode: 0,
@@ -277,7 +284,7 @@ impl<F: Filesystem> DynFileSystem for Krun<F> {
             sec,
             nsec: nsec as u32,
         };
-        // What the guest claims to be nanoseconds may be anything.
+        // The guest may send any number as nanoseconds.
         let times = [
             (attr.st_atime_nsec, SetattrValid::ATIME),
             (attr.st_mtime_nsec, SetattrValid::MTIME),
@@ -733,7 +740,7 @@ impl<F: Filesystem> Krun<F> {
 struct Body<'a> {
     scratch: &'a mut Scratch,
     to: &'a mut dyn ZeroCopyWriter,
-    /// What became of a file.
+    /// The result of a transfer from a file.
     sent: Option<io::Result<usize>>,
 }
 
@@ -750,7 +757,8 @@ impl ReadTo for Body<'_> {
     }
 }
 
-/// Sends `size` bytes at `offset` of a file; less where it ends, or where the guest has no room for what it asked for.
+/// Sends `size` bytes at `offset` of a file; less where it ends, or where the guest has no room for
+/// what it asked for.
 fn send(to: &mut dyn ZeroCopyWriter, file: &File, size: usize, offset: u64) -> io::Result<usize> {
     let mut sent = 0;
     while sent < size {
@@ -775,7 +783,8 @@ impl Scratch {
     fn new(dir: &Path) -> io::Result<Self> {
         let file = memory(dir)?;
         file.set_len(u64::from(MAX_IO))?;
-        // SAFETY: the file has no name, so nobody else can shorten or change it; its contents are bytes.
+        // SAFETY: the file has no name, so no other process can shorten or change it; its contents
+        // are bytes.
         let map = unsafe { MmapMut::map_mut(&file)? };
         Ok(Self { file, map })
     }

@@ -11,15 +11,15 @@ use crate::fs::{
 };
 use crate::ino::Ino;
 
-/// How long the kernel may keep what it is told: as long as it likes.
+/// How long the kernel may keep an answer: as long as it likes.
 pub const FOREVER: Duration = Duration::from_secs(1 << 30);
 /// Longest read, write or listing in one request.
 pub const MAX_IO: u32 = 1 << 20;
 /// Requests that the kernel sends ahead without a process waiting for them, such as readahead.
 pub const MAX_BACKGROUND: u16 = 64;
-/// Most bytes that one copy between files may be asked for: what a 32-bit answer can tell.
+/// Most bytes that one copy between files may be asked for: as many as a 32-bit answer can tell.
 pub const MAX_COPY: u64 = (u32::MAX >> 1) as u64;
-/// What `st_blksize` says.
+/// `st_blksize` of every inode, in bytes.
 pub const BLOCK: u32 = 4096;
 
 /// The kernel's 32-bit encoding of device numbers: 12 bits of major, 20 of minor.
@@ -27,7 +27,7 @@ pub fn encode_rdev(rdev: Rdev) -> u32 {
     (rdev.minor & 0xff) | (rdev.major & 0xfff) << 8 | (rdev.minor & 0xf_ff00) << 12
 }
 
-/// What [`encode_rdev`] was given.
+/// The inverse of [`encode_rdev`].
 pub fn decode_rdev(rdev: u32) -> Rdev {
     Rdev {
         major: rdev >> 8 & 0xfff,
@@ -35,7 +35,8 @@ pub fn decode_rdev(rdev: u32) -> Rdev {
     }
 }
 
-// From `include/uapi/linux/{stat,fs,falloc}.h`: the guest's numbers, also where the host is no Linux.
+// From `include/uapi/linux/{stat,fs,falloc}.h`: the guest's numbers, also where the host is no
+// Linux.
 const S_IFMT: u32 = 0o170_000;
 const S_IFSOCK: u32 = 0o140_000;
 const S_IFLNK: u32 = 0o120_000;
@@ -78,7 +79,7 @@ pub fn permissions(mode: u32) -> u16 {
     (mode & 0o7777) as u16
 }
 
-/// What `mknod` is to make.
+/// The node that `mknod` is to make.
 pub fn special(mode: u32, rdev: u32) -> Result<Special> {
     Ok(match mode & S_IFMT {
         0 | S_IFREG => Special::File,
@@ -138,10 +139,10 @@ pub fn seek(offset: i64, whence: i32) -> Result<(u64, Seek)> {
     Ok((offset, whence))
 }
 
-/// What a kernel that leaves setuid and setgid to the filesystem means by a SETATTR. One that changes
-/// nothing it sends before a write, `fallocate` or `copy_file_range`, and for a `chown` that names no
-/// owner, when setuid, setgid or capabilities have to go. The attributes of the answer take the
-/// place of those that it keeps, so nothing stale is left of the mode.
+/// The meaning of a SETATTR from a kernel that leaves setuid and setgid to the filesystem. One that
+/// changes nothing it sends before a write, `fallocate` or `copy_file_range`, and for a `chown`
+/// that names no owner, when setuid, setgid or capabilities have to go. The attributes of the
+/// answer take the place of those that it keeps, so nothing stale is left of the mode.
 pub fn set_attr(set: SetAttr) -> SetAttr {
     SetAttr {
         kill_suid: set.kill_suid || set == SetAttr::default(),
@@ -149,7 +150,7 @@ pub fn set_attr(set: SetAttr) -> SetAttr {
     }
 }
 
-/// Whether what this caller writes takes setuid and setgid away, where the kernel does not say.
+/// Whether a write by this caller takes setuid and setgid away, where the kernel does not say.
 pub fn kills_suid(uid: u32) -> bool {
     uid != 0
 }
@@ -164,7 +165,8 @@ pub fn open(flags: i32) -> Open {
     }
 }
 
-/// `open` with `O_CREAT`: makes the file, or opens the one that is there unless `O_EXCL` forbids it. Counts as one lookup.
+/// `open` with `O_CREAT`: makes the file, or opens the one that is there unless `O_EXCL` forbids
+/// it. Counts as one lookup.
 pub fn create<F: Filesystem + ?Sized>(
     fs: &F,
     caller: Caller,

@@ -1,9 +1,10 @@
-//! Answers FUSE messages: bytes in, bytes out. Whatever carries them is somebody else's.
+//! Answers FUSE messages: bytes in, bytes out. The transport is the caller's.
 //!
-//! The same contract as that of [`super::fuse`] while a worker runs: the client is the only one who changes anything, and is
-//! told to keep whatever it learns without limit; opening, closing and flushing are no requests after the first. Besides, there
-//! is `O_TMPFILE`, `syncfs`, and setuid goes exactly when the kernel says so. Not offered: birth times, since to ask for them
-//! takes a request for every inode (`FUSE_STATX`), locks, POSIX ACLs, writeback, and DAX.
+//! The same contract as that of [`super::fuse`] while a worker runs: the client is the only one who
+//! changes anything, and is told to keep all that it learns without limit; opening, closing and
+//! flushing are no requests after the first. Besides, there is `O_TMPFILE`, `syncfs`, and setuid
+//! goes exactly when the kernel says so. Not offered: birth times, since to ask for them takes a
+//! request for every inode (`FUSE_STATX`), locks, POSIX ACLs, writeback, and DAX.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +18,8 @@ use super::wire::{
 };
 use crate::fs::{Attr, Errno, Filesystem, ReadTo, Result};
 
-/// What is agreed to if the client offers it. Not `ASYNC_DIO`: see [`super::fuse`]. Not
-/// `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a directory without
+/// The flags that are agreed to if the client offers them. Not `ASYNC_DIO`: see [`super::fuse`].
+/// Not `READDIRPLUS_AUTO`, by which a kernel lists all but the first page of a directory without
 /// attributes, and then has to look up every entry that is looked at.
 const WANTED: u64 = flags::ASYNC_READ
     | flags::BIG_WRITES
@@ -35,7 +36,8 @@ const WANTED: u64 = flags::ASYNC_READ
 pub trait Room {
     /// How many bytes it may have.
     fn size(&self) -> usize;
-    /// Reads up to `size` bytes at `offset` of `file` to `skip` bytes behind the beginning; less only at the end of the file.
+    /// Reads up to `size` bytes at `offset` of `file` to `skip` bytes behind the beginning; less
+    /// only at the end of the file.
     fn fill(&mut self, skip: usize, file: &File, offset: u64, size: usize) -> io::Result<usize>;
 }
 
@@ -81,9 +83,9 @@ impl<F: Filesystem + ?Sized> Server<F> {
         }
     }
 
-    /// Does what `message` asks and returns the reply, for which there has to be `room`; nothing where the client waits for
-    /// none, or has no room for even an error. What the room was filled with belongs behind it. `buffer` is memory to be used
-    /// again.
+    /// Serves `message` and returns the reply, for which there has to be `room`; nothing where the
+    /// client waits for none, or has no room for even an error. The bytes that the room was filled
+    /// with belongs behind it. `buffer` is memory to be used again.
     pub fn handle<'r>(
         &self,
         message: &[u8],
@@ -100,7 +102,8 @@ impl<F: Filesystem + ?Sized> Server<F> {
         };
         buffer.begin();
         let done = Request::parse(&header, message).and_then(|request| {
-            // Before anything is done: what was done and cannot be told would count as a lookup that nobody takes back.
+            // Before anything is done: a request that was served without an answer would count as
+            // a lookup that the client never takes back.
             if needs(&request) > size {
                 return Err(Errno::INVAL);
             }

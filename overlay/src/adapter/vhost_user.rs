@@ -1,32 +1,38 @@
-//! Serving over vhost-user-fs, to any VMM that has it: QEMU, cloud-hypervisor, crosvm, User-Mode Linux.
+//! Serving over vhost-user-fs, to any VMM that has it: QEMU, cloud-hypervisor, crosvm, User-Mode
+//! Linux.
 //!
-//! `vhost-user-backend` speaks with the VMM and maps the guest's memory, `virtio-queue` walks the rings, and
-//! [`super::server`] answers the messages in them. One socket, one VMM, one session: when the VMM goes, serving ends.
+//! `vhost-user-backend` speaks with the VMM and maps the guest's memory, `virtio-queue` walks the
+//! rings, and [`super::server`] answers the messages in them. One socket, one VMM, one session:
+//! when the VMM goes, serving ends.
 //!
 //! # Threads
 //!
-//! Every request queue has a thread that takes requests from it, and answers them itself as long as few wait, as the two that
-//! a kernel sends to read ahead: waking another thread costs more than most take to answer. What comes in long bursts, and
-//! what waits for the disk, goes to a pool that all queues share. Priority requests say what is forgotten, and nobody waits for
-//! them.
+//! Every request queue has a thread that takes requests from it, and answers them itself as long as
+//! few wait, as the two that a kernel sends to read ahead: waking another thread costs more than
+//! most take to answer. Long bursts, and requests that wait for the disk, go to a pool that all
+//! queues share. Priority requests tell of forgotten inodes; the guest waits for none of them.
 //!
-//! # What a guest can do
+//! # Limits of a guest
 //!
-//! Its memory holds rings, descriptors and messages, and it may change them at any time. Everything is read once, into memory
-//! of ours, before it is looked at; every address is checked against the guest's memory by `vm-memory`; a chain ends after as
-//! many descriptors as there can be, so loops do; what is longer than any message is cut. A message that makes no sense is
-//! answered with an error. A ring that makes no sense ends the session, which is the guest's own. Nothing is allocated by
-//! what a guest says, but one message and one reply for every thread, and what the filesystem keeps for what it was asked.
+//! Its memory holds rings, descriptors and messages, and it may change them at any time. Everything
+//! is read once, into memory of ours, before it is looked at; every address is checked against the
+//! guest's memory by `vm-memory`; a chain ends after as many descriptors as there can be, so loops
+//! do; a chain longer than any message is cut. A message that makes no sense is answered with an
+//! error. A ring that makes no sense ends the session, which is the guest's own. A guest
+//! causes no allocations except one message and one reply for each thread, and the memory that the
+//! filesystem needs for the requests.
 //!
-//! The VMM is trusted as far as its guest's memory goes: were it to shorten the memory behind the mapping, this process would
-//! be killed.
+//! The VMM is trusted as far as its guest's memory goes: were it to shorten the memory behind the
+//! mapping, this process would be killed.
 //!
 //! # Not offered
 //!
-//! A DAX window. Through it a guest maps files of the host, and those of the store are handed out to nobody: most are parts of
-//! packs, and nothing of them may be read past the check of its hash. What is left are files that the guest has written, and
-//! the two VMMs that are run most, QEMU and cloud-hypervisor, have no window for this device. (`vhost` has the messages,
-//! `SHMEM_MAP` and `SHMEM_UNMAP`, for whoever wants to add it for those.) Nor migration: an upper belongs to one machine.
+//! A DAX window. Through it a guest maps files of the host, and those of the store are handed out
+//! to no guest: most are parts of packs, and nothing of them may be read past the check of its
+//! hash. That leaves files that the guest has written, and the two VMMs that are run most, QEMU and
+//! cloud-hypervisor, have no window for this device. (`vhost` has the messages, `SHMEM_MAP` and
+//! `SHMEM_UNMAP`, should a VMM with a window need it.) Nor migration: an upper belongs to one
+//! machine.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -62,7 +68,7 @@ use super::server::{Room, Server};
 use super::wire::Reply;
 use crate::fs::Filesystem;
 
-/// Longest tag: what the device's configuration has room for.
+/// Longest tag that the device's configuration has room for, in bytes.
 pub const MAX_TAG: usize = 36;
 /// Most threads that serve one guest.
 pub const MAX_THREADS: usize = 64;
@@ -73,7 +79,8 @@ const REQUEST_QUEUES: usize = 8;
 const QUEUES: usize = 1 + REQUEST_QUEUES;
 /// Most entries of a ring: as many as QEMU gives one, and enough for four of the longest requests.
 const QUEUE_SIZE: usize = 1024;
-/// Most descriptors of one chain that are looked at. The longest request takes one for every page, and a few.
+/// Most descriptors of one chain that are looked at. The longest request takes one for every page,
+/// and a few.
 const MAX_SEGMENTS: usize = 1024;
 /// Most pieces of memory that the kernel reads a file into at once.
 const IOV_MAX: usize = 1024;
@@ -144,12 +151,12 @@ impl std::str::FromStr for Tag {
 pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// What was made there: device and inode.
+    /// Device and inode of the socket that was made there.
     made: (u64, u64),
 }
 
 impl Socket {
-    /// Listens on `path`, in place of a socket that nobody listens on any more.
+    /// Listens on `path`, in place of a socket without a listener.
     pub fn bind(path: &Path) -> Result<Self, VhostUserError> {
         let failed = |operation| {
             move |source: io::Error| VhostUserError::Socket {
@@ -184,7 +191,7 @@ impl Drop for Socket {
     }
 }
 
-/// Removes the socket at `path` if nobody listens on it.
+/// Removes the socket at `path` if it has no listener.
 fn clear(path: &Path) -> Result<(), VhostUserError> {
     let failed = |operation| {
         move |source: io::Error| VhostUserError::Socket {
@@ -201,7 +208,7 @@ fn clear(path: &Path) -> Result<(), VhostUserError> {
         }
         Ok(_) => {}
     }
-    // A socket of another type is told whether somebody listens, and that somebody notices nothing.
+    // Connecting a socket of another type shows whether the first has a listener, unnoticed by it.
     let probe = UnixDatagram::unbound().map_err(failed("look at"))?;
     match probe.connect(path) {
         Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => {
@@ -230,8 +237,9 @@ pub enum End {
     Stopped,
 }
 
-/// Serves `fs` to the first VMM that connects to `socket`, on about `threads` threads, until that one goes or `stop` can be
-/// read from. All requests have been answered, or are not going to be, when it returns.
+/// Serves `fs` to the first VMM that connects to `socket`, on about `threads` threads, until that
+/// one goes or `stop` can be read from. All requests have been answered, or are not going to be,
+/// when it returns.
 pub fn serve<F: Filesystem + 'static>(
     fs: Arc<F>,
     socket: &Socket,
@@ -328,7 +336,7 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringMutex<Memory>;
 type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 
-/// What all threads of a session share.
+/// State that all threads of a session share.
 struct Session<F> {
     server: Server<F>,
     /// No more requests are taken.
@@ -340,8 +348,8 @@ struct Session<F> {
 }
 
 impl<F: Filesystem> Session<F> {
-    /// Cuts the connection when `stop` or a failure says so; returns at the latest when `ended` can be read from. Whether it
-    /// was `stop`. Whoever else connects meanwhile is turned away.
+    /// Cuts the connection when `stop` or a failure says so; returns at the latest when `ended` can
+    /// be read from. Whether it was `stop`. Other connections meanwhile are turned away.
     fn watch(
         &self,
         stop: BorrowedFd<'_>,
@@ -354,7 +362,7 @@ impl<F: Filesystem> Session<F> {
         let first = loop {
             match readable(watched) {
                 Ok(Some(3)) if listener.accept().is_ok() => {}
-                // Whoever it is has to wait.
+                // The other client has to wait.
                 Ok(Some(3)) => watched = &watched[..3],
                 first => break first,
             }
@@ -391,7 +399,7 @@ impl<F: Filesystem> Session<F> {
 /// Memory for one request at a time.
 #[derive(Default)]
 struct Buffers {
-    /// What is in there behind the message is left from earlier ones.
+    /// Bytes behind the message are left from earlier ones.
     message: Vec<u8>,
     reply: Reply,
     /// Where in the guest's memory the reply goes.
@@ -412,7 +420,8 @@ struct GuestRoom<'a> {
 }
 
 impl GuestRoom<'_> {
-    /// Makes `targets` what there is behind the first `skip` bytes, up to `size` bytes in up to `IOV_MAX` pieces.
+    /// Sets `targets` to the memory behind the first `skip` bytes, up to `size` bytes in up to
+    /// `IOV_MAX` pieces.
     fn target(&mut self, mut skip: usize, mut size: usize) -> io::Result<()> {
         self.targets.clear();
         for &(at, len) in self.parts {
@@ -452,8 +461,9 @@ impl Room for GuestRoom<'_> {
             self.target(skip + done, size - done)?;
             let at = libc::off_t::try_from(offset.saturating_add(done as u64))
                 .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-            // SAFETY: the targets are ranges of the guest's memory, which `self.memory` keeps mapped, and which no reference
-            // of ours points to. There are at most `IOV_MAX` of them.
+            // SAFETY: the targets are ranges of the guest's memory, which `self.memory` keeps
+            // mapped, and which no reference of ours points to. They are at most `IOV_MAX`
+            // many.
             let got = unsafe {
                 libc::preadv(
                     file.as_raw_fd(),
@@ -479,8 +489,8 @@ impl Room for GuestRoom<'_> {
 }
 
 impl Buffers {
-    /// Answers the message in `chain`, and returns the length of the reply. What of the chain lies outside of the guest's
-    /// memory, and all after it, is as if it were not there.
+    /// Answers the message in `chain`, and returns the length of the reply. A part of the chain
+    /// outside of the guest's memory, and all after it, counts as absent.
     fn answer<F: Filesystem>(&mut self, server: &Server<F>, chain: &Chain) -> u32 {
         let memory = chain.memory();
         self.room.clear();
@@ -568,7 +578,7 @@ struct Job {
     _busy: BusyGuard,
 }
 
-/// Threads that answer what the queues' own have no time for.
+/// Threads that answer requests for which the queues' own have no time.
 struct Pool(Option<SyncSender<Job>>);
 
 impl Pool {
@@ -592,7 +602,7 @@ impl Pool {
         Ok((Self(Some(sender)), helpers))
     }
 
-    /// Gives the job back where nobody can take it.
+    /// Returns the job where no thread can take it.
     fn take(&self, job: Job) -> Option<Job> {
         let Some(sender) = &self.0 else {
             return Some(job);
@@ -616,7 +626,7 @@ fn work<F: Filesystem>(session: &Session<F>, jobs: &Mutex<Receiver<Job>>) {
     }
 }
 
-/// What `vhost-user-backend` asks of a device.
+/// The side of a device that `vhost-user-backend` calls.
 struct Backend<F> {
     session: Arc<Session<F>>,
     pool: Pool,

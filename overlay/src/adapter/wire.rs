@@ -1,7 +1,9 @@
-//! The FUSE wire format as Linux speaks it: `include/uapi/linux/fuse.h`, little-endian, version 7.31 and later.
+//! The FUSE wire format as Linux speaks it: `include/uapi/linux/fuse.h`, little-endian, version
+//! 7.31 and later.
 //!
-//! A message comes from a guest and may be any bytes. It becomes a [`Request`], in which every length, name and number was
-//! checked, before anything is done about it; what is left to refuse is what only the filesystem can know.
+//! A message comes from a guest and may be any bytes. It becomes a [`Request`], in which every
+//! length, name and number was checked, before anything is done about it; only the
+//! filesystem refuses it after that.
 
 use iii_store::tree::{MAX_NAME, MAX_TARGET, MAX_XATTR_NAME, MAX_XATTR_VALUE};
 
@@ -20,18 +22,19 @@ pub const OUT_HEADER: usize = 16;
 pub const ENTRY: usize = 128;
 /// Bytes of attributes in a reply.
 pub const ATTR_OUT: usize = 104;
-/// Bytes of what opening replies.
+/// Bytes of the reply to an open.
 pub const OPEN_OUT: usize = 16;
-/// Bytes of what INIT replies.
+/// Bytes of the reply to INIT.
 pub const INIT_OUT: usize = 64;
-/// Bytes of what STATFS replies.
+/// Bytes of the reply to STATFS.
 pub const STATFS_OUT: usize = 80;
 /// Bytes of a reply that is one number, such as a count.
 pub const NUMBER_OUT: usize = 8;
 /// Bytes before the name in a listing.
 const DIRENT: usize = 24;
 
-/// Longest message that is looked at: a write with its headers, or an xattr with its name, whichever is more.
+/// Longest message that is looked at: a write with its headers, or an xattr with its name,
+/// whichever is more.
 pub const MAX_MESSAGE: usize = linux::MAX_IO as usize + IN_HEADER + 40;
 
 const _: () = assert!(MAX_MESSAGE > IN_HEADER + 8 + MAX_XATTR_NAME + 1 + MAX_XATTR_VALUE);
@@ -44,7 +47,7 @@ pub const MINOR: u32 = 38;
 /// The first version with virtiofs.
 pub const MIN_MINOR: u32 = 31;
 
-/// What INIT negotiates.
+/// Flags that INIT negotiates.
 #[allow(missing_docs, reason = "they are the kernel's names")]
 pub mod flags {
     pub const ASYNC_READ: u64 = 1 << 0;
@@ -75,7 +78,7 @@ const FATTR_ATIME_NOW: u32 = 1 << 7;
 const FATTR_MTIME_NOW: u32 = 1 << 8;
 const FATTR_KILL_SUIDGID: u32 = 1 << 11;
 
-/// What every request begins with.
+/// The header of every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// Length of the whole message.
@@ -85,7 +88,7 @@ pub struct Header {
     pub unique: u64,
     /// The inode that it is about.
     pub node: Ino,
-    /// Who asks.
+    /// The process that asks.
     pub caller: Caller,
 }
 
@@ -161,7 +164,8 @@ mod op {
     pub const TMPFILE: u32 = 51;
 }
 
-/// Whether a message that begins with these bytes is of a kind that can take long, because it waits for the disk.
+/// Whether a message that begins with these bytes is of a kind that can take long, because it waits
+/// for the disk.
 pub fn waits_for_disk(beginning: &[u8; 8]) -> bool {
     let mut fields = Fields(beginning);
     let opcode = fields.u32().and_then(|_| fields.u32());
@@ -171,7 +175,7 @@ pub fn waits_for_disk(beginning: &[u8; 8]) -> bool {
     )
 }
 
-/// What is asked, about the header's node.
+/// A request about the header's node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the trait's operations, in its words")]
 pub enum Request<'a> {
@@ -286,8 +290,8 @@ pub enum Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// What `message`, which `header` was parsed from, asks for. `ENOSYS` where it is nothing that is offered, `EINVAL` where
-    /// it makes no sense.
+    /// The request in `message`, which `header` was parsed from. `ENOSYS` where it is nothing that
+    /// is offered, `EINVAL` where it makes no sense.
     #[allow(clippy::too_many_lines, reason = "one arm for every request")]
     pub fn parse(header: &Header, message: &'a [u8]) -> Result<Self> {
         let body = message.get(IN_HEADER..header.len as usize);
@@ -335,7 +339,7 @@ impl<'a> Request<'a> {
                 let mode = linux::permissions(f.u32()?);
                 f.u64()?;
                 if header.opcode == op::TMPFILE {
-                    // The name is the kernel's for what has none.
+                    // The name is the kernel's own for a nameless file.
                     f.text(MAX_NAME)?;
                     Self::Tmpfile { mode }
                 } else {
@@ -498,7 +502,7 @@ fn parse_init(mut f: Fields<'_>) -> Result<Request<'_>> {
     })
 }
 
-/// What a message holds after what was read of it.
+/// The rest of a message, behind the fields that were read.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -620,7 +624,7 @@ impl Reply {
         self.space(OUT_HEADER);
     }
 
-    /// Ends it: with what was put in, or with an error and nothing else.
+    /// Ends it: with the bytes that were put in, or with an error and nothing else.
     pub fn end(&mut self, unique: u64, result: Result<()>) -> &[u8] {
         let error = match result {
             Ok(()) => 0,
@@ -644,7 +648,7 @@ impl Reply {
         self.len.saturating_sub(OUT_HEADER)
     }
 
-    /// Room for `len` more bytes, to be filled in; what is in there is left from earlier replies.
+    /// Room for `len` more bytes, to be filled in; it holds bytes of earlier replies.
     pub fn space(&mut self, len: usize) -> &mut [u8] {
         let start = self.len;
         self.len += len;
@@ -659,7 +663,7 @@ impl Reply {
         self.elsewhere = len;
     }
 
-    /// Cuts what was put in to `len` bytes.
+    /// Cuts the reply to the first `len` bytes that were put in.
     pub fn cut(&mut self, len: usize) {
         self.len = self.len.min(OUT_HEADER + len);
     }
@@ -682,7 +686,7 @@ impl Reply {
         self.u64(number);
     }
 
-    /// What INIT replies.
+    /// The reply to INIT.
     pub fn init(&mut self, max_readahead: u32, flags: u64) {
         self.u32(MAJOR);
         self.u32(MINOR);
@@ -734,7 +738,8 @@ impl Reply {
 
     /// An entry, to be kept for ever.
     pub fn entry(&mut self, attr: &Attr) {
-        // No inode number is used again while the kernel may remember it, so the generation is always 0.
+        // No inode number is used again while the kernel may remember it, so the generation is
+        // always 0.
         for value in [
             attr.ino,
             0,
@@ -755,13 +760,13 @@ impl Reply {
         self.put(&[0; ENTRY - 40]);
     }
 
-    /// What opening a file replies.
+    /// The reply to opening a file.
     pub fn opened(&mut self) {
         self.u64(0);
         self.u64(u64::from(FOPEN_KEEP_CACHE));
     }
 
-    /// What opening a directory replies.
+    /// The reply to opening a directory.
     pub fn opened_dir(&mut self) {
         self.u64(0);
         self.u64(u64::from(FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR));
@@ -773,8 +778,8 @@ impl Reply {
         entry + (DIRENT + name.len()).next_multiple_of(8)
     }
 
-    /// One entry of a listing; in one with attributes, the entry itself comes before, and nothing but a zero for those
-    /// that have none.
+    /// One entry of a listing; in one with attributes, the entry itself comes before, and nothing
+    /// but a zero for those that have none.
     pub fn dirent(&mut self, entry: &crate::fs::DirEntry<'_>, attrs: bool) {
         let end = self.len + Self::dirent_len(entry.name, attrs);
         match &entry.attr {
@@ -791,7 +796,7 @@ impl Reply {
         self.space(padding).fill(0);
     }
 
-    /// What STATFS replies.
+    /// The reply to STATFS.
     pub fn statfs(&mut self, stat: &StatFs) {
         for value in [
             stat.blocks,

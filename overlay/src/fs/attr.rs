@@ -108,7 +108,7 @@ impl Overlay {
             let inner = self.upper.read();
             (inner.state.inodes(), inner.state.free_inodes())
         };
-        // What is made here takes memory, and of the host at most one file each.
+        // A new inode takes memory, and of the host at most one file.
         let files_free = room.min(host.f_ffree);
         Ok(StatFs {
             block_size: u32::try_from(host.f_bsize as u64).unwrap_or(4096),

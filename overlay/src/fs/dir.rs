@@ -408,8 +408,9 @@ impl Overlay {
     }
 }
 
-/// What writing, truncating and changing the owner take away. With `suid` also setuid, and setgid where it is not a mark
-/// for mandatory locking. Whether there was anything to take.
+/// Takes away the capabilities that end with a write, a truncation or a change of the owner. With
+/// `suid` also setuid, and setgid where it is not a mark for mandatory locking. Whether there was
+/// anything to take.
 pub(super) fn strip_privileges(record: &mut Record, suid: bool) -> bool {
     const CAPABILITY: &[u8] = b"security.capability";
     let capability = record.xattrs.remove(CAPABILITY).is_some();

@@ -1,4 +1,5 @@
-//! Operations on a file's bytes. The first write to a lower file copies it up; see [`crate::upper`] for the order.
+//! Operations on a file's bytes. The first write to a lower file copies it up; see [`crate::upper`]
+//! for the order.
 
 use std::fs::File;
 use std::io;
@@ -33,7 +34,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Where the bytes of `ino` are, for somebody who reads them.
+    /// Where the bytes of `ino` are, for a caller that reads them.
     fn readable(&self, ino: Ino) -> Result<Bytes> {
         let inner = self.upper.read();
         inner.state.bytes(ino)
@@ -60,8 +61,8 @@ impl Overlay {
         to.file(&file, offset, size).map_err(|error| errno(&error))
     }
 
-    /// The flat file of `ino`, ready to be written to: its record is dirty. Copies up the first `keep` bytes of a file whose
-    /// data is in the store. `kill_suid` as for a write.
+    /// The flat file of `ino`, ready to be written to: its record is dirty. Copies up the first
+    /// `keep` bytes of a file whose data is in the store. `kill_suid` as for a write.
     fn writable(&self, ino: Ino, keep: u64, kill_suid: bool) -> Result<Arc<File>> {
         loop {
             let bytes = {
@@ -95,8 +96,8 @@ impl Overlay {
         }
     }
 
-    /// A new flat file that holds the first `len` bytes of the object. It has to be durable before the log says so: see
-    /// [`crate::upper::commit::Inner::order`].
+    /// A new flat file that holds the first `len` bytes of the object. It has to be durable before
+    /// the log says so: see [`crate::upper::commit::Inner::order`].
     pub(crate) fn copy_up(&self, object: &[u8; 32], len: u64) -> io::Result<(u64, Arc<File>)> {
         let (flat, file) = self.upper.data.create()?;
         let object = ObjectId::from_bytes(*object);
@@ -108,7 +109,8 @@ impl Overlay {
         Ok((flat, file))
     }
 
-    /// Points the record of `ino` to the flat file, unless its data is no longer what it was when that was made.
+    /// Points the record of `ino` to the flat file, unless its data is no longer what it was when
+    /// that was made.
     fn switch(&self, ino: Ino, was: Bytes, flat: u64, keep: u64, kill_suid: bool) -> Result<bool> {
         let mut inner = self.upper.write();
         let is = inner.state.bytes(ino)?;
@@ -137,8 +139,9 @@ impl Overlay {
         Ok(true)
     }
 
-    /// Notes in memory that the file, which is dirty, was written to. `begun` is from before that: the
-    /// host stamps the flat file later, and its time, which holds after a kill, is not an earlier one.
+    /// Notes in memory that the file, which is dirty, was written to. `begun` is from before that:
+    /// the host stamps the flat file later, and its time, which holds after a kill, is not an
+    /// earlier one.
     fn written(&self, ino: Ino, begun: Time, size: impl FnOnce(u64) -> u64) {
         let mut inner = self.upper.write();
         let number = inner.state.number(ino);
@@ -187,8 +190,8 @@ impl Overlay {
 
     /// Sets the length.
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {
-        // What is emptied to be written again gets another flat file: the old contents stay until the
-        // new ones are durable.
+        // A file that is emptied to be written again gets another flat file: the old contents stay
+        // until the new ones are durable.
         let drops = |bytes: &Bytes| match bytes.data {
             Data::Flat { .. } => bytes.size != 0 && !self.upper.volatile,
             _ => true,
@@ -255,7 +258,8 @@ impl Overlay {
                 Seek::Hole => bytes.size,
             });
         };
-        // A descriptor of its own: seeking moves the position, which nobody else minds, but which is one.
+        // A descriptor of its own: seeking moves the position, which no other user of it minds, but
+        // which is one.
         let file = self.upper.data.get(number).map_err(|error| errno(&error))?;
         let from = match whence {
             Seek::Data => SeekFrom::Data(offset),

@@ -1,9 +1,10 @@
 //! The filesystem contract that every adapter serves.
 //!
-//! Synchronous, `&self`, callable from any number of threads. There are no file handles: an inode lives as long as the
-//! kernel remembers it, which [`Filesystem::forget`] ends, so a handle would say nothing that the inode does not.
-//! Names and targets are raw bytes. Permissions are the kernel's to check (`default_permissions`); everything else that
-//! POSIX says about an operation is done here.
+//! Synchronous, `&self`, callable from any number of threads. No file handles: an inode
+//! lives as long as the kernel remembers it, which [`Filesystem::forget`] ends, so a handle would
+//! say nothing that the inode does not. Names and targets are raw bytes. Permissions are the
+//! kernel's to check (`default_permissions`); everything else that POSIX says about an operation is
+//! done here.
 
 mod attr;
 mod dir;
@@ -19,12 +20,12 @@ pub use iii_store::tree::Rdev;
 use crate::ino::Ino;
 pub use crate::posix::{Allocate, Errno, Result, Time};
 
-/// What `stat` tells.
+/// The result of `stat`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attr {
     /// Inode number.
     pub ino: Ino,
-    /// What it is; never [`Kind::Whiteout`].
+    /// Its type; never [`Kind::Whiteout`].
     pub kind: Kind,
     /// `mode & 07777`.
     pub mode: u16,
@@ -40,7 +41,7 @@ pub struct Attr {
     pub size: u64,
     /// Blocks of 512 bytes.
     pub blocks: u64,
-    /// Last access: the time of creation or what was set; reading does not change it.
+    /// Last access: the time of creation or one that was set; reading does not change it.
     pub atime: Time,
     /// Last change of the contents.
     pub mtime: Time,
@@ -50,7 +51,7 @@ pub struct Attr {
     pub btime: Time,
 }
 
-/// Who asks.
+/// The process that asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Caller {
     /// Filesystem uid.
@@ -68,7 +69,7 @@ pub enum SetTime {
     At(Time),
 }
 
-/// What to change; `None` stays.
+/// Attributes to change; `None` stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SetAttr {
     /// `mode & 07777`.
@@ -103,7 +104,7 @@ pub enum Special {
     Block(Rdev),
 }
 
-/// How `rename` treats what is there.
+/// How `rename` treats an entry that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Rename {
     /// Replaces the target.
@@ -117,7 +118,7 @@ pub enum Rename {
     Whiteout,
 }
 
-/// What `open` is for.
+/// The purpose of an `open`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Open {
     /// To read.
@@ -154,17 +155,18 @@ pub enum Seek {
 pub struct DirEntry<'a> {
     /// Inode number.
     pub ino: Ino,
-    /// What it is.
+    /// Its type.
     pub kind: Kind,
     /// Its name.
     pub name: &'a [u8],
     /// Where to go on after it.
     pub cookie: u64,
-    /// Its attributes, if they were asked for. Not for `.` and `..`. Taking the entry then counts as a lookup.
+    /// Its attributes, if they were asked for. Not for `.` and `..`. Taking the entry then counts
+    /// as a lookup.
     pub attr: Option<Attr>,
 }
 
-/// What `statfs` tells.
+/// The result of `statfs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StatFs {
     /// Size of a block.
@@ -185,7 +187,7 @@ pub struct StatFs {
 
 /// Where a read goes. It comes by one of these, called once at most.
 pub trait ReadTo {
-    /// Memory for `size` bytes. What was read begins there.
+    /// Memory for `size` bytes. The bytes that were read begin there.
     fn memory(&mut self, size: usize) -> &mut [u8];
     /// Reads up to `size` bytes at `offset` of a file of the host; less only at its end.
     fn file(&mut self, file: &File, offset: u64, size: usize) -> io::Result<usize>;
@@ -193,9 +195,10 @@ pub trait ReadTo {
 
 /// A filesystem.
 ///
-/// `lookup`, everything that makes a node, `link`, and entries with attributes that a `readdir` sink took each count as
-/// one lookup of that inode; the inode stays valid until `forget` has taken all of them back, whatever becomes of its
-/// names. Operations on an inode that is not known fail with `ESTALE`.
+/// `lookup`, everything that makes a node, `link`, and entries with attributes that a `readdir`
+/// sink took each count as one lookup of that inode; the inode stays valid until `forget` has taken
+/// all of them back, whatever becomes of its names. Operations on an inode that is not known fail
+/// with `ESTALE`.
 pub trait Filesystem: Send + Sync {
     /// The entry called `name`.
     fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr>;
@@ -224,7 +227,7 @@ pub trait Filesystem: Send + Sync {
     fn symlink(&self, caller: Caller, parent: Ino, name: &[u8], target: &[u8]) -> Result<Attr>;
     /// Makes a file without a name, which `link` may give it.
     fn tmpfile(&self, caller: Caller, parent: Ino, mode: u16) -> Result<Attr>;
-    /// Removes a name of what is not a directory.
+    /// Removes a name of an inode that is not a directory.
     fn unlink(&self, parent: Ino, name: &[u8]) -> Result<()>;
     /// Removes an empty directory.
     fn rmdir(&self, parent: Ino, name: &[u8]) -> Result<()>;
@@ -269,12 +272,13 @@ pub trait Filesystem: Send + Sync {
         len: u64,
         kill_suid: bool,
     ) -> Result<u64>;
-    /// Makes what was written to the file, and every change of metadata so far, durable.
+    /// Makes the contents of the file, and every change of metadata so far, durable.
     fn fsync(&self, ino: Ino, data_only: bool) -> Result<()>;
     /// Makes everything so far durable.
     fn sync(&self) -> Result<()>;
-    /// Lists a directory from `cookie` on (0: the start), until `sink` declines an entry by returning false. Entries
-    /// that stay are listed once; entries made or removed while listing may be or not.
+    /// Lists a directory from `cookie` on (0: the start), until `sink` declines an entry by
+    /// returning false. Entries that stay are listed once; entries made or removed while listing
+    /// may be or not.
     fn readdir(
         &self,
         ino: Ino,
@@ -288,8 +292,8 @@ pub trait Filesystem: Send + Sync {
     fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()>;
     /// The value of an xattr.
     fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>>;
-    /// The names of all xattrs that the caller may know of, each followed by a NUL: `trusted.*` only
-    /// for root.
+    /// The names of all xattrs that the caller may know of, each followed by a NUL: `trusted.*`
+    /// only for root.
     fn listxattr(&self, ino: Ino, caller: Caller) -> Result<Vec<u8>>;
     /// Removes an xattr.
     fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()>;

@@ -1,5 +1,5 @@
-//! The overlay as a [`Filesystem`]: every request is counted, then done. Those that write to files wait while somebody wants these
-//! to keep still.
+//! The overlay as a [`Filesystem`]: every request is counted, then done. Those that write to files
+//! wait while a snapshot needs these to keep still.
 
 use super::{
     Allocate, Attr, Caller, DirEntry, Errno, Filesystem, Open, ReadTo, Rename, Result, Seek,
@@ -22,8 +22,8 @@ fn removes(op: Op) -> bool {
     matches!(op, Op::Unlink | Op::Rmdir)
 }
 
-/// How often an operation that finds no space is done again: when what was removed is gone for good,
-/// and when the log has been rewritten.
+/// How often an operation that finds no space is done again: when what was removed is gone for
+/// good, and when the log has been rewritten.
 const TRIES: usize = 3;
 
 /// The outcome of an operation, as far as it can be one of no space.

@@ -16,7 +16,7 @@ use rustix::process::{Gid, Uid};
 use crate::mounted::Mount;
 use crate::support::Home;
 
-/// A mounted overlay that other users can get to. What is mounted goes first.
+/// A mounted overlay that other users can get to. The mount goes before its directory.
 struct Mounted {
     at: PathBuf,
     overlay: Arc<Overlay>,
@@ -183,7 +183,7 @@ fn an_inode_is_found_by_its_handle_when_the_kernel_forgot_it() {
     assert_eq!(&bytes, b"contents");
     let found = dir.unwrap().metadata().unwrap().ino();
     assert_eq!(found, mounted.at.join("d").metadata().unwrap().ino());
-    // What is gone is gone.
+    // A removed file is found by no handle.
     let gone = handle(&mounted.at.join("d/f"));
     fs::remove_file(mounted.at.join("d/f")).unwrap();
     forget();
@@ -227,7 +227,7 @@ fn handle(path: &Path) -> Handle {
 
 fn open_handle(mount: &File, mut handle: Handle) -> std::io::Result<File> {
     use std::os::fd::FromRawFd as _;
-    // SAFETY: as above; a descriptor that is returned is nobody else's.
+    // SAFETY: as above; no other owner has the descriptor that is returned.
     unsafe {
         let fd =
             libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut handle).cast(), libc::O_RDONLY);

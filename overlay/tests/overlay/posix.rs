@@ -32,7 +32,7 @@ fn layer(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
     home.layer(&tree, &contents)
 }
 
-/// What changes a file's contents, and whether its caller may keep setuid and setgid.
+/// A change of a file's contents; `kill` is false if its caller may keep setuid and setgid.
 type Change = fn(&Overlay, file: Ino, kill: bool);
 
 const CHANGES: [(&str, Change); 6] = [
