@@ -11,7 +11,21 @@ use crate::sources::{self, Format, Source};
 /// Directories and files that do not yet follow the rules. Delete the line of a directory once its
 /// files pass: they are held from then on.
 const TO_DO: &[&str] = &[
-    "engine/", "init/", "oci/", "overlay/", "sandbox/", "src/", "store/",
+    "engine/",
+    "init/",
+    "oci/",
+    "overlay/examples/",
+    "overlay/src/differ.rs",
+    "overlay/src/freeze.rs",
+    "overlay/src/hides.rs",
+    "overlay/src/observe.rs",
+    "overlay/src/rebase.rs",
+    "overlay/src/thaw.rs",
+    "overlay/src/upper/",
+    "overlay/tests/",
+    "sandbox/",
+    "src/",
+    "store/",
 ];
 
 /// Most columns of a line.
