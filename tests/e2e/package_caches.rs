@@ -1,5 +1,6 @@
-//! Caches of package managers and build directories: shared by steps, seen by no running worker, and never of influence on a
-//! result. The package managers are scripts, which do with their directories what npm, pip and cargo do.
+//! Caches of package managers and build directories: shared by steps, seen by no running worker,
+//! and never of influence on a result. The package managers are scripts, which do with their
+//! directories as npm, pip and cargo do.
 
 use std::fs::{self, File};
 use std::time::{Duration, SystemTime};
@@ -13,7 +14,8 @@ const NPM: &str = "c=/root/.npm/_cacache; mkdir -p $c /root/.npm/_logs; echo $$ 
                    if [ -e $c/ms ]; then echo from cache; else echo downloaded; echo ms >$c/ms; fi; \
                    mkdir -p node_modules; cp $c/ms node_modules/ms";
 
-/// Builds `target/app` from `main.rs`, by mtimes, as cargo does. Each build adds a line to what it has built.
+/// Builds `target/app` from `main.rs`, by mtimes, as cargo does. Each build adds a line to what it
+/// has built.
 const CARGO: &str = "mkdir -p target; echo seeds: $(cat target/built 2>/dev/null | tr '\\n' ' '); \
                      if [ -e target/app ] && [ ! main.rs -nt target/app ]; then echo fresh; else \
                      echo compiled; v=$(cat main.rs); [ \"$v\" != error ]; echo $v >>target/built; \
@@ -33,7 +35,7 @@ fn build(home: &Home, project: &Project) -> String {
     ended.stdout + &ended.stderr
 }
 
-/// What the worker says until it runs.
+/// Output of the worker until it runs.
 fn runs(home: &Home, project: &Project, needle: &str) {
     let mut dev = home.dev(project, &["--no-watch"]);
     dev.wait_for(needle);
@@ -53,7 +55,7 @@ fn steps_share_downloads_and_nothing_of_them_is_in_a_layer() {
     let warm = home.build(&second, &[]).get("install").tree_id.clone();
     assert_eq!(cold, warm, "the cache shows in the result");
 
-    // The running worker has what was installed, and no cache.
+    // The running worker has the installed files, and no cache.
     let mut dev = home.dev(&second, &["--no-watch"]);
     let line = dev.wait_for("/root/.npm");
     assert!(line.contains("No such file"), "{line}");
