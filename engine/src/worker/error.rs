@@ -39,14 +39,8 @@ pub enum RunError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Build(#[from] BuildError),
-    #[error("the sandbox {name} is in use by {}", match .holder {
-        Some(holder) => format!("process {holder}"),
-        None => "another process".to_owned(),
-    })]
-    Busy {
-        name: String,
-        holder: Option<String>,
-    },
+    #[error("the sandbox {name} is in use by process {holder}")]
+    Busy { name: String, holder: String },
     #[error("the sandbox {name} belongs to the project at {}", owner.display())]
     Taken { name: String, owner: PathBuf },
     #[error("composing the root filesystem of {name} failed")]

@@ -73,16 +73,17 @@ impl Task {
 }
 
 /// The process that holds the sandbox in `dir`, for people: `1234`, or `1234 (snapshot)`.
-pub(crate) fn holder(dir: &Path) -> Option<String> {
+pub(crate) fn holder(dir: &Path) -> String {
     let mut text = String::new();
-    let file = File::open(dir.join(LOCK)).ok()?;
-    file.take(MAX_HOLDER).read_to_string(&mut text).ok()?;
+    // A holder that is about to write its name has none yet.
+    let read = File::open(dir.join(LOCK))
+        .and_then(|file| file.take(MAX_HOLDER).read_to_string(&mut text));
     let mut words = text.split_whitespace();
-    let pid: u32 = words.next()?.parse().ok()?;
-    Some(match words.next() {
-        Some(task) => format!("{pid} ({task})"),
-        None => pid.to_string(),
-    })
+    match (read.is_ok(), words.next(), words.next()) {
+        (true, Some(pid), Some(task)) => format!("{pid} ({task})"),
+        (true, Some(pid), None) => pid.to_owned(),
+        _ => "(unknown)".to_owned(),
+    }
 }
 
 impl Place {
