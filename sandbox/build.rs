@@ -4,6 +4,11 @@
 //! more, on the same lock file. On Linux with what is downloaded already: the init's dependencies
 //! are the tool's. Elsewhere some are Linux's alone.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "Cargo tells a build script all by variables"
+)]
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;

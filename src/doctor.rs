@@ -80,7 +80,7 @@ pub struct Diagnosis {
 /// to the engine.
 pub fn examine(home: &Home, engine: &Engine) -> Diagnosis {
     let kvm = kvm::usable_now(&home.kvm());
-    let firmware = firmware::Places::from_environment(home.lib(), None).find();
+    let firmware = firmware::Places::new(home).find();
     let can_fetch = Package::of_this_machine().is_some();
     let namespaces = sandbox::probe(&iii_sandbox::process::this_program());
     let has_kernel = firmware

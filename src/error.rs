@@ -14,9 +14,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::output::Ui;
+use crate::settings::{self, NoHome};
 use iii_engine::build::BuildError;
 pub use iii_engine::build::with_causes;
-use iii_engine::home::HomeError;
 use iii_engine::managed::ManagedError;
 use iii_engine::project::NameError;
 use iii_engine::project::scaffold::ScaffoldError;
@@ -45,7 +45,7 @@ pub enum CliError {
     #[error(transparent)]
     Run(#[from] RunError),
     #[error(transparent)]
-    Home(#[from] HomeError),
+    Home(#[from] NoHome),
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error(transparent)]
@@ -65,7 +65,7 @@ pub enum CliError {
     Ambiguous { text: String, found: Vec<LayerId> },
     #[error("no image is called {name} in the store")]
     NoImage { name: String },
-    #[error("the variable {} is not valid", limits::VARIABLE)]
+    #[error("the variable {} is not valid", settings::LIMITS)]
     Limits(#[source] LimitError),
     #[error("exporting to {to} failed")]
     Export { to: String, source: ExportError },
@@ -164,7 +164,7 @@ fn limit_hint(error: &ImageError, has_flag: bool) -> Option<String> {
         return Some(format!("{limit} cannot be raised further"));
     }
     let raised = limits::raised(limit, passed.value);
-    let variable = limits::VARIABLE;
+    let variable = settings::LIMITS;
     Some(if has_flag {
         format!("if you trust the image, raise the limit: --limit {raised}")
     } else {

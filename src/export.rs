@@ -14,20 +14,21 @@ use iii_engine::worker::supervise::Signals;
 use iii_engine::worker::target::Target;
 use iii_oci::export::{Destination, Event, Export, ExportedLayer, Part};
 use iii_oci::reference::DEFAULT_TAG;
-use iii_oci::{Digest, Platform, Reference, Settings};
+use iii_oci::{Digest, Platform, Reference};
 use iii_store::Store;
 use serde::Serialize;
 
 use super::args::{ExportImage, ExportWorker, Where};
 use super::worker::{Printer, caches, usual_sandbox};
-use super::{CliError, image, limits, print_json};
+use super::{CliError, image, limits, print_json, settings};
 use crate::output::{ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration};
 
-/// Variable with the creation time of images, see
-/// <https://reproducible-builds.org/specs/source-date-epoch/>.
-const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";
-
-pub fn image(store: &Store, args: &ExportImage, ui: &Ui) -> Result<ExitCode, CliError> {
+pub fn image(
+    home: &Home,
+    store: &Store,
+    args: &ExportImage,
+    ui: &Ui,
+) -> Result<ExitCode, CliError> {
     let image = image::find(store, &args.name)?;
     let lease = store.lease(&format!("export of {}", image.name))?;
     lease.pin(&image.layers)?;
@@ -51,7 +52,7 @@ pub fn image(store: &Store, args: &ExportImage, ui: &Ui) -> Result<ExitCode, Cli
         compression: args.place.compression,
     };
     let kinds = vec!["base".to_owned(); image.layers.len()];
-    put(export, &kinds, &args.place, &args.to, &image.name, ui)
+    put(home, export, &kinds, &args.place, &args.to, &image.name, ui)
 }
 
 pub fn worker(
@@ -66,7 +67,7 @@ pub fn worker(
             rebuild: false,
             name: None,
             base: args.base.clone(),
-            collect: image::may_collect(),
+            collect: settings::may_collect(),
             limits: limits::with(&[])?,
             caches: caches(Vec::new(), None)?,
             sandbox: usual_sandbox()?,
@@ -126,7 +127,7 @@ pub fn worker(
         tag: DEFAULT_TAG.to_owned(),
     });
     let name = image_name(worker.name.as_str());
-    put(export, &kinds, &args.place, &to, &name, ui)
+    put(home, export, &kinds, &args.place, &to, &name, ui)
 }
 
 /// Name of a worker's image in an archive: `localhost/NAME:latest`, with `-` in place of characters
@@ -154,7 +155,7 @@ fn tell(left_out: &LeftOut, ui: &Ui) {
 }
 
 fn created() -> Result<Option<i64>, CliError> {
-    let Some(text) = std::env::var_os(SOURCE_DATE_EPOCH) else {
+    let Some(text) = settings::source_date_epoch() else {
         return Ok(None);
     };
     let seconds = text.to_str().and_then(|text| text.parse::<u32>().ok());
@@ -183,6 +184,7 @@ struct LayerReport<'a> {
 
 /// Writes an image to its destination, and reports it.
 fn put(
+    home: &Home,
     export: Export<'_>,
     kinds: &[String],
     place: &Where,
@@ -200,9 +202,7 @@ fn put(
         ..export
     };
     let checked = export.check().map_err(failed)?;
-    let sink = to
-        .open(own_name, Settings::from_environment)
-        .map_err(failed)?;
+    let sink = to.open(own_name, || home.registries()).map_err(failed)?;
     let bars = Bars {
         ui,
         layers: Mutex::default(),

@@ -7,13 +7,13 @@ use std::sync::{Mutex, PoisonError};
 
 use iii_engine::build::collect;
 use iii_engine::home::Home;
-use iii_oci::{self as oci, Event, ImageError, Imported, Platform, Settings};
+use iii_oci::{self as oci, Event, ImageError, Imported, Platform};
 use iii_sandbox::tail::inert;
 use iii_store::{GcReport, Store};
 
 use super::args::{Image, Import, InspectImage, List, Pull, RemoveImage};
 use super::table::{Align, Table};
-use super::{CliError, export, limits, print, print_json};
+use super::{CliError, export, limits, print, print_json, settings};
 use crate::output::{
     ProgressHandle, Ui, Unit, human_bytes, human_counted, human_duration, human_time,
 };
@@ -22,19 +22,20 @@ use crate::output::{
 const SHORT_DIGEST: usize = 12;
 
 pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
-    let store = Store::open(Home::of_user()?.store())?;
+    let home = settings::home()?;
+    let store = Store::open(home.store())?;
     match command {
-        Image::Pull(args) => pull(&store, &args, ui),
+        Image::Pull(args) => pull(&home, &store, &args, ui),
         Image::Import(args) => import(&store, &args, ui),
-        Image::Export(args) => export::image(&store, &args, ui),
+        Image::Export(args) => export::image(&home, &store, &args, ui),
         Image::List(args) => list(&store, &args),
         Image::Inspect(args) => inspect(&store, &args),
         Image::Remove(args) => remove(&store, &args, ui),
     }
 }
 
-fn pull(store: &Store, args: &Pull, ui: &Ui) -> Result<ExitCode, CliError> {
-    let settings = Settings::from_environment().map_err(ImageError::from)?;
+fn pull(home: &Home, store: &Store, args: &Pull, ui: &Ui) -> Result<ExitCode, CliError> {
+    let settings = home.registries().map_err(ImageError::from)?;
     let platform = args.platform.unwrap_or(Platform::host());
     let limits = limits::with(&args.limits.limits)?;
     let bars = Bars::new(ui, "pulling");
@@ -70,7 +71,7 @@ fn finish(
     if let Ok(imported) = &imported {
         done(imported, how, ui);
     }
-    if may_collect() {
+    if settings::may_collect() {
         match collect::if_full(store) {
             Ok(Some(report)) if report.freed > 0 => cleared(&report, ui),
             Ok(_) => {}
@@ -78,11 +79,6 @@ fn finish(
         }
     }
     imported.map(drop)
-}
-
-/// Whether a gc may run by itself.
-pub fn may_collect() -> bool {
-    std::env::var_os("III_GC").is_none_or(|gc| gc != "off")
 }
 
 /// Reports the result of an automatic collection.

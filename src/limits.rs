@@ -3,11 +3,8 @@
 
 use iii_oci::{Limit, Limits};
 
-use super::CliError;
 use super::quantity::{self, QuantityError};
-
-/// Limits for everything that pulls or imports.
-pub const VARIABLE: &str = "III_LIMITS";
+use super::{CliError, settings};
 
 /// Why a text is not a limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +63,7 @@ pub fn parse(text: &str) -> Result<(Limit, u64), LimitError> {
 
 /// The usual limits, but for those of the environment, and of these before them.
 pub fn with(flags: &[(Limit, u64)]) -> Result<Limits, CliError> {
-    let text = std::env::var(VARIABLE).unwrap_or_default();
+    let text = settings::list(settings::LIMITS);
     let mut limits = Limits::default();
     for (limit, value) in parse_list(&text)?.iter().chain(flags) {
         limits.set(*limit, *value);

@@ -12,6 +12,8 @@ mod managed;
 mod manual;
 mod output;
 mod quantity;
+mod roles;
+mod settings;
 mod snapshot;
 mod store;
 mod table;
@@ -24,24 +26,24 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser as _};
-use iii_sandbox::{self as sandbox, kvm};
 
 use crate::output::Ui;
 
 use args::{About, Command, Iii, IiiWorker, WorkerCommand};
 use error::CliError;
+use roles::Role;
 
 /// The name under which this program is `iii worker`: the engine calls it so.
 const WORKER_NAME: &str = "iii-worker";
 
 fn main() -> ExitCode {
-    #[cfg(target_os = "linux")]
-    sandbox::maybe_run_init();
-    #[cfg(feature = "libkrun")]
-    sandbox::maybe_run_vm();
-    kvm::maybe_run();
+    if let Some(role) = Role::of_this_process() {
+        if role == Role::Supervisor {
+            keep_large_buffers_mapped();
+        }
+        role.play(managed::supervise);
+    }
     keep_large_buffers_mapped();
-    managed::maybe_supervise();
     if is_worker(env::args_os().next()) {
         iii_worker()
     } else {

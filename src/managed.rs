@@ -1,7 +1,6 @@
 //! The commands about managed workers.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::{BorrowedFd, RawFd};
@@ -15,7 +14,7 @@ use iii_engine::build::realise::With;
 use iii_engine::build::{Event, Status, Stream};
 use iii_engine::home::Home;
 use iii_engine::managed::logs::Reader;
-use iii_engine::managed::supervisor::{self, EngineProcess, MARKER, Orders, Started, Told, Voice};
+use iii_engine::managed::supervisor::{self, Orders, Started, Told, Voice};
 use iii_engine::managed::{self, State, add as adding};
 use iii_engine::plan::Kind;
 use iii_engine::project::scaffold;
@@ -34,11 +33,8 @@ use super::args::{
 };
 use super::table::{Align, Table};
 use super::worker::{Printer, caches, outcome, sandbox_options, usual_sandbox};
-use super::{CliError, image, limits, print, print_json};
+use super::{CliError, limits, print, print_json, settings};
 use crate::output::{ProgressHandle, StepOutput, Ui, Unit};
-
-/// The default address of an engine.
-const ENGINE: (&str, u16) = ("localhost", 49134);
 
 /// How long an engine may take to start a worker that was added; it looks at its file every few
 /// seconds.
@@ -53,20 +49,15 @@ const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 /// The engine's config.yaml, as an absolute path: the supervisor stands elsewhere.
 pub fn config_path(args: &ItsConfig) -> Result<PathBuf, CliError> {
     let named = args.config.clone();
-    let named = named.or_else(|| env::var_os("III_CONFIG_PATH").map(PathBuf::from));
-    let path = named.unwrap_or_else(|| "config.yaml".into());
+    let path = named
+        .or_else(settings::config_path)
+        .unwrap_or_else(|| settings::CONFIG.into());
     std::path::absolute(path).map_err(CliError::Here)
 }
 
 /// The engine's address: from the options, else from the engine's variables, else the default.
 fn engine(args: &ItsEngine) -> Engine {
-    let url = ["III_URL", "III_ENGINE_URL"]
-        .into_iter()
-        .find_map(|name| Engine::of_url(&env::var(name).ok()?));
-    let url = url.unwrap_or(Engine {
-        host: ENGINE.0.to_owned(),
-        port: ENGINE.1,
-    });
+    let url = settings::engine();
     Engine {
         host: args.address.clone().unwrap_or(url.host),
         port: args.port.unwrap_or(url.port),
@@ -94,7 +85,7 @@ fn orders(
         path: PathBuf::new(),
         engine: engine(args),
         config: config_path(&args.config)?,
-        engine_process: EngineProcess::from_environment()?,
+        engine_process: settings::engine_process()?,
         watch: watch.unwrap_or(was_watched),
         sandbox,
     })
@@ -189,13 +180,12 @@ pub fn orders_again(
     args: &StartWorker,
 ) -> Result<Orders, CliError> {
     let last = supervisor::last_orders(home, name);
-    let is_asked = |variable: &str| env::var_os(variable).is_some();
     let mut now = orders(home, name, &args.engine, args.follow.asked(), &args.sandbox)?;
     if let Some(last) = last {
-        if args.engine.config.config.is_none() && !is_asked("III_CONFIG_PATH") {
+        if args.engine.config.config.is_none() && settings::config_path().is_none() {
             now.config = last.config;
         }
-        if !is_asked("III_URL") && !is_asked("III_ENGINE_URL") {
+        if !settings::names_engine() {
             let (host, port) = (args.engine.address.clone(), args.engine.port);
             now.engine = Engine {
                 host: host.unwrap_or(last.engine.host),
@@ -415,7 +405,7 @@ pub fn init(args: &Init, ui: &Ui) -> Result<ExitCode, CliError> {
 
 /// Stays until the other end of the lifeline is closed; without one, until a signal ends it.
 pub fn daemon() -> Result<ExitCode, CliError> {
-    let Some(text) = env::var_os("III_LIFELINE_FD") else {
+    let Some(text) = settings::lifeline() else {
         loop {
             thread::park();
         }
@@ -465,7 +455,7 @@ pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCo
             None => usual_sandbox()?,
         },
         said,
-        collect: image::may_collect(),
+        collect: settings::may_collect(),
         watch: args.follow.asked(),
         engine: engine.clone(),
     };
@@ -602,24 +592,14 @@ impl<'a> Many<'a> {
     }
 }
 
-/// Becomes the supervisor of a worker, if this process was started to be one; then it never
-/// returns.
-pub fn maybe_supervise() {
-    if env::args_os()
-        .nth(1)
-        .is_some_and(|argument| argument == MARKER)
-    {
-        std::process::exit(supervise());
-    }
-}
-
-fn supervise() -> i32 {
+/// Runs a managed worker in this process, which was started for that. Returns its exit code.
+pub fn supervise() -> i32 {
     let Ok((voice, orders)) = Voice::take_over() else {
         return 2;
     };
     let ui = Ui::to(voice.clone());
     let run = || -> Result<Ended, CliError> {
-        let home = Home::of_user()?;
+        let home = settings::home()?;
         let signals = Signals::install().map_err(CliError::Signals)?;
         let (limits, caches) = (limits::with(&[])?, caches(Vec::new(), None)?);
         let with = With {
@@ -628,7 +608,7 @@ fn supervise() -> i32 {
             caches: &caches,
             sandbox: &orders.sandbox,
         };
-        let collect = image::may_collect();
+        let collect = settings::may_collect();
         let printer = Printer::new(&ui);
         let events = |event: Event<'_>| printer.show(&event);
         Ok(supervisor::supervise(

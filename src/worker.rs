@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ use iii_sandbox::tail::inert;
 use super::args::{self, Runtime, Worker};
 use super::error::{registry_hint, with_causes};
 use super::image::{self, Bars};
-use super::{CliError, export, limits, managed, print, print_json, snapshot};
+use super::{CliError, export, limits, managed, print, print_json, settings, snapshot};
 use crate::doctor::{self, Diagnosis, State};
 use crate::output::{
     ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration,
@@ -36,7 +35,7 @@ use crate::output::{
 use crate::terminal;
 
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
-    let home = Home::of_user()?;
+    let home = settings::home()?;
     let signals = Signals::install().map_err(CliError::Signals)?;
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
@@ -135,8 +134,7 @@ fn dev(home: &Home, signals: &Signals, args: args::Dev, ui: &Ui) -> Result<ExitC
         target: target(args.target)?,
         engine: engine(args.engine),
         fresh: args.fresh,
-        config: std::env::var_os("III_CONFIG_PATH")
-            .map_or_else(|| "./config.yaml".into(), PathBuf::from),
+        config: settings::config_path().unwrap_or_else(|| settings::CONFIG.into()),
         watch: !args.no_watch,
     };
     let started = || ui.ok(format_args!("ready in {}", human_duration(start.elapsed())));
@@ -200,7 +198,7 @@ pub fn sandbox_options(args: &args::Sandbox) -> Result<Option<SandboxOptions>, C
 
 /// The default sandbox options, from the environment.
 pub fn usual_sandbox() -> Result<SandboxOptions, CliError> {
-    let text = std::env::var("III_RUNTIME").unwrap_or_default();
+    let text = settings::runtime();
     let runtime = match text.as_str() {
         "" => Ok(Runtime::Auto),
         text => Runtime::from_str(text, false),
@@ -229,7 +227,7 @@ fn target(args: args::Target) -> Result<Target, CliError> {
         rebuild: args.rebuild,
         name: args.name,
         base: args.base,
-        collect: image::may_collect(),
+        collect: settings::may_collect(),
         limits: limits::with(&[])?,
         sandbox: match sandbox_options(&args.sandbox)? {
             Some(said) => said,
@@ -242,20 +240,20 @@ fn target(args: args::Target) -> Result<Target, CliError> {
 pub fn caches(from: Vec<CacheName>, to: Option<CacheName>) -> Result<CacheOptions, CliError> {
     Ok(CacheOptions {
         from: if from.is_empty() {
-            caches_of("III_CACHE_FROM")?
+            caches_of(settings::CACHES[0])?
         } else {
             from
         },
         to: match to {
             Some(cache) => Some(cache),
-            None => caches_of("III_CACHE_TO")?.pop(),
+            None => caches_of(settings::CACHES[1])?.pop(),
         },
     })
 }
 
 /// The caches that a variable of the environment lists.
 fn caches_of(variable: &'static str) -> Result<Vec<CacheName>, CliError> {
-    let text = std::env::var(variable).unwrap_or_default();
+    let text = settings::list(variable);
     let names = text
         .split(',')
         .map(str::trim)

@@ -149,7 +149,11 @@ fn spec_on<S: AsRef<OsStr>>(root: RootSource, argv: impl IntoIterator<Item = S>)
     let argv = argv
         .into_iter()
         .map(|argument| argument.as_ref().to_owned());
-    let mut spec = SandboxSpec::new(root, argv);
+    let mut spec = SandboxSpec::new(
+        root,
+        argv,
+        HostSettings::detect(|name| std::env::var_os(name)),
+    );
     spec.init = init();
     spec.env = vec![("PATH".into(), "/bin".into())];
     spec.stdio = Stdio::Piped;

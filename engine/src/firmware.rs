@@ -15,6 +15,8 @@ use iii_oci::registry::{self, RegistryError, Settings};
 use iii_oci::stream::{self, Promise, StreamError};
 use iii_oci::tar::{Archive, TarError};
 
+use crate::home::Home;
+
 /// Names the library; where it is set, no other place is looked at.
 pub const VARIABLE: &str = "III_LIBKRUNFW";
 /// Size of the largest library that is taken from a package.
@@ -183,20 +185,21 @@ pub struct Places {
 
 impl Places {
     /// What the environment says, with libraries fetched to `home`.
-    pub fn from_environment(home: PathBuf, flag: Option<PathBuf>) -> Self {
+    pub fn new(home: &Home) -> Self {
         let linker = if cfg!(target_os = "macos") {
             "DYLD_FALLBACK_LIBRARY_PATH"
         } else {
             "LD_LIBRARY_PATH"
         };
-        let told = std::env::var_os(linker).unwrap_or_default();
-        let told = std::env::split_paths(&told).filter(|path| path.is_absolute());
+        let told = home.variable(linker).unwrap_or_default();
+        let told = std::env::split_paths(told).filter(|path| path.is_absolute());
         Self {
-            flag,
-            variable: std::env::var_os(VARIABLE)
+            flag: None,
+            variable: home
+                .variable(VARIABLE)
                 .filter(|value| !value.is_empty())
                 .map(PathBuf::from),
-            home,
+            home: home.lib(),
             system: told.chain(SYSTEM.iter().map(PathBuf::from)).collect(),
         }
     }
@@ -521,7 +524,7 @@ mod tests {
     #[ignore = "fetches 33 MB from npm"]
     fn the_package_is_what_it_was() {
         let dir = TempDir::new().unwrap();
-        let settings = Settings::from_environment().unwrap();
+        let settings = Settings::from_variables(&|name| std::env::var_os(name)).unwrap();
         let package = Package::of_this_machine();
         let path = places(dir.path())
             .find_or_fetch(package.as_ref(), &settings, &|_| {})

@@ -10,33 +10,56 @@
 //! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
 //! ```
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Why there is no state directory.
-#[derive(Debug, thiserror::Error)]
-pub enum HomeError {
-    /// Neither a `HOME` nor an entry in the password file.
-    #[error("there is no home directory: HOME is not set")]
-    NoHome,
-}
+use iii_oci::{RegistryError, Settings};
+use iii_sandbox::HostSettings;
 
-/// The state directory, `~/.iii`. Nothing is created by naming a path.
+/// The state directory, `~/.iii`, and the environment variables that the program was started with.
+/// Nothing is created by naming a path.
 #[derive(Debug, Clone)]
 pub struct Home {
     root: PathBuf,
+    variables: Arc<BTreeMap<OsString, OsString>>,
 }
 
 impl Home {
-    /// The state directory of the user who runs this process.
-    pub fn of_user() -> Result<Self, HomeError> {
-        let home = std::env::home_dir().filter(|home| home.is_absolute());
-        home.map(|home| Self::at(home.join(".iii")))
-            .ok_or(HomeError::NoHome)
+    /// The state directory below the home directory of a user, whose environment this is.
+    pub fn of_user(home: &Path, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        let mut variables = BTreeMap::from_iter(variables);
+        variables.insert("HOME".into(), home.into());
+        Self {
+            root: home.join(".iii"),
+            variables: Arc::new(variables),
+        }
     }
 
-    /// A state directory at `root`.
+    /// A state directory at `root`, with no variables.
     pub fn at(root: PathBuf) -> Self {
-        Self { root }
+        Self {
+            root,
+            variables: Arc::default(),
+        }
+    }
+
+    /// An environment variable.
+    pub fn variable(&self, name: &str) -> Option<&OsStr> {
+        self.variables
+            .get(OsStr::new(name))
+            .map(OsString::as_os_str)
+    }
+
+    /// How registries are reached.
+    pub fn registries(&self) -> Result<Settings, RegistryError> {
+        Settings::from_variables(&|name| self.variable(name).map(OsStr::to_owned))
+    }
+
+    /// What sandboxes are given of this machine, as it is now.
+    pub fn host_settings(&self) -> HostSettings {
+        HostSettings::detect(|name| self.variable(name).map(OsStr::to_owned))
     }
 
     /// The directory itself.

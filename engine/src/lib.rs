@@ -2,6 +2,13 @@
 //!
 //! Nothing here knows a terminal: progress is an event handed to the caller.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+#![allow(
+    clippy::disallowed_types,
+    reason = "they are for `plan` alone, which is pure"
+)]
+
 pub mod build;
 pub mod compose;
 pub mod export;

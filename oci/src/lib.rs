@@ -11,6 +11,9 @@
 //! [`registry`] brings these from afar. [`limits`] bounds everything that a stranger can make
 //! large.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 // The checks of the fuzz targets are part of the tests, and call this crate by its name.
 #[cfg(test)]
 extern crate self as iii_oci;
@@ -44,7 +47,7 @@ pub use layout::LayoutError;
 pub use limits::{Limit, Limits, Passed};
 pub use platform::Platform;
 pub use reference::{Reference, ReferenceError};
-pub use registry::{RegistryError, Settings};
+pub use registry::{RegistryError, Settings, Variables};
 pub use rootfs::RootfsError;
 
 use layers::Realised;

@@ -79,9 +79,9 @@ const PROXY_VARIABLES: [&str; 8] = [
 ];
 
 impl HostSettings {
-    /// This host's, from its files and this process's environment.
-    pub fn detect() -> Self {
-        Self::detect_in(Path::new("/"), |name| std::env::var_os(name))
+    /// This host's, from its files and environment variables.
+    pub fn detect(variable: impl Fn(&str) -> Option<OsString>) -> Self {
+        Self::detect_in(Path::new("/"), variable)
     }
 
     fn detect_in(root: &Path, variable: impl Fn(&str) -> Option<OsString>) -> Self {

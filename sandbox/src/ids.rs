@@ -103,6 +103,10 @@ impl Account {
             .collect();
         // Accounts of a directory service are not in the file. A wrong name gains nothing: the
         // helpers check for themselves.
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the account is this process's, as its uid is"
+        )]
         names.extend(std::env::var("USER"));
         Self {
             uid,
@@ -318,6 +322,10 @@ fn render(extents: &[Extent]) -> String {
 
 const HELPERS: [&str; 2] = ["newuidmap", "newgidmap"];
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the helpers are started from the same `PATH`"
+)]
 fn in_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|directory| directory.join(program).is_file())

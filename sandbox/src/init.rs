@@ -19,42 +19,28 @@ use super::root::{self, Sources};
 use super::wire::{FromInit, Plan, Root, ToInit};
 
 /// The argument by which the program knows that it is to be the init.
-pub(super) const MARKER: &str = "__sandbox-init";
-
-/// To be called first in `main`, before there are threads. Returns unless this process was started
-/// to be a sandbox's init; then it never does.
-pub fn maybe_run_init() {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|argument| argument == MARKER)
-    {
-        std::process::exit(stage_1());
-    }
-}
+pub const MARKER: &str = "__sandbox-init";
 
 /// The standard streams that the command will have.
 type Streams = [OwnedFd; 3];
 
 /// The process that the tool spawned. Makes the namespaces, then outlives pid 1 to be waited for.
-fn stage_1() -> i32 {
+/// To be called first in `main`, before there are threads. Returns the exit code, or `None` where
+/// standard input is not a connection to the tool.
+pub fn run_init() -> Option<i32> {
     // SAFETY: nothing but the standard streams is owned yet.
     unsafe { process::close_others() };
-    let Ok(control) = Socket::take_stdin() else {
-        return 1;
-    };
+    let control = Socket::take_stdin().ok()?;
     let start = match control.recv() {
         Ok(Some((ToInit::Start(plan), fds))) => Streams::try_from(fds).ok().zip(Some(plan)),
         _ => None,
     };
-    let Some((streams, plan)) = start else {
-        eprintln!("{MARKER} is how this program starts its own sandboxes; it is not for people");
-        return 2;
-    };
-    match enter_namespaces(&control, &plan) {
+    let (streams, plan) = start?;
+    Some(match enter_namespaces(&control, &plan) {
         Ok(Some((sources, fuse))) => fork_pid_1(control, &plan, streams, sources, fuse),
         Ok(None) => 1,
         Err(failure) => report_failure(&control, failure),
-    }
+    })
 }
 
 fn report_failure(control: &Socket, failure: Failure) -> i32 {

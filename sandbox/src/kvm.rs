@@ -29,7 +29,7 @@ pub const DEVICE: &str = if cfg!(target_os = "macos") {
 /// The entitlement that macOS demands for guests, as in `iii.entitlements`.
 const ENTITLEMENT: &str = "com.apple.security.hypervisor";
 /// The argument by which the program knows that it is to run the guest.
-const MARKER: &str = "__kvm-probe";
+pub const MARKER: &str = "__kvm-probe";
 /// How long the guest may take.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 /// Most bytes of what a child says, and of a file with an answer.
@@ -184,7 +184,7 @@ fn cannot_open(error: &io::Error) -> Unusable {
 }
 
 /// Runs a guest. Takes a few milliseconds where that works, and [`PATIENCE`] at most. This program
-/// must call [`maybe_run`] first in its `main`.
+/// must call [`answer`] when its first argument is [`MARKER`].
 fn probe() -> Result<(), Unusable> {
     let broken = |error: io::Error| Unusable::Broken(error.to_string());
     let mut child = Command::new(process::this_program())
@@ -219,14 +219,12 @@ fn probe() -> Result<(), Unusable> {
     }
 }
 
-/// To be called first in `main`. Returns unless this process was started to run the guest; then it
-/// never does.
-pub fn maybe_run() {
-    if std::env::args_os().nth(1).is_some_and(|one| one == MARKER) {
-        let answer: Result<(), Unusable> = guest::run();
-        let _ = serde_json::to_writer(io::stdout(), &answer);
-        std::process::exit(0);
-    }
+/// Runs the guest and writes the answer to `out`, the standard output of a process that was
+/// started for that.
+pub fn answer(out: impl io::Write) {
+    let answer: Result<(), Unusable> = guest::run();
+    // A process that has stopped listening has its answer: none.
+    let _ = serde_json::to_writer(out, &answer);
 }
 
 #[cfg(all(feature = "libkrun", target_os = "linux", target_arch = "x86_64"))]

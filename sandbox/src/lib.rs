@@ -42,6 +42,9 @@
 //! - Root inside is never root outside. See [`IdMaps`](ids::IdMaps).
 //! - The host's DNS settings, `hosts` and certificates lie on a read-only tmpfs above the layers.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 mod commands;
 mod error;
 mod host;
@@ -74,11 +77,11 @@ pub use host::{CA_BUNDLE, HostSettings};
 pub use iii_init::failure::Step;
 pub use iii_init::message::{Command, Size};
 #[cfg(target_os = "linux")]
-pub use init::maybe_run_init;
+pub use init::{MARKER as INIT_MARKER, run_init};
 #[cfg(all(feature = "libkrun", target_os = "linux"))]
 pub use krun::has_landlock;
 #[cfg(feature = "libkrun")]
-pub use krun::{BOOT_LIMIT, Machine, maybe_run as maybe_run_vm};
+pub use krun::{BOOT_LIMIT, MARKER as VM_MARKER, Machine, run as run_vm};
 pub use namespace::{NamespaceSupport, probe};
 pub use running::{CommandController, Controller, Sandbox, Started};
 pub use spec::{BindMount, FuseServer, RootSource, SandboxSpec, ServeFuse, Stdio};

@@ -40,14 +40,18 @@ pub struct SandboxSpec {
     /// Ports of the host's loopback that a microVM may reach, besides name servers and proxies.
     /// Namespaces share the host's network and reach everything.
     pub reach: Reach,
-    /// The program whose `main` calls [`maybe_run_init`](super::maybe_run_init).
+    /// The program whose `main` calls [`run_init`](super::run_init).
     pub init: PathBuf,
 }
 
 impl SandboxSpec {
     /// A spec that runs `argv` as root in `/workspace`, with an empty environment, inherited
-    /// streams, the host's settings as detected, and this very program as the init.
-    pub fn new(root: RootSource, argv: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+    /// streams, and this very program as the init.
+    pub fn new(
+        root: RootSource,
+        argv: impl IntoIterator<Item = impl Into<OsString>>,
+        host: HostSettings,
+    ) -> Self {
         Self {
             root,
             argv: argv.into_iter().map(Into::into).collect(),
@@ -57,7 +61,7 @@ impl SandboxSpec {
             hostname: "iii".into(),
             mounts: Vec::new(),
             stdio: Stdio::Inherit,
-            host: HostSettings::detect(),
+            host,
             reach: Reach::default(),
             init: process::this_program(),
         }

@@ -5,13 +5,14 @@
 //! that several threads and several processes can share a terminal. Data for programs (`--json`)
 //! goes to stdout and does not pass through here.
 
-use std::ffi::OsStr;
 use std::fmt::{self, Display, Write as _};
 use std::io::{self, IsTerminal as _, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use iii_sandbox::tail::{LineSplitter, clean, inert};
+
+use crate::settings;
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
 mod human;
@@ -74,11 +75,8 @@ impl Ui {
     /// Writes to stderr. Bars and colour appear only where stderr is a terminal that can show them,
     /// colour only while `NO_COLOR` is unset or empty.
     pub fn stderr() -> Self {
-        let terminal = is_capable(
-            io::stderr().is_terminal(),
-            std::env::var_os("TERM").as_deref(),
-        );
-        let colour = terminal && wants_colour(std::env::var_os("NO_COLOR").as_deref());
+        let terminal = io::stderr().is_terminal() && settings::terminal_is_capable();
+        let colour = terminal && settings::wants_colour();
         let bars = terminal.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
         Self::new(Box::new(io::stderr()), colour, bars, PROGRESS_DELAY)
     }
@@ -262,15 +260,6 @@ impl Write for TestOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-fn is_capable(is_terminal: bool, term: Option<&OsStr>) -> bool {
-    is_terminal && term != Some(OsStr::new("dumb"))
-}
-
-/// See <https://no-color.org>: set to anything but nothing, it means no.
-fn wants_colour(no_color: Option<&OsStr>) -> bool {
-    no_color.is_none_or(OsStr::is_empty)
 }
 
 #[cfg(test)]

@@ -65,27 +65,6 @@ fn messages_cannot_act_on_the_terminal() {
 }
 
 #[test]
-fn when_to_colour() {
-    let os = OsStr::new;
-    for (no_color, expected) in [
-        (None, true),
-        (Some(os("")), true),
-        (Some(os("1")), false),
-        (Some(os("0")), false),
-    ] {
-        assert_eq!(wants_colour(no_color), expected);
-    }
-    for (terminal, term, expected) in [
-        (true, Some(os("xterm-256color")), true),
-        (true, None, true),
-        (true, Some(os("dumb")), false),
-        (false, Some(os("xterm-256color")), false),
-    ] {
-        assert_eq!(is_capable(terminal, term), expected);
-    }
-}
-
-#[test]
 fn a_stream_is_shown_by_lines() {
     let (ui, out) = Ui::for_test(false);
     let stream = ui.output("setup");

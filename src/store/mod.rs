@@ -10,7 +10,6 @@ mod verify;
 
 use std::process::ExitCode;
 
-use iii_engine::home::Home;
 use iii_store::{LayerId, Store};
 
 use super::CliError;
@@ -21,7 +20,7 @@ use crate::output::Ui;
 pub const MIN_PREFIX: usize = 4;
 
 pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
-    let home = Home::of_user()?;
+    let home = crate::settings::home()?;
     let dir = home.store();
     let open = || Store::open(&dir);
     match command {

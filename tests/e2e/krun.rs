@@ -27,7 +27,8 @@ fn libkrunfw() -> Result<PathBuf, String> {
         home: harness::cache().join("lib"),
         system: Vec::new(),
     };
-    let settings = Settings::from_environment().map_err(|error| error.to_string())?;
+    let settings = Settings::from_variables(&|name| std::env::var_os(name))
+        .map_err(|error| error.to_string())?;
     let package = Package::of_this_machine();
     let library = places.find_or_fetch(package.as_ref(), &settings, &|_| ());
     library.map_err(|error| error.to_string())

@@ -645,7 +645,7 @@ impl Step<'_> {
         let kind = self.kind;
         let broken = |source| BuildError::Sandbox { kind, source };
         let argv = SHELL.into_iter().chain([self.script]).map(OsString::from);
-        let mut spec = SandboxSpec::new(composed.root(), argv);
+        let mut spec = SandboxSpec::new(composed.root(), argv, self.builder.home.host_settings());
         spec.env = self.builder.env.clone().into_iter().collect();
         spec.user.clone_from(&self.builder.image.config.user);
         self.builder.name.clone_into(&mut spec.hostname);

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use iii_oci::{self as oci, Image, ImageError, Limits, Origin, Platform, Settings};
+use iii_oci::{self as oci, Image, ImageError, Limits, Origin, Platform};
 use iii_store::{GcReport, Lease, Store, StoreError};
 
 use crate::build::collect;
@@ -127,7 +127,7 @@ impl<'a> Realiser<'a> {
             home,
             store,
             with,
-            caches: layer_caches(with.caches, &|event| events(None, event)),
+            caches: layer_caches(home, with.caches, &|event| events(None, event)),
             signals,
             running: Arc::default(),
             events,
@@ -205,7 +205,14 @@ impl<'a> Realiser<'a> {
             Work::Base { image, worker } => {
                 let events = |event: Event<'_>| self.tell(&worker, event);
                 let resolve = self.with.rebuild;
-                let found = base(self.store, &image, resolve, self.with.limits, &events)?;
+                let found = base(
+                    self.home,
+                    self.store,
+                    &image,
+                    resolve,
+                    self.with.limits,
+                    &events,
+                )?;
                 let layers = build::base(self.store, &found, lease)?;
                 let base = Base {
                     image: found,
@@ -330,12 +337,13 @@ impl Realiser<'_> {
 }
 
 /// The caches that are asked for. Where not even a request can be made, there are none.
-fn layer_caches(options: &CacheOptions, events: &dyn Fn(Event<'_>)) -> LayerCaches {
+fn layer_caches(home: &Home, options: &CacheOptions, events: &dyn Fn(Event<'_>)) -> LayerCaches {
     if options.from.is_empty() && options.to.is_none() {
         return LayerCaches::default();
     }
-    let caches =
-        Settings::from_environment().and_then(|settings| LayerCaches::new(options, &settings));
+    let caches = home
+        .registries()
+        .and_then(|settings| LayerCaches::new(options, &settings));
     caches.unwrap_or_else(|error| {
         events(Event::Note(format!("no cache is used: {error}")));
         LayerCaches::default()
@@ -345,6 +353,7 @@ fn layer_caches(options: &CacheOptions, events: &dyn Fn(Event<'_>)) -> LayerCach
 /// The base image `name`: the one in the store, without asking anybody, or else the registry's. With `resolve`, the tag of one
 /// that came from a registry is resolved again; where that fails, the one in the store serves.
 fn base(
+    home: &Home,
     store: &Store,
     name: &str,
     resolve: bool,
@@ -359,7 +368,8 @@ fn base(
     };
     // What a pull that was killed has left.
     store.sweep_dead_leases()?;
-    let pulled = Settings::from_environment()
+    let pulled = home
+        .registries()
         .map_err(ImageError::from)
         .and_then(|settings| {
             oci::pull(store, name, Platform::host(), &settings, limits, &|event| {

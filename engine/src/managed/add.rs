@@ -63,8 +63,8 @@ pub fn is_path(argument: &str) -> bool {
 }
 
 /// A path as a shell would have it.
-fn expanded(argument: &str) -> PathBuf {
-    let home = || std::env::home_dir().filter(|home| home.is_absolute());
+fn expanded(home: &Home, argument: &str) -> PathBuf {
+    let home = || home.variable("HOME").map(PathBuf::from);
     match argument.strip_prefix('~') {
         Some(rest) if rest.is_empty() || rest.starts_with('/') => home().map_or_else(
             || PathBuf::from(argument),
@@ -81,7 +81,7 @@ fn open(home: &Home, options: &Options) -> Result<Vec<Wanted>, ManagedError> {
     let mut all = Vec::new();
     for argument in &options.workers {
         let (project, name) = if is_path(argument) {
-            let project = Project::open(&expanded(argument))?;
+            let project = Project::open(&expanded(home, argument))?;
             let name = project.managed_name();
             (project, name)
         } else {

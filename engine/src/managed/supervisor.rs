@@ -6,6 +6,7 @@
 //!
 //! While the worker runs, each of its threads waits in the kernel for something to happen; nothing wakes up by the clock.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt as _;
@@ -77,11 +78,8 @@ pub struct EngineProcess {
 }
 
 impl EngineProcess {
-    /// The process that `III_ENGINE_PID` names, if it is set.
-    pub fn from_environment() -> Result<Option<Self>, ManagedError> {
-        let Some(pid) = std::env::var_os("III_ENGINE_PID") else {
-            return Ok(None);
-        };
+    /// The process that `III_ENGINE_PID` names.
+    pub fn named(pid: &OsStr) -> Result<Self, ManagedError> {
         let pid = pid.to_string_lossy().trim().to_owned();
         let number: Option<i32> = pid.parse().ok().filter(|pid| *pid > 0);
         let engine = number.and_then(|pid| {
@@ -91,7 +89,7 @@ impl EngineProcess {
         // One that is younger than this process has not started it.
         let own = started(getpid().as_raw_pid());
         match engine {
-            Some(engine) if own.is_none_or(|own| engine.started <= own) => Ok(Some(engine)),
+            Some(engine) if own.is_none_or(|own| engine.started <= own) => Ok(engine),
             _ => Err(ManagedError::EngineGone { pid }),
         }
     }

@@ -6,6 +6,8 @@
 //!
 //! **Invariant:** nothing here reads a file, a clock or the environment.
 
+#![deny(clippy::disallowed_types)]
+
 pub mod environment;
 pub mod graph;
 

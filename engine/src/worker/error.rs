@@ -11,7 +11,6 @@ use iii_store::StoreError;
 
 use crate::build::BuildError;
 use crate::firmware::FirmwareError;
-use crate::home::HomeError;
 use crate::plan::Kind;
 use crate::project::{DocumentError, NameError, ProjectError};
 use crate::worker::control::ExecError;
@@ -20,8 +19,6 @@ use crate::worker::control::ExecError;
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "their messages say it")]
 pub enum RunError {
-    #[error(transparent)]
-    Home(#[from] HomeError),
     #[error(transparent)]
     Project(#[from] ProjectError),
     #[error(transparent)]

@@ -5,7 +5,7 @@
 use std::thread;
 
 #[cfg(feature = "libkrun")]
-use iii_oci::{ImageError, Settings};
+use iii_oci::ImageError;
 #[cfg(feature = "libkrun")]
 use iii_sandbox::reach::Reach;
 use iii_sandbox::{HAS_NAMESPACES, kvm};
@@ -100,13 +100,13 @@ fn machine(
         asked: asked.memory_mib,
         there: memory,
     })?;
-    let places = Places::from_environment(home.lib(), None);
+    let places = Places::new(home);
     let libkrunfw = if let Some((path, _)) = places.find()? {
         path
     } else {
         let package = Package::of_this_machine();
         let size = package.as_ref().map_or(0, |package| package.size);
-        let settings = Settings::from_environment().map_err(ImageError::from)?;
+        let settings = home.registries().map_err(ImageError::from)?;
         let progress = |come| events(Event::Kernel(come, size));
         progress(0);
         let path = places.find_or_fetch(package.as_ref(), &settings, &progress)?;

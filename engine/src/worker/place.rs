@@ -76,8 +76,8 @@ impl Task {
 pub(crate) fn holder(dir: &Path) -> String {
     let mut text = String::new();
     // A holder that is about to write its name has none yet.
-    let read = File::open(dir.join(LOCK))
-        .and_then(|file| file.take(MAX_HOLDER).read_to_string(&mut text));
+    let read =
+        File::open(dir.join(LOCK)).and_then(|file| file.take(MAX_HOLDER).read_to_string(&mut text));
     let mut words = text.split_whitespace();
     match (read.is_ok(), words.next(), words.next()) {
         (true, Some(pid), Some(task)) => format!("{pid} ({task})"),

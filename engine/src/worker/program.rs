@@ -6,6 +6,7 @@ use iii_oci::Image;
 
 use crate::build::realise::Worker;
 use crate::build::{self, Event};
+use crate::home::Home;
 use crate::plan::environment;
 use crate::project::{Project, WorkerConfig, WorkerName};
 use crate::worker::engine::Engine;
@@ -53,11 +54,12 @@ pub fn start_command(image: &Image, project: &Project) -> [Vec<String>; 2] {
 
 /// What config.yaml says of the worker, with what is odd about it told.
 pub(crate) fn worker_config(
+    home: &Home,
     path: &Path,
     name: &WorkerName,
     events: &dyn Fn(Event<'_>),
 ) -> Result<WorkerConfig, RunError> {
-    let variable = |name: &str| std::env::var(name).ok();
+    let variable = |name: &str| home.variable(name)?.to_str().map(str::to_owned);
     let config = crate::project::config::read(path, name.as_str(), &variable)?.unwrap_or_default();
     for warning in &config.warnings {
         events(Event::Note(warning.clone()));

@@ -458,7 +458,9 @@ impl Session<'_> {
     /// Has a worker that was to run in a microVM run in namespaces.
     fn leave_machine(&self, ready: &mut Ready) -> Result<(), RunError> {
         ready.worker.isolation = Isolation::Namespace;
-        let config = worker_config(self.config, &ready.worker.name, &|event| self.tell(event))?;
+        let config = worker_config(self.home, self.config, &ready.worker.name, &|event| {
+            self.tell(event);
+        })?;
         ready.program = Program::new(&ready.worker, self.engine, &config);
         Ok(())
     }
@@ -473,6 +475,7 @@ impl Session<'_> {
         shown: &mut Option<Ready>,
     ) -> Result<(Result<ExitStatus, E>, Option<Change>), RunError> {
         let start = Start {
+            home: self.home,
             store: self.store,
             worker: &ready.worker,
             place: self.place,
@@ -626,7 +629,9 @@ impl Session<'_> {
     }
 
     fn ready(&self, worker: Worker, lease: Lease) -> Result<Ready, RunError> {
-        let config = worker_config(self.config, &worker.name, &|event| self.tell(event))?;
+        let config = worker_config(self.home, self.config, &worker.name, &|event| {
+            self.tell(event);
+        })?;
         let program = Program::new(&worker, self.engine, &config);
         Ok(Ready {
             worker,

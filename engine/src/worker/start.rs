@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use crate::build::realise::Worker;
 use crate::build::{self, Event};
 use crate::compose::{Composition, Served};
+use crate::home::Home;
 use crate::worker::control::{self, Serving};
 use crate::worker::engine::Engine;
 use crate::worker::error::RunError;
@@ -24,6 +25,7 @@ use crate::worker::supervise::{GRACE, Signals};
 
 /// A worker's sandbox as it is to be started.
 pub(crate) struct Start<'a> {
+    pub home: &'a Home,
     /// The store.
     pub store: &'a Store,
     /// The worker; its layers are pinned.
@@ -103,7 +105,7 @@ impl Start<'_> {
         let composed = composed.map_err(compose)?;
         let served = composed.served().map(Served::overlay);
         let snapshots = Taking::new(self.store, self.keeper, &worker.name, served);
-        let mut spec = SandboxSpec::new(composed.root(), &program.argv);
+        let mut spec = SandboxSpec::new(composed.root(), &program.argv, self.home.host_settings());
         spec.env.clone_from(&program.env);
         spec.user.clone_from(&program.user);
         name.clone_into(&mut spec.hostname);

@@ -1,8 +1,8 @@
 //! Credentials of docker and podman, and challenges of registries.
 
 use std::collections::HashMap;
-use std::env;
 use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -83,18 +83,21 @@ struct HelperAnswer {
     secret: String,
 }
 
+/// The values of environment variables, `HOME` among them.
+pub type Variables<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
 impl AuthFiles {
     /// podman's `$REGISTRY_AUTH_FILE`, or else its other files and then docker's.
-    pub fn from_environment() -> Self {
+    pub fn from_variables(variables: Variables<'_>) -> Self {
         let dir = |name| {
-            env::var_os(name)
+            variables(name)
                 .map(PathBuf::from)
                 .filter(|dir| dir.is_absolute())
         };
         if let Some(file) = dir("REGISTRY_AUTH_FILE") {
             return Self(vec![file]);
         }
-        let home = env::home_dir();
+        let home = dir("HOME");
         let below_home = |path| home.as_ref().map(|home| home.join(path));
         let config = dir("XDG_CONFIG_HOME").or_else(|| below_home(".config"));
         let docker = dir("DOCKER_CONFIG").or_else(|| below_home(".docker"));

@@ -14,7 +14,6 @@ mod blob;
 mod http;
 mod push;
 
-use std::env;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,7 +28,7 @@ use super::text::shown;
 use auth::{Challenge, Credentials};
 use http::{Http, Request};
 
-pub use auth::AuthFiles;
+pub use auth::{AuthFiles, Variables};
 pub use push::{CHUNK, Upload};
 
 /// Most redirects followed for one request.
@@ -348,18 +347,19 @@ pub struct Settings {
 impl Settings {
     /// Settings of the environment: `III_INSECURE_REGISTRIES`, `III_REGISTRY_MIRRORS`, the usual
     /// variables for proxies, and where docker and podman keep their credentials.
-    pub fn from_environment() -> Result<Self, RegistryError> {
+    pub fn from_variables(variables: Variables<'_>) -> Result<Self, RegistryError> {
+        let text = |name: &str| variables(name).and_then(|value| value.into_string().ok());
         let list = |variable| {
-            let text = env::var(variable).unwrap_or_default();
+            let text = text(variable).unwrap_or_default();
             let parts = text.split(',').map(str::trim);
             parts
                 .filter(|part| !part.is_empty())
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         };
-        let first = |variables: &[&str]| {
-            let values = variables.iter().filter_map(|name| env::var(name).ok());
-            values.into_iter().find(|value| !value.is_empty())
+        let first = |names: &[&str]| {
+            let mut values = names.iter().filter_map(|name| text(name));
+            values.find(|value| !value.is_empty())
         };
         Ok(Self {
             insecure: list("III_INSECURE_REGISTRIES"),
@@ -377,7 +377,7 @@ impl Settings {
                     .map(str::to_owned)
                     .collect(),
             },
-            auth: AuthFiles::from_environment(),
+            auth: AuthFiles::from_variables(variables),
             patience: Patience::default(),
         })
     }

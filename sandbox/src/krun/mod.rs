@@ -70,8 +70,8 @@ use crate::tail::Tail;
 
 #[cfg(target_os = "linux")]
 pub use confine::has_landlock;
-pub use vm::maybe_run;
 use vm::{FromVm, ToVm, VmPlan, VmVolume};
+pub use vm::{MARKER, run};
 #[cfg(target_os = "linux")]
 use watch::Watch;
 

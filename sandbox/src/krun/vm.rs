@@ -30,7 +30,7 @@ use super::confine;
 use crate::RemoteError;
 
 /// The argument by which the program knows that it is to be a VM.
-pub(super) const MARKER: &str = "__sandbox-vm";
+pub const MARKER: &str = "__sandbox-vm";
 
 /// The guest's init, which `build.rs` has built.
 static INIT: &[u8] = include_bytes!(env!("III_INIT"));
@@ -134,33 +134,21 @@ fn at(operation: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Io(operation, source)
 }
 
-/// To be called first in `main`. Returns unless this process was started to be a VM; then it never
-/// does.
-pub fn maybe_run() {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|argument| argument == MARKER)
-    {
-        std::process::exit(run());
-    }
-}
-
-fn run() -> i32 {
+/// Becomes the microVM that the tool asks for on standard input. To be called first in `main`.
+/// Returns the exit code, or `None` where standard input is not a connection to the tool.
+pub fn run() -> Option<i32> {
     // SAFETY: nothing but the standard streams is owned yet.
     unsafe { close_others() };
-    let Ok(control) = Socket::take_stdin() else {
-        return 1;
-    };
+    let control = Socket::take_stdin().ok()?;
     let Ok(Some((ToVm::Start(plan), _))) = control.recv() else {
-        eprintln!("{MARKER} is how this program starts its own microVMs; it is not for people");
-        return 2;
+        return None;
     };
     let control = Arc::new(control);
     let Err(error) = enter(&control, *plan);
     let failed = FromVm::Failed(RemoteError::new(&error));
     // If the tool is gone, the failure reaches no process.
     let _ = control.send(&failed, &[]);
-    1
+    Some(1)
 }
 
 fn enter(control: &Arc<Socket>, plan: VmPlan) -> Result<std::convert::Infallible, VmError> {
