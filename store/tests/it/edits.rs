@@ -37,7 +37,7 @@ const CALLS_TO_COUNT: usize = 16;
 const CALLS_TO_COLLECT: usize = 32;
 /// Files of the project: in the ordinary tests, and where so many edits are asked for.
 const FILES: usize = 50;
-const MANY_FILES: usize = 5000;
+const MANY_FILES: usize = 1000;
 
 fn edits() -> usize {
     let edits = std::env::var(EDITS_VARIABLE).ok();
