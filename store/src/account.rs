@@ -178,7 +178,7 @@ impl Store {
     /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes meanwhile is counted or not.
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
-        let leftovers = Leftovers::find(self)?;
+        let leftovers = Leftovers::find(self.site())?;
         let abandoned = leftovers.tmp.iter().map(|file| file.len).sum();
         let abandoned = files.tmp.min(abandoned);
         let mut refs = self.all_refs()?;

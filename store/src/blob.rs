@@ -12,9 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::disk::{Disk, read_file};
 use crate::error::{IoContext, StoreError};
-use crate::id::ObjectId;
-use crate::objects::{LOOSE_MIN, Pack};
+use crate::id::{ObjectId, PackId};
 use crate::outboard::{GROUP, Outboard, OutboardHasher};
+use crate::pack::Index;
+
+/// Objects of at least this many bytes are files of their own, smaller ones go into packs.
+pub const LOOSE_MIN: u64 = 1 << 20;
 
 /// Piece in which objects are copied and hashed.
 const PIECE: usize = 1 << 20;
@@ -36,6 +39,28 @@ impl Bits {
     pub(crate) fn set(&self, ix: usize) {
         if let Some(word) = self.0.get(ix / 64) {
             word.fetch_or(1 << (ix % 64), Ordering::Relaxed);
+        }
+    }
+}
+
+/// A pack that is there, by its index.
+#[derive(Debug)]
+pub(crate) struct Pack {
+    pub(crate) id: PackId,
+    pub(crate) index: Index,
+    /// The pack's file.
+    pub(crate) path: PathBuf,
+    /// The objects that were read, by their position in the index, and are what their ids say.
+    pub(crate) checked: Bits,
+}
+
+impl Pack {
+    pub(crate) fn new(id: PackId, index: Index, path: PathBuf) -> Self {
+        Self {
+            checked: Bits::new(index.count() as usize),
+            id,
+            index,
+            path,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The seam between the store and the filesystem: every call that reads or changes the disk goes through [`Disk`].
 //!
-//! Tests stand in for it to fail any call, or to cut the power after it. Two things do not pass here: `flock`, which
-//! touches no disk, and loads from a mapping, which cannot fail as long as the file is as long as when it was mapped. The
-//! directory that a snapshot takes in is not the store's.
+//! Tests stand in for it to fail any call, or to cut the power after it. Three things do not pass
+//! here: `flock` and asking an open file for its length, which touch no disk, and loads from a
+//! mapping, which cannot fail as long as the file is as long as when it was mapped. The directory
+//! that a snapshot takes in is not the store's.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, Metadata};
@@ -50,6 +51,8 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// What is known of a name, without following a symlink.
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
+    /// An error if this user may not make and remove names in a directory.
+    fn may_write_in(&self, dir: &Path) -> io::Result<()>;
     /// The names in a directory, in any order.
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>>;
     /// How large the filesystem of `path` is.
@@ -151,6 +154,11 @@ impl Disk for RealDisk {
 
     fn metadata(&self, path: &Path) -> io::Result<Metadata> {
         std::fs::symlink_metadata(path)
+    }
+
+    fn may_write_in(&self, dir: &Path) -> io::Result<()> {
+        use rustix::fs::{Access, access};
+        Ok(access(dir, Access::WRITE_OK | Access::EXEC_OK)?)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {

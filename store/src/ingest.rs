@@ -19,7 +19,8 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, ObjectId, PackId, TreeId};
 use crate::layer;
 use crate::lease::Lease;
-use crate::objects::{LOOSE_MIN, lock};
+use crate::mutex::lock;
+use crate::objects::LOOSE_MIN;
 use crate::outboard::OutboardHasher;
 use crate::pack_writer::{FinishedPack, PackWriter};
 use crate::store::Store;
@@ -139,6 +140,13 @@ impl Read for FromStart<'_> {
         let count = self.file.read_at(buf, self.at)?;
         self.at += count as u64;
         Ok(count)
+    }
+}
+
+impl Store {
+    /// Begins to write a layer's objects. Nothing is visible before [`Ingest::finish`].
+    pub fn ingest<'a>(&self, lease: &'a Lease) -> Result<Ingest<'a>, StoreError> {
+        Ingest::begin(self, lease)
     }
 }
 

@@ -38,6 +38,7 @@ use crate::id::{FactsId, KeyId, LayerId, LooksId, TreeId};
 use crate::lease::Lease;
 use crate::lock::FileLock;
 use crate::refs::RefKind;
+pub(crate) use crate::store::{FACTS_DIR, HEADS};
 use crate::store::{Store, read_json, write_json_compact};
 use crate::tree::components;
 
@@ -51,8 +52,6 @@ pub const MAX_RECORDS: usize = 1 << 14;
 pub const ORIGIN: &str = "cache";
 /// Longest file of one key, or of the facts of one record, in bytes.
 pub(crate) const MAX_KEY_FILE: u64 = 256 << 20;
-/// The ro-compat feature of a store whose keys have heads: a program that does not know them would drop them.
-pub(crate) const HEADS: &str = "record_heads";
 
 /// One result of a recipe: what it looked at, and the layer it made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -553,9 +552,6 @@ impl Store {
         Ok(())
     }
 }
-
-/// Where the facts of records are.
-pub(crate) const FACTS_DIR: &str = "facts";
 
 /// What the name of a file of facts says.
 pub(crate) fn facts_name(name: &str) -> Option<(KeyId, FactsId)> {

@@ -22,8 +22,8 @@ use crate::disk::{Disk, TmpFile, names, on_disk, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
 use crate::lock::{self, FileLock, try_lock};
-use crate::objects::lock;
-use crate::store::{FORMAT_TMP, Store, format_lock};
+use crate::mutex::lock;
+use crate::site::Site;
 
 /// Longest purpose, in bytes.
 const MAX_PURPOSE: usize = 200;
@@ -89,7 +89,7 @@ impl LiveLease {
 /// process ends. It is inherited by a fork, not by an exec.
 #[derive(Debug)]
 pub struct Lease {
-    store: Store,
+    site: Site,
     name: String,
     path: PathBuf,
     file: File,
@@ -110,20 +110,20 @@ fn random_name() -> io::Result<String> {
 }
 
 impl Lease {
-    pub(crate) fn take(store: &Store, purpose: &str) -> Result<Self, StoreError> {
-        let dir = store.dir();
+    pub(crate) fn take(site: &Site, purpose: &str) -> Result<Self, StoreError> {
+        let (disk, dir) = (site.disk(), site.dir());
         loop {
             let name = random_name().at("naming a lease in", dir)?;
             let tmp = dir.join("tmp").join(format!("{name}.lease"));
             let path = dir.join("leases").join(&name);
             // Locked under a temporary name first: in `leases/`, an unlocked file is a dead one.
-            let file = store.disk().create(&tmp).at("creating", &tmp)?;
+            let file = disk.create(&tmp).at("creating", &tmp)?;
             if !try_lock(&file).at("locking", &tmp)? {
                 continue;
             }
             // What fails from here on leaves nothing.
             let mut lease = Self {
-                store: store.clone(),
+                site: site.clone(),
                 name,
                 path: tmp,
                 file,
@@ -136,7 +136,7 @@ impl Lease {
                 .take(MAX_PURPOSE)
                 .collect();
             lease.append(&mut lock(&lease.written), &format!("{MAGIC}{purpose}\n"))?;
-            match store.disk().rename(&lease.path, &path) {
+            match disk.rename(&lease.path, &path) {
                 // Swept between create and lock.
                 Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
                 other => other.at("renaming", &lease.path)?,
@@ -165,7 +165,8 @@ impl Lease {
         drop(written);
         for id in layers {
             // When it was last used decides how long it is kept; one that is not there is used by nobody.
-            let _ = self.store.disk().touch(&self.store.places().layer(id));
+            let path = self.site.dir().join("layers").join(id.to_string());
+            let _ = self.site.disk().touch(&path);
         }
         Ok(())
     }
@@ -185,7 +186,7 @@ impl Lease {
     }
 
     fn append(&self, written: &mut Written, lines: &str) -> Result<(), StoreError> {
-        let disk = self.store.disk();
+        let disk = self.site.disk();
         disk.write_at(&self.file, lines.as_bytes(), written.len)
             .at("writing", &self.path)?;
         written.len += lines.len() as u64;
@@ -197,27 +198,27 @@ impl Lease {
         &self.name
     }
 
-    /// The store it belongs to.
-    pub fn store(&self) -> &Store {
-        &self.store
+    /// The store that it belongs to.
+    pub(crate) fn site(&self) -> &Site {
+        &self.site
     }
 
     /// A new temporary file.
     pub(crate) fn tmp(&self) -> Result<TmpFile, StoreError> {
         let number = self.next_tmp.fetch_add(1, Ordering::Relaxed);
         let path = self
-            .store
+            .site
             .dir()
             .join("tmp")
             .join(format!("{}.{number}", self.name));
-        TmpFile::create(Arc::clone(self.store.disk()), path)
+        TmpFile::create(Arc::clone(self.site.disk()), path)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         // Still locked: a sweeper either sees it alive or not at all.
-        let _ = self.store.disk().remove(&self.path);
+        let _ = self.site.disk().remove(&self.path);
     }
 }
 
@@ -242,9 +243,9 @@ pub(crate) struct Leftovers {
 
 impl Leftovers {
     /// Looks for them. Holds one file open at a time, however many there are.
-    pub(crate) fn find(store: &Store) -> Result<Self, StoreError> {
-        let (leases, tmp) = (store.dir().join("leases"), store.dir().join("tmp"));
-        let disk = store.disk().as_ref();
+    pub(crate) fn find(site: &Site) -> Result<Self, StoreError> {
+        let (leases, tmp) = (site.dir().join("leases"), site.dir().join("tmp"));
+        let disk = site.disk().as_ref();
         let mut found = Self::default();
         let mut alive = HashSet::new();
         // Listed before the leases: the owner of a file that is here has a lease there by then, or
@@ -264,7 +265,7 @@ impl Leftovers {
             // A lease that is being taken is a temporary file itself, and locked but for a moment;
             // its taker tries again.
             let taking = rest == "lease" && !matches!(dead_lease(disk, &path), Ok(Some(_)));
-            if !alive.contains(owner) && !taking && path != format_tmp(store) {
+            if !alive.contains(owner) && !taking && path != site.format_tmp() {
                 found.tmp.extend(leftover(disk, path)?);
             }
         }
@@ -302,13 +303,13 @@ pub(crate) struct Swept {
 
 /// Removes the leases of the dead, the temporary files that belonged to them, and the locks that
 /// they held.
-pub(crate) fn sweep(store: &Store) -> Result<Swept, StoreError> {
-    let found = Leftovers::find(store)?;
+pub(crate) fn sweep(site: &Site) -> Result<Swept, StoreError> {
+    let found = Leftovers::find(site)?;
     for file in found.iter() {
-        remove(store, &file.path)?;
+        remove(site, &file.path)?;
     }
-    sweep_format(store)?;
-    lock::sweep(store.disk(), &store.dir().join("locks"))?;
+    sweep_format(site)?;
+    lock::sweep(site.disk(), &site.dir().join("locks"))?;
     Ok(Swept {
         leases: found.leases.len() as u64,
         files: found.tmp.len() as u64,
@@ -317,25 +318,21 @@ pub(crate) fn sweep(store: &Store) -> Result<Swept, StoreError> {
 }
 
 /// Removes a half-written format. It belongs to no lease, but to the holder of its lock.
-fn sweep_format(store: &Store) -> Result<(), StoreError> {
-    let path = format_tmp(store);
-    match store.disk().metadata(&path) {
+fn sweep_format(site: &Site) -> Result<(), StoreError> {
+    let path = site.format_tmp();
+    match site.disk().metadata(&path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.at("looking at", &path)?,
     };
-    match FileLock::try_acquire(store.disk(), &format_lock(store.dir()))? {
-        Some(_lock) => remove(store, &path),
+    match FileLock::try_acquire(site.disk(), &site.format_lock())? {
+        Some(_lock) => remove(site, &path),
         None => Ok(()),
     }
 }
 
-fn format_tmp(store: &Store) -> PathBuf {
-    store.dir().join(FORMAT_TMP)
-}
-
 /// The leases that somebody holds, sorted by name.
-pub(crate) fn live(store: &Store) -> Result<Vec<LiveLease>, StoreError> {
-    let (disk, dir) = (store.disk().as_ref(), store.dir().join("leases"));
+pub(crate) fn live(site: &Site) -> Result<Vec<LiveLease>, StoreError> {
+    let (disk, dir) = (site.disk().as_ref(), site.dir().join("leases"));
     let mut live = Vec::new();
     for name in names(disk, &dir)? {
         let path = dir.join(&name);
@@ -360,8 +357,8 @@ fn dead_lease(disk: &dyn Disk, path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-fn remove(store: &Store, path: &Path) -> Result<(), StoreError> {
-    match store.disk().remove(path) {
+fn remove(site: &Site, path: &Path) -> Result<(), StoreError> {
+    match site.disk().remove(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.at("removing", path),
     }

@@ -37,7 +37,7 @@ impl FileLock {
                 }
                 wait_lock(&file).at("locking", path)?;
             }
-            if let Some(lock) = Self::hold(disk, path, file) {
+            if let Some(lock) = Self::hold(disk, path, file)? {
                 return Ok(lock);
             }
         }
@@ -53,19 +53,20 @@ impl FileLock {
             if !try_lock(&file).at("locking", path)? {
                 return Ok(None);
             }
-            if let Some(lock) = Self::hold(disk, path, file) {
+            if let Some(lock) = Self::hold(disk, path, file)? {
                 return Ok(Some(lock));
             }
         }
     }
 
     /// A lock of a locked file, unless whoever had it before removed the file meanwhile, and somebody else made the next one.
-    fn hold(disk: &Arc<dyn Disk>, path: &Path, file: File) -> Option<Self> {
-        is_at(&file, path).then(|| Self {
+    fn hold(disk: &Arc<dyn Disk>, path: &Path, file: File) -> Result<Option<Self>, StoreError> {
+        let is_at = is_at(disk.as_ref(), &file, path).at("looking at", path)?;
+        Ok(is_at.then(|| Self {
             disk: Arc::clone(disk),
             path: path.to_owned(),
             _file: file,
-        })
+        }))
     }
 }
 
@@ -84,12 +85,8 @@ pub(crate) fn sweep(disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), StoreError> 
             Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
             other => other.at("opening the lock", &path)?,
         };
-        if try_lock(&file).at("locking", &path)? && is_at(&file, &path) {
-            drop(FileLock {
-                disk: Arc::clone(disk),
-                path,
-                _file: file,
-            });
+        if try_lock(&file).at("locking", &path)? {
+            drop(FileLock::hold(disk, &path, file)?);
         }
     }
     Ok(())
@@ -114,9 +111,11 @@ fn wait_lock(file: &File) -> io::Result<()> {
 }
 
 /// Whether `path` names this very file.
-pub(crate) fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(held), Ok(named)) => held.dev() == named.dev() && held.ino() == named.ino(),
-        _ => false,
+fn is_at(disk: &dyn Disk, file: &File, path: &Path) -> io::Result<bool> {
+    let held = file.metadata()?;
+    match disk.metadata(path) {
+        Ok(named) => Ok(held.dev() == named.dev() && held.ino() == named.ino()),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(err) => Err(err),
     }
 }

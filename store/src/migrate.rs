@@ -94,13 +94,13 @@ impl Store {
             }
         }
         refuse_in_use(&store, &lease)?;
-        format.sealed().write(disk, dir)?;
+        format.sealed().write(store.site())?;
         Ok(work.done)
     }
 }
 
 fn refuse_in_use(store: &Store, own: &Lease) -> Result<(), StoreError> {
-    let mut others = lease::live(store)?;
+    let mut others = lease::live(store.site())?;
     others.retain(|lease| lease.name != own.name());
     match others.into_iter().next() {
         None => Ok(()),

@@ -6,13 +6,16 @@ use std::hash::Hash;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use crate::blob::{Bits, Blob, LooseFile};
+pub use crate::blob::LOOSE_MIN;
+pub(crate) use crate::blob::Pack;
+use crate::blob::{Blob, LooseFile};
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
+use crate::mutex::lock;
 use crate::pack::{Index, PackError};
 use crate::trash::{self, Places};
 
@@ -23,14 +26,6 @@ const MAX_OPEN_FILES: usize = 64;
 pub(crate) const LOOKS: u32 = 3;
 /// A directory whose mtime is younger than this may change again without its mtime telling.
 const MTIME_GRANULARITY: Duration = Duration::from_millis(50);
-
-/// Objects of at least this many bytes are files of their own, smaller ones go into packs.
-pub const LOOSE_MIN: u64 = 1 << 20;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What the mutexes here guard is whole between any two statements that can panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The most recently used files, open.
 #[derive(Debug)]
@@ -65,28 +60,6 @@ impl<K: Copy + Eq + Hash, F> OpenFiles<K, F> {
         }
         self.clock += 1;
         self.files.insert(key, (file, self.clock));
-    }
-}
-
-/// A pack that is there, by its index.
-#[derive(Debug)]
-pub(crate) struct Pack {
-    pub(crate) id: PackId,
-    pub(crate) index: Index,
-    /// The pack's file.
-    pub(crate) path: PathBuf,
-    /// The objects that were read, by their position in the index, and are what their ids say.
-    pub(crate) checked: Bits,
-}
-
-impl Pack {
-    pub(crate) fn new(id: PackId, index: Index, path: PathBuf) -> Self {
-        Self {
-            checked: Bits::new(index.count() as usize),
-            id,
-            index,
-            path,
-        }
     }
 }
 

@@ -8,9 +8,9 @@ use crate::disk::TmpFile;
 use crate::error::{IoContext, StoreError};
 use crate::id::{ObjectId, PackId};
 use crate::lease::Lease;
-use crate::objects::lock;
+use crate::mutex::lock;
 use crate::pack::{self, Place};
-use crate::store::Store;
+use crate::trash::Places;
 
 /// Objects are gathered into writes of this many bytes.
 const CHUNK: usize = 1 << 20;
@@ -141,16 +141,17 @@ impl FinishedPack {
     }
 
     /// Makes the pack durable and gives it its name.
-    pub(crate) fn publish(&self, store: &Store, lease: &Lease) -> Result<PackId, StoreError> {
+    pub(crate) fn publish(&self, lease: &Lease) -> Result<PackId, StoreError> {
         let index = lease.tmp()?;
         let id = self.write_index(&index)?;
         self.tmp.sync()?;
         index.sync()?;
         // A pack is there when its index is.
-        self.tmp.publish(&store.places().pack(&id))?;
-        index.publish(&store.places().index(&id))?;
-        let dir = store.dir().join("packs");
-        store.disk().sync_dir(&dir).at("syncing", &dir)?;
+        let places = Places::of(lease.site());
+        self.tmp.publish(&places.pack(&id))?;
+        index.publish(&places.index(&id))?;
+        let dir = lease.site().dir().join("packs");
+        lease.site().disk().sync_dir(&dir).at("syncing", &dir)?;
         Ok(id)
     }
 
@@ -254,6 +255,7 @@ impl PackWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Store;
 
     #[test]
     fn small_objects_fill_what_larger_ones_leave() {
@@ -291,7 +293,7 @@ mod tests {
                 assert_eq!(place.offset % pack::BLOCK, 0);
             }
         }
-        let id = pack.publish(&store, &lease).unwrap();
+        let id = pack.publish(&lease).unwrap();
         store.objects().refresh().unwrap();
         assert!(store.objects().has_pack(&id));
         for (id, bytes) in all {

@@ -9,6 +9,8 @@ use crate::disk::names;
 use crate::error::{IoContext, StoreError};
 use crate::id::LayerId;
 use crate::lock::FileLock;
+pub use crate::ref_kind::RefKind;
+use crate::reserve;
 use crate::store::{Store, read_json, write_json};
 
 /// Longest name, in bytes.
@@ -19,56 +21,6 @@ pub const MAX_REF_LAYERS: usize = 1024;
 const MAX_REF_FILE: u64 = 16 << 20;
 /// Longest escaped name that is a file name as it is.
 const MAX_PLAIN: usize = 180;
-
-/// What a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RefKind {
-    /// An image, by its reference.
-    Image,
-    /// A worker's sandbox, by the worker's name.
-    Worker,
-    /// A managed worker, by its name.
-    Managed,
-    /// What a worker had written at some time, by the worker's name and a tag.
-    Snapshot,
-    /// A cache volume, by its id. It keeps its layers only as long as garbage collection has no reason to drop it: see
-    /// [`crate::volume`].
-    Volume,
-}
-
-impl RefKind {
-    /// All kinds.
-    pub const ALL: [Self; 5] = [
-        Self::Image,
-        Self::Worker,
-        Self::Managed,
-        Self::Snapshot,
-        Self::Volume,
-    ];
-
-    /// Where its refs are, relative to the store.
-    pub(crate) fn path(self) -> &'static str {
-        match self {
-            Self::Image => "refs/image",
-            Self::Worker => "refs/worker",
-            Self::Managed => "refs/managed",
-            Self::Snapshot => "refs/snapshot",
-            Self::Volume => "refs/volume",
-        }
-    }
-
-    /// The ro-compat feature of a store that has such refs, if they are newer than the first stores: a program that does not
-    /// know them would collect what they keep.
-    pub(crate) fn feature(self) -> Option<&'static str> {
-        match self {
-            Self::Image | Self::Worker => None,
-            Self::Managed => Some("managed_refs"),
-            Self::Snapshot => Some("snapshot_refs"),
-            Self::Volume => Some("volume_refs"),
-        }
-    }
-}
 
 /// The layers under a name, and what its owner wants to know of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -205,7 +157,7 @@ impl Store {
 
     /// Removes a name, durably. Says whether there was one.
     pub fn remove_ref(&self, kind: RefKind, name: &str) -> Result<bool, StoreError> {
-        self.with_room(|| self.edit_ref(kind, name)?.remove())
+        reserve::with_room(self.site(), || self.edit_ref(kind, name)?.remove())
     }
 }
 

@@ -253,7 +253,7 @@ impl<'a> Repair<'a> {
                     format.ro_compat.extend(kind.feature().map(str::to_owned));
                 }
             }
-            format.write(self.disk, self.store.dir())?;
+            format.write(self.store.site())?;
             self.did(Mended::Format);
         }
         self.store.objects().refresh()?;
@@ -325,7 +325,7 @@ impl<'a> Repair<'a> {
             saved.push((*id, good, lost));
         }
         if let Some(pack) = writer.finish()? {
-            pack.publish(self.store, &self.lease)?;
+            pack.publish(&self.lease)?;
         }
         for (pack, objects, lost) in saved {
             self.did(Mended::Salvaged {

@@ -5,12 +5,12 @@
 //! that freed, and a store of an earlier program has no reserve; then stat caches go, which only save time.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::lease;
-use crate::store::Store;
+use crate::site::Site;
 
 /// The directory of the reserve.
 pub(crate) const RESERVE: &str = "reserve";
@@ -19,66 +19,64 @@ const FILES: usize = 12;
 /// Length of each, in bytes: as much as a collection writes to one file, whatever the filesystem's block.
 const LEN: usize = 16 << 10;
 
-impl Store {
-    /// Makes the files of the reserve that are not there, as far as there is room.
-    pub(crate) fn fill_reserve(&self) {
-        // The store is as good without it, as long as the disk is not full.
-        let _ = fill(self.disk().as_ref(), &self.dir().join(RESERVE));
-    }
+/// Makes the files of the reserve that are not there, as far as there is room.
+pub(crate) fn fill(site: &Site) {
+    // The store is as good without it, as long as the disk is not full.
+    let _ = try_fill(site.disk().as_ref(), &site.dir().join(RESERVE));
+}
 
-    /// Frees a little: the reserve, or else the largest stat cache. False if there is neither.
-    pub(crate) fn make_room(&self) -> Result<bool, StoreError> {
-        let disk = self.disk().as_ref();
-        let dir = self.dir().join(RESERVE);
-        let mut freed = false;
-        if disk.metadata(&dir).is_ok() {
-            for name in names(disk, &dir)? {
-                freed |= remove(disk, &dir.join(name))?;
-            }
-        }
-        if freed {
-            return Ok(true);
-        }
-        let dir = self.dir().join("stat");
-        let mut caches = Vec::new();
+/// Frees a little: the reserve, or else the largest stat cache. False if there is neither.
+pub(crate) fn make_room(site: &Site) -> Result<bool, StoreError> {
+    let disk = site.disk().as_ref();
+    let dir = site.dir().join(RESERVE);
+    let mut freed = false;
+    if disk.metadata(&dir).is_ok() {
         for name in names(disk, &dir)? {
-            let path = dir.join(name);
-            // One that went meanwhile has made room, too.
-            caches.extend(disk.metadata(&path).ok().map(|meta| (meta.len(), path)));
-        }
-        match caches.into_iter().max() {
-            Some((_, path)) => remove(disk, &path),
-            None => Ok(false),
+            freed |= remove(disk, &dir.join(name))?;
         }
     }
+    if freed {
+        return Ok(true);
+    }
+    let dir = site.dir().join("stat");
+    let mut caches = Vec::new();
+    for name in names(disk, &dir)? {
+        let path = dir.join(name);
+        // One that went meanwhile has made room, too.
+        caches.extend(disk.metadata(&path).ok().map(|meta| (meta.len(), path)));
+    }
+    match caches.into_iter().max() {
+        Some((_, path)) => remove(disk, &path),
+        None => Ok(false),
+    }
+}
 
-    /// Has `free`, which frees something, work on a disk without a free block or inode.
-    pub(crate) fn with_room<T>(
-        &self,
-        mut free: impl FnMut() -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
-        let mut result = free();
-        if !is_full(&result) {
-            return result;
-        }
-        // What interrupted processes left is of no use to any.
-        lease::sweep(self)?;
-        result = free();
-        while is_full(&result) && self.make_room()? {
-            result = free();
-        }
-        if result.is_ok() {
-            self.fill_reserve();
-        }
-        result
+/// Has `free`, which frees something, work on a disk without a free block or inode.
+pub(crate) fn with_room<T>(
+    site: &Site,
+    mut free: impl FnMut() -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let mut result = free();
+    if !is_full(&result) {
+        return result;
     }
+    // What interrupted processes left is of no use to any.
+    lease::sweep(site)?;
+    result = free();
+    while is_full(&result) && make_room(site)? {
+        result = free();
+    }
+    if result.is_ok() {
+        fill(site);
+    }
+    result
 }
 
 fn is_full<T>(result: &Result<T, StoreError>) -> bool {
     result.as_ref().is_err_and(StoreError::is_full)
 }
 
-fn remove(disk: &dyn Disk, path: &std::path::Path) -> Result<bool, StoreError> {
+fn remove(disk: &dyn Disk, path: &Path) -> Result<bool, StoreError> {
     match disk.remove(path) {
         Ok(()) => Ok(true),
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -86,7 +84,7 @@ fn remove(disk: &dyn Disk, path: &std::path::Path) -> Result<bool, StoreError> {
     }
 }
 
-fn fill(disk: &dyn Disk, dir: &std::path::Path) -> io::Result<()> {
+fn try_fill(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     let there = disk.list(dir)?;
     if there.len() >= FILES {
         return Ok(());
@@ -95,7 +93,7 @@ fn fill(disk: &dyn Disk, dir: &std::path::Path) -> io::Result<()> {
     let mut bytes = vec![0; LEN];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     for number in 0..FILES {
-        let path: PathBuf = dir.join(number.to_string());
+        let path = dir.join(number.to_string());
         let file = match disk.create(&path) {
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other?,

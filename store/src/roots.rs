@@ -69,7 +69,7 @@ impl Roots {
     /// cache volume whose ref is damaged keeps nothing.
     pub fn read(store: &Store) -> Result<Self, StoreError> {
         let mut roots = Self {
-            leases: lease::live(store)?,
+            leases: lease::live(store.site())?,
             ..Self::default()
         };
         for lease in &roots.leases {

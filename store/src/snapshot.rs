@@ -26,7 +26,7 @@ use crate::id::ObjectId;
 use crate::ingest::{Ingest, Published};
 use crate::layer::Layer;
 use crate::lease::Lease;
-use crate::objects::lock;
+use crate::mutex::lock;
 use crate::refs::escape;
 use crate::stat_cache::{
     self, CachedDir, DirEntries, FileEntry, FileStat, Outcome, StatCache, Time,

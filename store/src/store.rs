@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -13,15 +13,17 @@ use crate::blob::Blob;
 use crate::disk::{Disk, RealDisk, names, read_file};
 use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId};
-use crate::ingest::Ingest;
-use crate::keys::{FACTS_DIR, HEADS};
+pub(crate) use crate::json::read_json;
+use crate::json::{self, seal_broken};
 use crate::layer::Layer;
 use crate::lease::{self, Lease};
 use crate::lock::FileLock;
-use crate::objects::{LOOKS, Objects, lock};
-use crate::refs::RefKind;
-use crate::reserve::RESERVE;
+use crate::mutex::lock;
+use crate::objects::{LOOKS, Objects};
+use crate::ref_kind::RefKind;
+use crate::reserve::{self, RESERVE};
 use crate::seal;
+use crate::site::Site;
 use crate::trash::{self, Places};
 
 /// Version of the layout described in the crate's documentation.
@@ -50,12 +52,13 @@ pub(crate) const DIRS: [&str; 17] = [
 ];
 /// Directories that come to be later: what a repair sets aside, and what later versions may make.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
-/// Under this name the format is written before it is renamed. The file belongs to the holder of
-/// [`format_lock`].
-pub(crate) const FORMAT_TMP: &str = "tmp/format";
 /// How often the format is written anew because a sweep removed it: programs from before sweeps
-/// took [`format_lock`] may run beside this one.
+/// took [`Site::format_lock`] may run beside this one.
 const MAX_FORMAT_TRIES: u32 = 8;
+/// The ro-compat feature of a store whose keys have heads: a program that does not know them would drop them.
+pub(crate) const HEADS: &str = "record_heads";
+/// Where the facts of records are.
+pub(crate) const FACTS_DIR: &str = "facts";
 /// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
 pub(crate) const SEALED: &str = "sealed";
 
@@ -155,15 +158,9 @@ impl Format {
     }
 }
 
-fn seal_broken(path: PathBuf) -> StoreError {
-    let what = "its seal does not hold";
-    StoreError::Damaged { path, what }
-}
-
 #[derive(Debug)]
 struct Inner {
-    dir: PathBuf,
-    disk: Arc<dyn Disk>,
+    site: Site,
     read_only: Option<String>,
     /// Whether its format is damaged, so that it can but be verified and repaired.
     broken: bool,
@@ -201,10 +198,9 @@ impl Store {
             Found::Nothing => return Err(no_format(dir)),
         };
         let tmp = dir.join("tmp");
-        let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
         let refused = || {
-            let err = rustix::fs::access(&tmp, access).err()?;
-            Some(format!("{}: {}", tmp.display(), io::Error::from(err)))
+            let err = disk.may_write_in(&tmp).err()?;
+            Some(format!("{}: {err}", tmp.display()))
         };
         let read_only = format.read_only().or_else(refused);
         if read_only.is_none() {
@@ -225,7 +221,7 @@ impl Store {
         let (disk, reserve) = (store.disk(), dir.join(RESERVE));
         let is_missing = || disk.metadata(&reserve).is_err() && disk.create_dir(&reserve).is_ok();
         if writable && (made || is_missing()) {
-            store.fill_reserve();
+            reserve::fill(store.site());
         }
         Ok(store)
     }
@@ -255,8 +251,7 @@ impl Store {
     fn new(dir: &Path, disk: Arc<dyn Disk>, read_only: Option<String>, broken: bool) -> Self {
         Self(Arc::new(Inner {
             objects: Objects::new(Arc::clone(&disk), dir, read_only.is_none()),
-            dir: dir.to_owned(),
-            disk,
+            site: Site::new(disk, dir),
             read_only,
             broken,
             layers: Mutex::default(),
@@ -266,11 +261,15 @@ impl Store {
 
     /// The store's directory.
     pub fn dir(&self) -> &Path {
-        &self.0.dir
+        self.0.site.dir()
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        &self.0.site
     }
 
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
-        &self.0.disk
+        self.0.site.disk()
     }
 
     /// Whether `files` are so many more than the last time that this process tried to have fewer
@@ -296,7 +295,7 @@ impl Store {
     pub(crate) fn require_writable(&self) -> Result<(), StoreError> {
         self.0.read_only.as_ref().map_or(Ok(()), |why| {
             Err(StoreError::ReadOnly {
-                path: self.0.dir.clone(),
+                path: self.dir().to_owned(),
                 why: why.clone(),
             })
         })
@@ -313,11 +312,11 @@ impl Store {
         if has(&format()?) {
             return Ok(());
         }
-        let _lock = FileLock::acquire(self.disk(), &format_lock(self.dir()), &|| {})?;
+        let _lock = FileLock::acquire(self.disk(), &self.site().format_lock(), &|| {})?;
         let mut format = format()?;
         if !has(&format) {
             format.ro_compat.push(feature.to_owned());
-            format.sealed().write(self.disk().as_ref(), self.dir())?;
+            format.sealed().write(self.site())?;
         }
         Ok(())
     }
@@ -325,13 +324,13 @@ impl Store {
     /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.
     pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
         self.require_writable()?;
-        Lease::take(self, purpose)
+        Lease::take(self.site(), purpose)
     }
 
     /// A lease for who repairs it, which may be a store that nobody else can write to.
     pub(crate) fn lease_to_repair(&self) -> Result<Lease, StoreError> {
         if self.0.broken {
-            return Lease::take(self, "repair");
+            return Lease::take(self.site(), "repair");
         }
         self.lease("repair")
     }
@@ -345,13 +344,8 @@ impl Store {
     /// Safe beside everything else.
     pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
         self.require_writable()?;
-        let swept = lease::sweep(self)?;
+        let swept = lease::sweep(self.site())?;
         Ok(usize::try_from(swept.leases).unwrap_or(usize::MAX))
-    }
-
-    /// Begins to write a layer's objects. Nothing is visible before [`Ingest::finish`].
-    pub fn ingest<'a>(&self, lease: &'a Lease) -> Result<Ingest<'a>, StoreError> {
-        Ingest::begin(self, lease)
     }
 
     /// Whether the layer is there. Only of use to who has pinned it.
@@ -390,7 +384,7 @@ impl Store {
     /// Returns when the names of all layers that are there are durable. A layer that is found may be of somebody who has named
     /// it but not synced that yet.
     pub(crate) fn sync_layers(&self) -> Result<(), StoreError> {
-        let dir = self.0.dir.join("layers");
+        let dir = self.dir().join("layers");
         self.disk().sync_dir(&dir).at("syncing", &dir)
     }
 
@@ -453,16 +447,11 @@ impl Store {
     /// once if somebody else is at it; who waited looks for the record again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
         self.require_writable()?;
-        let path = self.0.dir.join("locks").join(format!("{key}.flight"));
+        let path = self.dir().join("locks").join(format!("{key}.flight"));
         Ok(Flight {
             _lock: FileLock::acquire(self.disk(), &path, on_wait)?,
         })
     }
-}
-
-/// The lock of whoever makes the store in `dir`, or adds a feature to its format.
-pub(crate) fn format_lock(dir: &Path) -> PathBuf {
-    dir.join("locks/format")
 }
 
 /// The right to build one key, see [`Store::flight`].
@@ -514,8 +503,9 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
         let path = dir.join(name);
         disk.create_dir(&path).at("making", &path)?;
     }
+    let site = Site::new(Arc::clone(disk), dir);
     // Two processes may make the store at once.
-    let _lock = FileLock::acquire(disk, &format_lock(dir), &|| {})?;
+    let _lock = FileLock::acquire(disk, &site.format_lock(), &|| {})?;
     if !matches!(Format::read(disk.as_ref(), dir)?, Found::Nothing) {
         return Ok(());
     }
@@ -525,7 +515,7 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
             return Err(no_format(dir));
         }
     }
-    Format::default().write(disk.as_ref(), dir)?;
+    Format::default().write(&site)?;
     for dir in above {
         let here = dir.as_os_str().is_empty();
         let dir = if here { Path::new(".") } else { dir };
@@ -539,15 +529,16 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
 }
 
 impl Format {
-    /// Makes it the format of the store in `dir`, durably. The caller holds [`format_lock`].
-    pub(crate) fn write(&self, disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    /// Makes it the format of the store in `dir`, durably. The caller holds [`Site::format_lock`].
+    pub(crate) fn write(&self, site: &Site) -> Result<(), StoreError> {
+        let (disk, dir) = (site.disk().as_ref(), site.dir());
         let path = dir.join("format");
         let text = serde_json::to_vec(self).map_err(|source| StoreError::Json {
             path: path.clone(),
             source,
         })?;
         let text = seal::seal(text);
-        let tmp = dir.join(FORMAT_TMP);
+        let tmp = site.format_tmp();
         for attempt in 1.. {
             write_format(disk, &tmp, &text)?;
             // Where the format is, all directories are.
@@ -576,71 +567,24 @@ fn write_format(disk: &dyn Disk, tmp: &Path, text: &[u8]) -> Result<(), StoreErr
     disk.sync(&file).at("syncing", tmp)
 }
 
-/// Reads a sealed JSON file of the store, if there is one.
-pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
-    disk: &dyn Disk,
-    path: &Path,
-    limit: u64,
-) -> Result<Option<T>, StoreError> {
-    let Some(text) = read_file(disk, path, limit)? else {
-        return Ok(None);
-    };
-    let json = seal::open(&text).ok_or_else(|| seal_broken(path.to_owned()))?;
-    let value = serde_json::from_slice(json).map_err(|source| StoreError::Json {
-        path: path.to_owned(),
-        source,
-    })?;
-    Ok(Some(value))
-}
-
-/// Writes a JSON file and its seal, durably, replacing the one before.
+/// As [`json::write_json`].
 pub(crate) fn write_json<T: Serialize>(
-    store: &Store,
+    _: &Store,
     lease: &Lease,
     path: &Path,
     value: &T,
     limit: u64,
 ) -> Result<(), StoreError> {
-    let json = |source| StoreError::Json {
-        path: path.to_owned(),
-        source,
-    };
-    let text = serde_json::to_vec_pretty(value).map_err(json)?;
-    write_text(store, lease, path, text, limit)
+    json::write_json(lease, path, value, limit)
 }
 
-/// As [`write_json`], without white space: for files that may become long.
+/// As [`json::write_json_compact`].
 pub(crate) fn write_json_compact<T: Serialize>(
-    store: &Store,
+    _: &Store,
     lease: &Lease,
     path: &Path,
     value: &T,
     limit: u64,
 ) -> Result<(), StoreError> {
-    let json = |source| StoreError::Json {
-        path: path.to_owned(),
-        source,
-    };
-    let text = serde_json::to_vec(value).map_err(json)?;
-    write_text(store, lease, path, text, limit)
-}
-
-fn write_text(
-    store: &Store,
-    lease: &Lease,
-    path: &Path,
-    text: Vec<u8>,
-    limit: u64,
-) -> Result<(), StoreError> {
-    let text = seal::seal(text);
-    if text.len() as u64 > limit {
-        let what = "what is to be recorded";
-        return Err(StoreError::TooLarge { what, limit });
-    }
-    let tmp = lease.tmp()?;
-    tmp.write(&text, 0)?;
-    tmp.sync()?;
-    tmp.publish(path)?;
-    let dir = path.parent().unwrap_or(path);
-    store.disk().sync_dir(dir).at("syncing", dir)
+    json::write_json_compact(lease, path, value, limit)
 }

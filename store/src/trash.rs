@@ -23,9 +23,10 @@ use serde::{Deserialize, Serialize};
 use crate::disk::{Disk, names};
 use crate::error::{IoContext, StoreError};
 use crate::id::{LayerId, ObjectId, PackId};
+use crate::json::{read_json, write_json};
 use crate::lease::Lease;
 use crate::pack::Index;
-use crate::store::{Store, read_json, write_json};
+use crate::site::Site;
 
 /// The extension of a layer in the trash.
 pub(crate) const LAYER: &str = "layer";
@@ -107,7 +108,12 @@ pub(crate) struct Places<'a> {
     pub(crate) dir: &'a Path,
 }
 
-impl Places<'_> {
+impl<'a> Places<'a> {
+    pub(crate) fn of(site: &'a Site) -> Self {
+        let (disk, dir) = (site.disk().as_ref(), site.dir());
+        Self { disk, dir }
+    }
+
     pub(crate) fn layer(&self, id: &LayerId) -> PathBuf {
         self.dir.join("layers").join(id.to_string())
     }
@@ -222,22 +228,12 @@ struct Born {
 }
 
 /// Writes down when a generation is made.
-pub(crate) fn note_birth(
-    store: &Store,
-    lease: &Lease,
-    generation: &Path,
-) -> Result<(), StoreError> {
+pub(crate) fn note_birth(lease: &Lease, generation: &Path) -> Result<(), StoreError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let born = Born {
         unix_seconds: now.unwrap_or_default().as_secs(),
     };
-    write_json(
-        store,
-        lease,
-        &generation.join("born"),
-        &born,
-        MAX_TRASH_FILE,
-    )
+    write_json(lease, &generation.join("born"), &born, MAX_TRASH_FILE)
 }
 
 /// A layer in the trash, and when its generation was made.
@@ -247,9 +243,9 @@ pub(crate) struct TrashedLayer {
     pub(crate) born: SystemTime,
 }
 
-fn born(store: &Store, generation: &Path) -> Result<SystemTime, StoreError> {
+fn born(site: &Site, generation: &Path) -> Result<SystemTime, StoreError> {
     let path = generation.join("born");
-    match read_json::<Born>(store.disk().as_ref(), &path, MAX_TRASH_FILE) {
+    match read_json::<Born>(site.disk().as_ref(), &path, MAX_TRASH_FILE) {
         Ok(Some(born)) => Ok(UNIX_EPOCH + Duration::from_secs(born.unix_seconds)),
         // It is written before anything is moved here, so this is damage, and nobody knows how old. What had no end would stay for good.
         Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Ok(UNIX_EPOCH),
@@ -276,11 +272,11 @@ pub(crate) fn at_once(garbage: usize, grace: Duration) -> usize {
 }
 
 /// The layers in the trash, oldest generation first, and by id in each.
-pub(crate) fn layers(store: &Store) -> Result<Vec<TrashedLayer>, StoreError> {
-    let disk = store.disk().as_ref();
+pub(crate) fn layers(site: &Site) -> Result<Vec<TrashedLayer>, StoreError> {
+    let disk = site.disk().as_ref();
     let mut layers = Vec::new();
-    for (_, generation) in generations(disk, store.dir())? {
-        let born = born(store, &generation)?;
+    for (_, generation) in generations(disk, site.dir())? {
+        let born = born(site, &generation)?;
         let mut names = list(disk, &generation)?;
         names.sort_unstable();
         for name in names {

@@ -27,7 +27,8 @@ use crate::id::{KeyId, LayerId, ObjectId, PackId};
 use crate::keys::{FACTS_DIR, facts_name};
 use crate::layer::{Kind, Layer};
 use crate::lock::FileLock;
-use crate::objects::{LOOSE_MIN, Pack, PackSet, lock};
+use crate::mutex::lock;
+use crate::objects::{LOOSE_MIN, Pack, PackSet};
 use crate::outboard::Outboard;
 use crate::pack::{self, Index};
 use crate::refs::RefKind;
@@ -836,7 +837,7 @@ impl<'a> Pass<'a> {
 
     /// The layers in the trash.
     fn trashed_layers(&self) -> Vec<Item> {
-        match trash::layers(self.store) {
+        match trash::layers(self.store.site()) {
             Ok(layers) => {
                 let item = |layer: TrashedLayer| Item::Trashed(layer.id, layer.path);
                 layers.into_iter().map(item).collect()

@@ -16,9 +16,11 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, ObjectId, PackId};
 use crate::keys::RecordHead;
 use crate::lease::{self, Lease, LiveLease};
-use crate::objects::{Pack, lock};
+use crate::mutex::lock;
+use crate::objects::Pack;
 use crate::pack_writer::PackWriter;
 use crate::refs::{Ref, RefKind};
+use crate::reserve;
 use crate::roots::Roots;
 use crate::store::{Store, read_json, write_json};
 use crate::trash::{self, LAYER, LOOSE, MAX_TRASH_FILE, OUTBOARD, Places};
@@ -93,7 +95,7 @@ impl<'a> Collection<'a> {
     }
 
     pub(super) fn run(mut self, plan: &GcPlan) -> Result<GcReport, StoreError> {
-        let swept = lease::sweep(self.store)?;
+        let swept = lease::sweep(self.store.site())?;
         self.report.leftovers_removed = swept.leases + swept.files;
         self.report.freed += swept.on_disk;
         for _ in 0..MAX_ROUNDS {
@@ -103,7 +105,7 @@ impl<'a> Collection<'a> {
                 break;
             };
             // Later steps may have made room for earlier ones.
-            if self.report.freed == before && !self.store.make_room()? {
+            if self.report.freed == before && !reserve::make_room(self.store.site())? {
                 if self.report.freed == 0 {
                     return Err(full);
                 }
@@ -114,7 +116,7 @@ impl<'a> Collection<'a> {
             self.remove(&self.store.dir().join("stat").join(name))?;
         }
         self.tidy()?;
-        self.store.fill_reserve();
+        reserve::fill(self.store.site());
         self.report.freed = self.report.freed.saturating_sub(self.written);
         Ok(self.report)
     }
@@ -173,7 +175,7 @@ impl<'a> Collection<'a> {
             return Ok(());
         }
         // Who has begun to use a layer since the plan was made keeps its record.
-        let leases = lease::live(self.store)?;
+        let leases = lease::live(self.store.site())?;
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for (key, layers) in &by_key {
             let goes = |head: &RecordHead| {
@@ -191,7 +193,7 @@ impl<'a> Collection<'a> {
         }
         // A step that uses a volume by now has pinned its layers before it looked for them, and
         // keeps it.
-        let leases = lease::live(self.store)?;
+        let leases = lease::live(self.store.site())?;
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for volume in &plan.volumes {
             if volume.layers.iter().any(|layer| pinned.contains(layer)) {
@@ -224,7 +226,7 @@ impl<'a> Collection<'a> {
         let generation = trash.join(number.to_string());
         disk.create_dir(&generation).at("making", &generation)?;
         self.sync(&trash)?;
-        trash::note_birth(self.store, self.lease, &generation).inspect_err(|_| {
+        trash::note_birth(self.lease, &generation).inspect_err(|_| {
             // At worst, an empty one stays until it is tidied up.
             let _ = disk.remove_dir(&generation);
         })?;
@@ -242,7 +244,7 @@ impl<'a> Collection<'a> {
             }
         }
         // Now that they cannot be found any more: does anybody need them?
-        let trashed = trash::layers(self.store)?;
+        let trashed = trash::layers(self.store.site())?;
         if trashed.is_empty() {
             return Ok(());
         }
@@ -269,7 +271,7 @@ impl<'a> Collection<'a> {
 
     fn remove_expired(&mut self, grace: Duration) -> Result<(), StoreError> {
         let mut dirs = BTreeSet::new();
-        let trashed = trash::layers(self.store)?;
+        let trashed = trash::layers(self.store.site())?;
         let over = trash::over(&trashed, 0, grace);
         for layer in trashed {
             if over.contains(&layer.id) && self.remove(&layer.path)? {
@@ -287,7 +289,7 @@ impl<'a> Collection<'a> {
     /// The layer files that are there, in the trash, too.
     fn layer_files(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
         // Trash first: one that is taken back meanwhile is then seen in its place.
-        let trashed = trash::layers(self.store)?.into_iter();
+        let trashed = trash::layers(self.store.site())?.into_iter();
         let mut files: Vec<_> = trashed.map(|layer| (layer.id, layer.path)).collect();
         let present = self.store.present_layers()?.into_iter();
         files.extend(present.map(|layer| (layer.id, layer.path)));
@@ -461,7 +463,7 @@ impl<'a> Collection<'a> {
             let Some(finished) = writer.finish()? else {
                 break;
             };
-            let id = finished.publish(self.store, self.lease)?;
+            let id = finished.publish(self.lease)?;
             for path in [self.places().pack(&id), self.places().index(&id)] {
                 let meta = self.store.metadata(&path)?;
                 self.written += meta.map_or(0, |meta| on_disk(&meta));
@@ -518,7 +520,7 @@ impl<'a> Collection<'a> {
         }
         // After everything was taken out, and before the layers are listed: an ingest that has ended by now has published its
         // layer, and one that begins from now on does not find what is in here.
-        let leases = lease::live(self.store)?;
+        let leases = lease::live(self.store.site())?;
         // What this process knew of packs is from before.
         self.store.objects().refresh()?;
         for (id, path) in self.layer_files()? {

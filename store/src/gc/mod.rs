@@ -56,6 +56,7 @@ use crate::error::{IoContext, StoreError};
 use crate::id::{KeyId, LayerId, PackId};
 use crate::layer::Layer;
 use crate::lock::FileLock;
+use crate::reserve;
 use crate::roots::{Root, Roots};
 use crate::store::Store;
 use crate::trash;
@@ -261,7 +262,7 @@ impl Store {
 
     /// Carries out a plan. Waits if another collection runs.
     pub fn gc(&self, plan: &GcPlan, events: &dyn Fn(GcEvent<'_>)) -> Result<GcReport, StoreError> {
-        self.with_room(|| {
+        reserve::with_room(self.site(), || {
             // Says at once whether the store may be written.
             let lease = self.lease("gc")?;
             let on_wait = || events(GcEvent::Waiting);
@@ -276,7 +277,7 @@ impl Store {
         plan: &GcPlan,
         events: &dyn Fn(GcEvent<'_>),
     ) -> Result<Option<GcReport>, StoreError> {
-        self.with_room(|| {
+        reserve::with_room(self.site(), || {
             let lease = self.lease("gc")?;
             let Some(_lock) = FileLock::try_acquire(self.disk(), &self.gc_lock())? else {
                 return Ok(None);

@@ -37,14 +37,14 @@ impl<'a> Planner<'a> {
     pub(super) fn read(store: &'a Store) -> Result<Self, StoreError> {
         let roots = Roots::read(store)?;
         let layers = store.present_layers()?;
-        let trashed = trash::layers(store)?;
+        let trashed = trash::layers(store.site())?;
         let census = store.census()?;
         Ok(Self {
             store,
             roots,
             layers,
             trashed,
-            leftovers: Leftovers::find(store)?,
+            leftovers: Leftovers::find(store.site())?,
             blocked: census.damaged.first().map(StoreError::in_one_line),
             census,
         })

@@ -71,6 +71,10 @@ impl Disk for NoSync {
         RealDisk.metadata(path)
     }
 
+    fn may_write_in(&self, dir: &Path) -> io::Result<()> {
+        RealDisk.may_write_in(dir)
+    }
+
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
         RealDisk.list(path)
     }

@@ -415,6 +415,7 @@ fn a_store_of_somebody_else() {
         "locks",
         "tmp",
         "trash",
+        "reserve",
         "refs",
         "refs/managed",
         "refs/snapshot",

@@ -151,6 +151,10 @@ impl<H: Hook> Disk for Hooked<H> {
             .around(Call::Metadata(path), || NoSync.metadata(path))
     }
 
+    fn may_write_in(&self, dir: &Path) -> io::Result<()> {
+        NoSync.may_write_in(dir)
+    }
+
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
         self.0.around(Call::List(path), || NoSync.list(path))
     }
