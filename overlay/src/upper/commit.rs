@@ -28,7 +28,6 @@
 //! - Nothing that can fail stands between giving a new log its name and appending to it.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -46,7 +45,7 @@ use super::log::{self, Log, Reserve};
 use super::record::{Body, Bytes, Data, Op, Record, Update};
 use super::state::{self, MAX_MEMORY, REMOVAL_MEMORY, State};
 use super::writers::Writers;
-use super::{CLOSED_FACTOR, SYNC_EACH, is_bulky, is_dirty};
+use super::{CLOSED_FACTOR, Lock, SYNC_EACH, is_bulky, is_dirty};
 use crate::posix::{Errno, errno};
 
 /// How long a change is in no commit, if nothing asks for one: as ext4's `commit` option.
@@ -76,6 +75,8 @@ pub struct Inner {
     unnamed: u64,
     /// Whether the log's name is durable.
     is_named: bool,
+    /// Most memory that the state may take: [`MAX_MEMORY`].
+    most_memory: u64,
     core: Arc<Shared>,
 }
 
@@ -111,11 +112,7 @@ impl Inner {
     fn log(&mut self, ops: &[Op]) -> io::Result<()> {
         let growth = self.state.growth(ops);
         let removes = ops.iter().any(Op::removes);
-        let most = if removes {
-            MAX_MEMORY + REMOVAL_MEMORY
-        } else {
-            MAX_MEMORY
-        };
+        let most = self.most_memory + if removes { REMOVAL_MEMORY } else { 0 };
         if growth > 0 && self.state.memory() + growth > most {
             return Err(Errno::NOSPC.into());
         }
@@ -269,7 +266,7 @@ pub(super) fn sync_flats(
 pub struct Upper {
     core: Arc<Core>,
     committer: Mutex<Option<JoinHandle<()>>>,
-    _lock: File,
+    _lock: Lock,
 }
 
 /// What the thread that commits shares with the rest.
@@ -305,7 +302,7 @@ impl Upper {
         state: State,
         log: Log,
         reserve: Reserve,
-        lock: File,
+        lock: Lock,
     ) -> Self {
         let data = Arc::new(data);
         let shared = Arc::new(Shared {
@@ -327,6 +324,7 @@ impl Upper {
             doomed: VecDeque::new(),
             unnamed: data.next(),
             is_named: false,
+            most_memory: MAX_MEMORY,
             core: Arc::clone(&shared),
         };
         Self {
@@ -743,5 +741,79 @@ impl Alarm {
                 }
             };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::Opened;
+    use super::super::batch::Batch;
+    use super::*;
+    use crate::fs::Time;
+    use crate::merge::Merged;
+
+    fn record(body: Body) -> Record {
+        Record {
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            nlink: 1,
+            atime: Time::default(),
+            mtime: Time::default(),
+            ctime: Time::default(),
+            btime: Time::default(),
+            xattrs: std::iter::empty().collect(),
+            origin: None,
+            body,
+        }
+    }
+
+    /// Targets, names and xattrs count in bytes; what was accepted is opened again, and can be removed.
+    #[test]
+    fn what_is_accepted_is_bounded_in_bytes_and_opens_again() {
+        const MOST: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let lower = Arc::new(Merged::new(Vec::new()).unwrap());
+        let open = |state, written| {
+            let opened = Opened::new(dir.path()).unwrap();
+            opened.start(state, written, false).unwrap()
+        };
+        let upper = open(State::new(Arc::clone(&lower)), false);
+        let mut inner = upper.write();
+        inner.most_memory = MOST;
+        let mut batch = Batch::new(&mut inner);
+        let root = batch.add(record(Body::Dir)).unwrap();
+        batch.commit().unwrap();
+        let mut made = 0_u64;
+        let full = loop {
+            let target = vec![b't'; 4000];
+            let mut link = record(Body::Symlink(target[..].into()));
+            link.xattrs
+                .insert((*b"user.x").into(), vec![0; 1000].into());
+            let mut batch = Batch::new(&mut inner);
+            let number = batch.add(link).unwrap();
+            batch.set(root, format!("link{made}").as_bytes(), number);
+            match batch.commit() {
+                Ok(()) => made += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, Errno::NOSPC);
+        assert!(made > MOST / 6000 && made < MOST / 5000, "{made}");
+        assert!(inner.state.memory() <= MOST);
+        let held = (
+            inner.state.inodes(),
+            inner.state.memory(),
+            inner.state.weight(),
+        );
+        drop(inner);
+        drop(upper);
+        let size = dir.path().join("log").metadata().unwrap().len();
+        assert!(size <= held.2 + 4096, "{size} of {}", held.2);
+        let state = Opened::new(dir.path()).unwrap().replay(lower).unwrap();
+        let again = (state.inodes(), state.memory(), state.weight());
+        assert_eq!(again, held);
     }
 }

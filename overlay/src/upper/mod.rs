@@ -144,12 +144,23 @@ impl UpperError {
     }
 }
 
+/// The lock of an upper, held until this is dropped.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A process that another thread is starting has the file open, too, until it runs its program.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 /// What opening found, before it is known whether the chain is the same. Nothing has been changed.
 #[derive(Debug)]
 pub struct Opened {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
-    lock: File,
+    lock: Lock,
     log: Option<LogFacts>,
     /// What the log says; not over any lower.
     state: State,
@@ -182,6 +193,7 @@ impl Opened {
             Err(Errno::WOULDBLOCK) => return Err(UpperError::Busy(dir.to_path_buf())),
             Err(error) => return Err(io_error("locking", &path)(error.into())),
         }
+        let lock = Lock(lock);
         let (data, found) = FlatFiles::open(Arc::clone(&disk), dir)?;
         let lower = Merged::new(Vec::new()).map_err(|_| UpperError::NotAnUpper(dir.into()))?;
         let mut state = State::new(Arc::new(lower));

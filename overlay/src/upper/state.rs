@@ -576,3 +576,135 @@ fn of_origin(lower: &Merged, record: &Record) -> Option<Ino> {
     let found = lower.lookup_path(record.origin.as_ref()?)?;
     (found.node.kind() == record.kind()).then_some(found.ino)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{Body, Data, Update};
+    use super::*;
+    use crate::fs::Time;
+
+    fn state() -> State {
+        State::new(Arc::new(Merged::new(Vec::new()).unwrap()))
+    }
+
+    fn record(is_dir: bool, nlink: u32) -> Record {
+        let file = Body::File {
+            data: Data::Empty,
+            size: 0,
+        };
+        Record {
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            nlink,
+            atime: Time::default(),
+            mtime: Time::default(),
+            ctime: Time::default(),
+            btime: Time::default(),
+            xattrs: std::iter::empty().collect(),
+            origin: None,
+            body: if is_dir { Body::Dir } else { file },
+        }
+    }
+
+    /// Everything that a state says, in order.
+    fn says(state: &State) -> Vec<String> {
+        let mut all: Vec<String> = Vec::new();
+        for (number, node) in state.nodes().filter(|(_, node)| node.record.nlink != 0) {
+            let dir = node.dir.as_deref();
+            let subdirs = dir.map(|dir| (dir.subdirs, dir.parent));
+            all.push(format!("{number} {:?} {subdirs:?}", node.record));
+            for (name, to) in dir.iter().flat_map(|dir| dir.entries()) {
+                all.push(format!("{number} {name:?} {to:?}"));
+            }
+        }
+        all.sort();
+        all
+    }
+
+    /// A snapshot that is taken bit by bit, with what changes meanwhile told as well, makes the state that
+    /// is there at its end, whatever changes and when.
+    #[test]
+    fn a_snapshot_taken_beside_changes_is_the_state_at_its_end() {
+        for seed in 0..200_u64 {
+            let mut random = seed;
+            let mut roll = |sides: u64| {
+                random = random
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                (random >> 33) % sides
+            };
+            let mut live = state();
+            live.apply(Op::Inode(1, Box::new(record(true, 1))));
+            let mut told: Vec<Op> = Vec::new();
+            let mut cursor = SnapshotCursor::default();
+            let mut begun = false;
+            for step in 0.. {
+                // As operations do: directories, files and names, made, moved, changed and removed.
+                let dirs: Vec<u64> = live
+                    .nodes()
+                    .filter(|(_, n)| n.dir.is_some())
+                    .map(|(n, _)| n)
+                    .collect();
+                let dir = dirs[roll(dirs.len() as u64) as usize];
+                let name: Box<[u8]> = format!("n{}", roll(6)).into_bytes().into();
+                let there = live
+                    .node(dir)
+                    .and_then(|n| n.dir.as_ref()?.get(&name))
+                    .flatten();
+                let ops = match (roll(4), there) {
+                    (0 | 1, None) => {
+                        let number = live.next_number();
+                        let made = record(roll(3) == 0, 1);
+                        vec![
+                            Op::Inode(number, Box::new(made)),
+                            Op::Entry(dir, name, Some(number)),
+                        ]
+                    }
+                    (2, Some(to)) => {
+                        let mut changed = live.node(to).unwrap().record.clone();
+                        changed.uid += 1;
+                        let update = changed.update_of(&live.node(to).unwrap().record);
+                        let update: Update = update.unwrap();
+                        vec![Op::Update(to, Box::new(update))]
+                    }
+                    (3, Some(to)) if live.node(to).unwrap().dir.is_none() => {
+                        vec![Op::Clear(dir, name), Op::Forget(to)]
+                    }
+                    (_, Some(to)) if to != 1 && to != dir => {
+                        let new_dir = dirs[roll(dirs.len() as u64) as usize];
+                        let new: Box<[u8]> = format!("moved{step}").into_bytes().into();
+                        let moved = Box::new(live.node(to).unwrap().record.clone());
+                        vec![
+                            Op::Inode(to, moved),
+                            Op::Clear(dir, name),
+                            Op::Entry(new_dir, new, Some(to)),
+                        ]
+                    }
+                    _ => Vec::new(),
+                };
+                for op in ops {
+                    live.apply(op.clone());
+                    if begun {
+                        told.push(op);
+                    }
+                }
+                if step < 30 || roll(2) == 0 {
+                    continue;
+                }
+                begun = true;
+                match live.snapshot_from(&mut cursor, 1 + roll(3) as usize) {
+                    Some(ops) => told.extend(ops),
+                    None => break,
+                }
+            }
+            let mut again = state();
+            for op in told {
+                again.replay(op);
+            }
+            again.bind(Arc::clone(&live.lower));
+            assert_eq!(says(&again), says(&live), "seed {seed}");
+            assert_eq!(again.memory(), live.memory(), "seed {seed}");
+        }
+    }
+}

@@ -5,6 +5,7 @@
 mod aside;
 mod cases;
 mod corpus;
+mod durability;
 mod facts;
 mod kernel;
 #[cfg(feature = "krun")]
@@ -14,6 +15,7 @@ mod messages;
 mod model;
 mod mounted;
 mod posix;
+mod powercut;
 mod rebase;
 mod state_machine;
 mod support;

@@ -24,7 +24,7 @@ pub struct Mount {
 }
 
 impl Mount {
-    fn new(what: &str, kind: &str, at: &Path, data: &str) -> Option<Self> {
+    pub fn new(what: &str, kind: &str, at: &Path, data: &str) -> Option<Self> {
         fs::create_dir_all(at).unwrap();
         let data = CString::new(data).unwrap();
         match rustix::mount::mount(kind, at, kind, MountFlags::empty(), Some(data.as_c_str())) {

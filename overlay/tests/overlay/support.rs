@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use iii_overlay::fs::{Attr, Caller, Filesystem, Kind};
 use iii_overlay::ino::{Ino, ROOT};
+use iii_overlay::upper::disk::{Disk, HostDisk};
 use iii_overlay::{Objects, OpenError, Overlay, OverlayOptions};
 use iii_store::layer::encode;
 use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
@@ -101,12 +102,27 @@ impl Home {
         upper: &Path,
         options: OverlayOptions,
     ) -> Result<Overlay, OpenError> {
+        self.try_open_on(Arc::new(HostDisk), layers, upper, options)
+    }
+
+    pub fn open_on(&self, disk: Arc<dyn Disk>, layers: &[Arc<Layer>], upper: &Path) -> Overlay {
+        let opened = self.try_open_on(disk, layers, upper, OverlayOptions::default());
+        opened.unwrap()
+    }
+
+    pub fn try_open_on(
+        &self,
+        disk: Arc<dyn Disk>,
+        layers: &[Arc<Layer>],
+        upper: &Path,
+        options: OverlayOptions,
+    ) -> Result<Overlay, OpenError> {
         let held = &self.held;
         let old = |id: &LayerId| {
             let held = held.0.lock().unwrap();
             held.0.get(id).cloned().ok_or_else(|| "not held".into())
         };
-        Overlay::open_with(held.clone(), layers.to_vec(), &old, upper, options)
+        Overlay::open_on(disk, held.clone(), layers.to_vec(), &old, upper, options)
     }
 
     /// What freezing gives.
