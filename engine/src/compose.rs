@@ -30,7 +30,7 @@ pub enum Isolation {
     Machine(Hardware),
 }
 
-/// What a microVM is made of.
+/// Parts of a microVM.
 #[cfg(feature = "libkrun")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hardware {
@@ -40,9 +40,9 @@ pub struct Hardware {
     pub cpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// What of the host's loopback may be reached, besides the engine.
+    /// Reachable ports of the host's loopback, besides the engine.
     pub reach: Reach,
-    /// Nobody asked for a microVM, so namespaces do where it does not boot.
+    /// The user asked for no microVM, so namespaces do if it does not boot.
     pub may_fall_back: bool,
 }
 
@@ -56,7 +56,7 @@ impl Isolation {
         }
     }
 
-    /// What of the host's loopback may be reached.
+    /// Reachable ports of the host's loopback.
     pub fn reach(&self) -> Reach {
         match self {
             Self::Namespace => Reach::default(),
@@ -91,11 +91,11 @@ pub struct Composition<'a> {
     pub console: PathBuf,
 }
 
-/// What a sandbox has left behind.
+/// Results of an ended sandbox.
 pub struct Left {
     /// The overlay.
     pub overlay: Arc<Overlay>,
-    /// What was observed of it.
+    /// Its observations.
     pub facts: Vec<Fact>,
 }
 
@@ -154,8 +154,8 @@ impl Composition<'_> {
         }
     }
 
-    /// What is left once the sandbox that ran on `composed` has ended. `None` where what was observed is not known, as its microVM
-    /// did not go off by itself.
+    /// The results of the ended sandbox that ran on `composed`. `None` if its observations are
+    /// lost, because its microVM did not shut down by itself.
     pub fn take_back(
         &self,
         composed: Composed,
@@ -256,8 +256,8 @@ impl Served {
         &self.overlay
     }
 
-    /// Has the sandbox see `project` in place of the project's layer that it saw last. It is pinned, for as long as the upper stands
-    /// on it.
+    /// Shows the sandbox `project` in place of the project's layer that it saw last. The layer is
+    /// pinned, for as long as the upper stands on it.
     pub fn show(&self, project: &Arc<Layer>) -> Result<(), ShowError> {
         let stale = self.overlay.update(project)?;
         match self.forgetter.get() {
@@ -266,7 +266,8 @@ impl Served {
         }
     }
 
-    /// The project's layer that the upper stands on. Another one with the same tree may have been shown since.
+    /// The project's layer that the upper stands on. Another one with the same tree may have been
+    /// shown since.
     pub fn project_layer(&self) -> Option<LayerId> {
         self.overlay.project_layer()
     }

@@ -1,7 +1,8 @@
-//! What of a worker goes into an image, and what stays here.
+//! Parts of a worker that go into an image, and parts that stay here.
 //!
-//! Its layers are the image's layers. What starts it is what `worker dev` runs; where the engine is, is for whoever runs the
-//! image to say. Values that look like secrets stay here, and so do the files of the project that would tell them.
+//! Its layers are the image's layers. Its start command is that of `worker dev`; the user of the
+//! image sets the engine's address. Values that look like secrets stay here, and so do the
+//! files of the project that would tell them.
 
 use std::collections::HashMap;
 
@@ -23,9 +24,9 @@ const ENGINE_CONFIG: &str = "config.yaml";
 pub struct WorkerImage {
     /// How it is run.
     pub config: ImageConfig,
-    /// What it is, for people.
+    /// Labels for users.
     pub labels: HashMap<String, String>,
-    /// What is not in it.
+    /// Parts that are not in it.
     pub left_out: Vec<LeftOut>,
 }
 
@@ -119,7 +120,8 @@ fn has_secret(config: &serde_json::Value) -> bool {
     }
 }
 
-/// Whether an engine's file lies in the project and says something about this worker: that is for this machine.
+/// Whether an engine's file lies in the project and says something about this worker: that is for
+/// this machine.
 fn has_engine_config(project: &Project, name: &str) -> bool {
     let path = project.root.join(ENGINE_CONFIG);
     let own = project.name.as_ref().map(WorkerName::as_str);

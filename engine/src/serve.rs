@@ -1,4 +1,4 @@
-//! `store serve`: layers and an upper over vhost-user-fs, to a virtual machine that somebody else runs.
+//! `store serve`: layers and an upper over vhost-user-fs, to a virtual machine of the user.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -28,12 +28,12 @@ pub enum ServeError {
     VhostUser(#[from] VhostUserError),
 }
 
-/// What to serve, and where.
+/// Layers to serve, and the socket.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The layers, bottom first.
     pub layers: Vec<LayerId>,
-    /// What is written goes here and stays; otherwise it is thrown away at the end.
+    /// Directory for the guest's files; without one they are dropped at the end.
     pub upper: Option<PathBuf>,
     /// Where the VMM connects.
     pub socket: PathBuf,
@@ -52,8 +52,8 @@ pub struct Served {
     pub requests: Vec<(&'static str, u64)>,
 }
 
-/// Serves until the VMM goes or `stop` can be read from. The layers are pinned meanwhile. `listening` is called once a VMM
-/// can connect.
+/// Serves until the VMM goes or `stop` can be read from. The layers are pinned meanwhile.
+/// `listening` is called once a VMM can connect.
 pub fn serve(
     home: &Home,
     store: &Store,
@@ -61,7 +61,7 @@ pub fn serve(
     stop: BorrowedFd<'_>,
     listening: &dyn Fn(),
 ) -> Result<Served, ServeError> {
-    // What runs that were killed have left.
+    // Remains of killed runs.
     crate::build::sweep(home);
     store.sweep_dead_leases()?;
     let lease = store.lease(&format!("serve {}", options.socket.display()))?;

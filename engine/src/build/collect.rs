@@ -1,11 +1,13 @@
-//! Keeping the store from filling up the disk: the limits that hold without a word, and the collection after a build or an image.
+//! Keeping the store from filling up the disk: the limits that hold without a word, and the
+//! collection after a build or an image.
 
 use iii_store::{GcReport, Policy, Space, Store, StoreError};
 
 /// The part of the disk that is to stay free: one in so many bytes.
 pub const MIN_FREE_PART: u64 = 10;
-/// Most bytes that are to stay free without a word. A tenth of a large disk is more than anybody misses, and would drop, on one
-/// that is well filled with other things, every layer that no worker is using at the moment.
+/// Most bytes that are to stay free without a word. A tenth of a large disk is more than a user
+/// misses, and would drop, on one that is well filled with other things, every layer that no worker
+/// is using at the moment.
 pub const MAX_MIN_FREE: u64 = 5_000_000_000;
 
 /// The limits that hold without a word.

@@ -1,10 +1,13 @@
-//! Layers that a step sees and that its result does not stand on: cache volumes, and the seed of an install.
+//! Layers that a step sees and that its result does not stand on: cache volumes, and the seed of an
+//! install.
 //!
-//! The seed is what the project's last install left, on the same layers below, in directories that its tools build in, such
-//! as cargo's `target`. Such tools compare mtimes, so a seed serves only if each file of the project that differs from that
-//! install's was changed after its end: an older file would pass for built. Else the install builds from nothing.
+//! The seed is the result of the project's last install, on the same layers below, in directories
+//! that its tools build in, such as cargo's `target`. Such tools compare mtimes, so a seed serves
+//! only if each file of the project that differs from that install's was changed after its end: an
+//! older file would pass for built. Else the install builds from nothing.
 //!
-//! Whatever fails here costs time and no result: a step without its caches downloads, one without its seed builds.
+//! A failure here costs time and no result: a step without its caches downloads, one without
+//! its seed builds.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -28,7 +31,7 @@ const BELOW_DIGITS: usize = 32;
 /// The end of a seed's install in the info of its ref, in nanoseconds since 1970.
 const ENDED: &str = "ended";
 
-/// What a step is lent.
+/// Layers lent to a step.
 #[derive(Default)]
 pub(super) struct Lent {
     /// To be put on top of the step's chain, bottom first.
@@ -42,7 +45,7 @@ pub(super) struct Lent {
 }
 
 impl Lent {
-    /// What a step on `below` is lent, for the project whose layer is `project`.
+    /// The layers lent to a step on `below`, for the project whose layer is `project`.
     pub fn new(
         builder: &Builder<'_>,
         kind: Kind,
@@ -128,7 +131,7 @@ impl Lent {
         Ok(())
     }
 
-    /// Merges what the step added to its volumes. What fails is worth a line.
+    /// Merges what the step added to its volumes. A failure is worth a line.
     pub fn give_back(&self, builder: &Builder<'_>, changes: &[Tree]) {
         for (name, tree) in self.names.iter().zip(changes) {
             if let Err(error) = builder.store.merge_volume(builder.lease, name, tree) {
@@ -140,7 +143,7 @@ impl Lent {
         }
     }
 
-    /// Has the next install begin with what this one, which `ended`, left.
+    /// Keeps the result of this install, which `ended`, as the beginning of the next one.
     pub fn keep_seed(
         &self,
         builder: &Builder<'_>,

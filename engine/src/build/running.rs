@@ -1,9 +1,10 @@
 //! Steps that run, for those who see their inputs change meanwhile.
 //!
-//! A step whose inputs have changed makes a layer that is of no use by the time it is there. So whoever watches a project asks
-//! the steps to look again when it has changed: a step that has seen something which is different now is ended. Of a step in a
-//! microVM it is not known before its end what it has seen: there any change of the project's tree counts, a bounded number of
-//! times, so that a project that never rests is built all the same.
+//! A step whose inputs have changed makes a layer that is outdated by the time it exists. So the
+//! watcher of a project asks the steps to look again after a change: a step that has seen
+//! something which is different now is ended. The observations of a step in a microVM are not known
+//! before its end: there any change of the project's tree counts, a bounded number of times, so
+//! that a project that never rests is built all the same.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,14 +20,15 @@ use rustix::process::Signal;
 use super::{BuildError, project_root, take_snapshot};
 use crate::project::Project;
 
-/// How often in a row steps are cancelled of which it is not known what they have seen.
+/// How often in a row steps are cancelled without known observations.
 const MAX_BLIND: u32 = 2;
 
 /// The steps that run.
 #[derive(Default)]
 pub struct RunningSteps {
     steps: Mutex<Steps>,
-    /// How many were cancelled since the last one that ended by itself, without it being known what they had seen.
+    /// How many were cancelled since the last one that ended by itself, without known
+    /// observations.
     blind: AtomicU32,
 }
 
@@ -50,8 +52,8 @@ pub(super) struct RunningStep {
 }
 
 impl RunningSteps {
-    /// Calls `wait`, and meanwhile has `step` look again when it is asked to. Returns the result, and the path for which the
-    /// step was cancelled.
+    /// Calls `wait`, and meanwhile has `step` look again when it is asked to. Returns the result,
+    /// and the path for which the step was cancelled.
     pub(super) fn attend<R>(
         &self,
         step: RunningStep,
@@ -78,11 +80,11 @@ impl RunningSteps {
     pub fn look_again(&self) {
         let steps: Vec<_> = self.lock().steps.values().cloned().collect();
         for step in steps {
-            // What cannot be looked at now is looked at when the step has ended.
+            // A failed look is repeated when the step has ended.
             if let Ok(Some(path)) = step.mismatch(&self.blind)
                 && step.cancelled.set(path).is_ok()
             {
-                // It can only fail when the sandbox is gone, which is what is wanted.
+                // It can only fail when the sandbox is gone, as intended.
                 let _ = step.controller.stop(Signal::KILL, Duration::ZERO);
             }
         }

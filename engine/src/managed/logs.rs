@@ -1,7 +1,8 @@
-//! What managed workers print, in files that do not grow without end.
+//! Output of managed workers, in files of bounded size.
 //!
-//! `worker.log` in the worker's directory is the newest; at [`MAX_FILE`] it becomes `worker.log.1`, that one `worker.log.2`, and so on
-//! up to [`OLDER`]. A file begins and ends with a line, unless a line is as long as a file.
+//! `worker.log` in the worker's directory is the newest; at [`MAX_FILE`] it becomes `worker.log.1`,
+//! that one `worker.log.2`, and so on up to [`OLDER`]. A file begins and ends with a line, unless a
+//! line is as long as a file.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
@@ -68,7 +69,7 @@ impl Log {
 }
 
 fn open(dir: &Path) -> io::Result<(File, u64)> {
-    // What a worker prints may be as secret as what it works on.
+    // A worker's output may be as secret as its data.
     let mut options = File::options();
     let file = options.append(true).create(true).mode(0o600);
     let file = file.open(path(dir, 0))?;
@@ -167,8 +168,8 @@ impl Reader {
         Ok(reader)
     }
 
-    /// Hands to `show` whatever comes, as it comes. Once there is nothing left, and whenever `pause` has passed without anything
-    /// new, `is_over` is asked whether more is to be expected.
+    /// Hands to `show` whatever comes, as it comes. Once there is nothing left, and whenever
+    /// `pause` has passed without anything new, `is_over` is asked whether more is to be expected.
     pub fn follow(
         mut self,
         pause: Duration,
@@ -178,7 +179,7 @@ impl Reader {
         let (sender, changes) = mpsc::sync_channel(1);
         let told = move |event: notify::Result<notify::Event>| {
             if event.is_ok_and(|event| !event.kind.is_access()) {
-                // What waits to be looked at is one change, however often it was told.
+                // Several notifications are one change.
                 let _ = sender.try_send(());
             }
         };
@@ -199,7 +200,8 @@ impl Reader {
         if let Some(file) = &mut self.file {
             drain(file, show)?;
         }
-        // The newest last: those between the one that was read last and this one were put aside meanwhile.
+        // The newest last: those between the one that was read last and this one were put aside
+        // meanwhile.
         let mut newer = Vec::new();
         for age in 0..=OLDER {
             let Ok(file) = File::open(path(&self.dir, age)) else {

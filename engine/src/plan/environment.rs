@@ -1,22 +1,22 @@
-//! The environment of what runs in a sandbox: pure.
+//! The environment of commands in a sandbox: pure.
 //!
-//! Setup and install get the image's variables and the defaults below; nothing of the worker's own, which may be secret and
-//! would have to be part of the key. The worker gets all that and its own.
+//! Setup and install get the image's variables and the defaults below; nothing of the worker's own,
+//! which may be secret and would have to be part of the key. The worker gets all that and its own.
 
 use std::collections::BTreeMap;
 
 use crate::project::{FIRST_EPOCH, RESERVED_ENV};
 
-/// What `PATH` begins with everywhere.
+/// First directories of every `PATH`.
 const PATH_FIRST: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
-/// What `PATH` ends with, after the image's own directories.
+/// Last directories of `PATH`, after the image's own.
 const PATH_LAST: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// Variables by name.
 pub type Env = BTreeMap<String, String>;
 
-/// The environment of setup and install. `image` is an image's `Env`, as `NAME=value`; `tools` are defaults for the project's
-/// tools, which the image's own values go before.
+/// The environment of setup and install. `image` is an image's `Env`, as `NAME=value`; `tools` are
+/// defaults for the project's tools, which the image's own values go before.
 pub fn for_steps(image: &[String], tools: &[(&str, &str)]) -> Env {
     let mut env: Env = [("LANG", "C.UTF-8"), ("DEBIAN_FRONTEND", "noninteractive")]
         .iter()
@@ -32,8 +32,8 @@ pub fn for_steps(image: &[String], tools: &[(&str, &str)]) -> Env {
     env
 }
 
-/// The environment that the worker has wherever it runs: that of the steps, then its own, the last of a name before others. What
-/// only the tool may say is not in it.
+/// The environment that the worker has wherever it runs: that of the steps, then its own, the last
+/// of a name before others. The tool's own variables are not in it.
 pub fn anywhere<'a>(steps: &Env, own: impl Iterator<Item = (&'a String, &'a String)>) -> Env {
     let mut env = steps.clone();
     // Meant for apt while it builds; a worker would be surprised to inherit it.
@@ -81,8 +81,8 @@ const SECRET_PARTS: [&str; 8] = [
     "ACCESSTOKEN",
 ];
 
-/// Whether a variable looks like a secret: by a word of its name, or by its value, a URL with a password or a private key. A guess
-/// that would rather be wrong about what is none.
+/// Whether a variable looks like a secret: by a word of its name, or by its value, a URL with a
+/// password or a private key. A guess that would rather take too much for a secret.
 pub fn looks_secret(name: &str, value: &str) -> bool {
     let name = name.to_ascii_uppercase();
     let word = |word| SECRET_WORDS.contains(&word);
@@ -92,7 +92,7 @@ pub fn looks_secret(name: &str, value: &str) -> bool {
         || (value.contains("-----BEGIN") && value.contains("PRIVATE KEY"))
 }
 
-/// Whether what follows the scheme of a URL begins with a user and a password.
+/// Whether the part of a URL behind its scheme begins with a user and a password.
 fn has_password(rest: &str) -> bool {
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     let user = authority.rsplit_once('@').map(|(user, _)| user);
@@ -100,7 +100,8 @@ fn has_password(rest: &str) -> bool {
     password.is_some_and(|(_, password)| !password.is_empty())
 }
 
-/// The environment of the worker: that of the steps, then the manifest's, then config.yaml's, then what only the tool may say.
+/// The environment of the worker: that of the steps, then the manifest's, then config.yaml's, then
+/// the tool's own.
 pub fn for_worker(
     steps: &Env,
     manifest: &Env,

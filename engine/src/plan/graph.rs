@@ -1,10 +1,11 @@
 //! In which order the layers of many workers are made: pure.
 //!
-//! A task is named by what it makes, so that workers which need the same thing wait for one task. What a step makes is known only
-//! when the layers below it are there; so each worker asks for one task after the other, and the graph grows as it is worked off.
+//! A task is named by its product, so that workers which need the same thing wait for one task. The
+//! product of a step is known only when the layers below it are there; so each worker asks for one
+//! task after the other, and the graph grows as it is worked off.
 //!
-//! **Invariant:** of the steps with one key, one runs at a time. Those on other projects come after it and find what it stored,
-//! if what it looked at is the same for them.
+//! **Invariant:** of the steps with one key, one runs at a time. Those of other projects come after
+//! it and find its record, if its facts hold for them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use iii_store::{KeyId, TreeId};
 
 use crate::plan::Kind;
 
-/// A step, by what it makes: its recipe, and the project that it looks at.
+/// A step, by its product: its recipe, and the project that it looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StepId {
     /// Setup or install.
@@ -24,7 +25,7 @@ pub struct StepId {
     pub project: TreeId,
 }
 
-/// A task, by what it makes.
+/// A task, by its product.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Task {
     /// A base image, by its name.
@@ -146,8 +147,8 @@ mod tests {
         }
     }
 
-    /// Runs `threads` tasks at a time, each taking one round; a failing one fails whoever waits for it. Returns what was begun
-    /// in each round, and the workers that have everything.
+    /// Runs `threads` tasks at a time, each taking one round; a failing one fails its waiters.
+    /// Returns the tasks begun in each round, and the workers that have everything.
     fn run(workers: &[&str], threads: usize, failing: &str) -> (Vec<String>, Vec<usize>) {
         let mut left: Vec<VecDeque<Task>> = workers.iter().map(|w| tasks(w).into()).collect();
         let mut graph = Graph::default();

@@ -1,9 +1,10 @@
 //! Where package managers keep their downloads and builds.
 //!
-//! While a step runs, each of these directories is a cache volume: layers that all steps share and none can change in place.
-//! So a step that runs again downloads nothing twice, and no layer holds a download. A cache may vanish at any time, and a
-//! running worker sees none: nothing that a worker needs may live in one. That is why yarn's later versions have none
-//! here: with Plug'n'Play, their cache *is* the installation.
+//! While a step runs, each of these directories is a cache volume: layers that all steps share and
+//! none can change in place. So a step that runs again downloads nothing twice, and no layer holds
+//! a download. A cache may vanish at any time, and a running worker sees none: nothing that a
+//! worker needs may live in one. That is why yarn's later versions have none here: with
+//! Plug'n'Play, their cache *is* the installation.
 
 use super::manifest::{Language, PackageManager};
 
@@ -23,7 +24,7 @@ pub struct CacheVolume {
     pub id: &'static str,
     /// Its absolute path in the sandbox.
     pub target: String,
-    /// What it holds.
+    /// Its contents.
     pub holds: Holds,
 }
 
@@ -34,8 +35,8 @@ pub struct Caches {
     pub volumes: Vec<CacheVolume>,
     /// Absolute paths of what tools make for themselves and can make again: no layer holds it.
     pub scratch: Vec<String>,
-    /// Absolute paths of directories in which the project's tools build: an install begins with what the project's last
-    /// install left there, and all of it is in the install layer.
+    /// Absolute paths of directories in which the project's tools build: an install begins with
+    /// what the project's last install left there, and all of it is in the install layer.
     pub seeds: Vec<String>,
 }
 
@@ -55,9 +56,9 @@ impl Caches {
 
 /// The caches of a project.
 ///
-/// `cargo_home` is the base image's own `CARGO_HOME` (rust images set `/usr/local/cargo`). Where there is none, cargo uses
-/// `.cargo` in root's home. Following the image keeps its cargo configuration and installed tools in force, which setting
-/// the variable would not.
+/// `cargo_home` is the base image's own `CARGO_HOME` (rust images set `/usr/local/cargo`). Without
+/// it, cargo uses `.cargo` in root's home. Following the image keeps its cargo
+/// configuration and installed tools in force, which setting the variable would not.
 pub fn caches(
     language: Option<Language>,
     package_manager: Option<PackageManager>,
@@ -74,7 +75,8 @@ pub fn caches(
     ]);
     match language {
         None | Some(Language::TypeScript | Language::JavaScript) => {
-            // npx and `npm install -g` use npm's cache whatever installs the project. `_npx` beside it is an installation.
+            // npx and `npm install -g` use npm's cache whatever installs the project. `_npx` beside
+            // it is an installation.
             caches.volume("npm", "/root/.npm/_cacache", Downloads);
             caches.scratch(&[
                 "/root/.npm/_logs",
@@ -102,7 +104,8 @@ pub fn caches(
             caches.volume("pip-http-v2", "/root/.cache/pip/http-v2", Downloads);
             caches.volume("pip-wheels", "/root/.cache/pip/wheels", Builds);
             caches.scratch(&["/root/.cache/pip/selfcheck"]);
-            // Wheels from the network and those built here are told apart by names that change with uv's version.
+            // Wheels from the network and those built here are told apart by names that change with
+            // uv's version.
             caches.volume("uv", "/root/.cache/uv", Builds);
         }
         Some(Language::Rust) => {
@@ -116,7 +119,8 @@ pub fn caches(
             // Locks, and a database of when each crate was used last.
             let own = [".global-cache", ".package-cache", ".package-cache-mutate"];
             caches.scratch.extend(own.map(at));
-            // Unpacked sources are written to by nobody but tell their own mtimes, as objects built from them do.
+            // No step writes to unpacked sources, but they tell their own mtimes, as objects built
+            // from them do.
             caches.seeds = vec![
                 "/workspace/target".to_owned(),
                 at("registry/src"),
@@ -132,22 +136,25 @@ const PNPM_STORE: &str = "/root/.local/share/pnpm/store";
 /// 1980-01-01 in seconds, the first day that an archive of Python's can name.
 pub const FIRST_EPOCH: &str = "315532800";
 
-/// Variables that make a project's tools work with [`caches`] and in a sandbox, for the steps and for the worker alike.
-/// They are defaults: the image's and the manifest's own values go before them.
+/// Variables that make a project's tools work with [`caches`] and in a sandbox, for the steps and
+/// for the worker alike. They are defaults: the image's and the manifest's own values go before
+/// them.
 pub fn tool_env(
     language: Option<Language>,
     package_manager: Option<PackageManager>,
 ) -> &'static [(&'static str, &'static str)] {
     match (language, package_manager) {
-        // Output goes to a pipe, where Python would hold it back; uv would warn that it cannot hardlink from its cache. With
-        // an epoch, compiled modules name their sources by hash and not by mtime: installed again, they are the same.
+        // Output goes to a pipe, where Python would hold it back; uv would warn that it cannot
+        // hardlink from its cache. With an epoch, compiled modules name their sources by hash and
+        // not by mtime: installed again, they are the same.
         (Some(Language::Python), _) => &[
             ("PYTHONUNBUFFERED", "1"),
             ("UV_LINK_MODE", "copy"),
             ("SOURCE_DATE_EPOCH", FIRST_EPOCH),
         ],
-        // Left alone, pnpm puts its store on the file system of the project, which here is a layer, and keeps what install
-        // scripts made there, for every base. The second names are those that pnpm 11 reads.
+        // Left alone, pnpm puts its store on the file system of the project, which here is a layer,
+        // and keeps what install scripts made there, for every base. The second names are those
+        // that pnpm 11 reads.
         (None | Some(Language::TypeScript | Language::JavaScript), Some(PackageManager::Pnpm)) => {
             &[
                 ("npm_config_store_dir", PNPM_STORE),
@@ -156,7 +163,7 @@ pub fn tool_env(
                 ("pnpm_config_side_effects_cache", "false"),
             ]
         }
-        // Nobody is there to answer npx, nor to read of newer versions of npm.
+        // No user is there to answer npx, nor to read of newer versions of npm.
         (None | Some(Language::TypeScript | Language::JavaScript), _) => &[
             ("npm_config_yes", "true"),
             ("npm_config_update_notifier", "false"),

@@ -1,7 +1,8 @@
 //! The binary that `cargo run` runs in a project, from its Cargo.toml files.
 //!
-//! It follows cargo: `default-run`, else the one binary of the packages that cargo looks at. Where that is not clear, or where the
-//! project's cargo configuration has binaries built elsewhere, there is no answer, and cargo itself is to be asked.
+//! It follows cargo: `default-run`, else the one binary of the packages that cargo looks at. Where
+//! that is not clear, or where the project's cargo configuration has binaries built elsewhere,
+//! there is no answer, and cargo itself is to be asked.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -18,13 +19,14 @@ const MAX_MEMBERS: usize = 256;
 /// A binary of a Rust project.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CargoBinary {
-    /// The package to build, where the project's root is none.
+    /// The package to build, if the project's root is not a package.
     pub package: Option<String>,
     /// The name of the binary.
     pub name: String,
 }
 
-/// The binary that `cargo run` runs in the directory `root`; of several, the one that is called `entry`, or whose package is.
+/// The binary that `cargo run` runs in the directory `root`; of several, the one that is called
+/// `entry`, or whose package is.
 pub fn binary(root: &Path, entry: Option<&str>) -> Option<CargoBinary> {
     if builds_elsewhere(root) {
         return None;
@@ -149,7 +151,8 @@ fn members(root: &Path, workspace: &dyn TableLike) -> Vec<Package> {
     dirs.into_iter().filter_map(package).collect()
 }
 
-/// Whether the project's own configuration of cargo has binaries somewhere else than in target/release.
+/// Whether the project's own configuration of cargo has binaries somewhere else than in
+/// target/release.
 fn builds_elsewhere(root: &Path) -> bool {
     let files = ["config.toml", "config"].map(|name| root.join(".cargo").join(name));
     files.iter().filter(|file| file.exists()).any(|file| {

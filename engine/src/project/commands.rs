@@ -1,7 +1,8 @@
 //! The commands and the base image of a project that does not name its own.
 //!
-//! A setup command asks first whether the tool is there, so that on a base image that has it the step does nothing and its
-//! layer is empty. Where it is not, Debian's packages are the one source every base image of ours can reach.
+//! A setup command asks first whether the tool is there, so that on a base image that has it the
+//! step does nothing and its layer is empty. Where it is not, Debian's packages are the one source
+//! every base image of ours can reach.
 
 use std::path::Path;
 
@@ -51,7 +52,8 @@ pub fn base_image(
     }
 }
 
-/// Installs `$packages`, so that `$tool` is there. It says what is wrong where there is no apt, since "not found" would not.
+/// Installs `$packages`, so that `$tool` is there. It says what is wrong where there is no apt,
+/// since "not found" would not.
 macro_rules! apt_install {
     ($tool:literal, $($packages:literal)||+) => {
         concat!(
@@ -82,7 +84,8 @@ const PYTHON_SETUP: &str = concat!(
     )
 );
 
-// Debian's own cargo is older than most of today's crates accept. Releases that build browsers carry a current one too.
+// Debian's own cargo is older than most of today's crates accept. Releases that build browsers
+// carry a current one too.
 const RUST_SETUP: &str = concat!(
     "command -v cargo >/dev/null || ",
     apt_install!(
@@ -91,8 +94,8 @@ const RUST_SETUP: &str = concat!(
     )
 );
 
-// The worker executes what install built, so an edit is compiled beside the worker that runs. Where several binaries or none
-// could be meant, cargo says so.
+// The worker executes what install built, so an edit is compiled beside the worker that runs. Where
+// several binaries or none could be meant, cargo says so.
 fn rust(binary: Option<&CargoBinary>) -> (String, String, String) {
     let mut install = String::from("cargo build --release");
     if let Some(package) = binary.and_then(|binary| binary.package.as_ref()) {
@@ -106,7 +109,8 @@ fn rust(binary: Option<&CargoBinary>) -> (String, String, String) {
     (RUST_SETUP.to_owned(), install, start)
 }
 
-// Major versions are pinned: a later major wants a newer Node than Debian's, and another lockfile format.
+// Major versions are pinned: a later major wants a newer Node than Debian's, and another lockfile
+// format.
 fn node(recipe: Recipe<'_>) -> (String, String, String) {
     let then = |tool, package| {
         format!("{NODE_SETUP}\ncommand -v {tool} >/dev/null || npm install -g {package}")
@@ -116,7 +120,8 @@ fn node(recipe: Recipe<'_>) -> (String, String, String) {
         Some(entry) => format!("{exec} {entry}"),
         None => format!("{run} dev"),
     };
-    // The start command finds a program that is installed for all projects as well; it downloads nothing.
+    // The start command finds a program that is installed for all projects as well; it downloads
+    // nothing.
     let with_tsx = |install: &str| match &entry {
         Some(_) => {
             format!("{install}\n[ -e node_modules/.bin/tsx ] || npm install -g tsx@4")

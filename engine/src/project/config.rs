@@ -1,4 +1,4 @@
-//! What the engine's `config.yaml` says of one worker. Read here; [`edit`](super::edit) writes it.
+//! Entries of workers in the engine's `config.yaml`. Read here; [`edit`](super::edit) writes it.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Slot;
@@ -17,17 +17,18 @@ pub const MAX_CONFIG_BYTES: u64 = 256 << 10;
 pub struct WorkerConfig {
     /// `worker_path`, as written.
     pub worker_path: Option<PathBuf>,
-    /// `config:` as environment variables: keys in upper case, nested ones joined by `_`; a list is its JSON; a key without
-    /// a value gives no variable. It goes before the manifest's `env` and never holds one of [`RESERVED_ENV`].
+    /// `config:` as environment variables: keys in upper case, nested ones joined by `_`; a list is
+    /// its JSON; a key without a value gives no variable. It goes before the manifest's `env` and
+    /// never holds one of [`RESERVED_ENV`].
     pub env: BTreeMap<String, String>,
-    /// What was ignored, each with its place.
+    /// Ignored values, each with its place.
     pub warnings: Vec<String>,
 }
 
 /// Reads the entry of `worker` in the file at `path`; `None` where either is missing.
 ///
-/// `${NAME}` and `${NAME:default}` in values are replaced by what `variable` gives for the name, as the engine does it in
-/// the same file; a name without value and default is an error.
+/// `${NAME}` and `${NAME:default}` in values are replaced by what `variable` gives for the name, as
+/// the engine does it in the same file; a name without value and default is an error.
 pub fn read(
     path: &Path,
     worker: &str,
@@ -70,7 +71,8 @@ pub struct Listed {
     pub worker_path: Option<PathBuf>,
 }
 
-/// The workers in the file at `path`, in its order; those without a name are left out. There are none in a file that is missing.
+/// The workers in the file at `path`, in its order; those without a name are left out. A
+/// missing file has none.
 pub fn list(path: &Path) -> Result<Vec<Listed>, DocumentError> {
     let document = match Document::read(path, MAX_CONFIG_BYTES) {
         Err(DocumentError::Read { source, .. })
@@ -150,7 +152,8 @@ fn flatten(
     Ok(())
 }
 
-/// `text` with its `${…}` replaced, or the name that has neither value nor default. An unclosed `${` is plain text.
+/// `text` with its `${…}` replaced, or the name that has neither value nor default. An unclosed
+/// `${` is plain text.
 fn expand(text: &str, variable: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
     let mut out = String::new();
     let mut rest = text;

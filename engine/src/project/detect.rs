@@ -1,4 +1,4 @@
-//! What kind of project a directory holds, judged by the names of its files alone.
+//! The kind of a directory's project, by the names of its files alone.
 
 use super::manifest::{Language, PackageManager};
 
@@ -51,7 +51,7 @@ pub struct PythonInputs {
     pub requirements: bool,
 }
 
-/// What `pip` can install of a project.
+/// The parts of a project that `pip` can install.
 pub fn python_inputs(has: &dyn Fn(&str) -> bool) -> PythonInputs {
     PythonInputs {
         package: has("pyproject.toml") || has("setup.py"),
@@ -59,7 +59,8 @@ pub fn python_inputs(has: &dyn Fn(&str) -> bool) -> PythonInputs {
     }
 }
 
-/// Files that start a Python worker when the manifest names no entry; the first that exists is taken.
+/// Files that start a Python worker when the manifest names no entry; the first that exists is
+/// taken.
 pub const PYTHON_MAINS: [&str; 5] = [
     "main.py",
     "worker.py",
@@ -68,8 +69,9 @@ pub const PYTHON_MAINS: [&str; 5] = [
     "__main__.py",
 ];
 
-/// The entry of a Python project whose manifest gives none: one of [`PYTHON_MAINS`], else the only package that can be run
-/// with `-m`. `packages` are the names of the packages that have a `__main__.py`.
+/// The entry of a Python project whose manifest gives none: one of [`PYTHON_MAINS`], else the only
+/// package that can be run with `-m`. `packages` are the names of the packages that have a
+/// `__main__.py`.
 pub fn python_entry(has: &dyn Fn(&str) -> bool, packages: &[String]) -> Option<String> {
     let main = PYTHON_MAINS.into_iter().find(|file| has(file));
     match (main, packages) {

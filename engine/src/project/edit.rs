@@ -1,8 +1,10 @@
-//! Changes to the engine's `config.yaml` as changes to its text: comments, order and every other entry stay byte for byte.
+//! Changes to the engine's `config.yaml` as changes to its text: comments, order and every other
+//! entry stay byte for byte.
 //!
-//! The text is parsed for where things are, a piece of it is replaced, and the result is parsed again: unless it says what the
-//! text before said, with just the intended change, nothing is changed and the caller is told what to write by hand. So however
-//! strange the YAML, it is edited rightly or not at all.
+//! The text is parsed for where things are, a piece of it is replaced, and the result is parsed
+//! again: unless it says the same as the text before, with just the intended change, nothing is
+//! changed and the caller gets the text to write by hand. So however strange the YAML, it is edited
+//! rightly or not at all.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Write as _};
@@ -23,7 +25,7 @@ const CONFIG: &str = "config";
 /// Why a file is not edited.
 #[derive(Debug, thiserror::Error)]
 pub enum EditError {
-    /// It is not what it should be.
+    /// It is not valid.
     #[error(transparent)]
     Document(#[from] DocumentError),
     /// `workers` is there and no list.
@@ -46,18 +48,19 @@ pub enum EditError {
         /// Where it is again.
         second: usize,
     },
-    /// The entry is shared with others through an anchor, or written in a way that the change cannot be made in place.
+    /// The entry is shared with others through an anchor, or written in a way that the change
+    /// cannot be made in place.
     #[error("{path}: cannot be changed without changing more than {what}; do it by hand")]
     ByHand {
         /// The file.
         path: String,
-        /// What was to be done.
+        /// The intended change.
         what: String,
     },
     /// It could not be read or written. It is as it was.
     #[error("cannot {operation} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The file.
         path: PathBuf,
@@ -69,14 +72,14 @@ pub enum EditError {
 /// A change to the entry of one worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change<'a> {
-    /// It is there with this path; what else it has stays.
+    /// It is there with this path; its other keys stay.
     Add {
         /// The worker.
         name: &'a str,
         /// Its directory.
         worker_path: &'a str,
     },
-    /// It is there, and what its entry has is what that of another has, if that has one; else this path.
+    /// It is there, with a copy of another worker's entry, if that has one; else with this path.
     Copy {
         /// The worker.
         name: &'a str,
@@ -121,7 +124,7 @@ impl Change<'_> {
         }
     }
 
-    /// What the file says afterwards.
+    /// The values of the file afterwards.
     fn apply(&self, root: &mut Value) {
         let Some(root) = root.as_object_mut() else {
             return;
@@ -227,7 +230,7 @@ pub fn edit(path: &Path, text: &str, change: &Change<'_>) -> Result<Option<Strin
     }
 }
 
-/// What a file is to become.
+/// A change of a file.
 struct Edit {
     /// The file itself, past symlinks.
     real: PathBuf,
@@ -256,7 +259,7 @@ fn at(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> EditErr
     }
 }
 
-/// Finds out what the file at `path` is to become; `None` if it says so already.
+/// The change of the file at `path`; `None` if it needs none.
 fn prepare(path: &Path, change: &Change<'_>) -> Result<Option<Edit>, EditError> {
     let real = real(path)?;
     let before = match fs::metadata(&real) {
@@ -280,15 +283,17 @@ fn prepare(path: &Path, change: &Change<'_>) -> Result<Option<Edit>, EditError> 
     Ok(Some(Edit { real, before, text }))
 }
 
-/// Finds out whether [`edit_file`] could make `change`, as things are. Returns whether there is anything to change.
+/// Finds out whether [`edit_file`] could make `change`, as things are. Returns whether there is
+/// anything to change.
 pub fn check_file(path: &Path, change: &Change<'_>) -> Result<bool, EditError> {
     Ok(prepare(path, change)?.is_some())
 }
 
-/// Makes `change` in the file at `path`, which is created if it is missing. Returns whether there was anything to change.
+/// Makes `change` in the file at `path`, which is created if it is missing. Returns whether there
+/// was anything to change.
 ///
-/// Another process that does the same waits. The file is replaced in one step, durably, with its owner and mode; a symlink
-/// stays, and what it leads to is replaced.
+/// Another process that does the same waits. The file is replaced in one step, durably, with its
+/// owner and mode; a symlink stays, and its target is replaced.
 pub fn edit_file(path: &Path, change: &Change<'_>) -> Result<bool, EditError> {
     let dir = real(path)?;
     let dir = dir.parent().unwrap_or(Path::new("/"));
@@ -354,7 +359,7 @@ impl Item {
     }
 }
 
-/// What is at `workers:`.
+/// The value of `workers:`.
 enum Workers {
     /// Nothing: there is no such key.
     Absent,
@@ -454,7 +459,7 @@ impl Layout {
         }
     }
 
-    /// What is to be replaced by what.
+    /// Replaces a range of the text.
     fn splice(
         &self,
         text: &str,
@@ -557,7 +562,7 @@ impl Layout {
     }
 }
 
-/// The line's break before what is appended at `at`, if the text has none there.
+/// The line break before text that is appended at `at`, if the text has none there.
 fn missing_newline(text: &str, at: usize, newline: &'static str) -> &'static str {
     match text.get(..at) {
         None | Some("") => "",
@@ -586,7 +591,8 @@ fn column(text: &str, at: usize) -> usize {
     at - line_start(text, at)
 }
 
-/// The dash of the entry at `at`: on its line, or on one above it with nothing but comments and blank lines in between.
+/// The dash of the entry at `at`: on its line, or on one above it with nothing but comments and
+/// blank lines in between.
 fn dash_before(text: &str, at: usize) -> Option<usize> {
     let mut end = at;
     loop {
@@ -776,7 +782,8 @@ impl<'t> Events<'t> {
         }
     }
 
-    /// A flow collection ends with its bracket, behind which the parser's span has blanks; a block ends with its last value.
+    /// A flow collection ends with its bracket, behind which the parser's span has blanks; a block
+    /// ends with its last value.
     fn whole(&self, start: &Range<usize>, last: usize, end: &Range<usize>) -> Range<usize> {
         let is_flow = self
             .text
@@ -1083,7 +1090,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever the text, the result says what it said, with the change, or there is none.
+        /// For every text, the result has the same values with the change, or does not exist.
         #[test]
         fn nothing_else_changes(
             pieces in proptest::collection::vec(

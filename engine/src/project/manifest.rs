@@ -1,7 +1,8 @@
 //! `iii.worker.yaml`, field by field.
 //!
-//! Parsing is total: a [`Manifest`] holds only values that can be used as they are, and everything else is an error that
-//! names the file, the line, the field and what was expected. What is accepted but has no effect is a warning.
+//! Parsing is total: a [`Manifest`] holds only values that can be used as they are, and everything
+//! else is an error that names the file, the line, the field and the expected value. An accepted
+//! value without effect is a warning.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,7 +25,8 @@ pub const DEFAULT_MEMORY_MIB: u32 = 2048;
 /// CPUs of a sandbox unless the manifest says otherwise.
 pub const DEFAULT_CPUS: u32 = 2;
 
-/// Memory that may be asked for, in MiB. Less than the least does not boot a guest; more than the most is a slip of units.
+/// Memory that may be asked for, in MiB. Less than the least does not boot a guest; more than the
+/// most is a slip of units.
 const MEMORY_MIB: (u32, u32) = (64, 1 << 20);
 
 /// CPUs that may be asked for; libkrun counts them in a byte.
@@ -33,7 +35,8 @@ const CPUS: (u32, u32) = (1, 255);
 /// The longest image reference.
 const MAX_IMAGE_REFERENCE: usize = 512;
 
-/// Variables that this tool sets for every worker. Whatever a manifest or a `config:` block says of them is ignored.
+/// Variables that this tool sets for every worker. Values in a manifest or a `config:` block are
+/// ignored.
 pub const RESERVED_ENV: [&str; 4] = [
     "III_URL",
     "III_ENGINE_URL",
@@ -41,7 +44,7 @@ pub const RESERVED_ENV: [&str; 4] = [
     "III_ISOLATION",
 ];
 
-/// What a worker is written in.
+/// Language of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Language {
     /// TypeScript, run by Node or bun.
@@ -84,7 +87,7 @@ impl fmt::Display for Language {
     }
 }
 
-/// What installs a Node project's dependencies.
+/// Package manager of a Node project.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackageManager {
     /// npm, the default.
@@ -133,7 +136,7 @@ pub struct Scripts {
     pub start: String,
 }
 
-/// What a sandbox gets.
+/// Resources of a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// Memory in MiB.
@@ -143,8 +146,9 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// What of it a machine gives that has so much memory and so many CPUs: no more CPUs than it has. `None` if it has too little
-    /// memory; a machine that is smaller than the default does with what it has, since many manifests just say that.
+    /// The part of it that a machine with this memory and these CPUs gives: no more CPUs than it
+    /// has. `None` if it has too little memory; a machine that is smaller than the default does
+    /// with what it has, since many manifests just say that.
     pub fn within(self, memory_mib: u32, cpus: u32) -> Option<Self> {
         (self.memory_mib <= memory_mib.max(DEFAULT_MEMORY_MIB)).then(|| Self {
             memory_mib: self.memory_mib.min(memory_mib),
@@ -162,8 +166,8 @@ impl Default for Resources {
     }
 }
 
-/// What of this machine's own loopback a worker in a microVM may reach, besides the engine. In namespaces the network is the
-/// host's, and so is its loopback.
+/// Ports of this machine's loopback that a worker in a microVM may reach, besides the engine. In
+/// namespaces the network is the host's, and so is its loopback.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HostLoopback {
     /// Everything.
@@ -173,7 +177,7 @@ pub struct HostLoopback {
 }
 
 impl HostLoopback {
-    /// What `text`, `all` or a port, stands for.
+    /// The ports of `text`, which is `all` or a port.
     pub fn parse(text: &str) -> Option<Self> {
         let mut parsed = Self::default();
         if text == "all" {
@@ -226,7 +230,8 @@ pub struct Manifest {
     pub resources: Resources,
     /// `network.host_loopback`, which is this tool's own.
     pub host_loopback: HostLoopback,
-    /// `scripts`; `None` where the key is absent or has no value, and all commands are to be inferred.
+    /// `scripts`; `None` where the key is absent or has no value, and all commands are to be
+    /// inferred.
     pub scripts: Option<Scripts>,
     /// `env` without the variables in [`RESERVED_ENV`].
     pub env: BTreeMap<String, String>,
@@ -234,7 +239,7 @@ pub struct Manifest {
     pub dependencies: BTreeMap<String, String>,
     /// `config`: what `add` offers to config.yaml.
     pub config: Option<serde_json::Value>,
-    /// What was ignored, each with its place.
+    /// Ignored values, each with its place.
     pub warnings: Vec<String>,
 }
 
@@ -248,7 +253,8 @@ const TOP_KEYS: &[&str] = &[
     "env",
     "dependencies",
     "config",
-    // Read by the publishing pipeline of the workers' registry, so a published worker has them; nothing here uses them.
+    // Read by the publishing pipeline of the workers' registry, so a published worker has them;
+    // nothing here uses them.
     "iii",
     "deploy",
     "manifest",
@@ -337,7 +343,7 @@ fn runtime(top: &Table<'_>, warnings: &mut Vec<String>) -> Result<Runtime, Docum
     if let (Some(kind), Some(entry)) = (kind, table.get("package_manager"))
         && !kind.is_node()
     {
-        warnings.push(table.warning(entry, &format!("has no meaning for {kind}; ignored")));
+        warnings.push(table.warning(entry, &format!("ignored: it means nothing for {kind}")));
         package_manager = None;
     }
     Ok(Runtime {
@@ -529,7 +535,7 @@ fn entry_problem(entry: &str) -> Option<&'static str> {
     } else if entry.starts_with('-') {
         Some("a path that starts with `-` would be taken for an option")
     } else if entry.contains(char::is_control) {
-        Some("has a control character in it")
+        Some("contains a control character")
     } else {
         None
     }

@@ -1,7 +1,8 @@
-//! A worker's project: its manifest, what its files tell, and the commands that follow from both.
+//! A worker's project: its manifest, the detection by its files, and the commands of both.
 //!
-//! [`Project::open`] is the only entry point that a command needs. The module reads the manifest and looks for files by
-//! name; it knows no environment, no terminal and no network, and runs nothing.
+//! [`Project::open`] is the only entry point that a command needs. The module reads the manifest
+//! and looks for files by name; it knows no environment, no terminal and no network, and runs
+//! nothing.
 //!
 //! ```text
 //! yaml       a file people write, as values with their lines
@@ -48,17 +49,17 @@ pub struct Project {
     pub name: Option<WorkerName>,
     /// The manifest's description.
     pub description: Option<String>,
-    /// What it is written in; `None` only where the manifest has `scripts` and nothing tells.
+    /// Its language; `None` only if the manifest has `scripts` and nothing tells.
     pub language: Option<Language>,
-    /// What installs its dependencies, if it is a Node project.
+    /// Its package manager, if it is a Node project.
     pub package_manager: Option<PackageManager>,
-    /// What starts it, where that is known.
+    /// Its entry, where that is known.
     pub entry: Option<String>,
     /// The image it is built on, as the manifest writes it or else the language's.
     pub base_image: String,
-    /// What its sandbox gets.
+    /// Resources of its sandbox.
     pub resources: Resources,
-    /// What of the host's loopback the manifest asks for.
+    /// Ports of the host's loopback that the manifest asks for.
     pub host_loopback: HostLoopback,
     /// The manifest's commands, or else the inferred ones.
     pub scripts: Scripts,
@@ -68,7 +69,7 @@ pub struct Project {
     pub dependencies: BTreeMap<String, String>,
     /// The manifest's `config`.
     pub config: Option<serde_json::Value>,
-    /// What was ignored, for the user to read.
+    /// Ignored values, for the user to read.
     pub warnings: Vec<String>,
 }
 
@@ -91,7 +92,7 @@ pub enum ProjectError {
     /// The directory cannot be read.
     #[error("cannot {operation} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The path.
         path: PathBuf,
@@ -179,7 +180,8 @@ impl Project {
         }
         let has = |name: &str| path.join(name).is_file();
         let manifest_path = path.join(MANIFEST_NAME);
-        // Asked without following, so that a dangling symlink is an error and not a project without a manifest.
+        // Asked without following, so that a dangling symlink is an error and not a project without
+        // a manifest.
         let manifest = match fs::symlink_metadata(&manifest_path) {
             Ok(_) => Some(Manifest::read(&manifest_path)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -284,27 +286,29 @@ impl Project {
         WorkerName::for_directory(self.root.file_name().unwrap_or(OsStr::new("root")))
     }
 
-    /// The name under which it is added, unless one is given: the manifest's, or else the directory's.
+    /// The name under which it is added, unless one is given: the manifest's, or else the
+    /// directory's.
     pub fn managed_name(&self) -> WorkerName {
         let dir = self.root.file_name().unwrap_or(OsStr::new("root"));
         let own = self.name.clone().or_else(|| WorkerName::of_directory(dir));
         own.unwrap_or_else(|| self.dev_name())
     }
 
-    /// The package managers' directories to mount over the sandbox; `cargo_home` is the base image's `CARGO_HOME`.
+    /// The package managers' directories to mount over the sandbox; `cargo_home` is the base
+    /// image's `CARGO_HOME`.
     pub fn caches(&self, cargo_home: Option<&str>) -> Caches {
         caches::caches(self.language, self.package_manager, cargo_home)
     }
 
-    /// Variables that the project's tools need in a sandbox with [`caches`](Self::caches), for the steps and for the worker
-    /// alike; the image's and the manifest's own values go before them.
+    /// Variables that the project's tools need in a sandbox with [`caches`](Self::caches), for the
+    /// steps and for the worker alike; the image's and the manifest's own values go before them.
     pub fn tool_env(&self) -> &'static [(&'static str, &'static str)] {
         caches::tool_env(self.language, self.package_manager)
     }
 }
 
-/// The packages of a Python project that `python -m` can run: directories with a `__main__.py` in the root or in `src`.
-/// A directory that cannot be listed has none.
+/// The packages of a Python project that `python -m` can run: directories with a `__main__.py` in
+/// the root or in `src`. A directory that cannot be listed has none.
 fn runnable_packages(root: &Path) -> Vec<String> {
     let dirs = [root.to_owned(), root.join("src")];
     let entries = dirs

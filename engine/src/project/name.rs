@@ -7,11 +7,11 @@ use std::str::FromStr;
 /// The longest name, in bytes. It becomes part of file names, of socket paths and of a host name.
 pub const MAX_NAME: usize = 64;
 
-/// What `dev` puts before a directory's name.
+/// Prefix of `dev` before a directory's name.
 const DEV_PREFIX: &str = "iii-dev-";
 
-/// A worker's name: 1 to [`MAX_NAME`] of `A-Z a-z 0-9 . _ -`, a letter or digit first, no `..`. It is safe as a file name
-/// and as an argument.
+/// A worker's name: 1 to [`MAX_NAME`] of `A-Z a-z 0-9 . _ -`, a letter or digit first, no `..`. It
+/// is safe as a file name and as an argument.
 #[derive(
     Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -38,11 +38,11 @@ impl TryFrom<String> for WorkerName {
 pub struct NameError {
     /// The name, shortened if it is long.
     pub name: String,
-    /// What is wrong with it.
+    /// The fault.
     pub problem: NameProblem,
 }
 
-/// What is wrong with a name.
+/// A fault of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameProblem {
     /// It has no characters.
@@ -52,13 +52,13 @@ pub enum NameProblem {
     #[error("is longer than {MAX_NAME} characters")]
     TooLong,
     /// It has a character that is not allowed.
-    #[error("has {0:?} in it; letters, digits, `.`, `_` and `-` are allowed")]
+    #[error("contains {0:?}; letters, digits, `.`, `_` and `-` are allowed")]
     Character(char),
     /// It starts with punctuation.
     #[error("does not start with a letter or a digit")]
     Start,
     /// It has `..` in it.
-    #[error("has `..` in it")]
+    #[error("contains `..`")]
     Dots,
 }
 
@@ -68,8 +68,9 @@ impl WorkerName {
         &self.0
     }
 
-    /// `iii-dev-<dir>`, with what a name cannot hold replaced by `-` and cut to length. Different directories may get the
-    /// same name; what is kept under it has to say which directory it is for.
+    /// `iii-dev-<dir>`, with what a name cannot hold replaced by `-` and cut to length. Different
+    /// directories may get the same name; what is kept under it has to say which directory it is
+    /// for.
     pub fn for_directory(dir: &OsStr) -> Self {
         Self::cleaned(DEV_PREFIX, &dir.to_string_lossy())
     }
@@ -166,7 +167,7 @@ mod tests {
         let error = "a b".parse::<WorkerName>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "worker name \"a b\": has ' ' in it; letters, digits, `.`, `_` and `-` are allowed"
+            "worker name \"a b\": contains ' '; letters, digits, `.`, `_` and `-` are allowed"
         );
     }
 

@@ -1,4 +1,5 @@
-//! `worker init`: a small project that works, in each language. The templates are the project's examples.
+//! `worker init`: a small project that works, in each language. The templates are the project's
+//! examples.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -13,7 +14,7 @@ const MANIFEST: &str = "iii.worker.yaml";
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "their messages say it")]
 pub enum ScaffoldError {
-    #[error("there is a file called {} already; nothing was written", path.display())]
+    #[error("{} exists already; nothing was written", path.display())]
     Exists { path: PathBuf },
     #[error("cannot {operation} {}", path.display())]
     Io {
@@ -55,8 +56,8 @@ fn template(language: Language) -> &'static [(&'static str, &'static str)] {
     }
 }
 
-/// Writes a project for the worker `name` into `dir`, which is made if it is missing. Nothing is written where one of its files
-/// is there already. Returns the files, relative to `dir`.
+/// Writes a project for the worker `name` into `dir`, which is made if it is missing. Nothing is
+/// written where one of its files is there already. Returns the files, relative to `dir`.
 pub fn init(
     dir: &Path,
     language: Language,

@@ -262,7 +262,7 @@ fn wrong_types_and_values() {
     );
     rejects(
         "name: w\nruntime: {entry: \"a\\nb\"}",
-        "2: runtime.entry: \"a\\nb\": has a control character in it",
+        "2: runtime.entry: \"a\\nb\": contains a control character",
     );
     for image in ["a b", "-x", "", "a$(b)", "/x"] {
         let expected = format!(
@@ -348,7 +348,7 @@ fn wrong_types_and_values() {
     );
     rejects(
         "name: w\ndependencies: {../x: \"1\"}",
-        "2: dependencies.../x: \"../x\": has '/' in it; letters, digits, `.`, `_` and `-` are allowed",
+        "2: dependencies.../x: \"../x\": contains '/'; letters, digits, `.`, `_` and `-` are allowed",
     );
 }
 
@@ -372,11 +372,11 @@ fn what_is_missing() {
 fn bad_names() {
     rejects(
         "name: a b",
-        "1: name: \"a b\": has ' ' in it; letters, digits, `.`, `_` and `-` are allowed",
+        "1: name: \"a b\": contains ' '; letters, digits, `.`, `_` and `-` are allowed",
     );
     rejects(
         "name: ../../etc",
-        "1: name: \"../../etc\": has '/' in it; letters, digits, `.`, `_` and `-` are allowed",
+        "1: name: \"../../etc\": contains '/'; letters, digits, `.`, `_` and `-` are allowed",
     );
     rejects(
         "name: .a",
@@ -508,7 +508,7 @@ fn package_managers_are_for_node() {
     assert_eq!(found.runtime.package_manager, None);
     assert_eq!(
         found.warnings,
-        ["my/iii.worker.yaml:4: runtime.package_manager: has no meaning for python; ignored"]
+        ["my/iii.worker.yaml:4: runtime.package_manager: ignored: it means nothing for python"]
     );
 }
 

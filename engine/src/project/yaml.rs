@@ -1,13 +1,14 @@
 //! YAML files written by people, read with the line of every value.
 //!
-//! Both files this tool reads (`iii.worker.yaml`, `config.yaml`) promise errors that name the file, the line and the
-//! field, for a wrong *value* as much as for wrong syntax. A serde front end reports one position per failure and types
-//! its message for Rust programmers, and `serde_yaml` is no longer maintained; so this is a small tree over the events of
-//! `saphyr-parser`, and the callers pick their fields out of it.
+//! Both files this tool reads (`iii.worker.yaml`, `config.yaml`) promise errors that name the file,
+//! the line and the field, for a wrong *value* as much as for wrong syntax. A serde front end
+//! reports one position per failure and types its message for Rust programmers, and `serde_yaml` is
+//! no longer maintained; so this is a small tree over the events of `saphyr-parser`, and the
+//! callers pick their fields out of it.
 //!
-//! What a hostile file can do is bounded here: its size before it is read ([`Document::read`]), its depth
-//! ([`MAX_DEPTH`]), and what its aliases would expand to ([`MAX_EXPANDED`]). Aliases share their target, so even a file at
-//! the bounds costs memory in proportion to its bytes.
+//! A hostile file is bounded here: its size before it is read ([`Document::read`]), its depth
+//! ([`MAX_DEPTH`]), and the expansion of its aliases ([`MAX_EXPANDED`]). Aliases share
+//! their target, so even a file at the bounds costs memory in proportion to its bytes.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,19 +19,21 @@ use std::rc::Rc;
 
 use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Span, Tag};
 
-/// How deep lists and mappings may nest, aliases included. Manifests need 3 levels; recursion over a tree relies on it.
+/// How deep lists and mappings may nest, aliases included. Manifests need 3 levels; recursion over
+/// a tree relies on it.
 pub const MAX_DEPTH: usize = 32;
 
-/// What a tree may amount to once every alias is written out: the bytes of its text plus 32 per value.
+/// Most bytes of a tree with every alias written out: the bytes of its text plus 32 per value.
 pub const MAX_EXPANDED: usize = 8 << 20;
 
-/// What a value counts towards [`MAX_EXPANDED`] besides its text.
+/// Bytes that a value counts towards [`MAX_EXPANDED`] besides its text.
 const NODE_SIZE: usize = 32;
 
 /// A text longer than this is shortened where a message quotes it.
 const MAX_QUOTED: usize = 60;
 
-/// A file that could not be read as what it should be. Each message starts with `path:` or `path:line:`.
+/// A file that could not be read as a document. Each message starts with `path:` or
+/// `path:line:`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DocumentError {
@@ -73,7 +76,7 @@ pub enum DocumentError {
         path: PathBuf,
         /// Where.
         line: usize,
-        /// What is wrong there.
+        /// The fault there.
         problem: SyntaxProblem,
     },
     /// A field is unknown, missing, or has a wrong value.
@@ -85,12 +88,12 @@ pub enum DocumentError {
         line: usize,
         /// Which, in full: `runtime.kind`.
         field: String,
-        /// What is wrong with it.
+        /// The fault.
         problem: FieldProblem,
     },
 }
 
-/// What is wrong with the YAML itself.
+/// A fault of the YAML itself.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SyntaxProblem {
@@ -103,7 +106,7 @@ pub enum SyntaxProblem {
     /// The document as a whole is not `key: value` lines.
     #[error("expected `key: value` lines at the top level; found {found}")]
     NotAMapping {
-        /// What it is instead.
+        /// Its actual type.
         found: String,
     },
     /// The same key twice in one mapping.
@@ -117,7 +120,7 @@ pub enum SyntaxProblem {
     /// A list or a mapping as a key.
     #[error("a key must be a word, not {found}")]
     ComplexKey {
-        /// What it is.
+        /// Its type.
         found: &'static str,
     },
     /// `!include` and the like.
@@ -137,7 +140,7 @@ pub enum SyntaxProblem {
     TooMuch,
 }
 
-/// What is wrong with a field.
+/// A fault of a field.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FieldProblem {
@@ -152,15 +155,15 @@ pub enum FieldProblem {
     /// A required field is absent.
     #[error("missing; {why}")]
     Missing {
-        /// What it is required for.
+        /// The reason why it is required.
         why: &'static str,
     },
     /// A value of the wrong type, or none of those allowed.
     #[error("expected {expected}; found {found}")]
     Expected {
-        /// What is accepted.
+        /// The accepted values.
         expected: String,
-        /// What is there.
+        /// The present value.
         found: String,
     },
     /// A value of the right type that cannot be used.
@@ -168,7 +171,7 @@ pub enum FieldProblem {
     Invalid {
         /// The value.
         found: String,
-        /// What it violates.
+        /// The violated rule.
         why: String,
     },
 }
@@ -208,7 +211,7 @@ pub(super) struct Entry {
     pub value: Rc<Node>,
 }
 
-/// What a scalar is by YAML 1.2's core schema.
+/// Type of a scalar by YAML 1.2's core schema.
 #[derive(Debug, PartialEq)]
 pub(super) enum Scalar<'a> {
     Null,
@@ -254,7 +257,7 @@ impl Node {
         self.scalar() == Some(Scalar::Null)
     }
 
-    /// What this is, for a message.
+    /// Description for a message.
     pub fn describe(&self) -> String {
         match (&self.kind, self.scalar()) {
             (Kind::List(_), _) => "a list".into(),
@@ -331,7 +334,7 @@ pub(super) fn is_word(text: &str) -> bool {
     matches!(resolve(text), Scalar::Str(_))
 }
 
-/// `text` in quotes, control characters escaped, shortened to what a message can carry.
+/// `text` in quotes, control characters escaped, shortened for a message.
 pub(super) fn quote(text: &str) -> String {
     format!("{:?}", shorten(text))
 }
@@ -391,12 +394,13 @@ pub(super) struct Document {
 }
 
 impl Document {
-    /// Reads and parses `path`, of which at most `limit` bytes may exist. An empty file is an empty mapping.
+    /// Reads and parses `path`, of which at most `limit` bytes may exist. An empty file is an empty
+    /// mapping.
     pub fn read(path: &Path, limit: u64) -> Result<Self, DocumentError> {
         Self::parse(path, &read_bytes(path, limit)?)
     }
 
-    /// Parses what `path` holds.
+    /// Parses the file `path`.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, DocumentError> {
         let text = text_of(path, bytes)?;
         let syntax = |(line, problem)| DocumentError::Syntax {
@@ -441,7 +445,7 @@ impl Document {
     }
 }
 
-/// A mapping, with the means to complain about what is in it.
+/// A mapping, with the means to report faults in it.
 #[derive(Debug)]
 pub(super) struct Table<'a> {
     document: &'a Document,
@@ -455,7 +459,8 @@ pub(super) struct Table<'a> {
 impl<'a> Table<'a> {
     /// The full name of the field `key` of this mapping.
     pub fn field(&self, key: &str) -> String {
-        // A key is a stranger's: what a terminal would act on is escaped, and its length is limited.
+        // A key is a stranger's: control characters are escaped, and its length is
+        // limited.
         let key = shorten(key);
         let key = key.escape_debug();
         if self.name.is_empty() {
@@ -503,7 +508,8 @@ impl<'a> Table<'a> {
         )
     }
 
-    /// Refuses any key but `known`. `elsewhere` lists fields by the full name they have in another mapping.
+    /// Refuses any key but `known`. `elsewhere` lists fields by the full name they have in another
+    /// mapping.
     pub fn only(
         &self,
         known: &'static [&'static str],
@@ -592,7 +598,8 @@ impl<'a> Table<'a> {
         }
     }
 
-    /// The list at `key`; each item that is a mapping comes as a table named `key[i]`, any other is an error.
+    /// The list at `key`; each item that is a mapping comes as a table named `key[i]`, any other is
+    /// an error.
     pub fn list(&self, key: &str) -> Result<Vec<Table<'a>>, DocumentError> {
         let Some(entry) = self.get(key) else {
             return Ok(Vec::new());
@@ -637,7 +644,7 @@ pub(super) fn closest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
 
 type Fault = (usize, SyntaxProblem);
 
-/// The document of `text`, or `None` where there is none but comments.
+/// The document of `text`, or `None` if it has only comments.
 fn load(text: &str) -> Result<Option<Rc<Node>>, Fault> {
     let mut loader = Loader::default();
     for event in Parser::new_from_str(text) {
@@ -738,7 +745,7 @@ impl Loader {
         if node.expanded > MAX_EXPANDED {
             return Err((line, SyntaxProblem::TooMuch));
         }
-        // The parser numbers anchors from 1; 0 is none.
+        // The parser numbers anchors from 1; 0 means no anchor.
         if anchor != 0 {
             self.anchors.insert(anchor, Rc::clone(&node));
         }

@@ -1,11 +1,13 @@
 //! The documents of a layer cache, as they lie in a registry.
 //!
-//! - An OCI image index under the tag that is a step's key in hex: of each record a manifest, the newest first.
-//! - An OCI image manifest: its configuration is the record, its one layer is the layer as an archive (tar, zstd), the same blob
-//!   as in an exported image.
+//! - An OCI image index under the tag that is a step's key in hex: of each record a manifest, the
+//!   newest first.
+//! - An OCI image manifest: its configuration is the record, its one layer is the layer as an
+//!   archive (tar, zstd), the same blob as in an exported image.
 //! - A record: JSON, compressed with zstd where it is long. Its fields are those of [`Document`].
 //!
-//! Whatever does not parse, is too large, or is meant for something else is refused before anything is done with it.
+//! A document that does not parse, is too large, or has another purpose is refused before it has an
+//! effect.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -46,20 +48,21 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_LEVEL: i32 = 3;
 /// Most facts of a record: as many as a step can have.
 pub const MAX_FACTS: usize = iii_overlay::MAX_FACTS;
-/// The longest time that a step is believed to have taken, in seconds: garbage collection keeps longer what took longer.
+/// The longest time that a step is believed to have taken, in seconds: garbage collection keeps
+/// slow builds longer.
 const MAX_SECONDS: f64 = 6.0 * 3600.0;
 /// Longest name of a version.
 const MAX_VERSION: usize = 64;
 /// Context of the hash of facts.
 const FACTS_CONTEXT: &str = "iii 2026 layer cache facts v1";
 
-/// Why a document is of no use.
+/// Why a document is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum DocumentError {
     /// Of a later version, most likely.
     #[error("it is of format {0}, and this version of iii knows only {FORMAT}")]
     Format(u64),
-    /// Not what it should be.
+    /// Not valid.
     #[error("it is not valid JSON of its kind")]
     Json(#[source] serde_json::Error),
     /// Cannot be decompressed.
@@ -68,7 +71,7 @@ pub enum DocumentError {
     /// Too large.
     #[error("{what} is over the limit of {limit}")]
     Limit {
-        /// What is too large.
+        /// The part that is too large.
         what: &'static str,
         /// The limit.
         limit: u64,
@@ -81,7 +84,7 @@ pub enum DocumentError {
     Facts(&'static str),
 }
 
-/// A record as it is stored: what a [`Record`] of the store says, and what it is a record of.
+/// A record as it is stored: a [`Record`] of the store, with its key and kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
     /// [`FORMAT`].
@@ -90,7 +93,7 @@ pub struct Document {
     pub key: KeyId,
     /// Setup or install.
     pub kind: Kind,
-    /// What the step saw of the project, in the order of [`iii_store::facts::sort`].
+    /// The step's facts, in the order of [`iii_store::facts::sort`].
     #[serde(deserialize_with = "bounded_facts")]
     pub facts: Vec<Fact>,
     /// The layer.
@@ -146,7 +149,7 @@ fn check_facts(facts: &[Fact]) -> Result<(), DocumentError> {
         let mut names = fact.path.split(|&byte| byte == b'/');
         let is_root = fact.path.is_empty();
         if !is_root && names.any(|name| iii_store::tree::check_name(name).is_err()) {
-            return Err(DocumentError::Facts("a path is none"));
+            return Err(DocumentError::Facts("a path is not valid"));
         }
     }
     let before = |a: &Fact, b: &Fact| (&a.path, a.seen.how()) < (&b.path, b.seen.how());
@@ -287,11 +290,11 @@ impl Document {
     }
 }
 
-/// What names a blob or a manifest.
+/// Reference to a blob or a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it is.
+    /// Its media type.
     pub media_type: String,
     /// Its digest.
     pub digest: Digest,
@@ -300,7 +303,7 @@ pub struct Descriptor {
     /// Of what kind the artifact is, for a manifest in an index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
-    /// What else is said about it.
+    /// Its annotations.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
 }
@@ -330,7 +333,7 @@ pub struct Index {
 }
 
 impl Index {
-    /// Of these manifests.
+    /// An index of these manifests.
     pub fn new(manifests: Vec<Descriptor>) -> Self {
         Self {
             schema_version: 2,
@@ -340,7 +343,7 @@ impl Index {
         }
     }
 
-    /// Reads an index. What is no record, and what is more than a key can have, is left out.
+    /// Reads an index. Other entries, and records beyond the limit of a key, are left out.
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
         let mut index: Self = parse(bytes)?;
         if index.artifact_type != ARTIFACT {
@@ -354,7 +357,7 @@ impl Index {
         Ok(index)
     }
 
-    /// Puts `new` in front, in place of what has the same facts.
+    /// Puts `new` in front, in place of a record with the same facts.
     pub fn merge(&mut self, new: Descriptor) {
         let facts = new.annotations.get(FACTS).cloned();
         self.manifests
@@ -493,7 +496,7 @@ mod tests {
         assert_eq!(back.facts, document().facts);
         assert_eq!(back.provenance["seconds"], 1.5);
         assert_eq!(back.provenance.get("reason"), None);
-        // Who passes it on gives the same bytes.
+        // Passed on, it has the same bytes.
         let passed_on = Document::new(key(), Kind::Install, &back, Digest::of(b"tar"));
         assert_eq!(passed_on.to_bytes().unwrap(), stored);
     }
@@ -559,14 +562,18 @@ mod tests {
             (
                 "dots",
                 with("\"yarn.lock\"", "\"z/../../etc\""),
-                "a path is none",
+                "a path is not valid",
             ),
             (
                 "absolute",
                 with("\"yarn.lock\"", "\"/z\""),
-                "a path is none",
+                "a path is not valid",
             ),
-            ("zero", with("\"yarn.lock\"", "\"z%00\""), "a path is none"),
+            (
+                "zero",
+                with("\"yarn.lock\"", "\"z%00\""),
+                "a path is not valid",
+            ),
             ("long", with("\"path\":\"yarn.lock\"", &long), "too long"),
             ("many", many.into_bytes(), "at most 200000 facts"),
             ("bomb", zeros, "over the limit of 67108864"),
@@ -584,7 +591,7 @@ mod tests {
             let error = parse(&bytes).expect_err(what);
             assert!(error.contains(message), "{what}: {error}");
         }
-        // What cannot be true is believed only as far as it does no harm.
+        // An impossible value counts only as far as it does no harm.
         for (seconds, kept) in [("1e300", MAX_SECONDS), ("-5", 0.0), ("2", 2.0)] {
             let bytes = with("\"seconds\":1.5", &format!("\"seconds\":{seconds}"));
             let record = parse(&bytes).unwrap().into_record("c");
@@ -633,7 +640,7 @@ mod tests {
         }
         assert_eq!(index.manifests.len(), MAX_RECORDS);
         let mut other = index.clone();
-        // What is no record, and what is too much, is left out.
+        // Other entries, and surplus records, are left out.
         other
             .manifests
             .insert(1, Descriptor::of(MANIFEST, b"an image"));

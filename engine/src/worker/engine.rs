@@ -41,7 +41,7 @@ impl Engine {
             })
     }
 
-    /// Whether anybody accepts connections there within a quarter of a second.
+    /// Whether a process accepts connections there within a quarter of a second.
     pub fn listens(&self) -> bool {
         let Ok(addresses) = (self.host.as_str(), self.port).to_socket_addrs() else {
             return false;

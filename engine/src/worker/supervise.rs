@@ -1,9 +1,10 @@
 //! Signals while something runs in a sandbox.
 //!
-//! A sandbox has a session of its own, so a terminal's Ctrl-C reaches only this process, which passes it on: the first
-//! SIGINT, SIGTERM or SIGHUP asks what runs to end and gives it [`GRACE`], the second kills it. While nothing runs in a sandbox
-//! the process just ends, unless somebody wants to be told first: whatever it was doing is made so that it can end anywhere. The
-//! third ends it in any case, and what runs in a sandbox with it.
+//! A sandbox has a session of its own, so a terminal's Ctrl-C reaches only this process, which
+//! passes it on: the first SIGINT, SIGTERM or SIGHUP asks the command to end and gives it
+//! [`GRACE`], the second kills it. While nothing runs in a sandbox the process just ends, unless a
+//! caller wants to be told first: its work can end anywhere. The third ends it in any case, with
+//! its sandbox.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -29,10 +30,10 @@ pub struct Signals {
 #[derive(Default)]
 struct State {
     running: BTreeMap<u64, Controller>,
-    /// Who wants to be told of the first signal.
+    /// Callbacks for the first signal.
     told: BTreeMap<u64, Box<dyn Fn() + Send>>,
     next: u64,
-    /// The first signal that came. What is attended to after it is asked to end at once.
+    /// The first signal. Commands that are supervised after it are asked to end at once.
     received: Option<Signal>,
     /// How many came.
     count: u32,
@@ -54,8 +55,8 @@ impl Signals {
         Ok(Self { state })
     }
 
-    /// Calls `wait`, and meanwhile passes signals on to what `controller` reaches. Returns what `wait` did and the first
-    /// signal, if one came. Several threads may do so at once.
+    /// Calls `wait`, and meanwhile passes signals on to the sandbox of `controller`. Returns the
+    /// result of `wait` and the first signal, if one came. Several threads may do so at once.
     pub fn attend<R>(
         &self,
         controller: Controller,
@@ -64,7 +65,7 @@ impl Signals {
         let number = {
             let mut state = lock(&self.state);
             if let Some(signal) = state.received {
-                // It can only fail when the sandbox is gone, which is what is wanted.
+                // It can only fail when the sandbox is gone, as intended.
                 let _ = controller.stop(signal, GRACE);
             }
             let number = state.number();
@@ -77,8 +78,8 @@ impl Signals {
         (result, state.received)
     }
 
-    /// Calls `run`, and meanwhile `told` when the first signal comes. That does not end the process even while nothing runs in a
-    /// sandbox; the second does.
+    /// Calls `run`, and meanwhile `told` when the first signal comes. That does not end the process
+    /// even while nothing runs in a sandbox; the second does.
     pub fn heed<R>(&self, told: impl Fn() + Send + 'static, run: impl FnOnce() -> R) -> R {
         let number = {
             let mut state = lock(&self.state);
@@ -111,7 +112,8 @@ fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
 fn receive(state: &mut State, number: i32) {
     let is_first = state.received.is_none();
     state.count += 1;
-    // The sandbox that still counts as running may long be gone, while something is pulled or waited for.
+    // The sandbox that still counts as running may long be gone, while something is pulled or
+    // waited for.
     let insists = state.count >= INSISTENCE;
     if insists || state.running.is_empty() && (state.told.is_empty() || !is_first) {
         std::process::exit(128 + number);
@@ -122,7 +124,7 @@ fn receive(state: &mut State, number: i32) {
         _ => Signal::TERM,
     };
     for controller in state.running.values() {
-        // It can only fail when the sandbox is gone, which is what is wanted.
+        // It can only fail when the sandbox is gone, as intended.
         let _ = if is_first {
             controller.stop(signal, GRACE)
         } else {

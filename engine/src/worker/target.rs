@@ -7,7 +7,7 @@ use iii_oci::Limits;
 use crate::shared_cache::CacheOptions;
 use crate::worker::isolation::SandboxOptions;
 
-/// What to realise.
+/// A project to realise.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The project's directory.
@@ -24,6 +24,6 @@ pub struct Target {
     pub limits: Limits,
     /// Where layers are fetched from, and where they are put for others.
     pub caches: CacheOptions,
-    /// What it runs in.
+    /// Its sandbox.
     pub sandbox: SandboxOptions,
 }

@@ -1,8 +1,9 @@
 //! Waits for changes of a project that have come to rest.
 //!
-//! Every directory is watched but those that a snapshot leaves out, so that an install on the host wakes nobody. One save in an
-//! editor is several events (a temporary file, a rename, a truncation), a checkout is thousands: they are one change, which
-//! ends when nothing has happened for [`QUIET`] and git holds no lock on its index, or after [`PATIENCE`].
+//! Every directory is watched but those that a snapshot leaves out, so that an install on the host
+//! wakes no waiter. One save in an editor is several events (a temporary file, a rename, a
+//! truncation), a checkout is thousands: they are one change, which ends when nothing has happened
+//! for [`QUIET`] and git holds no lock on its index, or after [`PATIENCE`].
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -34,19 +35,19 @@ pub enum WatchError {
         /// Why.
         source: notify::Error,
     },
-    /// There is no thread to wait.
+    /// No thread can be started.
     #[error("a thread cannot be started")]
     Thread(#[source] io::Error),
     /// More than [`MAX_DIRS`].
     #[error("{} has more than {MAX_DIRS} directories", .0.display())]
     TooMany(PathBuf),
-    /// There is none any more.
+    /// The project is gone.
     #[error("{} is gone", .0.display())]
     Gone(PathBuf),
 }
 
 impl WatchError {
-    /// What to do about it, where that is known.
+    /// The remedy, where one is known.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Watch { source, .. }
@@ -64,7 +65,7 @@ enum Message {
     Stop,
 }
 
-/// What tells a directory from another one of the same name.
+/// Identity of a directory, beyond its name.
 fn identity(dir: &Path) -> Option<(u64, u64)> {
     let metadata = fs::metadata(dir).ok()?;
     Some((metadata.dev(), metadata.ino()))
@@ -90,13 +91,14 @@ pub struct Stopper(Sender<Message>);
 impl Stopper {
     /// Waiting returns false from now on.
     pub fn stop(&self) {
-        // Where nobody waits, nothing is to be stopped.
+        // Without a waiter, nothing is to be stopped.
         let _ = self.0.send(Message::Stop);
     }
 }
 
 impl Watch {
-    /// Watches `root` and all that is in it, but for names in `excluded`. Changes from now on are told.
+    /// Watches `root` and all that is in it, but for names in `excluded`. Changes from now on are
+    /// told.
     pub fn new(root: &Path, excluded: &'static [&'static str]) -> Result<Self, WatchError> {
         let (sender, messages) = mpsc::channel();
         let events = sender.clone();
@@ -120,7 +122,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// What ends the waiting.
+    /// Ends the waiting.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.sender.clone())
     }
@@ -146,7 +148,7 @@ impl Watch {
         while begun.elapsed() < PATIENCE {
             let left = rest.saturating_duration_since(Instant::now());
             match self.messages.recv_timeout(left) {
-                // Who only reads disturbs no rest.
+                // Reading is no change.
                 Ok(Message::Event(event)) => {
                     if self.matters(event)? {
                         rest = Instant::now() + QUIET;
@@ -163,7 +165,8 @@ impl Watch {
         Ok(true)
     }
 
-    /// Watches the project once more if another directory has taken its place: a watch stays with what it was put on.
+    /// Watches the project once more if another directory has taken its place: a watch stays with
+    /// what it was put on.
     fn find_again(&mut self) -> Result<(), WatchError> {
         let now = identity(&self.root).ok_or_else(|| WatchError::Gone(self.root.clone()))?;
         if now != self.identity {
@@ -217,7 +220,7 @@ impl Watch {
         self.excluded.iter().any(|excluded| name == *excluded)
     }
 
-    /// Watches a directory and those in it. What goes meanwhile is gone.
+    /// Watches a directory and those in it. Directories that vanish meanwhile are left out.
     fn add(&mut self, dir: PathBuf) -> Result<(), WatchError> {
         // One watch is of all that is below, and each more would begin it anew.
         if cfg!(target_os = "macos") {
@@ -235,7 +238,8 @@ impl Watch {
                     return Err(WatchError::TooMany(self.root.clone()));
                 }
             }
-            // Watched before it is read: what comes in between is seen twice rather than not at all.
+            // Watched before it is read: what comes in between is seen twice rather than not at
+            // all.
             match self.watcher.watch(&dir, RecursiveMode::NonRecursive) {
                 Ok(()) => drop(self.dirs.insert(dir.clone())),
                 Err(_) if dir != self.root && !dir.is_dir() => continue,
@@ -302,7 +306,8 @@ mod tests {
         let dir = project();
         let changed = changes(&dir, |dir| {
             let file = dir.join("src/index.js");
-            // A truncation, a backup and a rename over it, and a new directory with something in it.
+            // A truncation, a backup and a rename over it, and a new directory with something in
+            // it.
             fs::write(&file, "2").unwrap();
             fs::rename(&file, dir.join("src/index.js~")).unwrap();
             fs::write(dir.join("src/.index.swp"), "3").unwrap();

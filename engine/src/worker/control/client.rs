@@ -80,7 +80,7 @@ fn answers_within(
     now: impl Fn() -> Instant,
     mut poll: impl FnMut(Option<&Timespec>) -> rustix::io::Result<usize>,
 ) -> rustix::io::Result<bool> {
-    // One that no clock reaches is none.
+    // A deadline beyond the clock's range means no deadline.
     let deadline = timeout.and_then(|timeout| now().checked_add(timeout));
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(now()));
@@ -101,7 +101,8 @@ fn answer(server: &Socket) -> Result<ToClient, ExecError> {
     }
 }
 
-/// Asks the process that runs the sandbox `name`, whose directory is `dir`, to freeze what it wrote.
+/// Asks the process that runs the sandbox `name`, whose directory is `dir`, to freeze what it
+/// wrote.
 pub(crate) fn ask_for_snapshot(
     dir: &Path,
     name: &str,

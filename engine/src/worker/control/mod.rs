@@ -1,8 +1,9 @@
 //! One more command in a sandbox that runs: `worker exec`.
 //!
-//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory (elsewhere than on Linux at a shorter name), for its
-//! own user alone. Whoever connects sends a command with its streams, then signals and sizes of its terminal, and is told how it
-//! ended. When it goes, the command is killed. Instead of a command, a snapshot can be asked for.
+//! The process that runs the sandbox listens at `exec.sock` in the sandbox's directory (elsewhere
+//! than on Linux at a shorter name), for its own user alone. A client sends a command with
+//! its streams, then signals and sizes of its terminal, and is told how it ended. When it goes, the
+//! command is killed. Instead of a command, a snapshot can be asked for.
 
 mod client;
 mod server;
@@ -54,7 +55,7 @@ pub enum ExecError {
     /// A socket, a stream or a terminal of the tool's own.
     #[error("cannot {operation}")]
     Io {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// Why it failed.
         source: io::Error,
@@ -68,7 +69,7 @@ fn at<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> ExecErro
     }
 }
 
-/// What to run. What is not given is the worker's.
+/// Command to run. Missing parts are the worker's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     /// The program and its arguments.
@@ -114,7 +115,8 @@ fn socket_of(dir: &Path) -> PathBuf {
     dir.join(SOCKET)
 }
 
-/// Calls with the path of the socket of the sandbox in `dir`, by a name that is short: an address has room for 108 bytes.
+/// Calls with the path of the socket of the sandbox in `dir`, by a name that is short: an address
+/// has room for 108 bytes.
 #[cfg(target_os = "linux")]
 fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
     use rustix::fs::{Mode, OFlags};
@@ -124,8 +126,9 @@ fn at_address<T>(dir: &Path, call: impl FnOnce(&Path) -> io::Result<T>) -> io::R
     call(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_ref())
 }
 
-/// Where the socket of the sandbox in `dir`, which is `~/.iii/dev/<name>` or the like, is. An address has room for 104 bytes, and a
-/// directory has no other name, so it is one of a fixed length in `~/.iii`.
+/// Where the socket of the sandbox in `dir`, which is `~/.iii/dev/<name>` or the like, is. An
+/// address has room for 104 bytes, and a directory has no other name, so it is one of a fixed
+/// length in `~/.iii`.
 #[cfg(not(target_os = "linux"))]
 fn socket_of(dir: &Path) -> PathBuf {
     let name = blake3::hash(dir.as_os_str().as_encoded_bytes()).to_hex();

@@ -36,7 +36,8 @@ pub struct Serving {
     snapshots: Taking,
 }
 
-/// Runs what comes to the socket in `dir` by way of `controller`, like `worker` where nothing else is asked, and takes `snapshots`.
+/// Runs commands of clients of the socket in `dir` through `controller`, by default like `worker`,
+/// and takes `snapshots`.
 pub fn serve(
     dir: &Path,
     controller: Controller,
@@ -44,7 +45,7 @@ pub fn serve(
     snapshots: Taking,
 ) -> Result<Serving, ExecError> {
     let path = socket_of(dir);
-    // The lock of the sandbox is held: whoever made it is gone.
+    // The lock of the sandbox is held: the socket's maker is gone.
     let _ = fs::remove_file(&path);
     let listener = at_address(dir, |path| {
         let listener = UnixListener::bind(path)?;
@@ -75,7 +76,7 @@ pub fn serve(
 }
 
 impl Serving {
-    /// What is run from now on is like `worker` where nothing else is asked.
+    /// Runs later commands like `worker` by default.
     pub fn follow(&self, worker: Command) {
         *self.worker.lock().unwrap_or_else(PoisonError::into_inner) = worker;
     }
@@ -159,7 +160,7 @@ fn attend(client: &Socket, controller: &Controller, worker: Command, snapshots: 
         },
         _ => return,
     };
-    // Where nobody is there any more, nobody wants to know.
+    // The client may be gone.
     let _ = client.send(&answer, &[]);
 }
 
