@@ -215,20 +215,30 @@ fn what_an_operation_costs_does_not_depend_on_the_number_of_edits() {
     check_whole(dir.path());
 }
 
+/// Edits of which a store of its own is made, before its files move: a publication lists the packs
+/// that are there, and so costs more the more there are.
+const BATCH: usize = 200;
+
 /// A store that earlier programs have never collected.
 fn neglected(dir: &Path, edits: usize) {
-    let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
-    let lease = store.lease("test").unwrap();
-    let mut files = Files::new();
-    for number in 0..edits {
-        files.insert(b"edited".to_vec(), noise(100, number as u64));
-        let ingest = store.ingest(&lease).unwrap();
-        let tree = crate::helpers::add_files(&ingest, &files).unwrap();
-        let published = ingest.finish(&tree).unwrap();
-        if number + 1 == edits {
-            set_ref(&store, "dev", &[&published]);
+    drop(Store::open_on(dir, Arc::new(NoSync)).unwrap());
+    let mut last = None;
+    for start in (0..edits).step_by(BATCH) {
+        let batch = scratch();
+        let store = Store::open_on(batch.path(), Arc::new(NoSync)).unwrap();
+        for number in start..edits.min(start + BATCH) {
+            let files = Files::from([(b"edited".to_vec(), noise(100, number as u64))]);
+            last = Some(publish(&store, &files).unwrap());
+        }
+        for kind in ["packs", "layers"] {
+            for name in names(&batch.path().join(kind)) {
+                let (from, to) = (batch.path().join(kind), dir.join(kind));
+                fs::rename(from.join(&name), to.join(&name)).unwrap();
+            }
         }
     }
+    let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
+    set_ref(&store, "dev", &[&last.unwrap()]);
 }
 
 #[test]
