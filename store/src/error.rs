@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use crate::id::{LayerId, ObjectId};
 use crate::layer::LayerError;
@@ -121,9 +122,10 @@ pub enum StoreError {
     /// The tree cannot be encoded.
     #[error("the tree cannot be stored")]
     Tree(#[from] TreeError),
-    /// An earlier call of the same ingest failed while writing, so that nothing of it can be trusted.
-    #[error("the ingest is void: writing to the store failed before")]
-    Poisoned,
+    /// A call of an ingest failed to write. Every later call of that ingest is refused with this same
+    /// error, so that the first failure is the one that is reported.
+    #[error(transparent)]
+    Void(Arc<StoreError>),
     /// Nothing keeps any layer.
     #[error(
         "nothing keeps any of the {layers} layers in {}: no image, no worker and no running process names one, and no \
@@ -150,17 +152,35 @@ impl StoreError {
     /// The kind of the input/output error behind this one, if there is one: tells a full disk from the rest.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {
-            Self::Io { source, .. } | Self::Input(source) => Some(source.kind()),
+            Self::Io { source, .. }
+            | Self::Input(source)
+            | Self::Layer {
+                source: LayerError::Map(source),
+                ..
+            }
+            | Self::Index {
+                source: PackError::Map(source),
+                ..
+            } => Some(source.kind()),
+            Self::Void(first) => first.io_kind(),
             _ => None,
         }
     }
-}
 
-impl StoreError {
     /// Whether the disk, or what the user may take of it, is full.
     pub(crate) fn is_full(&self) -> bool {
         let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
-        matches!(self, Self::Io { source, .. } if full.contains(&source.kind()))
+        self.io_kind().is_some_and(|kind| full.contains(&kind))
+    }
+
+    /// Whether the bytes of a file are not those that were stored. An I/O error is not damage: it says
+    /// nothing of what the file holds.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::Json { .. } => true,
+            Self::Layer { .. } | Self::Index { .. } => self.io_kind().is_none(),
+            _ => false,
+        }
     }
 
     /// It and its causes.
@@ -173,6 +193,27 @@ impl StoreError {
             cause = err.source();
         }
         text
+    }
+}
+
+/// Keeps the first error of something that several threads do. What comes after it is refused with it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Latch(Arc<OnceLock<Arc<StoreError>>>);
+
+impl Latch {
+    /// The first error, if there was one.
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        self.0
+            .get()
+            .map_or(Ok(()), |first| Err(StoreError::Void(Arc::clone(first))))
+    }
+
+    /// Keeps an error, unless there was one before. Returns the one that is kept.
+    pub(crate) fn set(&self, err: StoreError) -> StoreError {
+        match err {
+            StoreError::Void(_) => err,
+            err => StoreError::Void(Arc::clone(self.0.get_or_init(|| Arc::new(err)))),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rayon::prelude::*;
 
 use crate::disk::{TmpFile, TmpName};
-use crate::error::{IoContext, StoreError};
+use crate::error::{IoContext, Latch, StoreError};
 use crate::id::{LayerId, ObjectId, PackId, TreeId};
 use crate::layer;
 use crate::lease::Lease;
@@ -69,8 +69,8 @@ struct Large {
 type Loose = HashMap<ObjectId, Large>;
 
 /// Takes in the objects of one layer, from any number of threads, and then the layer. Dropping it without
-/// [`Ingest::finish`] leaves nothing. After a failure to write, every further call is [`StoreError::Poisoned`]; a failure
-/// to read what was handed in is not such a failure.
+/// [`Ingest::finish`] leaves nothing. After a failure to write, every further call returns that same
+/// failure, as [`StoreError::Void`]; a failure to read what was handed in is not such a failure.
 #[derive(Debug)]
 pub struct Ingest<'a> {
     store: Store,
@@ -79,7 +79,8 @@ pub struct Ingest<'a> {
     loose: Mutex<Loose>,
     syncer: Mutex<Option<Syncer>>,
     no_reflink: AtomicBool,
-    poisoned: AtomicBool,
+    /// The first failure to write.
+    failed: Latch,
     /// How often an object was looked for in the indexes.
     looked: AtomicUsize,
     /// How often packs had gone when the indexes were first asked.
@@ -162,7 +163,7 @@ impl<'a> Ingest<'a> {
             loose: Mutex::default(),
             syncer: Mutex::default(),
             no_reflink: AtomicBool::new(false),
-            poisoned: AtomicBool::new(false),
+            failed: Latch::default(),
             looked: AtomicUsize::new(0),
             losses: OnceLock::new(),
             _open: open,
@@ -221,15 +222,12 @@ impl<'a> Ingest<'a> {
         })
     }
 
-    /// Runs something that writes; an error poisons the ingest.
+    /// Runs something that writes. Its failure is the last thing that the ingest does.
     fn guard<T>(&self, f: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-        if self.poisoned.load(Ordering::Relaxed) {
-            return Err(StoreError::Poisoned);
-        }
-        f().inspect_err(|err| {
-            if !matches!(err, StoreError::Input(_)) {
-                self.poisoned.store(true, Ordering::Relaxed);
-            }
+        self.failed.check()?;
+        f().map_err(|err| match err {
+            StoreError::Input(_) => err,
+            err => self.failed.set(err),
         })
     }
 
@@ -352,24 +350,24 @@ impl<'a> Ingest<'a> {
 
     /// Has a file synced while the next ones are read. [`Ingest::finish`] waits for it.
     fn sync_soon(&self, file: Arc<File>, path: PathBuf) -> Result<(), StoreError> {
-        let queue = lock(&self.syncer)
-            .get_or_insert_with(|| Syncer::start(Arc::clone(self.store.disk())))
-            .queue();
-        if queue.is_some_and(|queue| queue.push(file, path)) {
+        let queue = {
+            let mut syncer = lock(&self.syncer);
+            let start = || Syncer::start(Arc::clone(self.store.disk()), self.failed.clone());
+            syncer.get_or_insert_with(start).queue()
+        };
+        if queue.push(file, path)? {
             return Ok(());
         }
-        let failed = lock(&self.syncer).take();
-        failed.map_or(Ok(()), Syncer::finish)?;
-        // Another thread was told why.
-        Err(StoreError::Poisoned)
+        self.failed.check()?;
+        // Its thread panicked.
+        let ended = lock(&self.syncer).take();
+        ended.map_or(Ok(()), Syncer::finish)
     }
 
     /// Makes the layer of `tree` and everything in it durable, then visible. Every file's object must be in the store or
     /// have been added.
     pub fn finish<S: Source>(mut self, tree: &S) -> Result<Published, StoreError> {
-        if *self.poisoned.get_mut() {
-            return Err(StoreError::Poisoned);
-        }
+        self.failed.check()?;
         let syncer = self
             .syncer
             .get_mut()
