@@ -127,8 +127,9 @@ pub struct Account {
     pub layers: Vec<LayerUse>,
     /// Every ref, sorted by kind and name.
     pub refs: Vec<RefUse>,
-    /// Why layers or indexes cannot be read. What only such layers name counts as [`Account::unnamed`], what only stands in such
-    /// an index as [`Account::padding`].
+    /// Why layers, indexes or refs cannot be read. What only such layers name counts as
+    /// [`Account::unnamed`], what only stands in such an index as [`Account::padding`], and layers that
+    /// only such refs name as [`Account::in_no_ref`].
     pub unreadable: Vec<StoreError>,
 }
 
@@ -168,7 +169,7 @@ impl Store {
         for name in names(self.disk().as_ref(), &dir)? {
             // A cache that cannot be read or does not hold is none.
             if let Ok(file) = self.disk().open(&dir.join(name)) {
-                let outcome = StatCache::open(&file).outcome();
+                let outcome = StatCache::open(self.disk().as_ref(), &file).outcome();
                 layers.extend(outcome.map(|outcome| outcome.layer_id));
             }
         }
@@ -181,9 +182,9 @@ impl Store {
         let leftovers = Leftovers::find(self.site())?;
         let abandoned = leftovers.tmp.iter().map(|file| file.len).sum();
         let abandoned = files.tmp.min(abandoned);
-        let mut refs = self.all_refs()?;
+        let (mut refs, mut unreadable) = self.all_refs()?;
         let mut census = self.census()?;
-        let mut unreadable = std::mem::take(&mut census.damaged);
+        unreadable.append(&mut census.damaged);
         let slots = Slots::new(&census, &files.layers);
         let read: Vec<_> = files
             .layers
@@ -261,10 +262,12 @@ impl Store {
         Ok(account)
     }
 
-    fn all_refs(&self) -> Result<Vec<RefUse>, StoreError> {
-        let mut refs = Vec::new();
+    fn all_refs(&self) -> Result<(Vec<RefUse>, Vec<StoreError>), StoreError> {
+        let (mut refs, mut unreadable) = (Vec::new(), Vec::new());
         for kind in RefKind::ALL {
-            for (name, content) in self.list_refs(kind)? {
+            let (readable, mut others) = self.readable_refs(kind)?;
+            unreadable.append(&mut others);
+            for (name, content) in readable {
                 refs.push(RefUse {
                     kind,
                     name,
@@ -275,7 +278,7 @@ impl Store {
                 });
             }
         }
-        Ok(refs)
+        Ok((refs, unreadable))
     }
 }
 

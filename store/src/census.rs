@@ -65,7 +65,7 @@ impl Census {
                 Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
                 other => other.at("opening", &path)?,
             };
-            match Index::open(&file, &id) {
+            match Index::open(disk, &file, &id) {
                 Err(PackError::Map(err)) => Err(err).at("mapping", &path)?,
                 Err(source) => damaged.push(StoreError::Index { path, source }),
                 Ok(index) if index.pack_len() != len => damaged.push(StoreError::Damaged {

@@ -49,6 +49,11 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn open(&self, path: &Path) -> io::Result<File>;
     /// Reads what one call gives, 0 bytes at the end.
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Asked before each mapping of a file. An error stands for that of the mapping: a test has it fail.
+    fn may_map(&self, file: &File) -> io::Result<()> {
+        let _ = file;
+        Ok(())
+    }
     /// What is known of a name, without following a symlink.
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
     /// An error if this user may not make and remove names in a directory.

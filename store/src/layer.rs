@@ -43,6 +43,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 
+use crate::disk::Disk;
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
 use crate::pieces::{Pieces, Put, collect};
@@ -704,8 +705,8 @@ fn array(bytes: &[u8], at: usize) -> [u8; 32] {
 
 impl Layer {
     /// Maps and checks a layer file.
-    pub fn open(file: &File) -> Result<Self, LayerError> {
-        Self::check(Bytes::map(file).map_err(LayerError::Map)?)
+    pub fn open(disk: &dyn Disk, file: &File) -> Result<Self, LayerError> {
+        Self::check(Bytes::map(disk, file).map_err(LayerError::Map)?)
     }
 
     /// A layer held in memory.

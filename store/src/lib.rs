@@ -22,7 +22,8 @@
 //! locks/gc                 flocked by who takes things out of the store, repairs or migrates it
 //! stat/<project>           the stat cache of a project: `snapshot`
 //! trash/<generation>/      what a collection took out, until it is taken back or removed: `trash`
-//! damaged/<n>/             what repair number n set aside: `repair`
+//! damaged/<n>/             what repair number n set aside: `repair`; a layer comes back from there once it is
+//!                          whole again: `aside`
 //! reserve/<n>              what is removed when the disk is full: `reserve`
 //! tmp/<lease>.<n>          what the holder of a lease is writing
 //! tmp/format               what the holder of `locks/format` is writing
@@ -70,6 +71,7 @@
 //! format. Among threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
 
 pub mod account;
+mod aside;
 mod blob;
 mod census;
 pub mod diff;

@@ -7,10 +7,12 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memmap2::{Mmap, UncheckedAdvice};
+
+use crate::blob::read_exact;
+use crate::disk::Disk;
 
 /// A file of at most this many bytes is read and not mapped: that takes fewer system calls and no
 /// address space.
@@ -62,7 +64,8 @@ pub(crate) enum Bytes {
 
 impl Bytes {
     /// Maps or reads a file of the store: a layer, a pack's index, a stat cache.
-    pub(crate) fn map(file: &File) -> io::Result<Self> {
+    pub(crate) fn map(disk: &dyn Disk, file: &File) -> io::Result<Self> {
+        disk.may_map(file)?;
         let len = file.metadata()?.len();
         if len > MAX_READ
             && let Some(mapping) = Mapping::new(file, len)?
@@ -70,7 +73,7 @@ impl Bytes {
             return Ok(Self::Mapped(mapping));
         }
         let mut bytes = vec![0; len as usize];
-        file.read_exact_at(&mut bytes, 0)?;
+        read_exact(disk, file, &mut bytes, 0)?;
         Ok(Self::Owned(bytes))
     }
 
@@ -118,16 +121,20 @@ impl Deref for Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::RealDisk;
 
     #[test]
     fn small_files_are_read_and_no_more_than_so_many_mapped() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(MAX_READ).unwrap();
-        assert!(matches!(Bytes::map(&file).unwrap(), Bytes::Owned(_)));
+        assert!(matches!(
+            Bytes::map(&RealDisk, &file).unwrap(),
+            Bytes::Owned(_)
+        ));
         file.set_len(MAX_READ + 1).unwrap();
         // Other tests of this process may have some mapped, too.
         let all: Vec<Bytes> = (0..=MAX_MAPPED)
-            .map(|_| Bytes::map(&file).unwrap())
+            .map(|_| Bytes::map(&RealDisk, &file).unwrap())
             .collect();
         let mapped = |all: &[Bytes]| {
             let mapped = all.iter().filter(|bytes| matches!(bytes, Bytes::Mapped(_)));
@@ -138,6 +145,6 @@ mod tests {
             assert_eq!(bytes.len() as u64, MAX_READ + 1);
         }
         drop(all);
-        assert_eq!(mapped(&[Bytes::map(&file).unwrap()]), 1);
+        assert_eq!(mapped(&[Bytes::map(&RealDisk, &file).unwrap()]), 1);
     }
 }

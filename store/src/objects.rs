@@ -251,7 +251,7 @@ impl Objects {
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.at("opening", &path)?,
         };
-        match Index::open(&file, id) {
+        match Index::open(self.disk.as_ref(), &file, id) {
             Err(PackError::Map(err)) => Err(err).at("mapping", &path),
             index => Ok(index.ok().filter(|index| index.pack_len() == len)),
         }

@@ -23,6 +23,7 @@
 use std::convert::Infallible;
 use std::fs::File;
 
+use crate::disk::Disk;
 use crate::id::{ObjectId, PackId};
 use crate::map::Bytes;
 use crate::pieces::{Pieces, Put, collect};
@@ -196,8 +197,8 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 
 impl Index {
     /// Maps and checks an index whose name says that it is `id`.
-    pub fn open(file: &File, id: &PackId) -> Result<Self, PackError> {
-        let bytes = Bytes::map(file).map_err(PackError::Map)?;
+    pub fn open(disk: &dyn Disk, file: &File, id: &PackId) -> Result<Self, PackError> {
+        let bytes = Bytes::map(disk, file).map_err(PackError::Map)?;
         let holds = PackId::from(bytes.hash(0)) == *id;
         let index = Self::check(bytes)?;
         if holds {
@@ -329,6 +330,7 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::RealDisk;
 
     fn sample() -> Vec<u8> {
         let mut end = HEADER as u64;
@@ -392,7 +394,7 @@ mod tests {
         let good = sample();
         let id = PackId::from(blake3::hash(&good));
         std::fs::write(&path, &good).unwrap();
-        Index::open(&File::open(&path).unwrap(), &id).unwrap();
+        Index::open(&RealDisk, &File::open(&path).unwrap(), &id).unwrap();
         for at in 0..good.len() {
             let mut bytes = good.clone();
             bytes[at] ^= 0x41;
@@ -403,7 +405,7 @@ mod tests {
             }
             std::fs::write(&path, &bytes).unwrap();
             assert!(
-                Index::open(&File::open(&path).unwrap(), &id).is_err(),
+                Index::open(&RealDisk, &File::open(&path).unwrap(), &id).is_err(),
                 "byte {at}"
             );
         }

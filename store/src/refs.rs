@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::names;
 use crate::error::{IoContext, StoreError};
-use crate::id::LayerId;
+use crate::id::{LayerId, TreeId};
 use crate::lock::FileLock;
 pub use crate::ref_kind::RefKind;
 use crate::reserve;
@@ -21,6 +21,14 @@ pub const MAX_REF_LAYERS: usize = 1024;
 const MAX_REF_FILE: u64 = 16 << 20;
 /// Longest escaped name that is a file name as it is.
 const MAX_PLAIN: usize = 180;
+
+impl RefKind {
+    /// Whether a ref of this kind that cannot be read may be what keeps a layer. A damaged cache volume
+    /// keeps nothing: it is filled again.
+    pub(crate) fn may_keep(self, err: &StoreError) -> bool {
+        self != Self::Volume || !err.is_damage()
+    }
+}
 
 /// The layers under a name, and what its owner wants to know of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +46,18 @@ struct RefFile {
     name: String,
     #[serde(flatten)]
     content: Ref,
+    /// The tree of each layer, in their order, as far as they are known: by it another layer is found that
+    /// serves in place of one that was lost. Files of earlier programs have none.
+    #[serde(default)]
+    trees: Vec<Option<TreeId>>,
+}
+
+impl RefFile {
+    /// The tree of a layer that it names.
+    fn tree_of(&self, id: &LayerId) -> Option<TreeId> {
+        let at = self.content.layers.iter().position(|layer| layer == id)?;
+        *self.trees.get(at)?
+    }
 }
 
 /// The file name of a ref. Names that differ differ here, on filesystems that fold case, too.
@@ -112,7 +132,7 @@ impl Store {
     ) -> Result<Option<(String, Ref)>, StoreError> {
         let path = self.dir().join(kind.path()).join(file_name);
         let file: Option<RefFile> = read_json(self.disk().as_ref(), &path, MAX_REF_FILE)?;
-        let Some(RefFile { name, content }) = file else {
+        let Some(RefFile { name, content, .. }) = file else {
             return Ok(None);
         };
         if escape(&name) != file_name || content.layers.len() > MAX_REF_LAYERS {
@@ -137,22 +157,46 @@ impl Store {
         }
     }
 
-    /// All names of a kind, sorted, with what has them. One that is damaged is an error, since it may be what keeps a
-    /// layer; but a damaged cache volume is left out.
+    /// All names of a kind, sorted, with what has them. One that cannot be read is an error: it may be what
+    /// keeps a layer. A damaged cache volume is left out.
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
-        let mut refs = Vec::new();
+        let (refs, mut unreadable) = self.readable_refs(kind)?;
+        unreadable.retain(|err| kind.may_keep(err));
+        unreadable.pop().map_or(Ok(refs), Err)
+    }
+
+    /// As [`Store::list_refs`], of those that can be read, and why the others cannot.
+    #[expect(clippy::type_complexity, reason = "two lists")]
+    pub fn readable_refs(
+        &self,
+        kind: RefKind,
+    ) -> Result<(Vec<(String, Ref)>, Vec<StoreError>), StoreError> {
+        let (mut refs, mut unreadable) = (Vec::new(), Vec::new());
         for name in self.ref_files(kind)? {
             match self.read_ref(kind, &name) {
                 // One that went meanwhile is not there.
                 Ok(found) => refs.extend(found),
-                // A cache volume can be filled again.
-                Err(StoreError::Json { .. } | StoreError::Damaged { .. })
-                    if kind == RefKind::Volume => {}
-                Err(error) => return Err(error),
+                Err(err) => unreadable.push(err),
             }
         }
         refs.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(refs)
+        Ok((refs, unreadable))
+    }
+
+    /// The tree of a layer, as far as a ref names the layer and knows it.
+    pub(crate) fn tree_of(&self, id: &LayerId) -> Result<Option<TreeId>, StoreError> {
+        let disk = self.disk().as_ref();
+        for kind in RefKind::ALL {
+            let dir = self.dir().join(kind.path());
+            for name in self.ref_files(kind)? {
+                let file = read_json::<RefFile>(disk, &dir.join(name), MAX_REF_FILE);
+                let tree = file.ok().flatten().and_then(|file| file.tree_of(id));
+                if tree.is_some() {
+                    return Ok(tree);
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Removes a name, durably. Says whether there was one.
@@ -189,7 +233,8 @@ impl RefEdit<'_> {
         Ok(true)
     }
 
-    /// As [`Store::set_ref`].
+    /// As [`Store::set_ref`]. A layer that is not in the store is refused, unless the ref names it already:
+    /// a ref that is not whole may be changed without a loss of what it kept.
     pub fn set(&self, content: &Ref) -> Result<(), StoreError> {
         if content.layers.len() > MAX_REF_LAYERS {
             return Err(StoreError::TooLarge {
@@ -201,12 +246,29 @@ impl RefEdit<'_> {
         if let Some(feature) = self.kind.feature() {
             self.store.require_feature(feature)?;
         }
+        let (disk, path) = (self.store.disk().as_ref(), &self.path);
+        let before = match read_json::<RefFile>(disk, path, MAX_REF_FILE) {
+            // It is replaced.
+            Err(err) if err.is_damage() => None,
+            other => other?,
+        };
+        let before = before.filter(|file| file.name == self.name);
+        let mut trees = Vec::new();
         for id in &content.layers {
-            self.store.require_layer(id)?;
+            let named = before
+                .as_ref()
+                .filter(|file| file.content.layers.contains(id));
+            match self.store.require_layer(id) {
+                Err(StoreError::MissingLayer(_)) if named.is_some() => {}
+                other => other?,
+            }
+            let tree = named.and_then(|file| file.tree_of(id));
+            trees.push(tree.or_else(|| Some(self.store.layer(id).ok()?.tree_id())));
         }
         let file = RefFile {
             name: self.name.clone(),
             content: content.clone(),
+            trees,
         };
         write_json(self.store, &lease, &self.path, &file, MAX_REF_FILE)
     }

@@ -5,10 +5,15 @@
 //! repaired again:
 //!
 //! 1. The objects of damaged packs that are what their ids say are written into a new pack.
-//! 2. Records and refs that name lost layers are dropped: layers that are damaged, or name objects that are lost.
+//! 2. Records that name lost layers are dropped: layers that are damaged, or name objects that are lost. A
+//!    ref stays: it keeps its other layers, and is whole again once the lost ones are stored again, or
+//!    their objects: see `aside`.
 //! 3. These layers are set aside, in the trash, too.
 //! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds that they are not there.
 //! 5. Outboards are made again, and the format last.
+//!
+//! A file that cannot be read now is left as it is, and so is everything that may depend on it: see
+//! [`crate::verify`].
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::aside::DAMAGED;
 use crate::blob::{hash_file, read_exact};
 use crate::disk::{Disk, names, read_file};
 use crate::error::{IoContext, StoreError};
@@ -24,6 +30,7 @@ use crate::keys::{FACTS_DIR, HEADS, RecordHead};
 use crate::lease::Lease;
 use crate::lock::FileLock;
 use crate::objects::LOOSE_MIN;
+use crate::outboard::Outboard;
 use crate::pack::{self, Place};
 use crate::pack_writer::PackWriter;
 use crate::refs::RefKind;
@@ -60,12 +67,22 @@ pub enum Mended {
         /// How many.
         records: u64,
     },
-    /// Dropped a ref: an image must be imported again, a worker's layers are built again when it is started.
+    /// Set aside a ref whose file is damaged, or a cache volume that lost a layer: it keeps no layer any
+    /// longer.
     RefDropped {
         /// What the name stands for.
         ref_kind: RefKind,
         /// The name; that of its file if the file is damaged.
         name: String,
+    },
+    /// Lost layers that a ref names. It keeps the others, and is whole again once these are stored again.
+    RefNotWhole {
+        /// What the name stands for.
+        ref_kind: RefKind,
+        /// The name.
+        name: String,
+        /// How many layers of it were lost.
+        layers: u64,
     },
     /// Made an outboard again.
     Outboard {
@@ -86,7 +103,7 @@ pub type OnRepair<'a> = &'a dyn Fn(&Mended);
 
 impl Store {
     /// Mends what a report says: see [`crate::repair`]. Waits for a collection that runs. A report that left problems out is
-    /// mended as far as it goes; verify again. What could not be read is left as it is.
+    /// mended as far as it goes; verify again. What cannot be read is left as it is.
     pub fn repair(
         &self,
         report: &Report,
@@ -168,14 +185,14 @@ impl<'a> Repair<'a> {
         let aside = if let Some(aside) = &self.aside {
             aside.clone()
         } else {
-            let all = dir.join("damaged");
+            let all = dir.join(DAMAGED);
             self.disk.create_dir(&all).at("making", &all)?;
             let numbers = names(self.disk, &all)?;
             let last = numbers
                 .iter()
                 .filter_map(|name| name.parse::<u64>().ok())
                 .max();
-            let aside = Path::new("damaged").join((last.unwrap_or(0) + 1).to_string());
+            let aside = Path::new(DAMAGED).join((last.unwrap_or(0) + 1).to_string());
             let path = dir.join(&aside);
             self.disk.create_dir(&path).at("making", &path)?;
             self.sync(&all)?;
@@ -200,15 +217,15 @@ impl<'a> Repair<'a> {
     }
 
     fn run(&mut self) -> Result<(), StoreError> {
-        let condemned = self.condemned()?;
-        self.salvage(&condemned)?;
+        let mut condemned = self.condemned();
+        self.salvage(&mut condemned)?;
         // What they need and is not there without what is condemned is lost.
-        let pass = Pass::without(self.store, &condemned.packs, &condemned.loose)?;
-        let broken = pass.broken_layers()?;
+        let pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
+        let broken = pass.broken_layers();
         let there = broken.iter().filter(|(_, path)| path.starts_with("layers"));
         let lost = there.map(|(id, _)| *id).collect();
         self.drop_records(&lost)?;
-        self.drop_refs(&lost)?;
+        self.look_at_refs(&lost)?;
         for (_, path) in broken {
             self.set_aside(&path)?;
         }
@@ -256,12 +273,13 @@ impl<'a> Repair<'a> {
             format.write(self.store.site())?;
             self.did(Mended::Format);
         }
-        self.store.objects().refresh()?;
+        // An index that cannot be read is in the report; each read of an object tells of it, too.
+        let _ = self.store.objects().refresh();
         Ok(())
     }
 
     /// The packs and loose objects of the report that are damaged still.
-    fn condemned(&self) -> Result<Condemned, StoreError> {
+    fn condemned(&self) -> Condemned {
         let mut condemned = Condemned::default();
         for problem in &self.report.problems {
             match problem.finding {
@@ -274,41 +292,61 @@ impl<'a> Repair<'a> {
                 }
                 Finding::Object { object, pack: None } => {
                     let path = self.store.places().loose(&object);
-                    let whole = match self.disk.open(&path) {
-                        Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
-                        file => hash_file(self.disk, &file.at("opening", &path)?),
-                    };
-                    if whole.map_or(true, |(found, _)| found != object) {
+                    let file = self.disk.open(&path);
+                    let hashed = file.and_then(|file| hash_file(self.disk, &file));
+                    // One that cannot be read, or went, is left as it is.
+                    if hashed.is_ok_and(|(found, _)| found != object) {
                         condemned.loose.insert(object);
                     }
                 }
                 _ => {}
             }
         }
-        Ok(condemned)
+        condemned
     }
 
-    /// Writes the good objects of the condemned packs into a new one.
-    fn salvage(&mut self, condemned: &Condemned) -> Result<(), StoreError> {
+    /// Writes the good objects of the condemned packs into a new one. A pack that cannot be read is
+    /// condemned no longer.
+    fn salvage(&mut self, condemned: &mut Condemned) -> Result<(), StoreError> {
         let writer = PackWriter::default();
         let mut saved = Vec::new();
         let mut any = false;
-        for id in &condemned.packs {
+        let mut spared = BTreeSet::new();
+        'packs: for id in &condemned.packs {
             let (pack, index) = (self.store.places().pack(id), self.store.places().index(id));
             let (mut good, mut lost) = (0, 0);
-            let file = self.disk.open(&pack);
+            let file = match self.disk.open(&pack) {
+                Ok(file) => Some(file),
+                Err(err) if err.kind() == io::ErrorKind::NotFound => None,
+                Err(_) => {
+                    spared.insert(*id);
+                    continue;
+                }
+            };
             let mut places = match read_file(self.disk, &index, MAX_INDEX) {
                 Ok(bytes) => pack::salvage_index(&bytes.unwrap_or_default()),
-                Err(_) => Vec::new(),
+                Err(err) if err.is_damage() => Vec::new(),
+                Err(_) => {
+                    spared.insert(*id);
+                    continue;
+                }
             };
             places.sort_unstable_by_key(|(_, place)| place.offset);
             for (object, Place { offset, len }) in places {
                 let mut bytes = vec![0; len.min(LOOSE_MIN) as usize];
                 let read = match &file {
-                    Ok(file) => read_exact(self.disk, file, &mut bytes, offset).is_ok(),
-                    Err(_) => false,
+                    Some(file) => read_exact(self.disk, file, &mut bytes, offset),
+                    None => Err(io::ErrorKind::UnexpectedEof.into()),
                 };
-                if len >= LOOSE_MIN || !read || ObjectId::of(&bytes) != object {
+                let is_read = match read {
+                    Ok(()) => true,
+                    Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => false,
+                    Err(_) => {
+                        spared.insert(*id);
+                        continue 'packs;
+                    }
+                };
+                if len >= LOOSE_MIN || !is_read || ObjectId::of(&bytes) != object {
                     lost += 1;
                     continue;
                 }
@@ -324,6 +362,7 @@ impl<'a> Repair<'a> {
             }
             saved.push((*id, good, lost));
         }
+        condemned.packs.retain(|id| !spared.contains(id));
         if let Some(pack) = writer.finish()? {
             pack.publish(&self.lease)?;
         }
@@ -355,11 +394,12 @@ impl<'a> Repair<'a> {
             let mut gone = BTreeSet::new();
             let mut damaged = BTreeSet::new();
             match self.store.checked_heads(&key) {
-                Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                Err(err) if err.is_damage() => {
                     self.set_aside(&Path::new("keys").join(key.to_string()))?;
                 }
-                other => {
-                    for record in other? {
+                Err(_) => continue,
+                Ok(records) => {
+                    for record in records {
                         if self.is_lost(&record.layer_id, lost)? {
                             gone.insert(record.layer_id);
                         }
@@ -368,15 +408,19 @@ impl<'a> Repair<'a> {
                             Ok(None) => {
                                 damaged.insert(record.facts);
                             }
-                            Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                            Err(err) if err.is_damage() => {
                                 let name = format!("{key}.{}", record.facts);
                                 self.set_aside(&Path::new(FACTS_DIR).join(name))?;
                                 damaged.insert(record.facts);
                             }
-                            Err(error) => return Err(error),
+                            // They cannot be read.
+                            Err(_) => {}
                         }
                     }
                 }
+            }
+            if gone.is_empty() && damaged.is_empty() {
+                continue;
             }
             let go =
                 |head: &RecordHead| gone.contains(&head.layer_id) || damaged.contains(&head.facts);
@@ -388,28 +432,38 @@ impl<'a> Repair<'a> {
         Ok(())
     }
 
-    fn drop_refs(&mut self, lost: &BTreeSet<LayerId>) -> Result<(), StoreError> {
-        for kind in RefKind::ALL {
-            let dir = Path::new(kind.path());
+    /// Sets damaged refs aside, and tells of those that name a layer which is lost.
+    fn look_at_refs(&mut self, lost: &BTreeSet<LayerId>) -> Result<(), StoreError> {
+        for ref_kind in RefKind::ALL {
+            let dir = Path::new(ref_kind.path());
             for file in names(self.disk, &self.store.dir().join(dir))? {
-                let name = match self.store.read_ref(kind, &file) {
+                match self.store.read_ref(ref_kind, &file) {
                     Ok(Some((name, content))) => {
-                        let mut gone = false;
-                        for id in &content.layers {
-                            gone |= self.is_lost(id, lost)?;
-                        }
-                        if !gone {
+                        let gone = content.layers.iter().filter(|id| lost.contains(id));
+                        let layers = gone.count() as u64;
+                        if layers == 0 {
                             continue;
                         }
-                        name
+                        // A cache is not stored again, but filled again.
+                        if ref_kind == RefKind::Volume {
+                            self.set_aside(&dir.join(&file))?;
+                            self.did(Mended::RefDropped { ref_kind, name });
+                        } else {
+                            self.did(Mended::RefNotWhole {
+                                ref_kind,
+                                name,
+                                layers,
+                            });
+                        }
                     }
-                    Ok(None) => continue,
-                    Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => file.clone(),
-                    Err(err) => return Err(err),
-                };
-                if self.set_aside(&dir.join(&file))? {
-                    let ref_kind = kind;
-                    self.did(Mended::RefDropped { ref_kind, name });
+                    Err(err) if err.is_damage() => {
+                        if self.set_aside(&dir.join(&file))? {
+                            let name = file;
+                            self.did(Mended::RefDropped { ref_kind, name });
+                        }
+                    }
+                    // It went, or cannot be read.
+                    Ok(None) | Err(_) => {}
                 }
             }
         }
@@ -417,8 +471,15 @@ impl<'a> Repair<'a> {
     }
 
     fn make_outboard(&mut self, object: &ObjectId) -> Result<(), StoreError> {
+        let path = self.store.places().loose(object);
+        let file = self.disk.open(&path);
+        let hashed = file.and_then(|file| hash_file(self.disk, &file));
+        let Ok((found, outboard)) = hashed else {
+            return Ok(());
+        };
         self.set_aside(&Path::new("loose").join(format!("{object}.cv")))?;
-        if write_outboard(self.store, &self.lease, object)? {
+        if found == *object {
+            put_outboard(self.store, &self.lease, object, &outboard)?;
             self.did(Mended::Outboard { object: *object });
         }
         Ok(())
@@ -440,11 +501,20 @@ pub(crate) fn write_outboard(
     if found != *object {
         return Ok(false);
     }
+    put_outboard(store, lease, object, &outboard)?;
+    Ok(true)
+}
+
+fn put_outboard(
+    store: &Store,
+    lease: &Lease,
+    object: &ObjectId,
+    outboard: &Outboard,
+) -> Result<(), StoreError> {
     let tmp = lease.tmp()?;
     tmp.write(&outboard.encode(), 0)?;
     tmp.sync()?;
     tmp.publish(&store.places().outboard(object))?;
     let dir = store.dir().join("loose");
-    disk.sync_dir(&dir).at("syncing", &dir)?;
-    Ok(true)
+    store.disk().sync_dir(&dir).at("syncing", &dir)
 }

@@ -56,6 +56,8 @@ pub struct Roots {
     pub layers: HashMap<LayerId, Vec<Root>>,
     /// The records of each key, newest first.
     pub records: BTreeMap<KeyId, Vec<RecordHead>>,
+    /// Why refs cannot be read: what they keep is not known.
+    pub unreadable_refs: Vec<StoreError>,
     /// Keys whose file does not hold: they keep nothing, and are built anew.
     pub damaged_keys: Vec<KeyId>,
     /// The layers of each cache volume, bottom first.
@@ -65,8 +67,7 @@ pub struct Roots {
 }
 
 impl Roots {
-    /// Reads them. Safe beside everything else. A ref that is damaged is an error, since it may be the one that keeps a layer; a
-    /// cache volume whose ref is damaged keeps nothing.
+    /// Reads them, without a ref that cannot be read. Safe beside everything else.
     pub fn read(store: &Store) -> Result<Self, StoreError> {
         let mut roots = Self {
             leases: lease::live(store.site())?,
@@ -81,7 +82,10 @@ impl Roots {
             }
         }
         for kind in RefKind::ALL {
-            for (name, content) in store.list_refs(kind)? {
+            let (refs, unreadable) = store.readable_refs(kind)?;
+            let unreadable = unreadable.into_iter().filter(|err| kind.may_keep(err));
+            roots.unreadable_refs.extend(unreadable);
+            for (name, content) in refs {
                 if kind == RefKind::Volume {
                     roots.volumes.insert(name.clone(), content.layers.clone());
                 }
@@ -104,7 +108,7 @@ impl Roots {
                     }
                     roots.records.insert(key, records);
                 }
-                Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
+                Err(err) if err.is_damage() => {
                     roots.damaged_keys.push(key);
                 }
                 Err(err) => return Err(err),
@@ -115,6 +119,12 @@ impl Roots {
             reasons.dedup();
         }
         Ok(roots)
+    }
+
+    /// As [`Roots::read`], and an error if a ref cannot be read: what has no root may be collected.
+    pub(crate) fn read_all(store: &Store) -> Result<Self, StoreError> {
+        let mut roots = Self::read(store)?;
+        roots.unreadable_refs.pop().map_or(Ok(roots), Err)
     }
 
     /// What keeps a layer.

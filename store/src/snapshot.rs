@@ -139,8 +139,12 @@ pub fn snapshot(
     dir: &Path,
     options: &Options<'_>,
 ) -> Result<Snapshot, SnapshotError> {
-    let cache = store.disk().open(&cache_path(store, options));
-    let cache = cache.map_or_else(|_| StatCache::default(), |file| StatCache::open(&file));
+    let disk = store.disk().as_ref();
+    let cache = disk.open(&cache_path(store, options));
+    let cache = cache.map_or_else(
+        |_| StatCache::default(),
+        |file| StatCache::open(disk, &file),
+    );
     match attempt(store, lease, dir, options, &cache) {
         // The cache names contents that the store has not any more: everything is read.
         Err(SnapshotError::Store {

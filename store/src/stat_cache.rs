@@ -23,7 +23,9 @@
 
 use std::convert::Infallible;
 use std::fs::File;
+use std::io;
 
+use crate::disk::Disk;
 use crate::id::{LayerId, ObjectId, TreeId};
 use crate::map::Bytes;
 use crate::pieces::{Pieces, Put, collect};
@@ -242,17 +244,13 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
 
 impl StatCache {
     /// The cache in a file; empty if it does not hold.
-    pub fn open(file: &File) -> Self {
-        Self::checked(file).unwrap_or_default()
+    pub fn open(disk: &dyn Disk, file: &File) -> Self {
+        Self::checked(disk, file).ok().flatten().unwrap_or_default()
     }
 
-    fn checked(file: &File) -> Option<Self> {
-        Bytes::map(file).ok().and_then(Self::check)
-    }
-
-    /// Whether the cache in a file holds.
-    pub(crate) fn holds(file: &File) -> bool {
-        Self::checked(file).is_some()
+    /// The cache in a file, if it holds. An error says nothing of that.
+    pub(crate) fn checked(disk: &dyn Disk, file: &File) -> io::Result<Option<Self>> {
+        Bytes::map(disk, file).map(Self::check)
     }
 
     /// A cache held in memory.

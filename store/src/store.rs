@@ -396,7 +396,7 @@ impl Store {
         let path = self.places().layer(id);
         let file = self.look(id, || self.disk().open(&path))?;
         let file = file.at("opening", &path)?;
-        let layer = Self::check_layer(id, &path, &file)?;
+        let layer = self.check_layer(id, &path, &file)?;
         let layer = Arc::new(layer);
         let mut layers = lock(&self.0.layers);
         layers.retain(|_, layer| layer.strong_count() > 0);
@@ -405,12 +405,18 @@ impl Store {
     }
 
     /// Maps a layer file and checks that it is the layer that its name says.
-    pub(crate) fn check_layer(id: &LayerId, path: &Path, file: &File) -> Result<Layer, StoreError> {
-        let layer = Layer::open(file).map_err(|source| StoreError::Layer {
-            id: *id,
-            path: path.to_owned(),
-            source,
-        })?;
+    pub(crate) fn check_layer(
+        &self,
+        id: &LayerId,
+        path: &Path,
+        file: &File,
+    ) -> Result<Layer, StoreError> {
+        let layer =
+            Layer::open(self.disk().as_ref(), file).map_err(|source| StoreError::Layer {
+                id: *id,
+                path: path.to_owned(),
+                source,
+            })?;
         if layer.layer_id() != *id || !layer.body_holds() || !layer.header_holds() {
             let what = "it is not the layer that its name says";
             return Err(StoreError::Damaged {
@@ -421,16 +427,37 @@ impl Store {
         Ok(layer)
     }
 
+    /// Opens a layer or, where it is not in the store, one with the same tree, which differs from it in
+    /// mtimes alone: a step that is run again makes such a one. What a layer that is not there had for a
+    /// tree is known of those that a ref names.
+    pub fn layer_or_same_tree(&self, id: &LayerId) -> Result<Arc<Layer>, StoreError> {
+        match self.layer(id) {
+            Err(StoreError::MissingLayer(_)) => {}
+            other => return other,
+        }
+        if let Some(tree) = self.tree_of(id)? {
+            for other in self.layer_ids()? {
+                match self.layer(&other) {
+                    Ok(layer) if layer.tree_id() == tree => return Ok(layer),
+                    // This is a search: what is damaged, or went, is not what it looks for.
+                    _ => {}
+                }
+            }
+        }
+        Err(StoreError::MissingLayer(*id))
+    }
+
     pub(crate) fn places(&self) -> Places<'_> {
         self.0.objects.places()
     }
 
-    /// Looks for a layer in the trash and takes it back from there.
+    /// Looks for a layer in the trash, and among those that were set aside and are whole again, and takes
+    /// it back from there.
     fn take_back_layer(&self, id: &LayerId) -> Result<bool, StoreError> {
         if self.0.read_only.is_some() {
             return Ok(false);
         }
-        trash::patiently(|| self.places().take_back_layer(id))
+        Ok(trash::patiently(|| self.places().take_back_layer(id))? || self.restore_layer(id)?)
     }
 
     /// Whether the object is there, and so durable and whole.

@@ -91,7 +91,7 @@ pub(crate) fn patiently(
     take_back()
 }
 
-fn is_refusal(err: &StoreError) -> bool {
+pub(crate) fn is_refusal(err: &StoreError) -> bool {
     // Landlock says either.
     let refusals = [
         io::ErrorKind::PermissionDenied,
@@ -216,7 +216,10 @@ impl<'a> Places<'a> {
 
     /// Whether this index is there and names the object.
     fn holds(&self, index: &Path, pack: &PackId, id: &ObjectId) -> bool {
-        let index = self.disk.open(index).map(|file| Index::open(&file, pack));
+        let index = self
+            .disk
+            .open(index)
+            .map(|file| Index::open(self.disk, &file, pack));
         index.is_ok_and(|index| index.is_ok_and(|index| index.position(id).is_some()))
     }
 }

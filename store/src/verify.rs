@@ -4,6 +4,11 @@
 //! byte by byte, every object that a layer names, keys, refs and stat caches. With [`VerifyOptions::data`], every byte of
 //! every object is hashed, too.
 //!
+//! A failed system call is no damage: nothing is known of a file that cannot be opened, mapped or read,
+//! because the process has too many files open, too little memory or no permission, or because its disk
+//! fails. Such a file is [`Finding::Unchecked`], and so is a layer that names objects which may be in it.
+//! [`crate::repair`] leaves both as they are.
+//!
 //! It runs beside builds and gc. What appears meanwhile need not be looked at; what vanishes is no problem, since
 //! whatever names it is removed first. What looks wrong is looked at again while gc is kept from running, and only
 //! what still looks wrong is reported.
@@ -11,10 +16,11 @@
 mod data;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use rayon::prelude::*;
@@ -23,19 +29,21 @@ use serde::Serialize;
 use crate::blob::{hash_file, read_exact};
 use crate::disk::{Disk, read_file};
 use crate::error::StoreError;
-use crate::id::{KeyId, LayerId, ObjectId, PackId};
+use crate::id::{KeyId, LayerId, ObjectId, PackId, TreeId};
 use crate::keys::{FACTS_DIR, facts_name};
-use crate::layer::{Kind, Layer};
+use crate::layer::{Kind, Layer, LayerError};
 use crate::lock::FileLock;
 use crate::mutex::lock;
 use crate::objects::{LOOSE_MIN, Pack, PackSet};
 use crate::outboard::Outboard;
-use crate::pack::{self, Index};
+use crate::pack::{self, Index, PackError};
 use crate::refs::RefKind;
 use crate::stat_cache::StatCache;
 use crate::store::{Format, Found, Store, is_known_name};
 use crate::trash::{self, TrashedLayer};
 
+/// Piece in which files that are to be mapped are read, in bytes.
+const PIECE: usize = 1 << 20;
 /// Most problems of one report.
 const MAX_PROBLEMS: usize = 10_000;
 
@@ -66,6 +74,8 @@ pub enum Severity {
     Note,
     /// Nothing is lost: it is made again, or it is not the store's.
     Warning,
+    /// A failed system call kept it from being checked: it may be whole or damaged.
+    Unchecked,
     /// Something that was stored is lost.
     Damage,
 }
@@ -152,7 +162,8 @@ pub enum Finding {
         /// What the name stands for.
         ref_kind: RefKind,
     },
-    /// A ref names a layer that is not there.
+    /// A ref names a layer that is not there. The ref keeps its other layers, and is whole again once
+    /// this one is stored again.
     RefLayer {
         /// What the name stands for.
         ref_kind: RefKind,
@@ -165,8 +176,8 @@ pub enum Finding {
     StatCache,
     /// Something that is not the store's.
     Foreign,
-    /// Something cannot be read.
-    Unreadable,
+    /// A system call failed on it, so that nothing is known of it.
+    Unchecked,
 }
 
 impl Finding {
@@ -183,16 +194,16 @@ impl Finding {
             | Self::Outboard { .. }
             | Self::Key { .. }
             | Self::KeyLayer { .. }
+            | Self::RefLayer { .. }
             | Self::Foreign => Severity::Warning,
+            Self::Unchecked => Severity::Unchecked,
             Self::Format
             | Self::Index { .. }
             | Self::Pack { .. }
             | Self::Object { .. }
             | Self::Layer { .. }
             | Self::Incomplete { .. }
-            | Self::Ref { .. }
-            | Self::RefLayer { .. }
-            | Self::Unreadable => Severity::Damage,
+            | Self::Ref { .. } => Severity::Damage,
         }
     }
 
@@ -219,10 +230,14 @@ impl Finding {
                 ref_kind: RefKind::Image,
                 ..
             } => "the image must be imported again",
+            Self::RefLayer {
+                ref_kind: RefKind::Volume,
+                ..
+            } => "the cache is filled again",
             Self::RefLayer { .. } => "the worker's layers are built again when it is started",
             Self::StatCache => "the project's files are read again",
             Self::Foreign => "it is left alone, and takes room",
-            Self::Unreadable => "nothing is known of it",
+            Self::Unchecked => "it may be whole or damaged; it is left as it is",
         }
     }
 }
@@ -268,6 +283,16 @@ impl Report {
     /// Whether there is nothing but notes.
     pub fn is_clean(&self) -> bool {
         self.worst() <= Some(Severity::Note) && self.omitted == 0
+    }
+
+    /// Whether there is nothing that a repair mends: but for notes, only names whose layers must be stored
+    /// again.
+    pub fn is_mended(&self) -> bool {
+        let is_left = |problem: &Problem| {
+            problem.severity == Severity::Note
+                || matches!(problem.finding, Finding::RefLayer { .. })
+        };
+        self.problems.iter().all(is_left) && self.omitted == 0
     }
 
     /// How bad the worst problem is.
@@ -358,10 +383,16 @@ pub(crate) struct Pass<'a> {
     set: PackSet,
     /// The lengths of the loose objects.
     loose: HashMap<ObjectId, u64>,
+    /// Whether all indexes were read, and the names of all loose objects.
+    loaded: bool,
+    /// Whether objects may be in an index or a directory that could not be read.
+    blind: AtomicBool,
     /// Objects that were read and are not what their ids say.
     lost: RwLock<HashSet<ObjectId>>,
     /// The objects in the trash, as of when one was first looked for there.
     trash: OnceLock<(PackSet, HashMap<ObjectId, u64>)>,
+    /// The trees of the layers that hold, as of when one was first looked for.
+    trees: OnceLock<HashSet<TreeId>>,
     hashed: AtomicU64,
     total: u64,
     counts: Report,
@@ -380,13 +411,17 @@ impl<'a> Pass<'a> {
             packs: HashMap::new(),
             set: PackSet::default(),
             loose: HashMap::new(),
+            loaded: false,
+            blind: AtomicBool::new(false),
             lost: RwLock::default(),
             trash: OnceLock::new(),
+            trees: OnceLock::new(),
             hashed: AtomicU64::new(0),
             total: 0,
             counts: Report::default(),
         };
         pass.load();
+        pass.loaded = true;
         pass
     }
 
@@ -395,9 +430,8 @@ impl<'a> Pass<'a> {
         store: &'a Store,
         packs: &BTreeSet<PackId>,
         loose: &BTreeSet<ObjectId>,
-    ) -> Result<Self, StoreError> {
+    ) -> Self {
         let mut pass = Self::new(store, VerifyOptions::default(), &|_| {});
-        pass.must_have_seen_all()?;
         let there = pass.set.packs().iter();
         let there = there.filter(|pack| !packs.contains(&pack.id)).cloned();
         let there = there.collect();
@@ -405,34 +439,18 @@ impl<'a> Pass<'a> {
         pass.set.add(there);
         pass.loose
             .retain(|id, len| *len >= LOOSE_MIN && !loose.contains(id));
-        Ok(pass)
+        pass
     }
 
-    /// An error if there is something that could not be looked at: then it is not known what is lost.
-    fn must_have_seen_all(&self) -> Result<(), StoreError> {
-        let found = lock(&self.found);
-        let mut found = found.iter().map(|(_, problem)| problem);
-        let unseen = |problem: &&Problem| {
-            matches!(problem.finding, Finding::Unreadable | Finding::Directory)
-        };
-        match found.find(unseen) {
-            None => Ok(()),
-            Some(problem) => Err(StoreError::Damaged {
-                path: self.dir.join(&problem.path),
-                what: "it cannot be read, so nobody knows what is lost",
-            }),
-        }
-    }
-
-    /// The files of layers, in the trash, too, that are damaged or name objects that are not there.
-    pub(crate) fn broken_layers(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
+    /// The files of layers, in the trash, too, that are damaged or name objects that are not there. Those
+    /// of which that is not known are not among them.
+    pub(crate) fn broken_layers(&self) -> Vec<(LayerId, PathBuf)> {
         lock(&self.found).clear();
         let layers = self.list("layers", is_id::<LayerId>);
         let ids = layers.iter().filter_map(|name| name.parse().ok());
         let mut items: Vec<Item> = ids.map(Item::Layer).collect();
         items.extend(self.trashed_layers());
         items.par_iter().for_each(|item| self.check_item(item));
-        self.must_have_seen_all()?;
         let found = lock(&self.found);
         let broken = found
             .iter()
@@ -442,7 +460,7 @@ impl<'a> Pass<'a> {
                 }
                 _ => None,
             });
-        Ok(broken.collect())
+        broken.collect()
     }
 
     fn into_report(self) -> (Report, Vec<(Item, Problem)>) {
@@ -471,16 +489,58 @@ impl<'a> Pass<'a> {
         found.push((item.clone(), problem));
     }
 
+    /// Reports that a failed system call leaves open what something holds.
+    fn unchecked(&self, item: &Item, path: &Path, err: &io::Error) {
+        let holds_objects = match item {
+            Item::Names(name) => ["packs", "loose", "trash"].contains(name),
+            // Later, what cannot be read is known to be there.
+            Item::Pack(_) | Item::Loose(_) => !self.loaded,
+            _ => false,
+        };
+        if holds_objects {
+            self.blind.store(true, Ordering::Relaxed);
+        }
+        let mut what = format!("it cannot be read: {err}");
+        let own = rustix::process::geteuid().as_raw();
+        if err.kind() == io::ErrorKind::PermissionDenied
+            && let Ok(meta) = self.disk.metadata(path)
+            && meta.uid() != own
+        {
+            what = format!(
+                "it belongs to user {}, and user {own} may not read it: change its owner, or verify as \
+                 its owner",
+                meta.uid()
+            );
+        }
+        self.report(item, Finding::Unchecked, path, what);
+    }
+
+    /// Reports what an error says: damage, or that a failed system call leaves that open.
+    fn failed(&self, item: &Item, finding: Finding, path: &Path, err: &StoreError) {
+        match err {
+            StoreError::Io { source, .. } => self.unchecked(item, path, source),
+            err => self.report(item, finding, path, err.in_one_line()),
+        }
+    }
+
     /// Reports what a read came to, unless it came to something or the file is gone.
     fn read<T>(&self, item: &Item, path: &Path, read: io::Result<T>) -> Option<T> {
         match read {
             Ok(value) => Some(value),
             Err(err) if err.kind() == io::ErrorKind::NotFound => None,
             Err(err) => {
-                self.report(item, Finding::Unreadable, path, err.to_string());
+                self.unchecked(item, path, &err);
                 None
             }
         }
+    }
+
+    /// Opens a file that is to be mapped, and reads it once: a disk that fails gives an error here, and
+    /// ends the process when a mapping meets with it.
+    fn open(&self, item: &Item, path: &Path) -> Option<File> {
+        let file = self.read(item, path, self.disk.open(path))?;
+        self.read(item, path, read_through(self.disk, &file))?;
+        Some(file)
     }
 
     /// The names in a directory that `known` takes, and reports the others.
@@ -502,7 +562,7 @@ impl<'a> Pass<'a> {
             Err(err) if err.kind() == io::ErrorKind::NotFound => {
                 self.report(&item, Finding::Directory, &dir, "the directory is missing");
             }
-            Err(err) => self.report(&item, Finding::Unreadable, &dir, err.to_string()),
+            Err(err) => self.unchecked(&item, &dir, &err),
         }
         ours
     }
@@ -582,14 +642,18 @@ impl<'a> Pass<'a> {
 
     fn load_index(&self, id: &PackId) -> Option<Arc<Pack>> {
         let (item, path) = (Item::Pack(*id), self.store.places().index(id));
-        let file = self.read(&item, &path, self.disk.open(&path))?;
-        match Index::open(&file, id) {
+        let file = self.open(&item, &path)?;
+        match Index::open(self.disk, &file, id) {
             Ok(index) => {
                 if index.compat_features() != [0; 2] {
                     self.features(&item, &path, &index.compat_features());
                 }
                 let pack = self.store.places().pack(id);
                 Some(Arc::new(Pack::new(*id, index, pack)))
+            }
+            Err(PackError::Map(err)) => {
+                self.unchecked(&item, &path, &err);
+                None
             }
             Err(err) => {
                 self.report(&item, Finding::Index { pack: *id }, &path, err.to_string());
@@ -693,15 +757,16 @@ impl<'a> Pass<'a> {
             Item::Ref(kind, file) => self.check_ref(item, *kind, file),
             Item::Stat(name) => {
                 let path = self.dir.join("stat").join(name);
-                if let Some(file) = self.read(item, &path, self.disk.open(&path))
-                    && !StatCache::holds(&file)
-                {
-                    self.report(
-                        item,
-                        Finding::StatCache,
-                        &path,
-                        "its checksum does not hold",
-                    );
+                let Some(file) = self.open(item, &path) else {
+                    return;
+                };
+                match StatCache::checked(self.disk, &file) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => {
+                        let what = "its checksum does not hold";
+                        self.report(item, Finding::StatCache, &path, what);
+                    }
+                    Err(err) => self.unchecked(item, &path, &err),
                 }
             }
         }
@@ -721,7 +786,7 @@ impl<'a> Pass<'a> {
             Ok(Found::Outdated(_)) => {
                 self.report(item, Finding::Format, &path, "it is of an earlier layout");
             }
-            Err(err) => self.report(item, Finding::Format, &path, err.in_one_line()),
+            Err(err) => self.failed(item, Finding::Format, &path, &err),
         }
     }
 
@@ -739,7 +804,7 @@ impl<'a> Pass<'a> {
                 }
                 return;
             }
-            Err(err) => return self.report(item, Finding::Unreadable, path, err.to_string()),
+            Err(err) => return self.unchecked(item, path, &err),
         };
         let mut header = [0; pack::HEADER];
         match file.metadata() {
@@ -748,7 +813,7 @@ impl<'a> Pass<'a> {
                 self.report(item, finding(), path, format!("it has {is} bytes of {was}"));
             }
             Ok(_) => {}
-            Err(err) => return self.report(item, Finding::Unreadable, path, err.to_string()),
+            Err(err) => return self.unchecked(item, path, &err),
         }
         match read_exact(self.disk, &file, &mut header, 0) {
             Ok(()) if !pack::is_header(&header) => {
@@ -762,7 +827,7 @@ impl<'a> Pass<'a> {
             }
             // Its length told.
             Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => {}
-            Err(err) => self.report(item, Finding::Unreadable, path, err.to_string()),
+            Err(err) => self.unchecked(item, path, &err),
         }
         if self.options.data {
             self.check_pack_data(item, pack, &file);
@@ -790,26 +855,7 @@ impl<'a> Pass<'a> {
             self.lose(*id);
             return self.report(item, finding(), &path, "it was cut short, or is no file");
         }
-        let beside = self.store.places().outboard(id);
-        let stored = match read_file(self.disk, &beside, Outboard::file_len(len)) {
-            Ok(stored) => stored.map(|bytes| Outboard::decode(&bytes, id, len)),
-            Err(err) if err.io_kind().is_some() => {
-                return self.report(item, Finding::Unreadable, &beside, err.in_one_line());
-            }
-            Err(_) => Some(None),
-        };
-        match stored {
-            // The object is gone, too, or else this is told.
-            None if self.disk.metadata(&path).is_ok() => {
-                let finding = Finding::NoOutboard { object: *id };
-                self.report(item, finding, &beside, "it is missing");
-            }
-            Some(None) => {
-                let finding = Finding::Outboard { object: *id };
-                self.report(item, finding, &beside, "it is damaged");
-            }
-            _ => {}
-        }
+        self.check_outboard(item, id, len);
         if !self.options.data {
             return;
         }
@@ -827,12 +873,23 @@ impl<'a> Pass<'a> {
                     "its bytes are not those that were stored",
                 );
             }
-            Err(err) => {
-                self.lose(*id);
-                self.report(item, finding(), &path, format!("it cannot be read: {err}"));
-            }
+            Err(err) => self.unchecked(item, &path, &err),
         }
         self.progress(len);
+    }
+
+    fn check_outboard(&self, item: &Item, id: &ObjectId, len: u64) {
+        let path = self.store.places().outboard(id);
+        let (finding, what) = match read_file(self.disk, &path, Outboard::file_len(len)) {
+            Ok(Some(bytes)) if Outboard::decode(&bytes, id, len).is_some() => return,
+            Ok(None) => (Finding::NoOutboard { object: *id }, "it is missing"),
+            Err(StoreError::Io { source, .. }) => return self.unchecked(item, &path, &source),
+            Ok(Some(_)) | Err(_) => (Finding::Outboard { object: *id }, "it is damaged"),
+        };
+        // Else both are gone.
+        if self.disk.metadata(&self.store.places().loose(id)).is_ok() {
+            self.report(item, finding, &path, what);
+        }
     }
 
     /// The layers in the trash.
@@ -844,13 +901,23 @@ impl<'a> Pass<'a> {
             }
             Err(err) => {
                 let (item, path) = (Item::Names("trash"), self.dir.join("trash"));
-                self.report(&item, Finding::Unreadable, &path, err.in_one_line());
+                self.failed(&item, Finding::Unchecked, &path, &err);
                 Vec::new()
             }
         }
     }
 
-    /// The length of an object in the trash: whoever looks for it takes it back.
+    /// The length of an object, if it is there.
+    fn len_of(&self, object: &ObjectId) -> Option<u64> {
+        let packed = self
+            .set
+            .find(object)
+            .map(|(pack, ix)| pack.index.place(ix).len);
+        let len = packed.or_else(|| self.loose.get(object).copied());
+        len.or_else(|| self.in_trash(object))
+    }
+
+    /// The length of an object in the trash: looking for it takes it back.
     fn in_trash(&self, object: &ObjectId) -> Option<u64> {
         let (set, loose) = self.trash.get_or_init(|| self.load_trash());
         let packed = set.find(object).map(|(pack, ix)| pack.index.place(ix).len);
@@ -859,41 +926,63 @@ impl<'a> Pass<'a> {
 
     fn load_trash(&self) -> (PackSet, HashMap<ObjectId, u64>) {
         let (mut packs, mut loose) = (Vec::new(), HashMap::new());
-        // What cannot be read is as good as gone.
-        for (_, dir) in trash::generations(self.disk, self.dir).unwrap_or_default() {
-            for name in trash::list(self.disk, &dir).unwrap_or_default() {
-                let path = dir.join(&name);
-                match name.split_once('.') {
-                    Some((id, "idx")) => {
-                        let id = id.parse::<PackId>().ok();
-                        let file = self.disk.open(&path).ok();
-                        let index = id.zip(file).and_then(|(id, file)| {
-                            let index = Index::open(&file, &id).ok()?;
-                            Some(Arc::new(Pack::new(id, index, path.with_extension("pack"))))
-                        });
-                        packs.extend(index);
+        let mut load = || -> Result<(), StoreError> {
+            for (_, dir) in trash::generations(self.disk, self.dir)? {
+                for name in trash::list(self.disk, &dir)? {
+                    let path = dir.join(&name);
+                    match name.split_once('.') {
+                        Some((id, "idx")) => {
+                            let id = id.parse::<PackId>().ok();
+                            let pack = id.and_then(|id| self.load_trashed_index(&id, &path));
+                            packs.extend(pack);
+                        }
+                        Some((id, trash::LOOSE)) => {
+                            if let Ok(id) = id.parse::<ObjectId>() {
+                                let meta = self.disk.metadata(&path);
+                                let meta = self.read(&Item::Names("trash"), &path, meta);
+                                loose.extend(meta.map(|meta| (id, meta.size())));
+                            }
+                        }
+                        _ => {}
                     }
-                    Some((id, trash::LOOSE)) => {
-                        let len = self.disk.metadata(&path).map(|meta| meta.size()).ok();
-                        loose.extend(id.parse::<ObjectId>().ok().zip(len));
-                    }
-                    _ => {}
                 }
             }
+            Ok(())
+        };
+        if let Err(err) = load() {
+            let (item, path) = (Item::Names("trash"), self.dir.join("trash"));
+            self.failed(&item, Finding::Unchecked, &path, &err);
         }
         let mut set = PackSet::default();
         set.add(packs);
         (set, loose)
     }
 
+    fn load_trashed_index(&self, id: &PackId, path: &Path) -> Option<Arc<Pack>> {
+        let item = Item::Names("trash");
+        let file = self.open(&item, path)?;
+        match Index::open(self.disk, &file, id) {
+            Ok(index) => Some(Arc::new(Pack::new(*id, index, path.with_extension("pack")))),
+            Err(PackError::Map(err)) => {
+                self.unchecked(&item, path, &err);
+                None
+            }
+            // What it named is gone.
+            Err(_) => None,
+        }
+    }
+
     fn check_layer(&self, item: &Item, id: &LayerId, path: &Path) {
         let finding = || Finding::Layer { layer: *id };
-        let Some(file) = self.read(item, path, self.disk.open(path)) else {
+        let Some(file) = self.open(item, path) else {
             return;
         };
-        let layer = match Layer::open(&file).and_then(|layer| layer.check_all().map(|()| layer)) {
+        let layer = match Layer::open(self.disk, &file)
+            .and_then(|layer| layer.check_all().map(|()| layer))
+        {
             Ok(layer) if layer.layer_id() == *id => layer,
             Ok(_) => return self.report(item, finding(), path, "it is another layer"),
+            Err(LayerError::Map(err)) => return self.unchecked(item, path, &err),
             Err(err) => return self.report(item, finding(), path, err.to_string()),
         };
         if layer.compat_features() != [0; 2] {
@@ -904,12 +993,7 @@ impl<'a> Pass<'a> {
         let mut first = None;
         for node in layer.nodes().filter(|node| node.kind() == Kind::File) {
             let object = node.object();
-            let packed = self
-                .set
-                .find(&object)
-                .map(|(pack, ix)| pack.index.place(ix).len);
-            let len = packed.or_else(|| self.loose.get(&object).copied());
-            let len = len.or_else(|| self.in_trash(&object));
+            let len = self.len_of(&object);
             if len != Some(node.size()) || lost.contains(&object) {
                 files += 1;
                 let damaged = lost.contains(&object);
@@ -929,6 +1013,11 @@ impl<'a> Pass<'a> {
             Some(len) => format!("has {len} bytes, not {}", node.size()),
         };
         let name = String::from_utf8_lossy(&node.path()).into_owned();
+        if len.is_none() && !damaged && self.blind.load(Ordering::Relaxed) {
+            let what =
+                format!("object {object} of {name:?} may be in something that cannot be read");
+            return self.report(item, Finding::Unchecked, path, what);
+        }
         let what = format!("object {object} of {name:?} {why}; files concerned: {files}");
         let finding = Finding::Incomplete {
             layer: *id,
@@ -938,10 +1027,44 @@ impl<'a> Pass<'a> {
         self.report(item, finding, path, what);
     }
 
-    fn has_layer(&self, id: &LayerId) -> bool {
-        self.disk
-            .metadata(&self.store.places().layer(id))
-            .is_ok_and(|meta| meta.is_file())
+    /// Whether a layer is there. An I/O error is reported, and no answer.
+    fn lacks_layer(&self, item: &Item, id: &LayerId) -> bool {
+        let path = self.store.places().layer(id);
+        match self.disk.metadata(&path) {
+            Ok(meta) => !meta.is_file(),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => true,
+            Err(err) => {
+                self.unchecked(item, &path, &err);
+                false
+            }
+        }
+    }
+
+    /// Whether a layer of the same tree serves in place of one that is not there, as it does for the upper
+    /// of a worker.
+    fn is_served(&self, kind: RefKind, id: &LayerId) -> bool {
+        if matches!(kind, RefKind::Image | RefKind::Volume) {
+            return false;
+        }
+        let tree = self.store.tree_of(id).ok().flatten();
+        let trees = self.trees.get_or_init(|| {
+            let ids = self.store.layer_ids().unwrap_or_default().into_iter();
+            let layers = ids.filter_map(|id| {
+                let path = self.store.places().layer(&id);
+                self.store.open_layer_file(&id, &path).ok().flatten()
+            });
+            layers.map(|layer| layer.tree_id()).collect()
+        });
+        tree.is_some_and(|tree| trees.contains(&tree))
+    }
+
+    /// Whether a layer was set aside and is whole again, so that the next look for it takes it back.
+    fn is_restorable(&self, id: &LayerId) -> bool {
+        let Ok(Some((_, layer))) = self.store.aside_layer(id) else {
+            return false;
+        };
+        let mut files = layer.nodes().filter(|node| node.kind() == Kind::File);
+        files.all(|node| self.len_of(&node.object()) == Some(node.size()))
     }
 
     fn check_key(&self, item: &Item, key: &KeyId) {
@@ -949,32 +1072,28 @@ impl<'a> Pass<'a> {
         match self.store.checked_heads(key) {
             Ok(records) => {
                 for record in records {
+                    let path_of_facts = self.store.facts_path(key, &record.facts);
                     let facts = match self.store.checked_facts(key, &record) {
                         Ok(Some(_)) => None,
                         Ok(None) => Some("they are not there".to_owned()),
-                        Err(err) if err.io_kind().is_some() => {
-                            let path = self.store.facts_path(key, &record.facts);
-                            self.report(item, Finding::Unreadable, &path, err.in_one_line());
+                        Err(StoreError::Io { source, .. }) => {
+                            self.unchecked(item, &path_of_facts, &source);
                             None
                         }
                         Err(err) => Some(err.in_one_line()),
                     };
                     if let Some(why) = facts {
-                        let path = self.store.facts_path(key, &record.facts);
                         let what = format!("the facts of a record cannot be used: {why}");
-                        self.report(item, Finding::Key { key: *key }, &path, what);
+                        self.report(item, Finding::Key { key: *key }, &path_of_facts, what);
                     }
-                    if !self.has_layer(&record.layer_id) {
-                        let layer = record.layer_id;
+                    let layer = record.layer_id;
+                    if self.lacks_layer(item, &layer) {
                         let finding = Finding::KeyLayer { key: *key, layer };
                         self.report(item, finding, &path, format!("layer {layer} is not there"));
                     }
                 }
             }
-            Err(err) if err.io_kind().is_some() => {
-                self.report(item, Finding::Unreadable, &path, err.in_one_line());
-            }
-            Err(err) => self.report(item, Finding::Key { key: *key }, &path, err.in_one_line()),
+            Err(err) => self.failed(item, Finding::Key { key: *key }, &path, &err),
         }
     }
 
@@ -983,7 +1102,10 @@ impl<'a> Pass<'a> {
         match self.store.read_ref(kind, file) {
             Ok(Some((name, content))) => {
                 for layer in content.layers {
-                    if !self.has_layer(&layer) {
+                    if self.lacks_layer(item, &layer)
+                        && !self.is_restorable(&layer)
+                        && !self.is_served(kind, &layer)
+                    {
                         let what = format!("layer {layer} of {name:?} is not there");
                         let name = name.clone();
                         let finding = Finding::RefLayer {
@@ -996,15 +1118,21 @@ impl<'a> Pass<'a> {
                 }
             }
             Ok(None) => {}
-            Err(err) if err.io_kind().is_some() => {
-                self.report(item, Finding::Unreadable, &path, err.in_one_line());
-            }
-            Err(err) => self.report(
-                item,
-                Finding::Ref { ref_kind: kind },
-                &path,
-                err.in_one_line(),
-            ),
+            Err(err) => self.failed(item, Finding::Ref { ref_kind: kind }, &path, &err),
+        }
+    }
+}
+
+/// Reads a file from its beginning to its end.
+fn read_through(disk: &dyn Disk, file: &File) -> io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    loop {
+        match disk.read_at(file, &mut piece, at) {
+            Ok(0) => return Ok(()),
+            Ok(count) => at += count as u64,
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
         }
     }
 }

@@ -248,7 +248,7 @@ impl<'a> Collection<'a> {
         if trashed.is_empty() {
             return Ok(());
         }
-        let roots = Roots::read(self.store)?;
+        let roots = Roots::read_all(self.store)?;
         for layer in trashed {
             if !roots.of(&layer.id).is_empty() && self.places().take_back_layer(&layer.id)? {
                 self.report.layers_trashed = self.report.layers_trashed.saturating_sub(1);
@@ -286,11 +286,13 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// The layer files that are there, in the trash, too.
+    /// The layer files that are there, those in the trash and those that repair set aside included.
     fn layer_files(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
-        // Trash first: one that is taken back meanwhile is then seen in its place.
+        // These first: one that is taken back meanwhile is then seen in its place.
         let trashed = trash::layers(self.store.site())?.into_iter();
         let mut files: Vec<_> = trashed.map(|layer| (layer.id, layer.path)).collect();
+        let aside = self.store.aside_layers()?.into_iter();
+        files.extend(aside.map(|layer| (layer.id, layer.path)));
         let present = self.store.present_layers()?.into_iter();
         files.extend(present.map(|layer| (layer.id, layer.path)));
         Ok(files)

@@ -5,7 +5,8 @@
 //! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key and
 //! a cache volume count until the policy drops them, because a layer of theirs was not used for
 //! long or because the store is too large. Objects are kept by layers: by every layer file that is
-//! there, the ones in the trash included. Policy never looks at objects.
+//! there, the ones in the trash and the rooted ones that repair set aside included. Policy never
+//! looks at objects.
 //!
 //! # The number of files
 //!
@@ -375,7 +376,7 @@ impl Store {
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.at("opening", path)?,
         };
-        Self::check_layer(id, path, &file).map(Some)
+        self.check_layer(id, path, &file).map(Some)
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use rayon::prelude::*;
 
 use super::{DroppedRecord, DroppedVolume, Garbage, GcPlan, Kept, Policy, Present, Why, decide};
+use crate::aside::AsideLayer;
 use crate::blob::Bits;
 use crate::census::{Census, Named};
 use crate::disk::{names, on_disk};
@@ -31,11 +32,13 @@ pub(super) struct Planner<'a> {
     census: Census,
     leftovers: Leftovers,
     blocked: Option<String>,
+    /// Those that repair set aside.
+    aside: Vec<AsideLayer>,
 }
 
 impl<'a> Planner<'a> {
     pub(super) fn read(store: &'a Store) -> Result<Self, StoreError> {
-        let roots = Roots::read(store)?;
+        let roots = Roots::read_all(store)?;
         let layers = store.present_layers()?;
         let trashed = trash::layers(store.site())?;
         let census = store.census()?;
@@ -47,6 +50,7 @@ impl<'a> Planner<'a> {
             leftovers: Leftovers::find(store.site())?,
             blocked: census.damaged.first().map(StoreError::in_one_line),
             census,
+            aside: store.aside_layers()?,
         })
     }
 
@@ -315,7 +319,9 @@ impl<'a> Planner<'a> {
             if now.duration_since(written).unwrap_or_default() < policy.keep {
                 continue;
             }
-            let cache = disk.open(&path).map(|file| StatCache::open(&file));
+            let cache = disk
+                .open(&path)
+                .map(|file| StatCache::open(disk.as_ref(), &file));
             let layer = cache
                 .unwrap_or_default()
                 .outcome()
@@ -416,6 +422,13 @@ impl<'a> Size<'a> {
         let trashed = trashed.filter(|layer| held.get(&layer.id) == Some(&layer.path.as_path()));
         // One that cannot be read keeps nothing.
         trashed.for_each(|layer| drop(look(layer.id, &layer.path)));
+        for layer in &planner.aside {
+            if let Ok(Some(layer)) = planner.store.open_layer_file(&layer.id, &layer.path) {
+                for slot in census.named_by(&layer).slots {
+                    counts[slot].fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
         let freed = (0..counts.len())
             .filter(|slot| counts[*slot].load(Ordering::Relaxed) == 0)
             .map(|slot| census.len_of(slot))

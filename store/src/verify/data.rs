@@ -1,8 +1,9 @@
 //! Hashing the objects of packs.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -26,6 +27,8 @@ struct PackData<'a> {
     /// By ascending offset.
     places: Vec<(ObjectId, Place)>,
     damaged: AtomicUsize,
+    /// Whether one of them could not be read.
+    unread: AtomicBool,
 }
 
 fn end(place: &Place) -> u64 {
@@ -42,6 +45,7 @@ impl Pass<'_> {
             file,
             places: pack.index.objects().collect(),
             damaged: AtomicUsize::new(0),
+            unread: AtomicBool::new(false),
         };
         let runs = data.runs();
         runs.into_par_iter()
@@ -63,6 +67,13 @@ impl PackData<'_> {
             let pack = Some(self.pack.id);
             let finding = Finding::Object { object, pack };
             self.pass.report(self.item, finding, &self.pack.path, what);
+        }
+    }
+
+    /// Reports an object that cannot be read, one for the whole pack.
+    fn unread(&self, err: &io::Error) {
+        if !self.unread.swap(true, Ordering::Relaxed) {
+            self.pass.unchecked(self.item, &self.pack.path, err);
         }
     }
 
@@ -117,9 +128,10 @@ impl PackData<'_> {
                 let bytes = &mut buf[..place.len as usize];
                 match read_exact(self.pass.disk, self.file, bytes, place.offset) {
                     Ok(()) => self.check_object(*object, bytes),
-                    Err(err) => {
-                        self.lost(*object, format!("object {object} cannot be read: {err}"));
+                    Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => {
+                        self.lost(*object, format!("object {object} is cut short"));
                     }
+                    Err(err) => self.unread(&err),
                 }
             }
         }

@@ -255,7 +255,10 @@ fn the_first_failure_of_an_ingest_is_the_one_that_is_told() {
         told.push(causes(&ingest.finish(&tree).unwrap_err()));
         assert!(!disk.0.armed.load(Ordering::Relaxed), "{fails}");
         let first = &told[0];
-        assert!(first.contains("/tmp/") && first.contains("os error 5"), "{first}");
+        assert!(
+            first.contains("/tmp/") && first.contains("os error 5"),
+            "{first}"
+        );
         assert!(told.iter().all(|text| text == first), "{fails}: {told:#?}");
     }
 }

@@ -21,7 +21,9 @@ mod reflinks;
 mod repairs;
 mod seam;
 mod snapshots;
+mod survivors;
 mod sweeps;
+mod unchecked;
 #[path = "../../../fuzz/src/variants.rs"]
 mod variants;
 mod volumes;

@@ -193,6 +193,7 @@ fn is_seen(call: &Call<'_>) -> bool {
         | Call::Sync(_)
         | Call::SyncDir(_)
         | Call::Read
+        | Call::Map
         | Call::Touch(_) => false,
         _ => true,
     }

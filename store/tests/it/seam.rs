@@ -26,6 +26,7 @@ pub enum Call<'a> {
     Touch(&'a Path),
     Open(&'a Path),
     Read,
+    Map,
     Metadata(&'a Path),
     List(&'a Path),
     Space(&'a Path),
@@ -36,7 +37,12 @@ impl Call<'_> {
     pub fn writes(&self) -> bool {
         !matches!(
             self,
-            Self::Open(_) | Self::Read | Self::Metadata(_) | Self::List(_) | Self::Space(_)
+            Self::Open(_)
+                | Self::Read
+                | Self::Map
+                | Self::Metadata(_)
+                | Self::List(_)
+                | Self::Space(_)
         )
     }
 }
@@ -57,6 +63,7 @@ impl Debug for Call<'_> {
             Self::Touch(path) => write!(f, "touch {}", path.display()),
             Self::Open(path) => write!(f, "open {}", path.display()),
             Self::Read => f.write_str("read_at"),
+            Self::Map => f.write_str("map"),
             Self::Metadata(path) => write!(f, "metadata {}", path.display()),
             Self::List(path) => write!(f, "list {}", path.display()),
             Self::Space(path) => write!(f, "space {}", path.display()),
@@ -144,6 +151,10 @@ impl<H: Hook> Disk for Hooked<H> {
             let len = self.0.at_most(buf.len());
             NoSync.read_at(file, &mut buf[..len], offset)
         })
+    }
+
+    fn may_map(&self, file: &File) -> io::Result<()> {
+        self.0.around(Call::Map, || NoSync.may_map(file))
     }
 
     fn metadata(&self, path: &Path) -> io::Result<Metadata> {
