@@ -843,7 +843,7 @@ pub enum Store {
     ///
     /// Checks the structure: every index, layer, key and ref. With --data, also hashes every byte
     /// of every file. Runs beside builds and workers. Exit code 1 means problems that are not
-    /// repaired.
+    /// repaired, 3 that the machine kept something from being checked and nothing else is wrong.
     #[command(after_help = "Examples:
   iii store verify
   iii store verify --data                    # hash everything

@@ -28,7 +28,7 @@ pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
         Image::Pull(args) => pull(&home, &store, &args, ui),
         Image::Import(args) => import(&store, &args, ui),
         Image::Export(args) => export::image(&home, &store, &args, ui),
-        Image::List(args) => list(&store, &args),
+        Image::List(args) => list(&store, &args, ui),
         Image::Inspect(args) => inspect(&store, &args),
         Image::Remove(args) => remove(&store, &args, ui),
     }
@@ -147,8 +147,11 @@ impl<'a> Bars<'a> {
     }
 }
 
-fn list(store: &Store, args: &List) -> Result<ExitCode, CliError> {
-    let images = oci::list(store)?;
+fn list(store: &Store, args: &List, ui: &Ui) -> Result<ExitCode, CliError> {
+    let (images, unreadable) = oci::readable(store)?;
+    for error in &unreadable {
+        ui.warn(format_args!("{error}; `iii store verify` says more"));
+    }
     if args.json {
         print_json(&serde_json::json!({ "images": images }))?;
         return Ok(ExitCode::SUCCESS);

@@ -38,9 +38,12 @@ struct Snapshots {
     snapshots: Vec<Snapshot>,
 }
 
-pub fn list(home: &Home, args: &ListSnapshots) -> Result<ExitCode, CliError> {
+pub fn list(home: &Home, args: &ListSnapshots, ui: &Ui) -> Result<ExitCode, CliError> {
     let subject = Subject::find(home, &config_path(&args.config)?, &args.name.parse()?)?;
-    let snapshots = snapshot::list(&Store::open(home.store())?, &subject)?;
+    let (snapshots, unreadable) = snapshot::list(&Store::open(home.store())?, &subject)?;
+    for error in &unreadable {
+        ui.warn(format_args!("{error}; `iii store verify` says more"));
+    }
     if args.json {
         print_json(&Snapshots { snapshots })?;
         return Ok(ExitCode::SUCCESS);

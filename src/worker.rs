@@ -50,7 +50,7 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
         Worker::Logs(args) => managed::logs(&home, &args),
         Worker::Clear(args) => managed::clear(&home, &args, ui),
         Worker::Snapshot(args) => snapshot::take(&home, &args, ui),
-        Worker::Snapshots(args) => snapshot::list(&home, &args),
+        Worker::Snapshots(args) => snapshot::list(&home, &args, ui),
         Worker::Rollback(args) => snapshot::roll_back(&home, &args, ui),
         Worker::Fork(args) => snapshot::fork(&home, &args, ui),
         Worker::Init(args) => managed::init(&args, ui),

@@ -368,10 +368,22 @@ fn finish(
 
 /// All images of the store, sorted by name.
 pub fn list(store: &Store) -> Result<Vec<Image>, ImageError> {
-    let refs = store.list_refs(RefKind::Image)?;
-    refs.into_iter()
-        .map(|(name, content)| image_of(name, content))
-        .collect()
+    let (images, mut unreadable) = readable(store)?;
+    unreadable.pop().map_or(Ok(images), Err)
+}
+
+/// As [`list`], of those that can be read, and why others cannot.
+pub fn readable(store: &Store) -> Result<(Vec<Image>, Vec<ImageError>), ImageError> {
+    let (refs, unreadable) = store.readable_refs(RefKind::Image)?;
+    let mut unreadable: Vec<ImageError> = unreadable.into_iter().map(ImageError::from).collect();
+    let mut images = Vec::new();
+    for (name, content) in refs {
+        match image_of(name, content) {
+            Ok(image) => images.push(image),
+            Err(error) => unreadable.push(error),
+        }
+    }
+    Ok((images, unreadable))
 }
 
 /// The image that `name`, completed as docker completes names, stands for in the store.

@@ -52,8 +52,9 @@ impl std::fmt::Debug for Overlay {
 impl Overlay {
     /// Composes `layers`, bottom first, and the upper in the directory `upper`, which is made when
     /// missing and locked as long as the overlay lives. If the upper stood on another chain, its
-    /// changes are carried over first: see [`crate::rebase`]. The caller has pinned the layers, and
-    /// those of [`crate::footing_of`].
+    /// changes are carried over first: see [`crate::rebase`]. A layer of that chain that was lost
+    /// is replaced by one of the same tree. The caller has pinned the layers, and those of
+    /// [`crate::footing_of`].
     pub fn open(
         store: &Store,
         layers: Vec<Arc<Layer>>,
@@ -62,7 +63,7 @@ impl Overlay {
     ) -> std::result::Result<Self, OpenError> {
         let old = |id: &iii_store::LayerId| {
             store
-                .layer(id)
+                .layer_or_same_tree(id)
                 .map_err(|error| Box::new(error) as Box<dyn std::error::Error + Send + Sync>)
         };
         Self::open_with(Arc::new(store.clone()), layers, &old, upper, options)

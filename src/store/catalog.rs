@@ -23,13 +23,19 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Reads the store. A damaged key keeps nothing, and causes a warning.
+    /// Reads the store. A damaged key keeps nothing, and causes a warning; so does a ref that cannot
+    /// be read.
     pub fn read(store: &Store, ui: &Ui) -> Result<Self, StoreError> {
         let mut roots = Roots::read(store)?;
         for key in &roots.damaged_keys {
             ui.warn(format_args!(
                 "the records of key {} are damaged; their layers are built again",
                 key.short()
+            ));
+        }
+        for error in &roots.unreadable_refs {
+            ui.warn(format_args!(
+                "{error}; the layers that it keeps are not known, and gc does not run"
             ));
         }
         let mut recipes: BTreeMap<_, Vec<_>> = BTreeMap::new();
@@ -43,7 +49,7 @@ impl Catalog {
         let mut frozen = BTreeSet::new();
         let mut projects: BTreeSet<LayerId> = store.snapshot_layers()?.into_iter().collect();
         for kind in RefKind::ALL {
-            for (name, content) in store.list_refs(kind)? {
+            for (name, content) in store.readable_refs(kind)?.0 {
                 match kind {
                     RefKind::Image | RefKind::Volume => {}
                     RefKind::Worker | RefKind::Managed => projects.extend(run_on(&content).last()),
@@ -62,6 +68,11 @@ impl Catalog {
             projects,
             frozen,
         })
+    }
+
+    /// Whether a ref cannot be read.
+    pub fn lacks_refs(&self) -> bool {
+        !self.roots.unreadable_refs.is_empty()
     }
 
     /// The roots that keep a layer, sorted.

@@ -17,6 +17,9 @@ use crate::output::{Ui, Unit, human_bytes, human_count, human_counted, human_dur
 use crate::table::{Align, Table};
 use crate::{CliError, print, print_json};
 
+/// The exit code where nothing is wrong but that something could not be checked.
+const UNCHECKED: u8 = 3;
+
 pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> {
     let store = open(dir)?;
     let report = look(&store, args, ui)?;
@@ -29,7 +32,11 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
         // Opened again: the format may have been written.
         let report = look(&open(dir)?, args, ui)?;
         if !args.json && !report.is_clean() {
-            ui.warn("not repaired:");
+            ui.warn(if report.is_mended() {
+                "to be imported or built again:"
+            } else {
+                "not repaired:"
+            });
             print(&problems_text(&report))?;
         }
         after = Some(report);
@@ -38,21 +45,32 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
         print_json(&json!({ "report": report, "mended": mended, "after": after }))?;
     }
     let last = after.as_ref().unwrap_or(&report);
-    if last.is_clean() {
+    if last.is_clean() || (args.repair && last.is_mended()) {
         return Ok(ExitCode::SUCCESS);
     }
-    let damaged = |problem: &&iii_store::Problem| problem.severity == Severity::Damage;
-    let damaged = last.problems.iter().filter(damaged).count() as u64;
-    let worse = last.problems.iter();
-    let worse = worse.filter(|problem| problem.severity > Severity::Note);
-    let problems = worse.count() as u64 + last.omitted;
+    let count = |severity: Severity| {
+        let problems = last.problems.iter();
+        problems.filter(|one| one.severity == severity).count() as u64
+    };
+    let (damaged, unchecked) = (count(Severity::Damage), count(Severity::Unchecked));
+    let problems = damaged + unchecked + count(Severity::Warning) + last.omitted;
     ui.error(format_args!(
         "the store has {}, {} of them damage",
         human_counted(problems, "problem"),
         human_count(damaged)
     ));
-    if !args.repair {
+    if unchecked > 0 {
+        ui.note(format_args!(
+            "{} could not be checked and may be whole: a repair leaves that as it is",
+            human_count(unchecked)
+        ));
+    }
+    if !args.repair && problems > unchecked {
         ui.note("`iii store verify --repair` moves damage aside and drops everything that depends on it, so that it is built again");
+    }
+    // An error of the machine is no verdict on the store.
+    if problems == unchecked {
+        return Ok(ExitCode::from(UNCHECKED));
     }
     Ok(ExitCode::FAILURE)
 }
@@ -108,6 +126,7 @@ fn problems_text(report: &Report) -> String {
         let severity = match problem.severity {
             Severity::Note => "note",
             Severity::Warning => "warning",
+            Severity::Unchecked => "unchecked",
             Severity::Damage => "damage",
         };
         table.row([
@@ -147,7 +166,16 @@ fn mended_text(done: &Mended) -> String {
         ),
         Mended::RefDropped { ref_kind, name } => {
             let what = ref_kind_text(*ref_kind);
-            format!("{what} {name} dropped: its layers are not whole")
+            format!("{what} {name} dropped: its file is damaged")
+        }
+        Mended::RefNotWhole {
+            ref_kind,
+            name,
+            layers,
+        } => {
+            let what = ref_kind_text(*ref_kind);
+            let lost = human_counted(*layers, "layer");
+            format!("{what} {name} keeps its other layers; {lost} must be stored again")
         }
         Mended::Outboard { object } => format!("outboard of {} made again", object.short()),
         Mended::Directory { path } => format!("directory {} made again", path.display()),

@@ -63,12 +63,9 @@ pub(crate) fn keep_also(
     if last.as_ref() == Some(&wanted) {
         return Ok(false);
     }
-    let there = |ids: &[LayerId]| -> Vec<LayerId> {
-        let there = ids.iter().filter(|id| store.has_layer(id));
-        there.copied().collect()
-    };
+    // A lost layer stays named: a layer of the same tree may carry the upper over.
     let (runs_on, all) = match &last {
-        Some(last) => (there(run_on(last)), there(&last.layers)),
+        Some(last) => (run_on(last).to_vec(), last.layers.clone()),
         None => Default::default(),
     };
     if all.is_empty() {

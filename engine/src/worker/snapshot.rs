@@ -252,16 +252,20 @@ impl Snapshot {
     }
 }
 
-/// The snapshots of a worker, by their tags.
-pub fn list(store: &Store, subject: &Subject) -> Result<Vec<Snapshot>, SnapshotError> {
+/// The snapshots of a worker, by their tags, and why snapshots of any worker cannot be read.
+pub fn list(
+    store: &Store,
+    subject: &Subject,
+) -> Result<(Vec<Snapshot>, Vec<StoreError>), SnapshotError> {
     let prefix = subject.prefix();
     let mut snapshots = Vec::new();
-    for (name, content) in store.list_refs(RefKind::Snapshot)? {
+    let (refs, unreadable) = store.readable_refs(RefKind::Snapshot)?;
+    for (name, content) in refs {
         if let Some(tag) = name.strip_prefix(&prefix) {
             snapshots.push(Snapshot::of(subject, tag.parse()?, content)?);
         }
     }
-    Ok(snapshots)
+    Ok((snapshots, unreadable))
 }
 
 /// The snapshot `tag` of a worker.
@@ -272,6 +276,7 @@ pub fn find(store: &Store, subject: &Subject, tag: &Tag) -> Result<Snapshot, Sna
             name: subject.name.to_string(),
             tag: tag.to_string(),
             have: list(store, subject)?
+                .0
                 .into_iter()
                 .map(|snapshot| snapshot.tag.to_string())
                 .collect(),
@@ -294,7 +299,7 @@ pub(crate) fn remove_all(
 ) -> Result<usize, StoreError> {
     let prefix = prefix(keeper, name);
     let mut removed = 0;
-    for (name, _) in store.list_refs(RefKind::Snapshot)? {
+    for (name, _) in store.readable_refs(RefKind::Snapshot)?.0 {
         if name.starts_with(&prefix) && store.remove_ref(RefKind::Snapshot, &name)? {
             removed += 1;
         }
@@ -458,7 +463,8 @@ impl Taker<'_> {
         {
             *project = *seen;
         }
-        let layers = footing.layers.iter().map(|id| self.store.layer(id));
+        let layers = footing.layers.iter();
+        let layers = layers.map(|id| self.store.layer_or_same_tree(id));
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
         let options = OverlayOptions {
             // Nothing is observed, so nobody asks where it is.
@@ -560,7 +566,8 @@ fn put(
     let lease = store.lease(&format!("upper of {name}"))?;
     let footing = frozen.footing();
     lease.pin(&footing.all().chain([frozen.layer]).collect::<Vec<_>>())?;
-    let layers = footing.layers.iter().map(|id| store.layer(id));
+    let layers = footing.layers.iter();
+    let layers = layers.map(|id| store.layer_or_same_tree(id));
     let layers = layers.collect::<Result<Vec<_>, _>>()?;
     let layer = store.layer(&frozen.layer)?;
     let new = place.new_upper()?;
