@@ -494,8 +494,8 @@ pub fn add(home: &Home, signals: &Signals, args: &Add, ui: &Ui) -> Result<ExitCo
     Ok(code)
 }
 
-/// Waits until the engine has started the added workers. A worker whose entry is as it was gives the
-/// engine nothing to do, so it is started here.
+/// Waits until the engine has started the added workers. A worker whose entry is as it was gives
+/// the engine nothing to do, so it is started here.
 fn wait_until_alive(
     home: &Home,
     added: &[(WorkerName, bool)],

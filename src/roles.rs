@@ -1,5 +1,5 @@
-//! What this program is when it is started by itself, told by its first argument. None of it is
-//! for people.
+//! Roles of this program when it starts itself, chosen by the first argument. Users never need
+//! them.
 
 use std::env;
 use std::io;
@@ -41,7 +41,7 @@ impl Role {
         role.map(|(_, role)| *role)
     }
 
-    /// Plays it to its end. There is one thread yet.
+    /// Plays the role to its end. Only one thread runs yet.
     pub fn play(self, supervise: impl FnOnce() -> i32) -> ! {
         let code = match self {
             #[cfg(target_os = "linux")]

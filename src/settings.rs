@@ -32,7 +32,7 @@ const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 /// The user has no home directory.
 #[derive(Debug, thiserror::Error)]
-#[error("there is no home directory: HOME is not set")]
+#[error("no home directory: HOME is not set")]
 pub struct NoHome;
 
 /// The state directory of the user who runs this process.

@@ -243,9 +243,9 @@ impl IdMaps {
     }
 }
 
-/// The ranges for root's sandboxes: the one that `/etc/subuid` grants to root, else the fixed one, and
-/// [`FAR`]. Within a user namespace that lacks the first, as in a rootless container, the largest
-/// range that spares id 0.
+/// The ranges for root's sandboxes: the one that `/etc/subuid` grants to root, else the fixed one,
+/// and [`FAR`]. Within a user namespace that lacks the first, as in a rootless container, the
+/// largest range that spares id 0.
 fn root_extents(granted: &[(u32, u32)], own_map: &str) -> Option<Vec<Extent>> {
     let available: Vec<(u32, u32)> = own_map
         .lines()

@@ -23,8 +23,8 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Reads the store. A damaged key keeps nothing, and causes a warning; so does a ref that cannot
-    /// be read.
+    /// Reads the store. A damaged key keeps nothing, and causes a warning; so does a ref that
+    /// cannot be read.
     pub fn read(store: &Store, ui: &Ui) -> Result<Self, StoreError> {
         let mut roots = Roots::read(store)?;
         for key in &roots.damaged_keys {

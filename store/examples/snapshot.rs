@@ -1,4 +1,5 @@
-//! Takes a directory into a store, twice, and says how long each took: `snapshot STORE DIR [EXCLUDE…]`.
+//! Takes a directory into a store, twice, and says how long each took:
+//! `snapshot STORE DIR [EXCLUDE…]`.
 
 use std::error::Error;
 use std::os::unix::ffi::OsStrExt;

@@ -2,17 +2,19 @@
 //!
 //! Three views of one moment, each of which adds up:
 //!
-//! - [`Account::areas`]: what the filesystem says each directory takes, in blocks, the directories themselves included. Their
-//!   sum is what `du` says.
+//! - [`Account::areas`]: what the filesystem says each directory takes, in blocks, the directories
+//!   themselves included. Their sum is what `du` says.
 //! - [`Account::named`], [`in_trash`](Account::in_trash), [`unnamed`](Account::unnamed),
-//!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes), [`unfinished`](Account::unfinished),
-//!   [`abandoned`](Account::abandoned), [`other`](Account::other) by their lengths, and
-//!   [`padding`](Account::padding): what the filesystem takes beyond them.
-//! - What only one [layer](LayerUse) or one [ref](RefUse) has, and what several share: together they are everything that
-//!   layers name, and the layers' own files.
+//!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes),
+//!   [`unfinished`](Account::unfinished), [`abandoned`](Account::abandoned),
+//!   [`other`](Account::other) by their lengths, and [`padding`](Account::padding): what the
+//!   filesystem takes beyond them.
+//! - What only one [layer](LayerUse) or one [ref](RefUse) has, and what several share: together
+//!   they are everything that layers name, and the layers' own files.
 //!
-//! Objects are counted in place: every object of every index has a number, and what is known of it is one word in an array. No
-//! map of ids is made, so a store of 20 workers with 30,000 files each takes a fraction of a second and a few MiB.
+//! Objects are counted in place: every object of every index has a number, and what is known of it
+//! is one word in an array. No map of ids is made, so a store of 20 workers with 30,000 files each
+//! takes a fraction of a second and a few MiB.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsStr;
@@ -36,7 +38,8 @@ use crate::stat_cache::StatCache;
 use crate::store::Store;
 use crate::trash;
 
-/// The directories that are told apart, as [`Area::name`] says them. What is beside them is [`OTHER`].
+/// The directories that are told apart, as [`Area::name`] says them. What is beside them is
+/// [`OTHER`].
 pub const AREAS: [&str; 13] = [
     "packs", "loose", "layers", "keys", "facts", "refs", "stat", "trash", "damaged", "tmp",
     "leases", "locks", RESERVE,
@@ -59,8 +62,8 @@ pub struct Area {
     pub on_disk: u64,
 }
 
-/// What one layer takes. [`unique`](Self::unique) and [`shared`](Self::shared) count each object once, and the layer's own
-/// file.
+/// What one layer takes. [`unique`](Self::unique) and [`shared`](Self::shared) count each object
+/// once, and the layer's own file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerUse {
     /// The layer.
@@ -103,7 +106,8 @@ pub struct Account {
     pub areas: Vec<Area>,
     /// Objects that layers name.
     pub named: u64,
-    /// What gc has taken out and not removed yet: the files in the trash, and objects that only layers in the trash name.
+    /// What gc has taken out and not removed yet: the files in the trash, and objects that only
+    /// layers in the trash name.
     pub in_trash: u64,
     /// Objects that no layer names, and second copies of those that one does.
     pub unnamed: u64,
@@ -128,8 +132,8 @@ pub struct Account {
     /// Every ref, sorted by kind and name.
     pub refs: Vec<RefUse>,
     /// Why layers, indexes or refs cannot be read. What only such layers name counts as
-    /// [`Account::unnamed`], what only stands in such an index as [`Account::padding`], and layers that
-    /// only such refs name as [`Account::in_no_ref`].
+    /// [`Account::unnamed`], what only stands in such an index as [`Account::padding`], and layers
+    /// that only such refs name as [`Account::in_no_ref`].
     pub unreadable: Vec<StoreError>,
 }
 
@@ -139,8 +143,8 @@ impl Account {
         self.areas.iter().map(|area| area.on_disk).sum()
     }
 
-    /// What the filesystem takes beyond the lengths: alignment in packs, the rest of last blocks, directories. Negative where
-    /// it compresses.
+    /// What the filesystem takes beyond the lengths: alignment in packs, the rest of last blocks,
+    /// directories. Negative where it compresses.
     pub fn padding(&self) -> i64 {
         let objects = self.named + self.in_trash + self.unnamed;
         let tmp = self.unfinished + self.abandoned;
@@ -161,8 +165,8 @@ impl Store {
         Ok(ids)
     }
 
-    /// The layers that the last snapshots made of their projects, in any order, as far as the stat caches know. They need not
-    /// be there any more.
+    /// The layers that the last snapshots made of their projects, in any order, as far as the stat
+    /// caches know. They need not be there any more.
     pub fn snapshot_layers(&self) -> Result<Vec<LayerId>, StoreError> {
         let dir = self.dir().join("stat");
         let mut layers = Vec::new();
@@ -176,7 +180,8 @@ impl Store {
         Ok(layers)
     }
 
-    /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes meanwhile is counted or not.
+    /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes
+    /// meanwhile is counted or not.
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
         let leftovers = Leftovers::find(self.site())?;

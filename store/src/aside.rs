@@ -1,8 +1,9 @@
 //! Layers that repair set aside because objects of theirs were lost.
 //!
-//! Such a layer's file is in `damaged/<n>/layers/`, and holds. Once its objects are stored again, it is
-//! whole again: the next look for it takes it back. Until then, as long as a root names it, gc keeps the
-//! objects that it still has. Nothing is written down of that: whether a layer is whole is computed.
+//! Such a layer's file is in `damaged/<n>/layers/`, and holds. Once its objects are stored again,
+//! it is whole again: the next look for it takes it back. Until then, as long as a root names it,
+//! gc keeps the objects that it still has. Nothing is written down of that: whether a layer is
+//! whole is computed.
 
 use std::path::PathBuf;
 
@@ -90,8 +91,8 @@ impl Store {
             other => other?,
         };
         self.sync_layers()?;
-        // A collection that listed the layers before may have taken an object out since; one that lists
-        // them from now on brings it back itself. See `gc`.
+        // A collection that listed the layers before may have taken an object out since; one that
+        // lists them from now on brings it back itself. See `gc`.
         if self.is_whole(&layer)? {
             return Ok(true);
         }
@@ -100,8 +101,8 @@ impl Store {
         Ok(false)
     }
 
-    /// Whether every object of a layer is in its place, if need be because it was taken back from the
-    /// trash.
+    /// Whether every object of a layer is in its place, if need be because it was taken back from
+    /// the trash.
     fn is_whole(&self, layer: &Layer) -> Result<bool, StoreError> {
         for object in layer.objects() {
             match self.objects().require(&object) {

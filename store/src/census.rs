@@ -1,7 +1,7 @@
 //! Which objects there are, and who names them: what gc, accounting and verification count with.
 //!
-//! Every object has a number, its slot, so that a count or a mark is an element of an array. An object that stands in two packs
-//! is counted in one of them; the other copy is named by nobody.
+//! Every object has a number, its slot, so that a count or a mark is an element of an array. An
+//! object that stands in two packs is counted in one of them; the other copy is named by nobody.
 
 use std::collections::HashMap;
 use std::io;

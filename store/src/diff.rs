@@ -25,15 +25,17 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
-/// The paths that differ from `old` to `new`, each directory before what is in it. A directory that came or went is listed
-/// with everything in it; one whose entries changed but not itself is not. Equal subtrees are recognised without a walk.
-/// mtimes are no difference, nor is which names are hardlinks of one file.
+/// The paths that differ from `old` to `new`, each directory before what is in it. A directory that
+/// came or went is listed with everything in it; one whose entries changed but not itself is not.
+/// Equal subtrees are recognised without a walk. mtimes are no difference, nor is which names are
+/// hardlinks of one file.
 pub fn diff(old: &Layer, new: &Layer) -> Vec<Change> {
     let mut changes = Vec::new();
     if old.tree_id() == new.tree_id() {
         return changes;
     }
-    // What is still to be compared, the next one last. A name that only one layer has stands for all that is in it.
+    // What is still to be compared, the next one last. A name that only one layer has stands for
+    // all that is in it.
     let mut pairs = vec![(Some(old.root()), Some(new.root()))];
     while let Some((old, new)) = pairs.pop() {
         let kind = match (old, new) {

@@ -1,4 +1,5 @@
-//! The seam between the store and the filesystem: every call that reads or changes the disk goes through [`Disk`].
+//! The seam between the store and the filesystem: every call that reads or changes the disk goes
+//! through [`Disk`].
 //!
 //! Tests stand in for it to fail any call, or to cut the power after it. Three things do not pass
 //! here: `flock` and asking an open file for its length, which touch no disk, and loads from a
@@ -20,16 +21,18 @@ const BLOCK: u64 = 512;
 
 /// The calls that the store makes.
 ///
-/// Nothing is durable before [`Disk::sync`] (a file's bytes) or [`Disk::sync_dir`] (a directory's names) returned.
+/// Nothing is durable before [`Disk::sync`] (a file's bytes) or [`Disk::sync_dir`] (a directory's
+/// names) returned.
 pub trait Disk: Send + Sync + std::fmt::Debug {
-    /// Makes a directory that only its owner may enter: a store holds what others may not read in the project. It is well
-    /// if it exists already.
+    /// Makes a directory that only its owner may enter: a store holds what others may not read in
+    /// the project. It is well if it exists already.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes a new, empty file that only this handle can write.
     fn create(&self, path: &Path) -> io::Result<File>;
     /// Writes all of `bytes` at `offset`.
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()>;
-    /// Makes the empty file `to` share the blocks of `from`. An error means that nothing was shared.
+    /// Makes the empty file `to` share the blocks of `from`. An error means that nothing was
+    /// shared.
     fn reflink(&self, from: &File, to: &File) -> io::Result<()>;
     /// Returns when the file's bytes and length are durable.
     fn sync(&self, file: &File) -> io::Result<()>;
@@ -49,7 +52,8 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn open(&self, path: &Path) -> io::Result<File>;
     /// Reads what one call gives, 0 bytes at the end.
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
-    /// Asked before each mapping of a file. An error stands for that of the mapping: a test has it fail.
+    /// Asked before each mapping of a file. An error stands for that of the mapping: a test has it
+    /// fail.
     fn may_map(&self, file: &File) -> io::Result<()> {
         let _ = file;
         Ok(())

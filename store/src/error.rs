@@ -9,7 +9,8 @@ use crate::layer::LayerError;
 use crate::pack::PackError;
 use crate::tree::TreeError;
 
-/// An operation on the store that failed. The message names the operation and the path; the cause is the `source`.
+/// An operation on the store that failed. The message names the operation and the path; the cause
+/// is the `source`.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// A system call on a file of the store failed.
@@ -122,8 +123,8 @@ pub enum StoreError {
     /// The tree cannot be encoded.
     #[error("the tree cannot be stored")]
     Tree(#[from] TreeError),
-    /// A call of an ingest failed to write. Every later call of that ingest is refused with this same
-    /// error, so that the first failure is the one that is reported.
+    /// A call of an ingest failed to write. Every later call of that ingest is refused with this
+    /// same error, so that the first failure is the one that is reported.
     #[error(transparent)]
     Void(Arc<StoreError>),
     /// Nothing keeps any layer.
@@ -149,7 +150,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// The kind of the input/output error behind this one, if there is one: tells a full disk from the rest.
+    /// The kind of the input/output error behind this one, if there is one: tells a full disk from
+    /// the rest.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {
             Self::Io { source, .. }
@@ -173,8 +175,8 @@ impl StoreError {
         self.io_kind().is_some_and(|kind| full.contains(&kind))
     }
 
-    /// Whether the bytes of a file are not those that were stored. An I/O error is not damage: it says
-    /// nothing of what the file holds.
+    /// Whether the bytes of a file are not those that were stored. An I/O error is not damage: it
+    /// says nothing of what the file holds.
     pub(crate) fn is_damage(&self) -> bool {
         match self {
             Self::Damaged { .. } | Self::Json { .. } => true,
@@ -196,7 +198,8 @@ impl StoreError {
     }
 }
 
-/// Keeps the first error of something that several threads do. What comes after it is refused with it.
+/// Keeps the first error of something that several threads do. What comes after it is refused with
+/// it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Latch(Arc<OnceLock<Arc<StoreError>>>);
 

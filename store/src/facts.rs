@@ -1,13 +1,15 @@
 //! Facts: what a build step saw of the project.
 //!
-//! The overlay records facts and the plan checks them with the functions here, so that equal means equal. A fact speaks of
-//! the project's own files: names that other layers put beside them are not in it.
+//! The overlay records facts and the plan checks them with the functions here, so that equal means
+//! equal. A fact speaks of the project's own files: names that other layers put beside them are not
+//! in it.
 //!
-//! A fact is a [`Look`] (a path, and how it was looked at) and its answer. The same looks at two projects with the same
-//! answers make the same [`FactsId`], so a record is found by a digest: see [`crate::Store::find_record`].
+//! A fact is a [`Look`] (a path, and how it was looked at) and its answer. The same looks at two
+//! projects with the same answers make the same [`FactsId`], so a record is found by a digest: see
+//! [`crate::Store::find_record`].
 //!
-//! mtimes are never facts: they differ between checkouts of one commit. Nor are modes, but for the owner's execute bit: git
-//! keeps no more, and the rest follows the umask of the checkout.
+//! mtimes are never facts: they differ between checkouts of one commit. Nor are modes, but for the
+//! owner's execute bit: git keeps no more, and the rest follows the umask of the checkout.
 
 use std::collections::HashMap;
 
@@ -105,7 +107,8 @@ impl How {
         }
     }
 
-    /// Looks at `node`. Something that cannot be looked at that way (the contents of a directory) is seen by its type.
+    /// Looks at `node`. Something that cannot be looked at that way (the contents of a directory)
+    /// is seen by its type.
     pub fn at(self, node: Option<NodeRef<'_>>) -> Seen {
         let Some(node) = node.filter(|node| node.kind() != Kind::Whiteout) else {
             return Seen::Absent;
@@ -154,8 +157,9 @@ impl Seen {
         Self::Target(hash.into())
     }
 
-    /// Everything in the directory `dir`: names, types, who may execute, contents and targets. As everywhere in facts,
-    /// owners, other permissions and mtimes are not in it, nor is which names are hardlinks of one file.
+    /// Everything in the directory `dir`: names, types, who may execute, contents and targets. As
+    /// everywhere in facts, owners, other permissions and mtimes are not in it, nor is which names
+    /// are hardlinks of one file.
     #[must_use]
     pub fn tree(dir: NodeRef<'_>) -> Self {
         /// In the place of a type: the directory that was begun last is over.
@@ -326,8 +330,8 @@ pub fn looks_id(facts: &[Fact]) -> LooksId {
     hasher.finalize().into()
 }
 
-/// Puts facts in their order, by path and then by look, and drops those that others imply: of a path whose contents or target
-/// are known, its type.
+/// Puts facts in their order, by path and then by look, and drops those that others imply: of a
+/// path whose contents or target are known, its type.
 pub fn sort(facts: &mut Vec<Fact>) {
     facts.sort_by(|a, b| a.path.cmp(&b.path).then(b.seen.how().cmp(&a.seen.how())));
     facts.dedup_by(|next, one| {
@@ -351,7 +355,8 @@ pub fn first_mismatch<'a>(facts: &'a [Fact], project: NodeRef<'_>) -> Option<&'a
         .find(|fact| fact.seen.how().at(node_at(project, &fact.path)) != fact.seen)
 }
 
-/// A path as text, as it stands in the JSON of a fact: `%` and what is not printable UTF-8 are written as `%` and two hex digits.
+/// A path as text, as it stands in the JSON of a fact: `%` and what is not printable UTF-8 are
+/// written as `%` and two hex digits.
 pub fn path_text(path: &[u8]) -> String {
     path_text::escape(path)
 }

@@ -1,7 +1,7 @@
 //! Identities. One `Copy` newtype per kind, all 32 bytes of BLAKE3, written as 64 hex digits.
 //!
-//! They never convert into one another: an object id is not a tree id, and an OCI `sha256:` digest is none of
-//! these.
+//! They never convert into one another: an object id is not a tree id, and an OCI `sha256:` digest
+//! is none of these.
 
 use std::fmt;
 use std::str::FromStr;
@@ -87,8 +87,8 @@ id_type! {
     ObjectId
 }
 id_type! {
-    /// What a tree holds: names, types, modes, owners, contents, xattrs and hardlinks, but no mtimes. Equal
-    /// on every machine for equal trees; the id that cache keys and equality use.
+    /// What a tree holds: names, types, modes, owners, contents, xattrs and hardlinks, but no
+    /// mtimes. Equal on every machine for equal trees; the id that cache keys and equality use.
     TreeId
 }
 id_type! {

@@ -7,22 +7,26 @@
 //!
 //! # Finding a record
 //!
-//! A record holds for a project if the looks of its facts find the same in that project. Comparing the facts of each record would
-//! read all of them, so a record is found in two phases, as a compiler cache does it:
+//! A record holds for a project if the looks of its facts find the same in that project. Comparing
+//! the facts of each record would read all of them, so a record is found in two phases, as a
+//! compiler cache does it:
 //!
-//! 1. The file of the key has a *prefix* for each record: at most [`PREFIX`] of its looks, those that tell projects apart best, and
-//!    a digest of what they found. Records with equal looks share a prefix, so each prefix is looked at once, and records
-//!    whose digest is another are passed over.
-//! 2. Of the records that are left, those with the same looks are one group. The facts of one of them are read, its looks are done,
-//!    and the digest of what they find names the record of this group that holds, if there is one.
+//! 1. The file of the key has a *prefix* for each record: at most [`PREFIX`] of its looks, those
+//!    that tell projects apart best, and a digest of what they found. Records with equal looks
+//!    share a prefix, so each prefix is looked at once, and records whose digest is another are
+//!    passed over.
+//! 2. Of the records that are left, those with the same looks are one group. The facts of one of
+//!    them are read, its looks are done, and the digest of what they find names the record of this
+//!    group that holds, if there is one.
 //!
-//! So a key with 1,000 records costs its file, and about one file of facts. The record that the caller's worker used last
-//! is tried first: a hint, on which no result depends.
+//! So a key with 1,000 records costs its file, and about one file of facts. The record that the
+//! caller's worker used last is tried first: a hint, on which no result depends.
 //!
 //! # Order
 //!
-//! A file of facts is durable before the file of the key names it, and goes after that. Both are written with the lock of the
-//! key's records held. Facts that no record names are what a crash left, and a collection removes them.
+//! A file of facts is durable before the file of the key names it, and goes after that. Both are
+//! written with the lock of the key's records held. Facts that no record names are what a crash
+//! left, and a collection removes them.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -44,7 +48,8 @@ use crate::tree::components;
 
 /// Most looks of a prefix.
 pub const PREFIX: usize = 8;
-/// Most looks of a prefix at contents and targets, and most at what directories hold; all other looks come after these.
+/// Most looks of a prefix at contents and targets, and most at what directories hold; all other
+/// looks come after these.
 const PREFIX_OF: [usize; 2] = [5, 2];
 /// Most records of one key. Beyond it the oldest go whose layers no ref keeps.
 pub const MAX_RECORDS: usize = 1 << 14;
@@ -130,7 +135,8 @@ struct KeyFile {
     records: Vec<EarlierRecord>,
 }
 
-/// A record of an earlier program. One with facts holds for nothing: these said less, so its key is no more asked for either.
+/// A record of an earlier program. One with facts holds for nothing: these said less, so its key is
+/// no more asked for either.
 #[derive(Debug, Deserialize)]
 struct EarlierRecord {
     facts: Vec<IgnoredAny>,
@@ -203,7 +209,8 @@ impl KeyFile {
     }
 }
 
-/// The facts that tell projects apart best: contents first, the shallowest first, then what directories hold, then the rest.
+/// The facts that tell projects apart best: contents first, the shallowest first, then what
+/// directories hold, then the rest.
 fn prefix(facts: &[Fact]) -> Vec<&Fact> {
     let class = |fact: &Fact| match fact.seen.how() {
         How::Contents | How::Target => 0,
@@ -267,8 +274,9 @@ impl Store {
         self.dir().join(FACTS_DIR).join(format!("{key}.{facts}"))
     }
 
-    /// The records of a key, those that were built here first, and each kind the newest first. Their layers may be gone: pin, then look. A file that is damaged holds none:
-    /// what it said can be built anew, and [`Store::verify`] tells of it.
+    /// The records of a key, those that were built here first, and each kind the newest first.
+    /// Their layers may be gone: pin, then look. A file that is damaged holds none: what it said
+    /// can be built anew, and [`Store::verify`] tells of it.
     pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
         let mut records = Vec::new();
         for head in self.heads(key)? {
@@ -340,7 +348,8 @@ impl Store {
         Ok(Some(facts))
     }
 
-    /// Finds the records of a key that hold for a project: see the module's documentation. Their layers may be gone: pin, then look.
+    /// Finds the records of a key that hold for a project: see the module's documentation. Their
+    /// layers may be gone: pin, then look.
     pub fn find_record(
         &self,
         key: &KeyId,
@@ -404,9 +413,10 @@ impl Store {
         FileLock::acquire(self.disk(), &lock, &|| {})
     }
 
-    /// Adds a record in front of the key's others, durably; one that was fetched, in front of the others that were. It replaces
-    /// one with the same facts, but what was fetched replaces only what came from there, and is the first to go. Its layer must
-    /// be in the store and pinned by the caller. Returns the id of its facts.
+    /// Adds a record in front of the key's others, durably; one that was fetched, in front of the
+    /// others that were. It replaces one with the same facts, but what was fetched replaces only
+    /// what came from there, and is the first to go. Its layer must be in the store and pinned by
+    /// the caller. Returns the id of its facts.
     pub fn put_record(&self, key: &KeyId, mut record: Record) -> Result<FactsId, StoreError> {
         let lease = self.lease("record")?;
         self.require_layer(&record.layer_id)?;
@@ -516,7 +526,8 @@ impl Store {
         write_json_compact(self, lease, &path, file, MAX_KEY_FILE)
     }
 
-    /// Removes facts that no record names, which a crash left, and keys of earlier programs of which no record holds.
+    /// Removes facts that no record names, which a crash left, and keys of earlier programs of
+    /// which no record holds.
     pub(crate) fn sweep_records(&self, lease: &Lease) -> Result<(), StoreError> {
         let mut by_key: HashMap<KeyId, Vec<FactsId>> = HashMap::new();
         for name in names(self.disk().as_ref(), &self.dir().join(FACTS_DIR))? {

@@ -19,23 +19,25 @@
 //! xattrs   count: u16, then per xattr, sorted by name: name_len: u16, value_len: u32, name, value
 //! ```
 //!
-//! `body` is the BLAKE3 of everything after the header. `size` is a file's length, a target's length or a directory's
-//! number of children; `aux` is a target's offset, the first child's index or a device's `major << 32 | minor`; `hash` is
-//! a file's object id or the [`TreeId`] of what a directory holds.
+//! `body` is the BLAKE3 of everything after the header. `size` is a file's length, a target's
+//! length or a directory's number of children; `aux` is a target's offset, the first child's index
+//! or a device's `major << 32 | minor`; `hash` is a file's object id or the [`TreeId`] of what a
+//! directory holds.
 //!
 //! # Hashes
 //!
-//! The id of a directory's contents is BLAKE3 with the `derive_key` context [`TREE_CONTEXT`] over the number of entries
-//! (u32) and per entry
+//! The id of a directory's contents is BLAKE3 with the `derive_key` context [`TREE_CONTEXT`] over
+//! the number of entries (u32) and per entry
 //!
 //! ```text
 //! kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0), rdev: u64 (devices, else 0), link: u32,
 //! name_len: u16, name, target_len: u16, target, hash: 32 bytes, xattrs
 //! ```
 //!
-//! The [`TreeId`] of a layer is the same over one entry, its root, with an empty name. Equal subtrees without hardlinks
-//! have equal ids wherever they stand. The [`LayerId`] is BLAKE3 with [`LAYER_CONTEXT`] over the tree id and, for each
-//! node in order, its seconds (i64) and nanoseconds (u32) of mtime.
+//! The [`TreeId`] of a layer is the same over one entry, its root, with an empty name. Equal
+//! subtrees without hardlinks have equal ids wherever they stand. The [`LayerId`] is BLAKE3 with
+//! [`LAYER_CONTEXT`] over the tree id and, for each node in order, its seconds (i64) and
+//! nanoseconds (u32) of mtime.
 
 mod check;
 
@@ -66,9 +68,11 @@ const LINK: usize = 8;
 const NO_XATTRS: u32 = u32::MAX;
 const FLAG_OPAQUE: u8 = 1;
 const FLAG_IMPLICIT: u8 = 2;
-/// While a large layer is checked, what was read of it leaves memory whenever so many nodes were looked at.
+/// While a large layer is checked, what was read of it leaves memory whenever so many nodes were
+/// looked at.
 const RELEASE: usize = 1 << 16;
-/// What is hashed is gathered up to about this many bytes: one long update is several times faster than many short ones.
+/// What is hashed is gathered up to about this many bytes: one long update is several times faster
+/// than many short ones.
 const HASHED: usize = 64 << 10;
 
 /// Why a file is not a layer this program can read.
@@ -384,8 +388,9 @@ struct PlannedDir<D> {
     first_dir: u32,
 }
 
-/// A tree laid out breadth first and hashed, ready to be written. It holds something of each directory and of each hardlink;
-/// everything else is read from the tree again when it is needed, so that the layer is never in memory as a whole.
+/// A tree laid out breadth first and hashed, ready to be written. It holds something of each
+/// directory and of each hardlink; everything else is read from the tree again when it is needed,
+/// so that the layer is never in memory as a whole.
 #[derive(Debug)]
 pub(crate) struct Plan<'a, S: Source> {
     source: &'a S,
@@ -529,7 +534,8 @@ impl<'a, S: Source> Plan<'a, S> {
 
     fn hash(&mut self) {
         let mut scratch = Vec::new();
-        // Children stand after their parent, so going backwards every child is hashed before its directory is.
+        // Children stand after their parent, so going backwards every child is hashed before its
+        // directory is.
         for ix in (0..self.dirs.len()).rev() {
             let dir = &self.dirs[ix];
             let children = self.children(dir);
@@ -675,8 +681,8 @@ fn hash_entries<'a>(
     *hasher.update(scratch).finalize().as_bytes()
 }
 
-/// A layer, read in place. Opening checks the whole structure once (not the hashes), so that reading afterwards can
-/// neither fail nor leave the file. Shared freely between threads.
+/// A layer, read in place. Opening checks the whole structure once (not the hashes), so that
+/// reading afterwards can neither fail nor leave the file. Shared freely between threads.
 #[derive(Debug)]
 pub struct Layer {
     bytes: Bytes,
@@ -748,7 +754,8 @@ impl Layer {
         let blob = self.bytes.len() - self.blob;
         let within =
             |off: u64, len: u64| off.checked_add(len).is_some_and(|end| end <= blob as u64);
-        // Children stand in the order of their parents, each range beginning where the last one ended.
+        // Children stand in the order of their parents, each range beginning where the last one
+        // ended.
         let mut next_child = 1_u64;
         let mut linked = 0;
         // Breadth first, one level ends where the children of the one before it do.
@@ -911,7 +918,8 @@ impl Layer {
             .map(NodeRef::object)
     }
 
-    /// The entry at a relative path such as `usr/bin/node`, without following symlinks. The empty path is the root.
+    /// The entry at a relative path such as `usr/bin/node`, without following symlinks. The empty
+    /// path is the root.
     pub fn lookup(&self, path: &[u8]) -> Option<NodeRef<'_>> {
         tree::components(path).try_fold(self.root(), NodeRef::child)
     }
@@ -926,7 +934,8 @@ impl Layer {
         let mut tree = Tree::default();
         let mut entries: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
         entries.resize_with(self.nodes, Vec::new);
-        // Children stand after their parent: going backwards, a directory has all of its own when it is moved.
+        // Children stand after their parent: going backwards, a directory has all of its own when
+        // it is moved.
         for ix in (0..self.nodes as u32).rev() {
             let node = NodeRef { layer: self, ix };
             let own = entries.pop().unwrap_or_default();
@@ -1012,7 +1021,8 @@ impl<'a> NodeRef<'a> {
         self.raw_kind().unwrap_or(Kind::Whiteout)
     }
 
-    /// How this directory combines with those below. [`DirKind::Merged`] for what is not a directory.
+    /// How this directory combines with those below. [`DirKind::Merged`] for what is not a
+    /// directory.
     pub fn dir_kind(self) -> DirKind {
         if self.flags() & FLAG_OPAQUE != 0 {
             DirKind::Opaque
@@ -1070,7 +1080,8 @@ impl<'a> NodeRef<'a> {
         ObjectId::from_bytes(array(&self.layer.bytes, self.at(64)))
     }
 
-    /// The id of what a directory holds: equal ids mean equal subtrees, mtimes apart. Meaningless for anything else.
+    /// The id of what a directory holds: equal ids mean equal subtrees, mtimes apart. Meaningless
+    /// for anything else.
     pub fn subtree(self) -> TreeId {
         TreeId::from_bytes(array(&self.layer.bytes, self.at(64)))
     }
@@ -1152,7 +1163,8 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// The entries that are the same file as this one, this one included, in order; empty if it has one name only.
+    /// The entries that are the same file as this one, this one included, in order; empty if it has
+    /// one name only.
     pub fn links(self) -> impl Iterator<Item = NodeRef<'a>> + use<'a> {
         let layer = self.layer;
         let group = self.u32(56);
@@ -1404,7 +1416,8 @@ mod tests {
         assert_eq!(crate::diff(&layer, &empty).len(), MAX_DEPTH);
     }
 
-    /// No byte of a layer file can be changed unseen, but for the compat features, which change nothing.
+    /// No byte of a layer file can be changed unseen, but for the compat features, which change
+    /// nothing.
     #[test]
     fn every_flipped_byte_is_found_and_none_panics() {
         let encoded = encode(&sample()).unwrap();

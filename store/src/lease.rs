@@ -1,7 +1,8 @@
 //! Leases: what a living process still needs.
 //!
-//! A lease is a file in `leases/` that its holder keeps flocked, so that it ends with the holder, however that ends; a
-//! lease that can be locked is dead, whatever pid wrote it. Its first line says what it is for. After that,
+//! A lease is a file in `leases/` that its holder keeps flocked, so that it ends with the holder,
+//! however that ends; a lease that can be locked is dead, whatever pid wrote it. Its first line
+//! says what it is for. After that,
 //!
 //! ```text
 //! layer <id>    pins a layer: written *before* the holder asks whether the layer exists
@@ -9,7 +10,8 @@
 //! done <n>      that ingest has ended, and its layer, if any, has its name
 //! ```
 //!
-//! A line counts once its newline is there. Files in `tmp/` begin with the name of the lease that they belong to.
+//! A line counts once its newline is there. Files in `tmp/` begin with the name of the lease that
+//! they belong to.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
@@ -85,8 +87,8 @@ impl LiveLease {
     }
 }
 
-/// Protects what it pins, and what its holder is writing, from garbage collection. Ends when dropped or when the
-/// process ends. It is inherited by a fork, not by an exec.
+/// Protects what it pins, and what its holder is writing, from garbage collection. Ends when
+/// dropped or when the process ends. It is inherited by a fork, not by an exec.
 #[derive(Debug)]
 pub struct Lease {
     site: Site,
@@ -146,8 +148,8 @@ impl Lease {
         }
     }
 
-    /// Keeps these layers, and all objects in them, as long as the lease lives. They need not exist (yet): pin first,
-    /// then look.
+    /// Keeps these layers, and all objects in them, as long as the lease lives. They need not exist
+    /// (yet): pin first, then look.
     pub fn pin(&self, layers: &[LayerId]) -> Result<(), StoreError> {
         let mut written = lock(&self.written);
         let mut lines = String::new();
@@ -164,7 +166,8 @@ impl Lease {
         }
         drop(written);
         for id in layers {
-            // When it was last used decides how long it is kept; one that is not there is used by nobody.
+            // When it was last used decides how long it is kept; one that is not there is used by
+            // nobody.
             let path = self.site.dir().join("layers").join(id.to_string());
             let _ = self.site.disk().touch(&path);
         }

@@ -1,6 +1,7 @@
 //! The store: objects, trees, layers, keys, refs and leases, shared by every worker of a machine.
 //!
-//! It knows no network, no terminal, no environment and no home directory; progress is an event handed in.
+//! It knows no network, no terminal, no environment and no home directory; progress is an event
+//! handed in.
 //!
 //! # On disk
 //!
@@ -29,46 +30,50 @@
 //! tmp/format               what the holder of `locks/format` is writing
 //! ```
 //!
-//! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects, which every
-//! filesystem indexes well; so publishing syncs one directory of each kind, and one mtime tells of new packs.
-//! Everything under `packs`, `loose` and `layers` is immutable: written once, durable before it has its name, and then
-//! only ever removed. The rest is replaced as a whole by a rename.
+//! Directories are flat: a store has hundreds of packs and layers, and thousands of loose objects,
+//! which every filesystem indexes well; so publishing syncs one directory of each kind, and one
+//! mtime tells of new packs. Everything under `packs`, `loose` and `layers` is immutable: written
+//! once, durable before it has its name, and then only ever removed. The rest is replaced as a
+//! whole by a rename.
 //!
 //! # Integrity
 //!
-//! What is read was checked. The bytes of an object are hashed when the process reads them for the first time, those of a
-//! large one group by group: `blob`. An index is hashed when it is opened; a layer's body, and what its header says, too.
-//! JSON files are sealed: `seal`. What does not hold is an error that names the file and never other bytes than were
-//! stored, with two exceptions: a damaged file of a key holds no records, and a damaged stat cache no files, since both are
-//! made again.
+//! What is read was checked. The bytes of an object are hashed when the process reads them for the
+//! first time, those of a large one group by group: `blob`. An index is hashed when it is opened; a
+//! layer's body, and what its header says, too. JSON files are sealed: `seal`. What does not hold
+//! is an error that names the file and never other bytes than were stored, with two exceptions: a
+//! damaged file of a key holds no records, and a damaged stat cache no files, since both are made
+//! again.
 //!
-//! Existing means durable and whole, so an object that is there is not read when the same contents are stored again; if it
-//! was damaged meanwhile, [`verify`] tells, and [`repair`] moves it out of the way. A store from before seals and outboards
-//! does not have the incompat feature `sealed`, is refused, and brought up to date by [`migrate`].
+//! Existing means durable and whole, so an object that is there is not read when the same contents
+//! are stored again; if it was damaged meanwhile, [`verify`] tells, and [`repair`] moves it out of
+//! the way. A store from before seals and outboards does not have the incompat feature `sealed`, is
+//! refused, and brought up to date by [`migrate`].
 //!
 //! # Publishing
 //!
 //! 1. A lease is taken. What will be reused is pinned in it *before* it is looked for.
-//! 2. The new objects, the index of their pack and the layer are written under temporary names and synced, what is ready
-//!    first while the rest is still being read.
-//! 3. The objects get their names (loose files, pack, then index), and these names are synced, with those of reused objects:
-//!    whoever stored them may not have come to that yet.
+//! 2. The new objects, the index of their pack and the layer are written under temporary names and
+//!    synced, what is ready first while the rest is still being read.
+//! 3. The objects get their names (loose files, pack, then index), and these names are synced, with
+//!    those of reused objects: whoever stored them may not have come to that yet.
 //! 4. The layer gets its name, and that name is synced, also if somebody else gave it.
 //! 5. Keys and refs name layers, and only layers that are there.
 //!
-//! So a name means durable and whole, a layer never names an object that is not there, and a crash at any point leaves
-//! at worst temporary files of a dead lease, and objects that no layer names. Deletion runs the other way round, through the
-//! trash, beside all of this: `gc`.
-//! An ingest that failed to write once writes no more. Leases and stat caches are not synced: a crash ends the ones and
-//! the others are checked.
+//! So a name means durable and whole, a layer never names an object that is not there, and a crash
+//! at any point leaves at worst temporary files of a dead lease, and objects that no layer names.
+//! Deletion runs the other way round, through the trash, beside all of this: `gc`. An ingest that
+//! failed to write once writes no more. Leases and stat caches are not synced: a crash ends the
+//! ones and the others are checked.
 //!
-//! The media are assumed to keep what was synced, and to rename atomically. Names that were not synced may be kept or lost
-//! in any combination; so an index without its pack is passed over.
+//! The media are assumed to keep what was synced, and to rename atomically. Names that were not
+//! synced may be kept or lost in any combination; so an index without its pack is passed over.
 //!
 //! # Locks
 //!
-//! Among processes, in this order: flight (a key is being built), lease, gc, key (its records are being written), a ref,
-//! format. Among threads: the mutexes of this crate are leaves; no other lock is taken and nothing is called back under one.
+//! Among processes, in this order: flight (a key is being built), lease, gc, key (its records are
+//! being written), a ref, format. Among threads: the mutexes of this crate are leaves; no other
+//! lock is taken and nothing is called back under one.
 
 pub mod account;
 mod aside;

@@ -59,7 +59,8 @@ impl FileLock {
         }
     }
 
-    /// A lock of a locked file, unless whoever had it before removed the file meanwhile, and somebody else made the next one.
+    /// A lock of a locked file, unless whoever had it before removed the file meanwhile, and
+    /// somebody else made the next one.
     fn hold(disk: &Arc<dyn Disk>, path: &Path, file: File) -> Result<Option<Self>, StoreError> {
         let is_at = is_at(disk.as_ref(), &file, path).at("looking at", path)?;
         Ok(is_at.then(|| Self {

@@ -26,7 +26,8 @@ const MAX_READ_INSTEAD: u64 = 16 << 20;
 /// Files that are mapped now.
 static MAPPED: AtomicUsize = AtomicUsize::new(0);
 
-/// What is read through once is read in pieces of so many bytes, each of which leaves memory before the next.
+/// What is read through once is read in pieces of so many bytes, each of which leaves memory before
+/// the next.
 const PIECE: usize = 16 << 20;
 
 /// A mapping that is counted.
@@ -77,12 +78,12 @@ impl Bytes {
         Ok(Self::Owned(bytes))
     }
 
-    /// Lets go of the pages that are in memory; they come back when they are read again. For who looks at much of a mapping
-    /// once.
+    /// Lets go of the pages that are in memory; they come back when they are read again. For who
+    /// looks at much of a mapping once.
     pub(crate) fn release(&self) {
         if let Self::Mapped(map) = self {
-            // SAFETY: the mapping is shared with its file and never written: nothing is lost with its pages, and reading
-            // it again gives the same bytes.
+            // SAFETY: the mapping is shared with its file and never written: nothing is lost with
+            // its pages, and reading it again gives the same bytes.
             let advised = unsafe { map.0.unchecked_advise(UncheckedAdvice::DontNeed) };
             // It is advice.
             drop(advised);

@@ -1,8 +1,9 @@
-//! Bringing a store of the layout before seals up to date: its JSON files are sealed, its loose objects get outboards, and
-//! last its format says so.
+//! Bringing a store of the layout before seals up to date: its JSON files are sealed, its loose
+//! objects get outboards, and last its format says so.
 //!
-//! Whatever is cut short is done the next time; until the format is written, the store is of the earlier layout, in which
-//! nothing reads what is new. A store that an earlier program is using cannot be migrated: it would not know the new files.
+//! Whatever is cut short is done the next time; until the format is written, the store is of the
+//! earlier layout, in which nothing reads what is new. A store that an earlier program is using
+//! cannot be migrated: it would not know the new files.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +30,8 @@ pub struct Migration {
     pub sealed: u64,
     /// Outboards that were made.
     pub outboards: u64,
-    /// What was damaged before, relative to the store, and is left as it is: verification says what it means.
+    /// What was damaged before, relative to the store, and is left as it is: verification says what
+    /// it means.
     pub damaged: Vec<PathBuf>,
 }
 
@@ -46,8 +48,9 @@ pub enum MigrateEvent {
 pub type OnMigrate<'a> = &'a dyn Fn(MigrateEvent);
 
 impl Store {
-    /// Brings the store in `dir` up to date, in place, durably. It may be cut short anywhere and run again; a store that is up to
-    /// date is left as it is. While a living process holds a lease it is [`StoreError::InUse`].
+    /// Brings the store in `dir` up to date, in place, durably. It may be cut short anywhere and
+    /// run again; a store that is up to date is left as it is. While a living process holds a lease
+    /// it is [`StoreError::InUse`].
     pub fn migrate(
         dir: &Path,
         disk: Arc<dyn Disk>,
@@ -84,7 +87,8 @@ impl Store {
             on_event,
             done: Migration::default(),
         };
-        // Once more, until there is nothing left: somebody may have come and gone who knew of no seals.
+        // Once more, until there is nothing left: somebody may have come and gone who knew of no
+        // seals.
         loop {
             let before = work.done.clone();
             work.done.damaged.clear();

@@ -21,8 +21,8 @@ use crate::trash::{self, Places};
 
 /// Files of the store that are held open for reading, of packs and of loose objects each.
 const MAX_OPEN_FILES: usize = 64;
-/// How often a layer or an object is looked for in its place and then in the trash. While somebody looks, a collection may have
-/// it in the one, then in the other, then in another pack.
+/// How often a layer or an object is looked for in its place and then in the trash. While somebody
+/// looks, a collection may have it in the one, then in the other, then in another pack.
 pub(crate) const LOOKS: u32 = 3;
 /// A directory whose mtime is younger than this may change again without its mtime telling.
 const MTIME_GRANULARITY: Duration = Duration::from_millis(50);
@@ -71,8 +71,8 @@ struct Slot {
     tag: u32,
 }
 
-/// All indexes of a moment, and an open-addressing table from ids to packs, so that a lookup, negative ones included,
-/// costs one probe however many packs there are.
+/// All indexes of a moment, and an open-addressing table from ids to packs, so that a lookup,
+/// negative ones included, costs one probe however many packs there are.
 #[derive(Debug, Default)]
 pub(crate) struct PackSet {
     packs: Vec<Arc<Pack>>,
@@ -192,7 +192,8 @@ impl Objects {
         }
     }
 
-    /// Looks at the packs that appeared or went since the last time. Cheap when none did. Returns how often any has gone.
+    /// Looks at the packs that appeared or went since the last time. Cheap when none did. Returns
+    /// how often any has gone.
     pub(crate) fn refresh(&self) -> Result<u64, StoreError> {
         let mtime =
             || -> io::Result<SystemTime> { self.disk.metadata(&self.packs_dir)?.modified() };
@@ -239,8 +240,9 @@ impl Objects {
         Ok(set.losses)
     }
 
-    /// Opens an index. One that does not hold is passed over, what it named is missing, and `verify` says why; so is one
-    /// whose pack is not there, of which a power cut left only the index.
+    /// Opens an index. One that does not hold is passed over, what it named is missing, and
+    /// `verify` says why; so is one whose pack is not there, of which a power cut left only the
+    /// index.
     fn open_index(&self, id: &PackId) -> Result<Option<Index>, StoreError> {
         let (pack, path) = (self.places().pack(id), self.places().index(id));
         let len = match self.disk.metadata(&pack) {
@@ -257,7 +259,8 @@ impl Objects {
         }
     }
 
-    /// The pack that holds an object, and the object's position in its index, as of the last [`Objects::refresh`].
+    /// The pack that holds an object, and the object's position in its index, as of the last
+    /// [`Objects::refresh`].
     pub(crate) fn find_packed(&self, id: &ObjectId) -> Option<(Arc<Pack>, u32)> {
         let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         set.find(id).map(|(pack, ix)| (Arc::clone(pack), ix))
@@ -296,7 +299,8 @@ impl Objects {
         self.disk.metadata(&self.places().outboard(id)).is_ok()
     }
 
-    /// Whether the object is there, without looking for packs that other processes added since the last refresh.
+    /// Whether the object is there, without looking for packs that other processes added since the
+    /// last refresh.
     pub(crate) fn contains_known(&self, id: &ObjectId, size: Option<u64>) -> bool {
         self.find_packed(id).is_some()
             || (size.is_none_or(|size| size >= LOOSE_MIN) && self.has_loose(id, size))
@@ -347,8 +351,8 @@ impl Objects {
         }
     }
 
-    /// An error unless the object is in its place, if need be because it was taken back from the trash. Packs are those of
-    /// the last [`Objects::refresh`], if they hold it.
+    /// An error unless the object is in its place, if need be because it was taken back from the
+    /// trash. Packs are those of the last [`Objects::refresh`], if they hold it.
     pub(crate) fn require(&self, id: &ObjectId) -> Result<(), StoreError> {
         if self.contains_known(id, None) {
             return Ok(());

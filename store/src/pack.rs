@@ -7,8 +7,9 @@
 //! objects  their bytes, at the places that the index names; zeroes between them
 //! ```
 //!
-//! An object of 4 KiB or more begins at a multiple of 4 KiB. A smaller one begins at a multiple of 8 and does not cross
-//! a 4 KiB boundary: reading it touches one page, and it fills a tail that a larger one left. The index is
+//! An object of 4 KiB or more begins at a multiple of 4 KiB. A smaller one begins at a multiple of
+//! 8 and does not cross a 4 KiB boundary: reading it touches one page, and it fills a tail that a
+//! larger one left. The index is
 //!
 //! ```text
 //! header   64 bytes: magic `III-PIDX`; version, compat, ro_compat, incompat: u32; count: u32; 0: u32;
@@ -18,7 +19,8 @@
 //! places   count x (offset: u64, len: u64), in the order of the ids
 //! ```
 //!
-//! The name of both files is the BLAKE3 of the index: whoever opens an index knows whether it is whole.
+//! The name of both files is the BLAKE3 of the index: whoever opens an index knows whether it is
+//! whole.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -118,7 +120,8 @@ pub(crate) fn compat_features(header: &[u8]) -> [u32; 2] {
     ]
 }
 
-/// Encodes the index of a pack that is `pack_len` bytes long. `objects` must be sorted by id, without duplicates.
+/// Encodes the index of a pack that is `pack_len` bytes long. `objects` must be sorted by id,
+/// without duplicates.
 pub fn encode_index(objects: &[(ObjectId, Place)], pack_len: u64) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + FANOUT + objects.len() * (ID + PLACE));
     let Ok(_) = write_index::<Infallible>(objects, pack_len, &mut collect(&mut bytes));
@@ -160,7 +163,8 @@ pub(crate) fn write_index<'p, E>(
     Ok(name.into())
 }
 
-/// The objects that a damaged index may still name. None of it can be believed: whoever reads one hashes it.
+/// The objects that a damaged index may still name. None of it can be believed: whoever reads one
+/// hashes it.
 pub(crate) fn salvage_index(bytes: &[u8]) -> Vec<(ObjectId, Place)> {
     let table = bytes.get(HEADER + FANOUT..).unwrap_or_default();
     let (ids, places) = table.split_at(table.len() / (ID + PLACE) * ID);
@@ -174,7 +178,8 @@ pub(crate) fn salvage_index(bytes: &[u8]) -> Vec<(ObjectId, Place)> {
         .collect()
 }
 
-/// The index of a pack, read in place. Opening checks all of it once, so that reading afterwards cannot fail.
+/// The index of a pack, read in place. Opening checks all of it once, so that reading afterwards
+/// cannot fail.
 #[derive(Debug)]
 pub struct Index {
     bytes: Bytes,

@@ -21,8 +21,8 @@ const MIN_GAP: usize = 32;
 /// The pack is synced whenever this many bytes were written.
 const SYNC_EVERY: u64 = 32 << 20;
 
-/// The pack of one ingest; its file is made for the first object. Places are given out under a lock, the writing itself
-/// happens outside.
+/// The pack of one ingest; its file is made for the first object. Places are given out under a
+/// lock, the writing itself happens outside.
 #[derive(Debug, Default)]
 pub(crate) struct PackWriter(Mutex<State>);
 
@@ -33,7 +33,8 @@ struct State {
     /// Bytes that are placed but not yet written, and where they belong.
     chunk: Vec<u8>,
     chunk_at: u64,
-    /// Where the chunk has room between its objects: offsets in it, and lengths. Each is within one block.
+    /// Where the chunk has room between its objects: offsets in it, and lengths. Each is within one
+    /// block.
     gaps: Vec<(usize, usize)>,
     /// Buffers to be used again.
     spare: Vec<Vec<u8>>,
@@ -41,7 +42,8 @@ struct State {
     synced: u64,
 }
 
-/// Objects and a table of their numbers plus 1 by their ids: a million of them take 56 MB, and twice that in a `HashMap`.
+/// Objects and a table of their numbers plus 1 by their ids: a million of them take 56 MB, and
+/// twice that in a `HashMap`.
 #[derive(Debug, Default)]
 struct Table {
     list: Vec<(ObjectId, Place)>,
@@ -161,8 +163,8 @@ impl FinishedPack {
 }
 
 impl PackWriter {
-    /// Adds an object unless it is in there. Says whether it was added; its bytes are written by the time that all calls have
-    /// returned and [`PackWriter::finish`] was called.
+    /// Adds an object unless it is in there. Says whether it was added; its bytes are written by
+    /// the time that all calls have returned and [`PackWriter::finish`] was called.
     pub(crate) fn add(
         &self,
         create: impl FnOnce() -> Result<TmpFile, StoreError>,

@@ -42,7 +42,8 @@ impl<'a, E> Pieces<'a, E> {
         Ok(())
     }
 
-    /// Hands on the last piece. Returns the hash of all, and what takes pieces, for one that is known only now.
+    /// Hands on the last piece. Returns the hash of all, and what takes pieces, for one that is
+    /// known only now.
     pub(crate) fn finish(mut self) -> Result<(blake3::Hash, &'a mut Put<'a, E>), E> {
         self.flush()?;
         Ok((self.hasher.finalize(), self.put))

@@ -14,8 +14,8 @@ pub enum RefKind {
     Managed,
     /// What a worker had written at some time, by the worker's name and a tag.
     Snapshot,
-    /// A cache volume, by its id. It keeps its layers only as long as garbage collection has no reason to drop it: see
-    /// [`crate::volume`].
+    /// A cache volume, by its id. It keeps its layers only as long as garbage collection has no
+    /// reason to drop it: see [`crate::volume`].
     Volume,
 }
 
@@ -40,8 +40,8 @@ impl RefKind {
         }
     }
 
-    /// The ro-compat feature of a store that has such refs, if they are newer than the first stores: a program that does not
-    /// know them would collect what they keep.
+    /// The ro-compat feature of a store that has such refs, if they are newer than the first
+    /// stores: a program that does not know them would collect what they keep.
     pub(crate) fn feature(self) -> Option<&'static str> {
         match self {
             Self::Image | Self::Worker => None,

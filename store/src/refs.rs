@@ -23,8 +23,8 @@ const MAX_REF_FILE: u64 = 16 << 20;
 const MAX_PLAIN: usize = 180;
 
 impl RefKind {
-    /// Whether a ref of this kind that cannot be read may be what keeps a layer. A damaged cache volume
-    /// keeps nothing: it is filled again.
+    /// Whether a ref of this kind that cannot be read may be what keeps a layer. A damaged cache
+    /// volume keeps nothing: it is filled again.
     pub(crate) fn may_keep(self, err: &StoreError) -> bool {
         self != Self::Volume || !err.is_damage()
     }
@@ -46,8 +46,8 @@ struct RefFile {
     name: String,
     #[serde(flatten)]
     content: Ref,
-    /// The tree of each layer, in their order, as far as they are known: by it another layer is found that
-    /// serves in place of one that was lost. Files of earlier programs have none.
+    /// The tree of each layer, in their order, as far as they are known: by it another layer is
+    /// found that serves in place of one that was lost. Files of earlier programs have none.
     #[serde(default)]
     trees: Vec<Option<TreeId>>,
 }
@@ -92,7 +92,8 @@ impl Store {
         Ok(self.dir().join(kind.path()).join(escape(name)))
     }
 
-    /// Keeps others from a name until the guard is dropped, so that what it has may depend on what it had.
+    /// Keeps others from a name until the guard is dropped, so that what it has may depend on what
+    /// it had.
     pub fn edit_ref(&self, kind: RefKind, name: &str) -> Result<RefEdit<'_>, StoreError> {
         self.require_writable()?;
         let path = self.ref_path(kind, name)?;
@@ -107,7 +108,8 @@ impl Store {
         })
     }
 
-    /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned by the caller.
+    /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned
+    /// by the caller.
     pub fn set_ref(&self, kind: RefKind, name: &str, content: &Ref) -> Result<(), StoreError> {
         self.edit_ref(kind, name)?.set(content)
     }
@@ -124,7 +126,8 @@ impl Store {
             .map(|file| file.content))
     }
 
-    /// The ref in a file of the directory of its kind. One that is not what its file name says is damaged.
+    /// The ref in a file of the directory of its kind. One that is not what its file name says is
+    /// damaged.
     pub(crate) fn read_ref(
         &self,
         kind: RefKind,
@@ -142,8 +145,8 @@ impl Store {
         Ok(Some((name, content)))
     }
 
-    /// The files of the refs of a kind. A store that an older program made, and that can but be read, has no directory of
-    /// kinds that are newer.
+    /// The files of the refs of a kind. A store that an older program made, and that can but be
+    /// read, has no directory of kinds that are newer.
     pub(crate) fn ref_files(&self, kind: RefKind) -> Result<Vec<String>, StoreError> {
         match names(self.disk().as_ref(), &self.dir().join(kind.path())) {
             Err(error)
@@ -157,8 +160,8 @@ impl Store {
         }
     }
 
-    /// All names of a kind, sorted, with what has them. One that cannot be read is an error: it may be what
-    /// keeps a layer. A damaged cache volume is left out.
+    /// All names of a kind, sorted, with what has them. One that cannot be read is an error: it may
+    /// be what keeps a layer. A damaged cache volume is left out.
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
         let (refs, mut unreadable) = self.readable_refs(kind)?;
         unreadable.retain(|err| kind.may_keep(err));
@@ -233,8 +236,8 @@ impl RefEdit<'_> {
         Ok(true)
     }
 
-    /// As [`Store::set_ref`]. A layer that is not in the store is refused, unless the ref names it already:
-    /// a ref that is not whole may be changed without a loss of what it kept.
+    /// As [`Store::set_ref`]. A layer that is not in the store is refused, unless the ref names it
+    /// already: a ref that is not whole may be changed without a loss of what it kept.
     pub fn set(&self, content: &Ref) -> Result<(), StoreError> {
         if content.layers.len() > MAX_REF_LAYERS {
             return Err(StoreError::TooLarge {

@@ -1,15 +1,17 @@
-//! Repairing: what verification found is set aside, and what depends on it is dropped, so that it is made again.
+//! Repairing: what verification found is set aside, and what depends on it is dropped, so that it
+//! is made again.
 //!
-//! Nothing is deleted: what is damaged is moved to `damaged/<n>/`, under the path that it had. It runs under the lock of gc,
-//! beside everything else, and in this order, so that whatever a crash cuts short is no worse than before and can be
-//! repaired again:
+//! Nothing is deleted: what is damaged is moved to `damaged/<n>/`, under the path that it had. It
+//! runs under the lock of gc, beside everything else, and in this order, so that whatever a crash
+//! cuts short is no worse than before and can be repaired again:
 //!
 //! 1. The objects of damaged packs that are what their ids say are written into a new pack.
-//! 2. Records that name lost layers are dropped: layers that are damaged, or name objects that are lost. A
-//!    ref stays: it keeps its other layers, and is whole again once the lost ones are stored again, or
-//!    their objects: see `aside`.
+//! 2. Records that name lost layers are dropped: layers that are damaged, or name objects that are
+//!    lost. A ref stays: it keeps its other layers, and is whole again once the lost ones are
+//!    stored again, or their objects: see `aside`.
 //! 3. These layers are set aside, in the trash, too.
-//! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds that they are not there.
+//! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds
+//!    that they are not there.
 //! 5. Outboards are made again, and the format last.
 //!
 //! A file that cannot be read now is left as it is, and so is everything that may depend on it: see
@@ -67,15 +69,16 @@ pub enum Mended {
         /// How many.
         records: u64,
     },
-    /// Set aside a ref whose file is damaged, or a cache volume that lost a layer: it keeps no layer any
-    /// longer.
+    /// Set aside a ref whose file is damaged, or a cache volume that lost a layer: it keeps no
+    /// layer any longer.
     RefDropped {
         /// What the name stands for.
         ref_kind: RefKind,
         /// The name; that of its file if the file is damaged.
         name: String,
     },
-    /// Lost layers that a ref names. It keeps the others, and is whole again once these are stored again.
+    /// Lost layers that a ref names. It keeps the others, and is whole again once these are stored
+    /// again.
     RefNotWhole {
         /// What the name stands for.
         ref_kind: RefKind,
@@ -102,8 +105,9 @@ pub enum Mended {
 pub type OnRepair<'a> = &'a dyn Fn(&Mended);
 
 impl Store {
-    /// Mends what a report says: see [`crate::repair`]. Waits for a collection that runs. A report that left problems out is
-    /// mended as far as it goes; verify again. What cannot be read is left as it is.
+    /// Mends what a report says: see [`crate::repair`]. Waits for a collection that runs. A report
+    /// that left problems out is mended as far as it goes; verify again. What cannot be read is
+    /// left as it is.
     pub fn repair(
         &self,
         report: &Report,
@@ -174,7 +178,8 @@ impl<'a> Repair<'a> {
         self.disk.sync_dir(dir).at("syncing", dir)
     }
 
-    /// Moves something out of the way, durably. `path` is relative to the store. False if it is not there.
+    /// Moves something out of the way, durably. `path` is relative to the store. False if it is not
+    /// there.
     fn set_aside(&mut self, path: &Path) -> Result<bool, StoreError> {
         let dir = self.store.dir();
         let from = dir.join(path);
@@ -351,7 +356,8 @@ impl<'a> Repair<'a> {
                     continue;
                 }
                 if !any {
-                    // An object of its own keeps the new pack from having the name of the damaged one.
+                    // An object of its own keeps the new pack from having the name of the damaged
+                    // one.
                     let mark = format!("salvaged {}", self.lease.name());
                     let id = ObjectId::of(mark.as_bytes());
                     writer.add(|| self.lease.tmp(), id, mark.as_bytes())?;

@@ -1,8 +1,10 @@
-//! The reserve: files whose only use is to be removed when the disk is full, so that freeing space never fails for want of it.
+//! The reserve: files whose only use is to be removed when the disk is full, so that freeing space
+//! never fails for want of it.
 //!
-//! A collection, and the removal of a ref, write a little: a lease, locks, a generation of the trash. On a filesystem without
-//! a free block or inode they remove the reserve first and make it again when there is room. Another process may take what
-//! that freed, and a store of an earlier program has no reserve; then stat caches go, which only save time.
+//! A collection, and the removal of a ref, write a little: a lease, locks, a generation of the
+//! trash. On a filesystem without a free block or inode they remove the reserve first and make it
+//! again when there is room. Another process may take what that freed, and a store of an earlier
+//! program has no reserve; then stat caches go, which only save time.
 
 use std::io;
 use std::path::Path;
@@ -16,7 +18,8 @@ use crate::site::Site;
 pub(crate) const RESERVE: &str = "reserve";
 /// Its files: as many as a collection has of its own at most, and a few more.
 const FILES: usize = 12;
-/// Length of each, in bytes: as much as a collection writes to one file, whatever the filesystem's block.
+/// Length of each, in bytes: as much as a collection writes to one file, whatever the filesystem's
+/// block.
 const LEN: usize = 16 << 10;
 
 /// Makes the files of the reserve that are not there, as far as there is room.

@@ -1,7 +1,8 @@
 //! Roots: what keeps layers from being collected.
 //!
-//! A layer is kept by a ref, by a lease whose holder lives, or by a record of a key. Leases are always read before refs and
-//! records: who stores a ref or a record has the layer pinned until it is stored, so that one of the two shows it.
+//! A layer is kept by a ref, by a lease whose holder lives, or by a record of a key. Leases are
+//! always read before refs and records: who stores a ref or a record has the layer pinned until it
+//! is stored, so that one of the two shows it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -39,7 +40,8 @@ pub enum Root {
 }
 
 impl Root {
-    /// Whether garbage collection may drop this root by age or size: what it keeps can be made again.
+    /// Whether garbage collection may drop this root by age or size: what it keeps can be made
+    /// again.
     pub fn may_go(&self) -> bool {
         match self {
             Self::Ref { kind, .. } => *kind == RefKind::Volume,

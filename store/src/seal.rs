@@ -1,6 +1,7 @@
 //! Seals: what makes a damaged JSON file of the store known.
 //!
-//! JSON carries no checksum, and one digit more or less is JSON still. So the store's JSON files are sealed:
+//! JSON carries no checksum, and one digit more or less is JSON still. So the store's JSON files
+//! are sealed:
 //!
 //! ```text
 //! the JSON text, a newline, 64 lower-case hex digits: the BLAKE3 of everything before them, a newline

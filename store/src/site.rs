@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::disk::Disk;
 
-/// The directory of a store, and the disk that it is on: all that leases, locks and the trash need to know of it.
+/// The directory of a store, and the disk that it is on: all that leases, locks and the trash need
+/// to know of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Site {
     disk: Arc<dyn Disk>,
@@ -27,7 +28,8 @@ impl Site {
         &self.dir
     }
 
-    /// Under this name the format is written before it is renamed. The file belongs to the holder of [`Site::format_lock`].
+    /// Under this name the format is written before it is renamed. The file belongs to the holder
+    /// of [`Site::format_lock`].
     pub(crate) fn format_tmp(&self) -> PathBuf {
         self.dir.join("tmp/format")
     }

@@ -1,8 +1,9 @@
 //! Snapshots: a project directory as a layer.
 //!
-//! Modes and mtimes of the project are kept; owners are what the caller says; xattrs are not taken (they are the
-//! host's: labels, quarantine marks), and names that are hardlinks of one file become files of their own. Symlinks are
-//! kept and never followed. Sockets, fifos and devices are left out and reported. Mount points are crossed as they are.
+//! Modes and mtimes of the project are kept; owners are what the caller says; xattrs are not taken
+//! (they are the host's: labels, quarantine marks), and names that are hardlinks of one file become
+//! files of their own. Symlinks are kept and never followed. Sockets, fifos and devices are left
+//! out and reported. Mount points are crossed as they are.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, OsStr};
@@ -93,7 +94,8 @@ pub enum SnapshotError {
 pub struct Options<'a> {
     /// Names the stat cache: one name per project directory.
     pub name: &'a str,
-    /// Where the directory stands in the layer, `workspace` say. The directories on the way to it are implicit.
+    /// Where the directory stands in the layer, `workspace` say. The directories on the way to it
+    /// are implicit.
     pub at: &'a [u8],
     /// Names that are left out at any depth, whatever their type.
     pub excludes: &'a [&'a [u8]],
@@ -131,8 +133,9 @@ pub struct Snapshot {
     pub skipped: Vec<Skipped>,
 }
 
-/// Takes in `dir`, reading only what changed since the last snapshot of this name. The layer is in the store, and pinned
-/// in `lease`, when this returns. A file that cannot be read is an error that names it.
+/// Takes in `dir`, reading only what changed since the last snapshot of this name. The layer is in
+/// the store, and pinned in `lease`, when this returns. A file that cannot be read is an error that
+/// names it.
 pub fn snapshot(
     store: &Store,
     lease: &Lease,
@@ -428,7 +431,8 @@ fn file_type(mode: u32) -> FileType {
     FileType::from_raw_mode(mode as RawMode)
 }
 
-/// Shows `see` what is in a directory, with its type where the directory tells it, in no order, until that fails.
+/// Shows `see` what is in a directory, with its type where the directory tells it, in no order,
+/// until that fails.
 #[cfg(target_os = "linux")]
 fn each_entry<E>(
     dir: &OwnedFd,
@@ -443,7 +447,8 @@ fn each_entry<E>(
     Ok(())
 }
 
-/// Shows `see` what is in a directory, with its type where the directory tells it, in no order, until that fails.
+/// Shows `see` what is in a directory, with its type where the directory tells it, in no order,
+/// until that fails.
 #[cfg(not(target_os = "linux"))]
 fn each_entry<E>(
     dir: &OwnedFd,
@@ -726,7 +731,8 @@ impl Walk<'_> {
                 }
             });
         }
-        // After the directories: a thread takes what was spawned last first, so few directories stay open.
+        // After the directories: a thread takes what was spawned last first, so few directories
+        // stay open.
         for batch in batches {
             let fd = Arc::clone(&fd);
             scope.spawn(move |_| self.run(|| self.read_batch(ix, &fd, batch)));

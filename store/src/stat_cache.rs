@@ -1,7 +1,8 @@
-//! The stat cache of a project: which contents a file had when it last looked like this, as in git's index.
+//! The stat cache of a project: which contents a file had when it last looked like this, as in
+//! git's index.
 //!
-//! A cache that is damaged, foreign or of another version is ignored: the files are read again. All integers are
-//! little-endian. The file is
+//! A cache that is damaged, foreign or of another version is ignored: the files are read again. All
+//! integers are little-endian. The file is
 //!
 //! ```text
 //! header   192 bytes: magic `III-STAT`; version, compat, ro_compat, incompat: u32; dir_count, entry_count: u32;
@@ -17,9 +18,10 @@
 //!
 //! # The racy rule
 //!
-//! A file that is written twice within one tick of the clock can keep its times and its size while its bytes change. The
-//! stamp is the time at which the walk began. A file whose mtime or ctime is not older than that, less the clock's
-//! granularity, may have changed after it was read without a trace: its entry holds no longer than this run.
+//! A file that is written twice within one tick of the clock can keep its times and its size while
+//! its bytes change. The stamp is the time at which the walk began. A file whose mtime or ctime is
+//! not older than that, less the clock's granularity, may have changed after it was read without a
+//! trace: its entry holds no longer than this run.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -36,10 +38,12 @@ const HEADER: usize = 192;
 const CHECKSUM: std::ops::Range<usize> = 56..88;
 const DIR: usize = 16;
 const ENTRY: usize = 96;
-/// Times of files advance in ticks of the kernel's clock, which are at most 10 ms. The rest is for a write under way: it
-/// sets the times when it begins, and may still change bytes when it was read.
+/// Times of files advance in ticks of the kernel's clock, which are at most 10 ms. The rest is for
+/// a write under way: it sets the times when it begins, and may still change bytes when it was
+/// read.
 const GRANULARITY_NS: i128 = 100_000_000;
-/// A time without nanoseconds is taken for one of a filesystem that has none; FAT counts in steps of 2 s.
+/// A time without nanoseconds is taken for one of a filesystem that has none; FAT counts in steps
+/// of 2 s.
 const COARSE_GRANULARITY_NS: i128 = 2_000_000_000;
 
 /// A point in time: seconds since 1970 and nanoseconds.
@@ -116,7 +120,8 @@ pub fn encode(stamp: Time, outcome: &Outcome, dirs: &[DirEntries<'_>]) -> Option
     fits.then_some(bytes)
 }
 
-/// As [`encode`], handed out in pieces, the header once more at the end. False if it would not fit the format.
+/// As [`encode`], handed out in pieces, the header once more at the end. False if it would not fit
+/// the format.
 pub(crate) fn write<'p, E>(
     stamp: Time,
     outcome: &Outcome,
@@ -349,8 +354,8 @@ impl StatCache {
 }
 
 impl CachedDir<'_> {
-    /// What the file called `name` held when the cache was made, and whether it still does: it does if it looks the same
-    /// now and is not racy.
+    /// What the file called `name` held when the cache was made, and whether it still does: it does
+    /// if it looks the same now and is not racy.
     pub fn get(&self, name: &[u8], now: &FileStat) -> Option<(ObjectId, bool)> {
         let entry = |ix: usize| HEADER + self.cache.dirs * DIR + (self.first + ix) * ENTRY;
         let ix = search(self.count, |ix| self.cache.text(entry(ix)).cmp(name))?;

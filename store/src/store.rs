@@ -55,11 +55,13 @@ const OTHER_DIRS: [&str; 1] = ["damaged"];
 /// How often the format is written anew because a sweep removed it: programs from before sweeps
 /// took [`Site::format_lock`] may run beside this one.
 const MAX_FORMAT_TRIES: u32 = 8;
-/// The ro-compat feature of a store whose keys have heads: a program that does not know them would drop them.
+/// The ro-compat feature of a store whose keys have heads: a program that does not know them would
+/// drop them.
 pub(crate) const HEADS: &str = "record_heads";
 /// Where the facts of records are.
 pub(crate) const FACTS_DIR: &str = "facts";
-/// The incompat feature of a store whose JSON files are sealed and whose loose objects have outboards.
+/// The incompat feature of a store whose JSON files are sealed and whose loose objects have
+/// outboards.
 pub(crate) const SEALED: &str = "sealed";
 
 /// The `format` file.
@@ -108,8 +110,9 @@ impl Format {
             return Ok(Found::Nothing);
         };
         let sealed = seal::open(&text);
-        // A file without a seal may be older than seals, or newer than this program. It is told from a damaged one by
-        // being one whole JSON text, which a sealed file never is, whatever byte of it changes.
+        // A file without a seal may be older than seals, or newer than this program. It is told
+        // from a damaged one by being one whole JSON text, which a sealed file never is, whatever
+        // byte of it changes.
         let parsed = serde_json::from_slice::<Self>(sealed.unwrap_or(&text));
         let mut format = match parsed {
             Ok(format) => format,
@@ -170,16 +173,16 @@ struct Inner {
     collect_from: AtomicUsize,
 }
 
-/// A store of layers and their objects: see the crate's documentation. Cheap to clone; shared freely between threads and,
-/// through its directory, between processes.
+/// A store of layers and their objects: see the crate's documentation. Cheap to clone; shared
+/// freely between threads and, through its directory, between processes.
 #[derive(Debug, Clone)]
 pub struct Store(Arc<Inner>);
 
 impl Store {
     /// Opens the store in `dir`, or makes one if there is nothing.
     ///
-    /// A directory that cannot be written, or that has ro-compat features unknown here, is opened for reading: whatever
-    /// would write says so with [`StoreError::ReadOnly`].
+    /// A directory that cannot be written, or that has ro-compat features unknown here, is opened
+    /// for reading: whatever would write says so with [`StoreError::ReadOnly`].
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::open_on(dir.as_ref(), Arc::new(RealDisk))
     }
@@ -226,8 +229,9 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens the store in `dir` even if its `format` file is damaged or missing, to verify and to repair it. Nothing else can
-    /// write to it then: a repair that has written the format again is followed by another [`Store::open`].
+    /// Opens the store in `dir` even if its `format` file is damaged or missing, to verify and to
+    /// repair it. Nothing else can write to it then: a repair that has written the format again is
+    /// followed by another [`Store::open`].
     pub fn open_to_repair(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
         let looks_like_one = || {
             DIRS[..4]
@@ -321,7 +325,8 @@ impl Store {
         Ok(())
     }
 
-    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that writes needs one.
+    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that
+    /// writes needs one.
     pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
         self.require_writable()?;
         Lease::take(self.site(), purpose)
@@ -340,8 +345,8 @@ impl Store {
         lock(&self.0.layers).retain(|id, _| !ids.contains(id));
     }
 
-    /// Removes what processes that died left behind: their leases and temporary files. Returns the number of leases.
-    /// Safe beside everything else.
+    /// Removes what processes that died left behind: their leases and temporary files. Returns the
+    /// number of leases. Safe beside everything else.
     pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
         self.require_writable()?;
         let swept = lease::sweep(self.site())?;
@@ -381,8 +386,8 @@ impl Store {
         }
     }
 
-    /// Returns when the names of all layers that are there are durable. A layer that is found may be of somebody who has named
-    /// it but not synced that yet.
+    /// Returns when the names of all layers that are there are durable. A layer that is found may
+    /// be of somebody who has named it but not synced that yet.
     pub(crate) fn sync_layers(&self) -> Result<(), StoreError> {
         let dir = self.dir().join("layers");
         self.disk().sync_dir(&dir).at("syncing", &dir)
@@ -427,9 +432,9 @@ impl Store {
         Ok(layer)
     }
 
-    /// Opens a layer or, where it is not in the store, one with the same tree, which differs from it in
-    /// mtimes alone: a step that is run again makes such a one. What a layer that is not there had for a
-    /// tree is known of those that a ref names.
+    /// Opens a layer or, where it is not in the store, one with the same tree, which differs from
+    /// it in mtimes alone: a step that is run again makes such a one. What a layer that is not
+    /// there had for a tree is known of those that a ref names.
     pub fn layer_or_same_tree(&self, id: &LayerId) -> Result<Arc<Layer>, StoreError> {
         match self.layer(id) {
             Err(StoreError::MissingLayer(_)) => {}
@@ -451,8 +456,8 @@ impl Store {
         self.0.objects.places()
     }
 
-    /// Looks for a layer in the trash, and among those that were set aside and are whole again, and takes
-    /// it back from there.
+    /// Looks for a layer in the trash, and among those that were set aside and are whole again, and
+    /// takes it back from there.
     fn take_back_layer(&self, id: &LayerId) -> Result<bool, StoreError> {
         if self.0.read_only.is_some() {
             return Ok(false);
@@ -470,8 +475,9 @@ impl Store {
         self.0.objects.open(id)
     }
 
-    /// Waits until no other process builds `key`, and keeps others from it until the guard is dropped. `on_wait` is called
-    /// once if somebody else is at it; who waited looks for the record again before building.
+    /// Waits until no other process builds `key`, and keeps others from it until the guard is
+    /// dropped. `on_wait` is called once if somebody else is at it; who waited looks for the record
+    /// again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
         self.require_writable()?;
         let path = self.dir().join("locks").join(format!("{key}.flight"));
@@ -500,7 +506,8 @@ pub(crate) fn is_known_name(name: &str) -> bool {
 }
 
 fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
-    // What must be synced for the store's own name to be durable; somebody else may have made it a moment ago.
+    // What must be synced for the store's own name to be durable; somebody else may have made it a
+    // moment ago.
     let mut above = Vec::from_iter(dir.parent());
     match disk.list(dir) {
         Ok(names) => {

@@ -98,7 +98,8 @@ pub(crate) enum Queue {
 }
 
 impl Queue {
-    /// Adds a file. False if the thread has ended, because of an error that [`Syncer::finish`] returns.
+    /// Adds a file. False if the thread has ended, because of an error that [`Syncer::finish`]
+    /// returns.
     pub(crate) fn push(&self, file: Arc<File>, path: PathBuf) -> Result<bool, StoreError> {
         match self {
             Self::Thread(jobs) => Ok(jobs.send(Job { file, path }).is_ok()),

@@ -1,4 +1,5 @@
-//! Trash: what gc has taken out of its place and nobody can look up any more, but that can still be taken back.
+//! Trash: what gc has taken out of its place and nobody can look up any more, but that can still be
+//! taken back.
 //!
 //! ```text
 //! trash/<generation>/       what one gc took out; generations are numbered upwards
@@ -9,8 +10,9 @@
 //!   <object>.loose .cv      as in loose/
 //! ```
 //!
-//! A name moves by one rename, so that taking back and removing cannot both succeed. Of a pack the index decides: it is the
-//! first to be taken out and the first to be removed, and the last to be taken back.
+//! A name moves by one rename, so that taking back and removing cannot both succeed. Of a pack the
+//! index decides: it is the first to be taken out and the first to be removed, and the last to be
+//! taken back.
 
 use std::collections::HashSet;
 use std::io;
@@ -42,8 +44,9 @@ pub const MAX_TRASHED_LAYERS: usize = 16;
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
 
-/// How often who may not take anything back looks whether it still has to, and how long it waits in between. A collection that has
-/// taken out what a lease pins puts it back as soon as it has read the leases.
+/// How often who may not take anything back looks whether it still has to, and how long it waits in
+/// between. A collection that has taken out what a lease pins puts it back as soon as it has read
+/// the leases.
 const PATIENCE: (u32, Duration) = (250, Duration::from_millis(20));
 
 /// The generations in the trash of the store in `dir`, oldest first.
@@ -76,8 +79,8 @@ pub(crate) fn move_name(disk: &dyn Disk, from: &Path, to: &Path) -> Result<bool,
     }
 }
 
-/// Takes something back. Where this process may read the store and not rename in it, as that of a microVM, a collection
-/// is left the time to do so.
+/// Takes something back. Where this process may read the store and not rename in it, as that of a
+/// microVM, a collection is left the time to do so.
 pub(crate) fn patiently(
     mut take_back: impl FnMut() -> Result<bool, StoreError>,
 ) -> Result<bool, StoreError> {
@@ -168,7 +171,8 @@ impl<'a> Places<'a> {
         Ok(taken)
     }
 
-    /// Takes a loose object back from a generation, durably. False if it is not there, or not any more.
+    /// Takes a loose object back from a generation, durably. False if it is not there, or not any
+    /// more.
     pub(crate) fn take_back_loose(
         &self,
         generation: &Path,
@@ -204,7 +208,8 @@ impl<'a> Places<'a> {
                         return Ok(true);
                     }
                 } else if suffix == "pack" && self.holds(&self.index(&pack), &pack, id) {
-                    // It is just being taken out, or back: its index is still, or already, in its place.
+                    // It is just being taken out, or back: its index is still, or already, in its
+                    // place.
                     move_name(self.disk, &generation.join(&name), &self.pack(&pack))?;
                     self.sync("packs")?;
                     return Ok(true);
@@ -250,7 +255,8 @@ fn born(site: &Site, generation: &Path) -> Result<SystemTime, StoreError> {
     let path = generation.join("born");
     match read_json::<Born>(site.disk().as_ref(), &path, MAX_TRASH_FILE) {
         Ok(Some(born)) => Ok(UNIX_EPOCH + Duration::from_secs(born.unix_seconds)),
-        // It is written before anything is moved here, so this is damage, and nobody knows how old. What had no end would stay for good.
+        // It is written before anything is moved here, so this is damage, and nobody knows how old.
+        // What had no end would stay for good.
         Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Ok(UNIX_EPOCH),
         Err(err) => Err(err),
     }

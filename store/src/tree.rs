@@ -1,8 +1,9 @@
 //! Trees in memory: what a layer says, before it is encoded.
 //!
-//! A [`Source`] is anything that can say what is in its directories: a [`Tree`], a directory that was walked, an archive
-//! that was unpacked. It becomes bytes, a [`TreeId`] and a [`LayerId`] in [`crate::layer`]. Names are raw bytes and are compared as such: no Unicode
-//! normalisation, no case folding. There is no atime, no ctime and no inode number.
+//! A [`Source`] is anything that can say what is in its directories: a [`Tree`], a directory that
+//! was walked, an archive that was unpacked. It becomes bytes, a [`TreeId`] and a [`LayerId`] in
+//! [`crate::layer`]. Names are raw bytes and are compared as such: no Unicode normalisation, no
+//! case folding. There is no atime, no ctime and no inode number.
 //!
 //! [`TreeId`]: crate::TreeId
 //! [`LayerId`]: crate::LayerId
@@ -18,8 +19,8 @@ pub const MAX_NAME: usize = 255;
 pub const MAX_TARGET: usize = 4095;
 /// Deepest nesting of directories. A path of `PATH_MAX` bytes has at most 2,048 components.
 pub const MAX_DEPTH: usize = 2048;
-/// Most entries in one tree. While a layer is made, each of its entries is held in memory, in about 200 bytes: this is what keeps
-/// an ingest below 256 MiB.
+/// Most entries in one tree. While a layer is made, each of its entries is held in memory, in about
+/// 200 bytes: this is what keeps an ingest below 256 MiB.
 pub const MAX_NODES: usize = 1 << 20;
 /// Most bytes of names, symlink targets and xattrs in one tree, for the same reason.
 pub const MAX_TEXT: usize = 64 << 20;
@@ -125,8 +126,8 @@ pub struct Leaf {
     pub meta: Meta,
     /// What it is.
     pub content: Content,
-    /// Leaves of one tree with the same label are one file with several names. Labels are the builder's own;
-    /// encoding renumbers them. A label that stands once means nothing.
+    /// Leaves of one tree with the same label are one file with several names. Labels are the
+    /// builder's own; encoding renumbers them. A label that stands once means nothing.
     pub link: Option<u64>,
 }
 
@@ -138,8 +139,8 @@ pub enum DirKind {
     Merged,
     /// Its own metadata, and nothing below shows through.
     Opaque,
-    /// Only on the way to something: the metadata of the directory below holds, if there is one. Its own [`Meta`] is
-    /// encoded as mode 0755, owner 0:0, mtime 0, without xattrs.
+    /// Only on the way to something: the metadata of the directory below holds, if there is one.
+    /// Its own [`Meta`] is encoded as mode 0755, owner 0:0, mtime 0, without xattrs.
     Implicit,
 }
 
@@ -154,8 +155,9 @@ pub struct Dir {
     pub entries: Entries,
 }
 
-/// What is in a directory, sorted by name: an array, which takes half the memory of a `BTreeMap`, and less for the many
-/// directories with few entries. Inserting moves what stands behind: whoever has many entries collects them.
+/// What is in a directory, sorted by name: an array, which takes half the memory of a `BTreeMap`,
+/// and less for the many directories with few entries. Inserting moves what stands behind: whoever
+/// has many entries collects them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Entries(Vec<(Box<[u8]>, Node)>);
 

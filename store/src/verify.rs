@@ -1,17 +1,17 @@
 //! Verifying: whether everything in the store is what its name says.
 //!
-//! The structure is looked at in any case: the format, every index and the pack beside it, the outboards, every layer file
-//! byte by byte, every object that a layer names, keys, refs and stat caches. With [`VerifyOptions::data`], every byte of
-//! every object is hashed, too.
+//! The structure is looked at in any case: the format, every index and the pack beside it, the
+//! outboards, every layer file byte by byte, every object that a layer names, keys, refs and stat
+//! caches. With [`VerifyOptions::data`], every byte of every object is hashed, too.
 //!
-//! A failed system call is no damage: nothing is known of a file that cannot be opened, mapped or read,
-//! because the process has too many files open, too little memory or no permission, or because its disk
-//! fails. Such a file is [`Finding::Unchecked`], and so is a layer that names objects which may be in it.
-//! [`crate::repair`] leaves both as they are.
+//! A failed system call is no damage: nothing is known of a file that cannot be opened, mapped or
+//! read, because the process has too many files open, too little memory or no permission, or
+//! because its disk fails. Such a file is [`Finding::Unchecked`], and so is a layer that names
+//! objects which may be in it. [`crate::repair`] leaves both as they are.
 //!
-//! It runs beside builds and gc. What appears meanwhile need not be looked at; what vanishes is no problem, since
-//! whatever names it is removed first. What looks wrong is looked at again while gc is kept from running, and only
-//! what still looks wrong is reported.
+//! It runs beside builds and gc. What appears meanwhile need not be looked at; what vanishes is no
+//! problem, since whatever names it is removed first. What looks wrong is looked at again while gc
+//! is kept from running, and only what still looks wrong is reported.
 
 mod data;
 
@@ -96,15 +96,17 @@ pub enum Finding {
         /// The pack.
         pack: PackId,
     },
-    /// A pack is damaged apart from its objects: its length, its header, the zeroes between objects.
+    /// A pack is damaged apart from its objects: its length, its header, the zeroes between
+    /// objects.
     Pack {
         /// The pack.
         pack: PackId,
     },
-    /// A pack has no index: an ingest is giving them their names, or was cut short while it did. Gc removes it.
+    /// A pack has no index: an ingest is giving them their names, or was cut short while it did. Gc
+    /// removes it.
     PackWithoutIndex,
-    /// An index has no pack, of which a power cut may leave only the index. If a layer needs the pack, it is
-    /// [`Finding::Incomplete`].
+    /// An index has no pack, of which a power cut may leave only the index. If a layer needs the
+    /// pack, it is [`Finding::Incomplete`].
     IndexWithoutPack {
         /// The pack.
         pack: PackId,
@@ -121,7 +123,8 @@ pub enum Finding {
         /// The object.
         object: ObjectId,
     },
-    /// A loose object has no outboard, which a power cut may leave: reading it begins by reading all of it.
+    /// A loose object has no outboard, which a power cut may leave: reading it begins by reading
+    /// all of it.
     NoOutboard {
         /// The object.
         object: ObjectId,
@@ -162,8 +165,8 @@ pub enum Finding {
         /// What the name stands for.
         ref_kind: RefKind,
     },
-    /// A ref names a layer that is not there. The ref keeps its other layers, and is whole again once
-    /// this one is stored again.
+    /// A ref names a layer that is not there. The ref keeps its other layers, and is whole again
+    /// once this one is stored again.
     RefLayer {
         /// What the name stands for.
         ref_kind: RefKind,
@@ -285,8 +288,8 @@ impl Report {
         self.worst() <= Some(Severity::Note) && self.omitted == 0
     }
 
-    /// Whether there is nothing that a repair mends: but for notes, only names whose layers must be stored
-    /// again.
+    /// Whether there is nothing that a repair mends: but for notes, only names whose layers must be
+    /// stored again.
     pub fn is_mended(&self) -> bool {
         let is_left = |problem: &Problem| {
             problem.severity == Severity::Note
@@ -321,9 +324,10 @@ enum Item {
 pub type OnVerify<'a> = &'a (dyn Fn(VerifyEvent) + Sync);
 
 impl Store {
-    /// Looks at everything in the store: see [`crate::verify`]. Nothing is changed. An error means that it could not be
-    /// looked at; whatever is wrong with what was looked at is in the report. Holds some MiB for each thread, the indexes,
-    /// and at most a bounded number of problems in memory.
+    /// Looks at everything in the store: see [`crate::verify`]. Nothing is changed. An error means
+    /// that it could not be looked at; whatever is wrong with what was looked at is in the report.
+    /// Holds some MiB for each thread, the indexes, and at most a bounded number of problems in
+    /// memory.
     pub fn verify(
         &self,
         options: VerifyOptions,
@@ -442,8 +446,8 @@ impl<'a> Pass<'a> {
         pass
     }
 
-    /// The files of layers, in the trash, too, that are damaged or name objects that are not there. Those
-    /// of which that is not known are not among them.
+    /// The files of layers, in the trash, too, that are damaged or name objects that are not there.
+    /// Those of which that is not known are not among them.
     pub(crate) fn broken_layers(&self) -> Vec<(LayerId, PathBuf)> {
         lock(&self.found).clear();
         let layers = self.list("layers", is_id::<LayerId>);
@@ -535,8 +539,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Opens a file that is to be mapped, and reads it once: a disk that fails gives an error here, and
-    /// ends the process when a mapping meets with it.
+    /// Opens a file that is to be mapped, and reads it once: a disk that fails gives an error here,
+    /// and ends the process when a mapping meets with it.
     fn open(&self, item: &Item, path: &Path) -> Option<File> {
         let file = self.read(item, path, self.disk.open(path))?;
         self.read(item, path, read_through(self.disk, &file))?;
@@ -1040,8 +1044,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Whether a layer of the same tree serves in place of one that is not there, as it does for the upper
-    /// of a worker.
+    /// Whether a layer of the same tree serves in place of one that is not there, as it does for
+    /// the upper of a worker.
     fn is_served(&self, kind: RefKind, id: &LayerId) -> bool {
         if matches!(kind, RefKind::Image | RefKind::Volume) {
             return false;
@@ -1058,7 +1062,8 @@ impl<'a> Pass<'a> {
         tree.is_some_and(|tree| trees.contains(&tree))
     }
 
-    /// Whether a layer was set aside and is whole again, so that the next look for it takes it back.
+    /// Whether a layer was set aside and is whole again, so that the next look for it takes it
+    /// back.
     fn is_restorable(&self, id: &LayerId) -> bool {
         let Ok(Some((_, layer))) = self.store.aside_layer(id) else {
             return false;

@@ -1,25 +1,28 @@
 //! Cache volumes: what package managers have downloaded, as layers that any number of steps share.
 //!
-//! A volume is a ref of the kind [`RefKind::Volume`], with a stack of layers, bottom first. A step sees the stack that the
-//! volume has when the step begins; what the step added becomes one more layer when it has succeeded. Nothing is changed in
-//! place, so steps run beside each other, none waits for another, and none sees half of another's files.
+//! A volume is a ref of the kind [`RefKind::Volume`], with a stack of layers, bottom first. A step
+//! sees the stack that the volume has when the step begins; what the step added becomes one more
+//! layer when it has succeeded. Nothing is changed in place, so steps run beside each other, none
+//! waits for another, and none sees half of another's files.
 //!
 //! # Merging
 //!
-//! The result of [`Store::merge_volume`] is the union: of two files of one name, the one that was merged last stays, and
-//! deletions are ignored. Entries that the volume has already, mtimes apart, are left out. The ref is compared and
-//! swapped; when another process was faster, the union is made again on its result. A process that dies on the way
-//! leaves the ref as it was.
+//! The result of [`Store::merge_volume`] is the union: of two files of one name, the one that was
+//! merged last stays, and deletions are ignored. Entries that the volume has already, mtimes apart,
+//! are left out. The ref is compared and swapped; when another process was faster, the union is
+//! made again on its result. A process that dies on the way leaves the ref as it was.
 //!
-//! The layers of a volume hold files, directories and symlinks; no whiteouts, no opaque directories, no hardlinks. Each
-//! layer has more entries than all above it together: a merge folds the topmost layers into the new one until that holds, so
-//! that a volume of n entries has at most about log2(n) layers, and an entry is written again about as often.
+//! The layers of a volume hold files, directories and symlinks; no whiteouts, no opaque
+//! directories, no hardlinks. Each layer has more entries than all above it together: a merge folds
+//! the topmost layers into the new one until that holds, so that a volume of n entries has at most
+//! about log2(n) layers, and an entry is written again about as often.
 //!
 //! # Limits
 //!
-//! A volume that would exceed [`MAX_VOLUME_BYTES`] or [`MAX_VOLUME_ENTRIES`] starts anew, empty: package managers cope with
-//! an empty cache, not all of them with half of one. Garbage collection drops volumes as it drops records: the layers of
-//! a volume are kept by age and size only. A volume that has lost a layer is empty.
+//! A volume that would exceed [`MAX_VOLUME_BYTES`] or [`MAX_VOLUME_ENTRIES`] starts anew, empty:
+//! package managers cope with an empty cache, not all of them with half of one. Garbage collection
+//! drops volumes as it drops records: the layers of a volume are kept by age and size only. A
+//! volume that has lost a layer is empty.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -76,13 +79,15 @@ pub enum Merge {
 }
 
 impl Store {
-    /// The layers of a volume, bottom first, pinned. A volume that does not exist, or that has lost a layer, has none.
+    /// The layers of a volume, bottom first, pinned. A volume that does not exist, or that has lost
+    /// a layer, has none.
     pub fn volume(&self, lease: &Lease, name: &str) -> Result<Vec<Arc<Layer>>, StoreError> {
         let content = self.get_ref(RefKind::Volume, name);
         self.open_volume(lease, known(content)?.as_ref())
     }
 
-    /// The layers of every volume, bottom first, whether they are there or not. A volume whose ref is damaged is left out.
+    /// The layers of every volume, bottom first, whether they are there or not. A volume whose ref
+    /// is damaged is left out.
     pub fn volumes(&self) -> Result<BTreeMap<String, Vec<LayerId>>, StoreError> {
         let refs = self.list_refs(RefKind::Volume)?;
         let layers = refs
@@ -115,7 +120,8 @@ impl Store {
         Ok(layers)
     }
 
-    /// Adds to a volume what `added` has and the volume lacks. The objects of `added` must be in the store.
+    /// Adds to a volume what `added` has and the volume lacks. The objects of `added` must be in
+    /// the store.
     pub fn merge_volume(
         &self,
         lease: &Lease,
@@ -125,8 +131,8 @@ impl Store {
         self.merge_volume_with(lease, name, added, Limits::default(), &|_| ())
     }
 
-    /// As [`Store::merge_volume`]. `before_swap` is called with the number of each attempt, between the making of the
-    /// layer and the swap of the ref.
+    /// As [`Store::merge_volume`]. `before_swap` is called with the number of each attempt, between
+    /// the making of the layer and the swap of the ref.
     fn merge_volume_with(
         &self,
         lease: &Lease,
@@ -165,7 +171,8 @@ impl Store {
         })
     }
 
-    /// Publishes `new` on `layers`, folded together with those that it outgrows. Nothing if that is too much for one volume.
+    /// Publishes `new` on `layers`, folded together with those that it outgrows. Nothing if that is
+    /// too much for one volume.
     fn stack(
         &self,
         lease: &Lease,
@@ -244,7 +251,8 @@ fn look<'a>(top_first: &[NodeRef<'a>], name: &[u8]) -> There<'a> {
     }
 }
 
-/// The metadata of a directory that the layers have, unless all of them have it only on the way to something.
+/// The metadata of a directory that the layers have, unless all of them have it only on the way to
+/// something.
 fn meta_of(top_first: &[NodeRef<'_>]) -> Option<Meta> {
     let own = top_first
         .iter()

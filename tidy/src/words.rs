@@ -36,8 +36,6 @@ const TO_DO: &[&str] = &[
     "engine/src/worker/session.rs",
     "engine/src/worker/snapshot.rs",
     "engine/src/worker/start.rs",
-    "init/",
-    "oci/",
     "overlay/examples/",
     "overlay/src/differ.rs",
     "overlay/src/freeze.rs",
@@ -47,8 +45,6 @@ const TO_DO: &[&str] = &[
     "overlay/src/thaw.rs",
     "overlay/src/upper/",
     "overlay/tests/",
-    "sandbox/",
-    "src/",
     "store/",
 ];
 

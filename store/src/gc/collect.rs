@@ -299,7 +299,8 @@ impl<'a> Collection<'a> {
     }
 
     fn collect_objects(&mut self) -> Result<(), StoreError> {
-        // Before the layers are listed: an object that comes later is in no pack that this looks at.
+        // Before the layers are listed: an object that comes later is in no pack that this looks
+        // at.
         let mut census = self.store.census()?;
         if let Some(err) = census.damaged.pop() {
             return Err(err);
@@ -470,8 +471,8 @@ impl<'a> Collection<'a> {
                 let meta = self.store.metadata(&path)?;
                 self.written += meta.map_or(0, |meta| on_disk(&meta));
             }
-            // Rewriting one pack whole gives the same one again; and when objects are there twice, the pack may have been there
-            // all along, with nothing in it that was counted.
+            // Rewriting one pack whole gives the same one again; and when objects are there twice,
+            // the pack may have been there all along, with nothing in it that was counted.
             read.retain(|pack| *pack != id);
             packs.dead.retain(|pack| *pack != id);
             dead.retain(|pack| *pack != id);
@@ -505,8 +506,8 @@ impl<'a> Collection<'a> {
         Ok(Some(len))
     }
 
-    /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that did not need them when they
-    /// were taken out.
+    /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that
+    /// did not need them when they were taken out.
     fn empty_trash(&mut self, seen: &HashSet<LayerId>) -> Result<(), StoreError> {
         let disk = Arc::clone(self.store.disk());
         let is_object = |name: &str| ["pack", "idx", LOOSE, OUTBOARD].contains(&suffix(name));
@@ -520,8 +521,9 @@ impl<'a> Collection<'a> {
         if holding.is_empty() {
             return Ok(());
         }
-        // After everything was taken out, and before the layers are listed: an ingest that has ended by now has published its
-        // layer, and one that begins from now on does not find what is in here.
+        // After everything was taken out, and before the layers are listed: an ingest that has
+        // ended by now has published its layer, and one that begins from now on does not find what
+        // is in here.
         let leases = lease::live(self.store.site())?;
         // What this process knew of packs is from before.
         self.store.objects().refresh()?;

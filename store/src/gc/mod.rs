@@ -24,24 +24,29 @@
 //!
 //! # Beside writers and readers
 //!
-//! Nobody waits for a collection, and it waits for nobody; two collections never run at once. It deletes in the
-//! order opposite to publishing, each step durable before the next begins:
+//! Nobody waits for a collection, and it waits for nobody; two collections never run at once. It
+//! deletes in the order opposite to publishing, each step durable before the next begins:
 //!
 //! 1. Records and cache volumes are dropped.
-//! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and what got one meanwhile is moved
-//!    back: who pins a layer writes the pin before looking for the layer, so either the pin is seen here, or the layer is
-//!    not found there, and taken back from the trash or built anew.
-//! 3. Layers that have been in the trash for the grace period are removed, and the oldest of too many.
-//! 4. Objects that no layer file names are moved into the trash, whole packs and loose files; packs that are mostly dead, and small
-//!    packs when there are many, are rewritten first. *Then* the leases are read: an ingest that is open may have found one
-//!    of these objects before they were moved, and may yet publish a layer that names it. The generation waits for it. One that
+//! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and what got
+//!    one meanwhile is moved back: who pins a layer writes the pin before looking for the layer, so
+//!    either the pin is seen here, or the layer is not found there, and taken back from the trash
+//!    or built anew.
+//! 3. Layers that have been in the trash for the grace period are removed, and the oldest of too
+//!    many.
+//! 4. Objects that no layer file names are moved into the trash, whole packs and loose files; packs
+//!    that are mostly dead, and small packs when there are many, are rewritten first. *Then* the
+//!    leases are read: an ingest that is open may have found one of these objects before they were
+//!    moved, and may yet publish a layer that names it. The generation waits for it. One that
 //!    begins later does not find them.
-//! 5. The layers that have appeared since step 4 began are looked through, and what they name is moved back.
+//! 5. The layers that have appeared since step 4 began are looked through, and what they name is
+//!    moved back.
 //! 6. What waits for nobody is removed.
 //!
-//! An ingest does its part: it says in its lease that it has begun before it looks at the indexes, and that it is done after its
-//! layer has its name and everything that it reuses is in its place, if need be out of the trash. Readers, too, take back what
-//! they miss. So a layer that is there never names an object that is not.
+//! An ingest does its part: it says in its lease that it has begun before it looks at the indexes,
+//! and that it is done after its layer has its name and everything that it reuses is in its place,
+//! if need be out of the trash. Readers, too, take back what they miss. So a layer that is there
+//! never names an object that is not.
 
 mod collect;
 mod plan;
@@ -88,7 +93,8 @@ pub struct Policy {
     pub keep: Duration,
     /// While the store is larger than this many bytes on disk, layers of records are dropped.
     pub max_bytes: Option<u64>,
-    /// While the filesystem has fewer free bytes than this, layers of records are dropped, and the trash is not kept.
+    /// While the filesystem has fewer free bytes than this, layers of records are dropped, and the
+    /// trash is not kept.
     pub min_free: Option<u64>,
     /// How long a layer stays in the trash, if it is among the last [`crate::MAX_TRASHED_LAYERS`]
     /// there.
@@ -166,7 +172,8 @@ pub struct Garbage {
     pub last_used: SystemTime,
 }
 
-/// What a collection will do. Carrying it out looks at everything again: nothing that is in use by then goes.
+/// What a collection will do. Carrying it out looks at everything again: nothing that is in use by
+/// then goes.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
     /// What the store takes on disk now.
@@ -199,8 +206,8 @@ pub struct GcPlan {
     pub frees: u64,
     /// About how much more a later collection frees, when the grace period is over.
     pub frees_later: u64,
-    /// By how much the store is still larger, or the filesystem still fuller, than the policy says: all that is left is kept
-    /// by refs and leases.
+    /// By how much the store is still larger, or the filesystem still fuller, than the policy says:
+    /// all that is left is kept by refs and leases.
     pub still_over: u64,
     /// Why no object can go: something of the store cannot be read.
     pub blocked: Option<String>,

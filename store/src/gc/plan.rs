@@ -124,8 +124,8 @@ impl<'a> Planner<'a> {
         Ok(plan)
     }
 
-    /// Drops layers that may go until the store is as small as the policy says. `space` is what it takes now, and what is free
-    /// beside it. Returns what is still too much.
+    /// Drops layers that may go until the store is as small as the policy says. `space` is what it
+    /// takes now, and what is free beside it. Returns what is still too much.
     fn fit(
         &self,
         policy: &Policy,
@@ -253,8 +253,8 @@ impl<'a> Planner<'a> {
             .sort_by_key(|kept| std::cmp::Reverse((kept.last_used, kept.layer)));
     }
 
-    /// The layers that may go for space, the one that is worth most first: what it would take to build it again, for each byte
-    /// that it frees, halved for each week in which it was not used.
+    /// The layers that may go for space, the one that is worth most first: what it would take to
+    /// build it again, for each byte that it frees, halved for each week in which it was not used.
     fn by_worth(&self, size: &Size<'_>, why: &HashMap<LayerId, Why>) -> Vec<LayerId> {
         let now = SystemTime::now();
         let mut seconds: HashMap<LayerId, f64> = HashMap::new();
@@ -306,7 +306,8 @@ impl<'a> Planner<'a> {
         plan.frees_later += (eventually.frees + loose_eventually).saturating_sub(now);
     }
 
-    /// The stat caches that say nothing of use: they do not hold, or their layer is gone and they are old.
+    /// The stat caches that say nothing of use: they do not hold, or their layer is gone and they
+    /// are old.
     fn stat_caches(&self, policy: &Policy, now: SystemTime) -> Result<Vec<String>, StoreError> {
         let (disk, dir) = (self.store.disk(), self.store.dir().join("stat"));
         let mut useless = Vec::new();

@@ -1,5 +1,5 @@
-//! What opening a layer does not prove: that the ids of its header are those of its nodes, and that every byte of the file
-//! is the one that [`encode`](super::encode) writes.
+//! What opening a layer does not prove: that the ids of its header are those of its nodes, and that
+//! every byte of the file is the one that [`encode`](super::encode) writes.
 
 use rayon::prelude::*;
 
@@ -21,8 +21,9 @@ impl Layer {
         [le_u32(&self.bytes, 12), le_u32(&self.bytes, 16)]
     }
 
-    /// Whether the header says what follows from the nodes and the tree id. With the body, that is every byte of the file
-    /// but the compat features. Takes little more than one look at each node.
+    /// Whether the header says what follows from the nodes and the tree id. With the body, that is
+    /// every byte of the file but the compat features. Takes little more than one look at each
+    /// node.
     pub fn header_holds(&self) -> bool {
         let mut hasher = blake3::Hasher::new_derive_key(LAYER_CONTEXT);
         let mut bytes = Vec::with_capacity(PIECE + 12);
@@ -58,8 +59,8 @@ impl Layer {
             && self.bytes[HEADER_END..HEADER].iter().all(|&byte| byte == 0)
     }
 
-    /// Checks that the file is what [`encode`](super::encode) makes of its tree, byte by byte, hashes included, except for the
-    /// compat features.
+    /// Checks that the file is what [`encode`](super::encode) makes of its tree, byte by byte,
+    /// hashes included, except for the compat features.
     pub fn check_all(&self) -> Result<(), LayerError> {
         use LayerError::Damaged;
         if !self.body_holds() {

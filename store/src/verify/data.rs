@@ -77,7 +77,8 @@ impl PackData<'_> {
         }
     }
 
-    /// Sorts the objects, checks that their places make sense, and cuts them into what is read at once.
+    /// Sorts the objects, checks that their places make sense, and cuts them into what is read at
+    /// once.
     fn runs(&mut self) -> Vec<Range<usize>> {
         let count = self.places.len();
         self.places.retain(|(_, place)| place.len < LOOSE_MIN);

@@ -1,4 +1,5 @@
-//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain without a fuzzer can do.
+//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain
+//! without a fuzzer can do.
 
 use std::fs;
 use std::path::PathBuf;

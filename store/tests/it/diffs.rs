@@ -152,7 +152,8 @@ proptest! {
         prop_assert_eq!(diff(&new_layer, &new_layer), vec![]);
     }
 
-    /// A fact recorded of a tree is true of it; of another tree exactly if the same would be recorded there.
+    /// A fact recorded of a tree is true of it; of another tree exactly if the same would be
+    /// recorded there.
     #[test]
     fn facts_are_true_of_what_they_were_seen_in(old in tree(), new in tree()) {
         let (old, new) = (layer_of(&old), layer_of(&new));

@@ -1,5 +1,5 @@
-//! Every call is made to fail in turn. Whatever fails: what was promised is there, what has a name is whole, and the same work
-//! done again succeeds.
+//! Every call is made to fail in turn. Whatever fails: what was promised is there, what has a name
+//! is whole, and the same work done again succeeds.
 
 use std::error::Error;
 use std::io;
@@ -235,8 +235,8 @@ fn add_large(ingest: &iii_store::Ingest<'_>, number: u8) -> Result<(), StoreErro
     ingest.add_bytes(&bytes).map(drop)
 }
 
-/// Whichever call fails first, in the background or not: every later call, and the end, tell of that
-/// one, with its path and its cause.
+/// Whichever call fails first, in the background or not: every later call, and the end, tell of
+/// that one, with its path and its cause.
 #[test]
 fn the_first_failure_of_an_ingest_is_the_one_that_is_told() {
     for fails in ["create", "write_at", "sync"] {
@@ -263,7 +263,8 @@ fn the_first_failure_of_an_ingest_is_the_one_that_is_told() {
     }
 }
 
-/// Has one call of a kind fail, once it is armed, with an error that is told from those that follow.
+/// Has one call of a kind fail, once it is armed, with an error that is told from those that
+/// follow.
 #[derive(Debug)]
 struct FailingOnce {
     kind: &'static str,

@@ -1,4 +1,5 @@
-//! Every byte of a store is flipped in turn: verification finds it, and whatever is read is an error or what was stored.
+//! Every byte of a store is flipped in turn: verification finds it, and whatever is read is an
+//! error or what was stored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -97,7 +98,8 @@ pub fn fill(dir: &Path) -> Result<Sample, Box<dyn std::error::Error>> {
     Ok(sample)
 }
 
-/// Reads everything that there was. What can be read is what was stored. Returns how many reads failed.
+/// Reads everything that there was. What can be read is what was stored. Returns how many reads
+/// failed.
 pub fn read_all(store: &Store, sample: &Sample) -> usize {
     let mut failed = 0;
     for (id, tree) in &sample.layers {
@@ -253,7 +255,8 @@ fn flipped_bytes_are_found_and_never_read() {
     flip_all(11, &[0x20]);
 }
 
-/// Every byte: minutes. `cargo test -p iii-store --release --test it -- --ignored every_flipped_byte_of_a_store`
+/// Every byte: minutes.
+/// `cargo test -p iii-store --release --test it -- --ignored every_flipped_byte_of_a_store`
 #[test]
 #[ignore = "takes minutes"]
 fn every_flipped_byte_of_a_store() {

@@ -219,7 +219,8 @@ fn a_ref_of_any_kind_can_be_removed() {
     }
 }
 
-/// The filesystems on which this binary runs itself again, and the command that mounts each at `$1`.
+/// The filesystems on which this binary runs itself again, and the command that mounts each at
+/// `$1`.
 const FILESYSTEMS: [(&str, &str); 3] = [
     (
         "blocks",

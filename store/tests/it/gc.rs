@@ -522,7 +522,8 @@ fn one_collection_at_a_time() {
     });
 }
 
-/// A collection that takes an object back may leave it in two packs; the next one writes the one anew, which gives the other.
+/// A collection that takes an object back may leave it in two packs; the next one writes the one
+/// anew, which gives the other.
 #[test]
 fn objects_that_are_there_twice_survive() {
     // Which of the packs counts depends on their ids.

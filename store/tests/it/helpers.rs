@@ -144,8 +144,8 @@ pub fn read_back(store: &Store, layer: &Layer) -> Files {
     files
 }
 
-/// Every name of the store means durable and whole: all layers open, and all that they name is there. Returns how many
-/// layers there are.
+/// Every name of the store means durable and whole: all layers open, and all that they name is
+/// there. Returns how many layers there are.
 pub fn check_whole(dir: &Path) -> usize {
     let store = Store::open(dir).unwrap();
     let layers: Vec<_> = names(&dir.join("layers"));
@@ -185,7 +185,8 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Files longer than this are not copied but linked: no store writes to a file that is there. Shorter ones may be locked.
+/// Files longer than this are not copied but linked: no store writes to a file that is there.
+/// Shorter ones may be locked.
 pub const LINKED: u64 = 4096;
 
 /// Copies a store.

@@ -1,7 +1,8 @@
 //! Processes that store, name, pin, read and collect at once, and are killed at random.
 //!
-//! Each process is this test binary, told by its environment what to do. What one of them has pinned and found must be whole
-//! as long as it holds it; in the end, nothing in use is lost and nothing is left behind.
+//! Each process is this test binary, told by its environment what to do. What one of them has
+//! pinned and found must be whole as long as it holds it; in the end, nothing in use is lost and
+//! nothing is left behind.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -37,7 +38,8 @@ fn content(number: u64) -> Vec<u8> {
 
 const CONTENTS: u64 = 36;
 
-/// What this process holds: a lease, the layers that it has found whole, and the store as it saw it then.
+/// What this process holds: a lease, the layers that it has found whole, and the store as it saw it
+/// then.
 struct Held {
     store: Store,
     _lease: Lease,

@@ -1,9 +1,10 @@
 //! Writers, readers and collections, interleaved call by call.
 //!
-//! The code is the real one. Each actor runs in a thread of its own, on a disk that stops before every call that others could
-//! notice until the scheduler lets it go on, so that one runs at a time and a schedule is a list of numbers. Explored are all
-//! schedules with few preemptions, and random ones. A lock is never waited for in the kernel: who would wait is not let go
-//! on before the lock is free, and if nobody can go on, that is found.
+//! The code is the real one. Each actor runs in a thread of its own, on a disk that stops before
+//! every call that others could notice until the scheduler lets it go on, so that one runs at a
+//! time and a schedule is a list of numbers. Explored are all schedules with few preemptions, and
+//! random ones. A lock is never waited for in the kernel: who would wait is not let go on before
+//! the lock is free, and if nobody can go on, that is found.
 
 use std::fs;
 use std::io;
@@ -36,7 +37,8 @@ enum Status {
 enum Choice {
     /// Whoever was running; at the choices with these numbers, these others instead.
     Preempt(Vec<(usize, usize)>),
-    /// The actor with the highest priority; at the choices with these numbers, the running one comes last from then on.
+    /// The actor with the highest priority; at the choices with these numbers, the running one
+    /// comes last from then on.
     Priorities(Vec<usize>, Vec<usize>),
 }
 
@@ -500,7 +502,8 @@ impl Scenario {
         std::mem::take(&mut state.made)
     }
 
-    /// Runs every schedule with at most `preemptions`, or of the ones with most of them every `stride`th.
+    /// Runs every schedule with at most `preemptions`, or of the ones with most of them every
+    /// `stride`th.
     fn explore(&mut self, preemptions: usize, stride: usize) {
         let mut stack = vec![Vec::new()];
         let mut last = 0;

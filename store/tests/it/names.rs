@@ -307,7 +307,8 @@ fn golden_record() {
     );
 }
 
-/// Of the records of earlier programs those without facts still hold; the others said too little, and go with the next collection.
+/// Of the records of earlier programs those without facts still hold; the others said too little,
+/// and go with the next collection.
 #[test]
 fn records_of_earlier_programs() {
     let dir = tempfile::tempdir().unwrap();
@@ -392,8 +393,8 @@ fn saw(layer: &iii_store::Published, files: &[(&str, &str)]) -> Record {
     record
 }
 
-/// However many projects have a step in common, one that was built is found with the file of its key and one file of facts, whether they
-/// looked at the same paths or at others.
+/// However many projects have a step in common, one that was built is found with the file of its
+/// key and one file of facts, whether they looked at the same paths or at others.
 #[test]
 fn one_of_a_thousand_records_is_found_with_few_looks() {
     let dir = tempfile::tempdir().unwrap();
@@ -481,7 +482,8 @@ fn records_that_are_added_at_once_are_all_there() {
     assert_eq!(store.records(&key).unwrap().len(), 40);
 }
 
-/// Facts that a crash left are no record, and go; a record whose facts are damaged or gone is passed over, told of, and dropped.
+/// Facts that a crash left are no record, and go; a record whose facts are damaged or gone is
+/// passed over, told of, and dropped.
 #[test]
 fn facts_without_a_record_and_records_without_facts() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,11 @@
-//! The power is cut after every call. What was not synced is lost, kept, or anything between; what was announced is there.
+//! The power is cut after every call. What was not synced is lost, kept, or anything between; what
+//! was announced is there.
 //!
-//! A run is recorded: every change, every sync, and every promise. For every prefix of it, directories are made as a disk may
-//! show them after the cut. A file's bytes are sure once it was synced; before, it may be empty, cut, or hold zeroes. A
-//! change of names is sure once one of its directories was synced; before, any of them may be missing, whatever came
-//! before or after it, but a rename is never half done.
+//! A run is recorded: every change, every sync, and every promise. For every prefix of it,
+//! directories are made as a disk may show them after the cut. A file's bytes are sure once it was
+//! synced; before, it may be empty, cut, or hold zeroes. A change of names is sure once one of its
+//! directories was synced; before, any of them may be missing, whatever came before or after it,
+//! but a rename is never half done.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::{self, Display};
@@ -434,8 +436,9 @@ impl Display for Cut<'_> {
     }
 }
 
-/// Cuts the power after the call number `from` of a recorded run, and after every one that follows, and has `check` look at
-/// what may be found then: the extremes and `random` others. Returns the number of images.
+/// Cuts the power after the call number `from` of a recorded run, and after every one that follows,
+/// and has `check` look at what may be found then: the extremes and `random` others. Returns the
+/// number of images.
 fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &Promised)) -> usize {
     let mut media = Media::default();
     let mut maker = Maker::new();
@@ -540,8 +543,8 @@ fn the_power_is_cut_in_many_ways() {
     }
 }
 
-/// Somebody else stores the same, and names it, while the first is at any point of it. The power is cut when the second is
-/// done: what it relied on was not the first's alone to make durable.
+/// Somebody else stores the same, and names it, while the first is at any point of it. The power is
+/// cut when the second is done: what it relied on was not the first's alone to make durable.
 #[test]
 fn the_power_is_cut_while_another_has_not_synced_what_was_reused() {
     let project = project();

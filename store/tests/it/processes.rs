@@ -1,4 +1,5 @@
-//! Several processes on one store. The other process is this test binary, told by its environment what to do.
+//! Several processes on one store. The other process is this test binary, told by its environment
+//! what to do.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

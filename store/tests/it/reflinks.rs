@@ -1,5 +1,6 @@
-//! Where the filesystem can share blocks, large files come in and go out without being copied. The filesystem is a small XFS, mounted in a
-//! mount namespace of its own, in which this binary runs itself again.
+//! Where the filesystem can share blocks, large files come in and go out without being copied. The
+//! filesystem is a small XFS, mounted in a mount namespace of its own, in which this binary runs
+//! itself again.
 
 use std::fs::{self, File};
 use std::path::Path;

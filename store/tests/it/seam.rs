@@ -1,4 +1,5 @@
-//! A disk that asks before each call: what the tests that fail, record, cut or schedule calls share.
+//! A disk that asks before each call: what the tests that fail, record, cut or schedule calls
+//! share.
 
 use std::ffi::OsString;
 use std::fmt::{self, Debug};
@@ -82,7 +83,8 @@ pub trait Hook: Send + Sync + Debug {
     }
 }
 
-/// The filesystem behind a hook, without waiting for the disk. Where it cannot share blocks, it makes as if it did.
+/// The filesystem behind a hook, without waiting for the disk. Where it cannot share blocks, it
+/// makes as if it did.
 #[derive(Debug)]
 pub struct Hooked<H>(pub H);
 

@@ -445,7 +445,8 @@ fn too_deep() {
     assert!(matches!(err, SnapshotError::Tree { .. }), "{err}");
 }
 
-/// Somebody writes while the project is taken in: each file is as it was at one moment, or the project is refused.
+/// Somebody writes while the project is taken in: each file is as it was at one moment, or the
+/// project is refused.
 #[test]
 fn files_that_change_while_they_are_read() {
     let bench = Bench::new();
@@ -485,7 +486,8 @@ fn files_that_change_while_they_are_read() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    // At rest, it is what it is. (Its last write may have been under way for longer than the racy rule allows for.)
+    // At rest, it is what it is. (Its last write may have been under way for longer than the racy
+    // rule allows for.)
     bench.write("f", fill(1));
     bench.take();
     check_whole(bench.store.dir());

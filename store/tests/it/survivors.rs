@@ -1,5 +1,5 @@
-//! One damaged byte costs no more than what it stands in: refs stay, what they name of whole layers stays, and
-//! what was lost may come back.
+//! One damaged byte costs no more than what it stands in: refs stay, what they name of whole layers
+//! stays, and what was lost may come back.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,8 @@ struct Sample {
     frozen: LayerId,
 }
 
-/// The base. A frozen upper names one of its objects, too: the worker changed the mode of that file.
+/// The base. A frozen upper names one of its objects, too: the worker changed the mode of that
+/// file.
 fn base() -> Files {
     files(&[("bin/sh", "a shell"), ("etc/shared", "of base and upper")])
 }

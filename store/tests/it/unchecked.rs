@@ -1,5 +1,5 @@
-//! An error of the machine is never damage: whatever call fails while a store is verified and repaired, nothing
-//! that holds is called damaged, or moved.
+//! An error of the machine is never damage: whatever call fails while a store is verified and
+//! repaired, nothing that holds is called damaged, or moved.
 
 use std::fs;
 use std::io;
@@ -79,7 +79,8 @@ impl Hook for Failing {
     }
 }
 
-/// What a repair sets aside that meets with failed calls: `count` of them, from each call on in turn.
+/// What a repair sets aside that meets with failed calls: `count` of them, from each call on in
+/// turn.
 fn set_aside(template: &Path, failure: Failure, count: usize, check: &dyn Fn(&Path, &[PathBuf])) {
     // More calls fail at once than one by one: a few places tell of them.
     let step = if count == 1 { 1 } else { 7 };

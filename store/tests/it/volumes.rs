@@ -394,7 +394,8 @@ fn a_volume_in_use_stays_and_one_that_was_collected_is_empty() {
     assert_eq!(contents(&store), objects(&[("c/a", "1")]));
 }
 
-/// A volume whose layer is gone without its ref, or whose ref cannot be read, is empty, and stands in the way of nothing.
+/// A volume whose layer is gone without its ref, or whose ref cannot be read, is empty, and stands
+/// in the way of nothing.
 #[test]
 fn a_damaged_volume_is_empty_and_can_be_filled_again() {
     for damage in ["layer", "ref"] {

@@ -1,5 +1,5 @@
-//! What the tests of faults and power cuts have the store do, what it has promised at each moment of that, and whether a
-//! store holds it.
+//! What the tests of faults and power cuts have the store do, what it has promised at each moment
+//! of that, and whether a store holds it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -375,8 +375,8 @@ impl Worker<'_> {
     }
 }
 
-/// That the store in `dir` opens, holds what was promised and is whole, that what nobody needs can be freed, and that the same
-/// work succeeds then.
+/// That the store in `dir` opens, holds what was promised and is whole, that what nobody needs can
+/// be freed, and that the same work succeeds then.
 pub fn check(work: Work, dir: &Path, project: &Path, promised: &Promised) {
     let disk: Arc<dyn Disk> = Arc::new(NoSync);
     if let Err(err) = work.make_usable(dir, &disk) {
