@@ -101,7 +101,7 @@ pub(crate) fn read_exact(
 const HOLE: usize = 4096;
 
 /// Where the hole ends in which `at` lies, if there is one and the filesystem knows of it.
-fn hole_at(file: &File, at: u64) -> Option<u64> {
+pub(crate) fn hole_at(file: &File, at: u64) -> Option<u64> {
     #[cfg(target_os = "linux")]
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
         Ok(data) => (data > at).then_some(data),
@@ -117,7 +117,7 @@ fn hole_at(file: &File, at: u64) -> Option<u64> {
 }
 
 /// The parts of `bytes` that are not blocks of zeros, each with where it starts.
-fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+pub(crate) fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let zeros = |block: &[u8]| block.iter().all(|&byte| byte == 0);
     let blocks = move |at: usize, zero: bool| {
         let rest = bytes.get(at..).unwrap_or_default();

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
+use crate::blob::{hole_at, runs};
 use crate::disk::{TmpFile, TmpName};
 use crate::error::{IoContext, Latch, StoreError};
 use crate::id::{LayerId, ObjectId, PackId, TreeId};
@@ -130,14 +131,28 @@ fn read_full(reader: &mut dyn Read, buf: &mut [u8]) -> Result<usize, StoreError>
     Ok(filled)
 }
 
-/// A file read from its beginning, whatever its position.
+/// A file read from its beginning, whatever its position. Holes are not read.
 struct FromStart<'a> {
     file: &'a File,
     at: u64,
 }
 
+/// Shortest buffer for which the question whether a hole lies ahead costs little.
+const ASK: usize = 64 << 10;
+
 impl Read for FromStart<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.len() >= ASK
+            && let Some(hole) = hole_at(self.file, self.at)
+        {
+            let end = hole.min(self.file.metadata()?.len());
+            let count = buf.len().min(end.saturating_sub(self.at) as usize);
+            if let Some(zeros) = buf.get_mut(..count).filter(|zeros| !zeros.is_empty()) {
+                zeros.fill(0);
+                self.at += count as u64;
+                return Ok(count);
+            }
+        }
         let count = self.file.read_at(buf, self.at)?;
         self.at += count as u64;
         Ok(count)
@@ -149,6 +164,18 @@ impl Store {
     pub fn ingest<'a>(&self, lease: &'a Lease) -> Result<Ingest<'a>, StoreError> {
         Ingest::begin(self, lease)
     }
+}
+
+/// Writes `bytes` to `at` of the file, except for blocks of zeros. Returns where the last run ends, 0
+/// if there was none.
+fn write_runs(tmp: &TmpFile, bytes: &[u8], at: u64) -> Result<u64, StoreError> {
+    let mut end = 0;
+    for (start, run) in runs(bytes) {
+        let start = at + start as u64;
+        tmp.write(run, start)?;
+        end = start + run.len() as u64;
+    }
+    Ok(end)
 }
 
 impl<'a> Ingest<'a> {
@@ -290,13 +317,14 @@ impl<'a> Ingest<'a> {
         })
     }
 
-    /// Adds `head` and the rest of `reader` as a file of its own, writing and hashing each piece once.
+    /// Adds `head` and the rest of `reader` as a file of its own, writing and hashing each piece
+    /// once. Blocks of zeros become holes.
     fn add_large(&self, head: &[u8], reader: &mut dyn Read) -> Result<Added, StoreError> {
         self.guard(|| {
             let tmp = self.lease.tmp()?;
             let mut hasher = OutboardHasher::default();
             hasher.update(head);
-            tmp.write(head, 0)?;
+            let mut written = write_runs(&tmp, head, 0)?;
             let mut size = head.len() as u64;
             let mut piece = vec![0; PIECE];
             loop {
@@ -305,8 +333,12 @@ impl<'a> Ingest<'a> {
                     break;
                 }
                 hasher.update(&piece[..count]);
-                tmp.write(&piece[..count], size)?;
+                written = written.max(write_runs(&tmp, &piece[..count], size)?);
                 size += count as u64;
+            }
+            if written < size {
+                // The file ends with a hole, and has its length all the same.
+                tmp.write(&[0], size - 1)?;
             }
             self.keep_loose(hasher, size, tmp)
         })

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use iii_overlay::fs::{
@@ -320,19 +321,28 @@ fn no_time_goes_back_by_a_kill() {
     }
 }
 
+/// Bytes of the host's disk that the files below a directory take.
+fn blocks(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| match entry.metadata().unwrap() {
+            meta if meta.is_dir() => blocks(&entry.path()),
+            meta => meta.blocks() * 512,
+        })
+        .sum()
+}
+
 /// Bytes of the host's disk that the flat files of the upper take.
 fn used(home: &Home) -> u64 {
-    let dirs = std::fs::read_dir(home.upper().join("data")).unwrap();
-    let files = dirs.flat_map(|dir| std::fs::read_dir(dir.unwrap().path()).unwrap());
-    files
-        .map(|file| file.unwrap().metadata().unwrap().blocks() * 512)
-        .sum()
+    blocks(&home.upper().join("data"))
 }
 
 /// Of a small file in a pack, and of a large one with a file of the store for itself.
 #[test]
 fn holes_stay_holes_when_a_file_is_copied_up() {
     const MOST: u64 = 64 << 10;
+    /// Hashes of the pieces are stored, too.
+    const MOST_STORED: u64 = 1 << 20;
     for size in [400_000_u64, 64 << 20] {
         let home = Home::new();
         let sparse = tempfile::tempfile().unwrap();
@@ -341,6 +351,11 @@ fn holes_stay_holes_when_a_file_is_copied_up() {
         sparse.write_all_at(b"middle", size / 2 - 3).unwrap();
         let ingest = home.store.ingest(&home.lease).unwrap();
         let added = ingest.add_file(&sparse).unwrap();
+        let stored = blocks(&home.dir.path().join("store"));
+        assert!(
+            stored <= MOST_STORED,
+            "{stored} bytes in the store of {size}"
+        );
         let mut tree = Tree::default();
         let leaf = Leaf {
             meta: Meta::default(),
@@ -362,6 +377,18 @@ fn holes_stay_holes_when_a_file_is_copied_up() {
         sparse.write_all_at(b"!", size).unwrap();
         assert!(is == all(&sparse), "the contents of {size} bytes changed");
         assert!(overlay.getattr(file).unwrap().blocks * 512 <= MOST);
+        // Frozen, it takes no more, and has the same contents.
+        let before = blocks(&home.dir.path().join("store"));
+        let ingest = home.store.ingest(&home.lease).unwrap();
+        let (tree, _) = overlay.freeze(&ingest).unwrap();
+        let id = ingest.finish(&tree).unwrap().layer_id;
+        let stored = blocks(&home.dir.path().join("store")) - before;
+        assert!(stored <= MOST_STORED, "{stored} bytes frozen of {size}");
+        let layers = vec![home.store.layer(&id).unwrap()];
+        let (upper, options) = (home.dir.path().join("other"), OverlayOptions::default());
+        let overlay = Overlay::open(&home.store, layers, &upper, options).unwrap();
+        let file = overlay.lookup(ROOT, b"f").unwrap().ino;
+        assert!(contents(&overlay, file) == is);
     }
 }
 
