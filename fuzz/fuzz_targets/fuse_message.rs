@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz::fuse::check_messages(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz_checks::fuse::check_messages(bytes));

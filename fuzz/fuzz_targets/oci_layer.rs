@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz::oci::check_layer(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz_checks::oci::check_layer(bytes));

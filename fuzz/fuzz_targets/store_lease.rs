@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz::store::check_lease(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| iii_fuzz_checks::store::check_lease(bytes));

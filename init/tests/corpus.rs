@@ -5,16 +5,12 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use iii_fuzz_checks::init as checks;
 use iii_init::failure::{Failure, Step};
 use iii_init::frame;
 use iii_init::message::{MAIN, Report};
 use iii_init::vm::{FromGuest, Hello};
-use variants::{check_seeds, mutate};
-
-#[path = "../../fuzz/src/init.rs"]
-mod checks;
-#[path = "../../fuzz/src/variants.rs"]
-mod variants;
+use iii_test_support::{check_seeds, mutate};
 
 /// Variants of each seed.
 const VARIANTS: u64 = 3000;

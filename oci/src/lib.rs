@@ -11,12 +11,9 @@
 //! [`registry`] brings these from afar. [`limits`] bounds everything that a stranger can make
 //! large.
 
+#![forbid(unsafe_code)]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
-
-// The checks of the fuzz targets are part of the tests, and call this crate by its name.
-#[cfg(test)]
-extern crate self as iii_oci;
 
 pub mod digest;
 pub mod export;

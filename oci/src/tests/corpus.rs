@@ -5,17 +5,13 @@ use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
 
+use iii_fuzz_checks::oci as checks;
+use iii_test_support::{check_seeds, mutate};
 use serde_json::json;
 
 use super::archives::sample;
 use super::hostile::zstd_frame;
 use super::*;
-use variants::{check_seeds, mutate};
-
-#[path = "../../../fuzz/src/oci.rs"]
-pub mod checks;
-#[path = "../../../fuzz/src/variants.rs"]
-mod variants;
 
 fn corpus(target: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::messages::{check_messages, check_session, frame, overlay};
-use crate::variants::{check_seeds, mutate};
+use iii_fuzz_checks::fuse::{check_messages, check_session, frame, overlay};
+use iii_test_support::{check_seeds, mutate};
 
 /// Variants of each seed.
 const VARIANTS: u64 = 3000;

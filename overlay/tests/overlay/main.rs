@@ -10,8 +10,6 @@ mod facts;
 mod kernel;
 #[cfg(feature = "krun")]
 mod krun;
-#[path = "../../../fuzz/src/fuse.rs"]
-mod messages;
 mod model;
 mod mounted;
 mod posix;
@@ -20,6 +18,4 @@ mod rebase;
 mod state_machine;
 mod support;
 mod thaw;
-#[path = "../../../fuzz/src/variants.rs"]
-mod variants;
 mod vmm;

@@ -22,8 +22,8 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend as _};
 use vhost::{VhostBackend as _, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::messages;
-use crate::variants::mutate;
+use iii_fuzz_checks::fuse as messages;
+use iii_test_support::mutate;
 
 /// Where the guest's memory is in the VMM's, and how much there is.
 const VMM_AT: u64 = 0x7000_0000_0000;

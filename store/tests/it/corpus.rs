@@ -10,12 +10,12 @@ use iii_store::stat_cache::{self, DirEntries, FileStat, Outcome, Time};
 use iii_store::tree::{Content, Dir, DirKind, Leaf, Meta, Mtime, Node, Rdev, Tree};
 use iii_store::{Fact, LayerId, ObjectId, Record, Ref, Seen, SeenHash, TreeId, layer, seal};
 
-use crate::decoders::{
+use crate::helpers::{names, noise, put};
+use iii_fuzz_checks::store::{
     check_index, check_layer, check_lease, check_outboard, check_record, check_seal,
     check_stat_cache,
 };
-use crate::helpers::{names, noise, put};
-use crate::variants::{check_seeds, mutate};
+use iii_test_support::{check_seeds, mutate};
 
 type Check = fn(&[u8]);
 const TARGETS: [(&str, Check); 7] = [

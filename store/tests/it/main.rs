@@ -2,8 +2,6 @@
 
 mod accounts;
 mod corpus;
-#[path = "../../../fuzz/src/store.rs"]
-mod decoders;
 mod diffs;
 mod edits;
 mod faults;
@@ -24,7 +22,5 @@ mod snapshots;
 mod survivors;
 mod sweeps;
 mod unchecked;
-#[path = "../../../fuzz/src/variants.rs"]
-mod variants;
 mod volumes;
 mod workload;
