@@ -1,7 +1,7 @@
-//! Which objects there are, and who names them: what gc, accounting and verification count with.
+//! The objects of the store and their owners, for gc, accounting and verification.
 //!
 //! Every object has a number, its slot, so that a count or a mark is an element of an array. An
-//! object that stands in two packs is counted in one of them; the other copy is named by nobody.
+//! object that stands in two packs is counted in one of them; the other copy counts as unnamed.
 
 use std::collections::HashMap;
 use std::io;
@@ -30,7 +30,7 @@ pub(crate) struct Census {
     pub(crate) lone_outboards: Vec<ObjectId>,
     /// Indexes whose pack is not there, of which a power cut left no more: they name nothing.
     pub(crate) strays: Vec<PackId>,
-    /// Indexes that do not hold, or not for their pack: what they named is not counted.
+    /// Indexes that do not hold, or not for their pack: their objects are not counted.
     pub(crate) damaged: Vec<StoreError>,
 }
 

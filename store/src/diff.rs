@@ -1,4 +1,4 @@
-//! What differs between two layers.
+//! Differences between two layers.
 
 use std::cmp::Ordering;
 
@@ -25,7 +25,7 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
-/// The paths that differ from `old` to `new`, each directory before what is in it. A directory that
+/// The paths that differ from `old` to `new`, each directory before its entries. A directory that
 /// came or went is listed with everything in it; one whose entries changed but not itself is not.
 /// Equal subtrees are recognised without a walk. mtimes are no difference, nor is which names are
 /// hardlinks of one file.
@@ -34,7 +34,7 @@ pub fn diff(old: &Layer, new: &Layer) -> Vec<Change> {
     if old.tree_id() == new.tree_id() {
         return changes;
     }
-    // What is still to be compared, the next one last. A name that only one layer has stands for
+    // Entries still to be compared, the next one last. A name that only one layer has stands for
     // all that is in it.
     let mut pairs = vec![(Some(old.root()), Some(new.root()))];
     while let Some((old, new)) = pairs.pop() {

@@ -24,8 +24,8 @@ const BLOCK: u64 = 512;
 /// Nothing is durable before [`Disk::sync`] (a file's bytes) or [`Disk::sync_dir`] (a directory's
 /// names) returned.
 pub trait Disk: Send + Sync + std::fmt::Debug {
-    /// Makes a directory that only its owner may enter: a store holds what others may not read in
-    /// the project. It is well if it exists already.
+    /// Makes a directory that only its owner may enter: a store holds contents that others may not
+    /// read in the project. It is well if it exists already.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes a new, empty file that only this handle can write.
     fn create(&self, path: &Path) -> io::Result<File>;
@@ -36,7 +36,7 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn reflink(&self, from: &File, to: &File) -> io::Result<()>;
     /// Returns when the file's bytes and length are durable.
     fn sync(&self, file: &File) -> io::Result<()>;
-    /// Gives a file its name, replacing what had it.
+    /// Gives a file its name, replacing an earlier file of that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Returns when the names in the directory are durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
@@ -44,13 +44,13 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty directory.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
-    /// Opens a file for reading and, if there is none, makes an empty one: what processes lock.
+    /// Opens a file for reading, or makes an empty one: a file for processes to lock.
     fn open_lock(&self, path: &Path) -> io::Result<File>;
     /// Sets the mtime of a file that is there to now. It need not be durable.
     fn touch(&self, path: &Path) -> io::Result<()>;
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<File>;
-    /// Reads what one call gives, 0 bytes at the end.
+    /// Reads once; 0 bytes at the end.
     fn read_at(&self, file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Asked before each mapping of a file. An error stands for that of the mapping: a test has it
     /// fail.
@@ -58,7 +58,7 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
         let _ = file;
         Ok(())
     }
-    /// What is known of a name, without following a symlink.
+    /// Metadata of a name, without following a symlink.
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
     /// An error if this user may not make and remove names in a directory.
     fn may_write_in(&self, dir: &Path) -> io::Result<()>;
@@ -71,9 +71,9 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
 /// How large a filesystem is, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// What this user can still write.
+    /// Bytes that this user can still write.
     pub free: u64,
-    /// What there is.
+    /// Size in bytes.
     pub total: u64,
 }
 
@@ -185,7 +185,7 @@ impl Disk for RealDisk {
     }
 }
 
-/// What the filesystem takes for a file, in bytes.
+/// Bytes that the filesystem uses for a file.
 pub(crate) fn on_disk(meta: &Metadata) -> u64 {
     meta.blocks() * BLOCK
 }
@@ -240,7 +240,7 @@ pub(crate) struct TmpName {
 }
 
 impl TmpName {
-    /// Gives the file the name `to`. What it holds must be durable, unless it is a cache.
+    /// Gives the file the name `to`. Its contents must be durable, unless it is a cache.
     pub(crate) fn publish(&self, to: &Path) -> Result<(), StoreError> {
         self.disk.rename(&self.path, to).at("renaming to", to)?;
         self.published.store(true, Ordering::Relaxed);
@@ -284,7 +284,7 @@ impl TmpFile {
         written.at("writing", self.path())
     }
 
-    /// Reads back what one call gives.
+    /// Reads back once.
     pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> Result<usize, StoreError> {
         let read = self.name.disk.read_at(&self.file, buf, offset);
         read.at("reading", self.path())

@@ -1,4 +1,4 @@
-//! What can go wrong in the store.
+//! Errors of the store.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,14 +16,14 @@ pub enum StoreError {
     /// A system call on a file of the store failed.
     #[error("{op} {} failed", path.display())]
     Io {
-        /// What was being done: a verb such as "reading".
+        /// The operation, a verb such as "reading".
         op: &'static str,
         /// The file or directory.
         path: PathBuf,
         /// The cause.
         source: io::Error,
     },
-    /// What was to be stored could not be read. The store itself is well.
+    /// The data to store could not be read. The store itself is whole.
     #[error("reading the data to store failed")]
     Input(#[source] io::Error),
     /// The directory is in use for something else.
@@ -58,12 +58,12 @@ pub enum StoreError {
         .0.display()
     )]
     Outdated(PathBuf),
-    /// The store cannot be changed as a whole while somebody uses it.
+    /// The store cannot be changed as a whole while another process uses it.
     #[error("the store at {} is in use ({purpose}); wait until it is not, or stop it", path.display())]
     InUse {
         /// The store.
         path: PathBuf,
-        /// What somebody uses it for.
+        /// The purpose of that process.
         purpose: String,
     },
     /// The store can be read but not written.
@@ -92,12 +92,12 @@ pub enum StoreError {
         /// The cause.
         source: PackError,
     },
-    /// A file of the store does not hold what its name promises.
+    /// A file of the store does not match its name.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What contradicts itself.
+        /// The contradiction.
         what: &'static str,
     },
     /// A JSON file of the store that does not parse.
@@ -142,7 +142,7 @@ pub enum StoreError {
     /// More than a named bound.
     #[error("{what} is larger than the limit of {limit}")]
     TooLarge {
-        /// What is too large.
+        /// The part that is too large.
         what: &'static str,
         /// The bound.
         limit: u64,
@@ -169,14 +169,14 @@ impl StoreError {
         }
     }
 
-    /// Whether the disk, or what the user may take of it, is full.
+    /// Whether the disk, or the user's quota, is full.
     pub(crate) fn is_full(&self) -> bool {
         let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
         self.io_kind().is_some_and(|kind| full.contains(&kind))
     }
 
     /// Whether the bytes of a file are not those that were stored. An I/O error is not damage: it
-    /// says nothing of what the file holds.
+    /// says nothing about the file's contents.
     pub(crate) fn is_damage(&self) -> bool {
         match self {
             Self::Damaged { .. } | Self::Json { .. } => true,
@@ -198,7 +198,7 @@ impl StoreError {
     }
 }
 
-/// Keeps the first error of something that several threads do. What comes after it is refused with
+/// Keeps the first error of work on several threads. Later work is refused with
 /// it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Latch(Arc<OnceLock<Arc<StoreError>>>);

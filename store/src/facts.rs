@@ -1,4 +1,4 @@
-//! Facts: what a build step saw of the project.
+//! Facts: a build step's observations of the project.
 //!
 //! The overlay records facts and the plan checks them with the functions here, so that equal means
 //! equal. A fact speaks of the project's own files: names that other layers put beside them are not
@@ -39,7 +39,7 @@ pub struct Fact {
     /// Relative to the project's root; empty for the root itself.
     #[serde(with = "path_text")]
     pub path: Vec<u8>,
-    /// What was seen there.
+    /// The observation.
     pub seen: Seen,
 }
 
@@ -53,7 +53,7 @@ impl Fact {
     }
 }
 
-/// What was seen.
+/// An observation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Seen {
@@ -255,7 +255,7 @@ impl<'de> Deserialize<'de> for Look {
     }
 }
 
-/// What a project answers to looks. Each look is done once.
+/// A project's answers to looks. Each look is done once.
 #[derive(Debug)]
 pub struct Answers<'a> {
     project: NodeRef<'a>,
@@ -355,8 +355,8 @@ pub fn first_mismatch<'a>(facts: &'a [Fact], project: NodeRef<'_>) -> Option<&'a
         .find(|fact| fact.seen.how().at(node_at(project, &fact.path)) != fact.seen)
 }
 
-/// A path as text, as it stands in the JSON of a fact: `%` and what is not printable UTF-8 are
-/// written as `%` and two hex digits.
+/// A path as text, as it stands in the JSON of a fact: `%` and bytes that are not printable UTF-8
+/// are written as `%` and two hex digits.
 pub fn path_text(path: &[u8]) -> String {
     path_text::escape(path)
 }

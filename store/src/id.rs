@@ -1,7 +1,7 @@
 //! Identities. One `Copy` newtype per kind, all 32 bytes of BLAKE3, written as 64 hex digits.
 //!
-//! They never convert into one another: an object id is not a tree id, and an OCI `sha256:` digest
-//! is none of these.
+//! They never convert into one another: an object id is not a tree id, nor an OCI `sha256:`
+//! digest.
 
 use std::fmt;
 use std::str::FromStr;
@@ -31,7 +31,7 @@ macro_rules! id_type {
                 &self.0
             }
 
-            /// The first ten hex digits: what people are shown where space is short.
+            /// The first ten hex digits, for users where space is short.
             pub fn short(&self) -> String {
                 let mut text = self.to_string();
                 text.truncate(10);
@@ -87,12 +87,12 @@ id_type! {
     ObjectId
 }
 id_type! {
-    /// What a tree holds: names, types, modes, owners, contents, xattrs and hardlinks, but no
+    /// Id of a tree's contents: names, types, modes, owners, contents, xattrs and hardlinks, but no
     /// mtimes. Equal on every machine for equal trees; the id that cache keys and equality use.
     TreeId
 }
 id_type! {
-    /// A tree with its mtimes: what is stored and served.
+    /// Id of a tree with its mtimes, as stored and served.
     LayerId
 }
 id_type! {
@@ -104,7 +104,7 @@ id_type! {
     PackId
 }
 id_type! {
-    /// What was seen at a path: see [`crate::facts`].
+    /// Digest of the contents seen at a path: see [`crate::facts`].
     SeenHash
 }
 

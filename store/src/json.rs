@@ -65,7 +65,7 @@ pub(crate) fn write_json_compact<T: Serialize>(
 fn write_text(lease: &Lease, path: &Path, text: Vec<u8>, limit: u64) -> Result<(), StoreError> {
     let text = seal::seal(text);
     if text.len() as u64 > limit {
-        let what = "what is to be recorded";
+        let what = "the text to record";
         return Err(StoreError::TooLarge { what, limit });
     }
     let tmp = lease.tmp()?;

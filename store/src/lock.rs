@@ -21,7 +21,7 @@ pub(crate) struct FileLock {
 }
 
 impl FileLock {
-    /// Waits for the lock. Calls `on_wait` once if somebody else has it.
+    /// Waits for the lock. Calls `on_wait` once if another process has it.
     pub(crate) fn acquire(
         disk: &Arc<dyn Disk>,
         path: &Path,
@@ -43,7 +43,7 @@ impl FileLock {
         }
     }
 
-    /// Takes the lock, unless somebody else has it.
+    /// Takes the lock, unless another process has it.
     pub(crate) fn try_acquire(
         disk: &Arc<dyn Disk>,
         path: &Path,
@@ -59,8 +59,8 @@ impl FileLock {
         }
     }
 
-    /// A lock of a locked file, unless whoever had it before removed the file meanwhile, and
-    /// somebody else made the next one.
+    /// A lock of a locked file, unless its former holder removed the file meanwhile, and
+    /// another process made the next one.
     fn hold(disk: &Arc<dyn Disk>, path: &Path, file: File) -> Result<Option<Self>, StoreError> {
         let is_at = is_at(disk.as_ref(), &file, path).at("looking at", path)?;
         Ok(is_at.then(|| Self {
@@ -73,7 +73,7 @@ impl FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
-        // While it is still locked, so that nobody else can hold the file that is removed.
+        // While it is still locked, so that no other process can hold the removed file.
         let _ = self.disk.remove(&self.path);
     }
 }
@@ -93,7 +93,7 @@ pub(crate) fn sweep(disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// Locks `file` if nobody else has it.
+/// Locks `file` if no other process has it.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),

@@ -21,8 +21,8 @@ use crate::trash::{self, Places};
 
 /// Files of the store that are held open for reading, of packs and of loose objects each.
 const MAX_OPEN_FILES: usize = 64;
-/// How often a layer or an object is looked for in its place and then in the trash. While somebody
-/// looks, a collection may have it in the one, then in the other, then in another pack.
+/// How often a layer or an object is looked for in its place and then in the trash. While another
+/// process looks, a collection may have it in the one, then in the other, then in another pack.
 pub(crate) const LOOKS: u32 = 3;
 /// A directory whose mtime is younger than this may change again without its mtime telling.
 const MTIME_GRANULARITY: Duration = Duration::from_millis(50);
@@ -280,7 +280,7 @@ impl Objects {
             .all(|path| self.disk.metadata(path).is_ok())
     }
 
-    /// Lets go of the indexes' pages that are in memory.
+    /// Releases the pages of indexes that are in memory.
     pub(crate) fn release(&self) {
         let set = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         for pack in &set.packs {

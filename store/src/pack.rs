@@ -12,14 +12,14 @@
 //! larger one left. The index is
 //!
 //! ```text
-//! header   64 bytes: magic `III-PIDX`; version, compat, ro_compat, incompat: u32; count: u32; 0: u32;
+//! header   64 bytes: magic `III-PIDX`; version, compat, ro_compat, incompat, count, 0: u32;
 //!          pack_len: u64; zeroes
 //! fanout   256 x u32: the number of objects whose first byte is at most i
 //! ids      count x 32 bytes, ascending
 //! places   count x (offset: u64, len: u64), in the order of the ids
 //! ```
 //!
-//! The name of both files is the BLAKE3 of the index: whoever opens an index knows whether it is
+//! The name of both files is the BLAKE3 of the index: a reader of an index knows whether it is
 //! whole.
 
 use std::convert::Infallible;
@@ -163,7 +163,7 @@ pub(crate) fn write_index<'p, E>(
     Ok(name.into())
 }
 
-/// The objects that a damaged index may still name. None of it can be believed: whoever reads one
+/// The objects that a damaged index may still name. None of it can be believed: a reader of one
 /// hashes it.
 pub(crate) fn salvage_index(bytes: &[u8]) -> Vec<(ObjectId, Place)> {
     let table = bytes.get(HEADER + FANOUT..).unwrap_or_default();
@@ -265,7 +265,8 @@ impl Index {
         self.bytes.release();
     }
 
-    /// The compat and ro-compat features that it names; whoever does not know them may read it.
+    /// The compat and ro-compat features that it names; a program that does not know them may read
+    /// it.
     pub(crate) fn compat_features(&self) -> [u32; 2] {
         compat_features(&self.bytes)
     }

@@ -240,7 +240,7 @@ impl PackWriter {
         Some((Arc::clone(&tmp.file), tmp.path().to_owned()))
     }
 
-    /// Writes what is left. Nothing if no object was added.
+    /// Writes the rest. Nothing if no object was added.
     pub(crate) fn finish(self) -> Result<Option<FinishedPack>, StoreError> {
         let state = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let Some(tmp) = state.tmp else {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a name stands for.
+/// Kind of a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefKind {
@@ -12,7 +12,7 @@ pub enum RefKind {
     Worker,
     /// A managed worker, by its name.
     Managed,
-    /// What a worker had written at some time, by the worker's name and a tag.
+    /// A snapshot of a worker's files, by the worker's name and a tag.
     Snapshot,
     /// A cache volume, by its id. It keeps its layers only as long as garbage collection has no
     /// reason to drop it: see [`crate::volume`].
@@ -41,7 +41,7 @@ impl RefKind {
     }
 
     /// The ro-compat feature of a store that has such refs, if they are newer than the first
-    /// stores: a program that does not know them would collect what they keep.
+    /// stores: a program that does not know them would collect their layers.
     pub(crate) fn feature(self) -> Option<&'static str> {
         match self {
             Self::Image | Self::Worker => None,

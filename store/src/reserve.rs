@@ -3,7 +3,7 @@
 //!
 //! A collection, and the removal of a ref, write a little: a lease, locks, a generation of the
 //! trash. On a filesystem without a free block or inode they remove the reserve first and make it
-//! again when there is room. Another process may take what that freed, and a store of an earlier
+//! again when there is room. Another process may take the freed space, and a store of an earlier
 //! program has no reserve; then stat caches go, which only save time.
 
 use std::io;
@@ -54,7 +54,7 @@ pub(crate) fn make_room(site: &Site) -> Result<bool, StoreError> {
     }
 }
 
-/// Has `free`, which frees something, work on a disk without a free block or inode.
+/// Makes room for `free`, which frees something, on a disk without a free block or inode.
 pub(crate) fn with_room<T>(
     site: &Site,
     mut free: impl FnMut() -> Result<T, StoreError>,
@@ -63,7 +63,7 @@ pub(crate) fn with_room<T>(
     if !is_full(&result) {
         return result;
     }
-    // What interrupted processes left is of no use to any.
+    // No process needs the remains of interrupted ones.
     lease::sweep(site)?;
     result = free();
     while is_full(&result) && make_room(site)? {
@@ -92,7 +92,7 @@ fn try_fill(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     if there.len() >= FILES {
         return Ok(());
     }
-    // What does not compress, so that it takes blocks everywhere.
+    // Bytes that do not compress, so that they take blocks everywhere.
     let mut bytes = vec![0; LEN];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     for number in 0..FILES {

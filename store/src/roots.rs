@@ -1,7 +1,7 @@
-//! Roots: what keeps layers from being collected.
+//! Roots, which keep layers from being collected.
 //!
 //! A layer is kept by a ref, by a lease whose holder lives, or by a record of a key. Leases are
-//! always read before refs and records: who stores a ref or a record has the layer pinned until it
+//! always read before refs and records: a writer of a ref or a record has the layer pinned until it
 //! is stored, so that one of the two shows it.
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,14 +22,14 @@ use crate::store::Store;
 pub enum Root {
     /// A ref names it.
     Ref {
-        /// What the name stands for.
+        /// Kind of the name.
         kind: RefKind,
         /// The name.
         name: String,
     },
     /// A living process needs it.
     Lease {
-        /// What for.
+        /// Purpose of the lease.
         purpose: String,
     },
     /// A recipe made it.
@@ -40,7 +40,7 @@ pub enum Root {
 }
 
 impl Root {
-    /// Whether garbage collection may drop this root by age or size: what it keeps can be made
+    /// Whether garbage collection may drop this root by age or size: its layers can be made
     /// again.
     pub fn may_go(&self) -> bool {
         match self {
@@ -54,11 +54,11 @@ impl Root {
 /// All roots of a moment.
 #[derive(Debug, Default)]
 pub struct Roots {
-    /// What keeps each layer; sorted.
+    /// The roots of each layer; sorted.
     pub layers: HashMap<LayerId, Vec<Root>>,
     /// The records of each key, newest first.
     pub records: BTreeMap<KeyId, Vec<RecordHead>>,
-    /// Why refs cannot be read: what they keep is not known.
+    /// Errors of unreadable refs, whose layers are unknown.
     pub unreadable_refs: Vec<StoreError>,
     /// Keys whose file does not hold: they keep nothing, and are built anew.
     pub damaged_keys: Vec<KeyId>,
@@ -123,13 +123,14 @@ impl Roots {
         Ok(roots)
     }
 
-    /// As [`Roots::read`], and an error if a ref cannot be read: what has no root may be collected.
+    /// As [`Roots::read`], and an error if a ref cannot be read: a layer without a root may be
+    /// collected.
     pub(crate) fn read_all(store: &Store) -> Result<Self, StoreError> {
         let mut roots = Self::read(store)?;
         roots.unreadable_refs.pop().map_or(Ok(roots), Err)
     }
 
-    /// What keeps a layer.
+    /// The roots of a layer.
     pub fn of(&self, layer: &LayerId) -> &[Root] {
         self.layers.get(layer).map_or(&[], Vec::as_slice)
     }

@@ -1,10 +1,10 @@
-//! Seals: what makes a damaged JSON file of the store known.
+//! Seals, by which a damaged JSON file of the store is recognised.
 //!
 //! JSON carries no checksum, and one digit more or less is JSON still. So the store's JSON files
 //! are sealed:
 //!
 //! ```text
-//! the JSON text, a newline, 64 lower-case hex digits: the BLAKE3 of everything before them, a newline
+//! the JSON text, a newline, 64 lower-case hex digits (BLAKE3 of everything before), a newline
 //! ```
 
 /// Length of a seal: its digits and the newline after them.
@@ -27,7 +27,7 @@ pub fn seal(mut json: Vec<u8>) -> Vec<u8> {
 pub fn open(bytes: &[u8]) -> Option<&[u8]> {
     let (sealed, seal) = bytes.split_at_checked(bytes.len().checked_sub(SEAL)?)?;
     let json = sealed.strip_suffix(b"\n")?;
-    // Compared as text: the same digits in capitals are not what was written.
+    // Compared as text: the same digits in capitals are not the written text.
     (seal.strip_suffix(b"\n")? == digits(sealed).as_bytes()).then_some(json)
 }
 

@@ -1,8 +1,8 @@
-//! Trash: what gc has taken out of its place and nobody can look up any more, but that can still be
-//! taken back.
+//! Trash: files that gc has moved out of their places, where no process can look them up any more,
+//! but can still take them back.
 //!
 //! ```text
-//! trash/<generation>/       what one gc took out; generations are numbered upwards
+//! trash/<generation>/       files of one gc; generations are numbered upwards
 //!   born                    JSON: when that was
 //!   waits                   JSON: the ingests that were open after objects had been taken out
 //!   <layer>.layer           as in layers/
@@ -44,8 +44,8 @@ pub const MAX_TRASHED_LAYERS: usize = 16;
 /// Longest `born` or `waits` file, in bytes.
 pub(crate) const MAX_TRASH_FILE: u64 = 16 << 20;
 
-/// How often who may not take anything back looks whether it still has to, and how long it waits in
-/// between. A collection that has taken out what a lease pins puts it back as soon as it has read
+/// How often a process that may not take anything back looks again, and how long it waits in
+/// between. A collection that has taken out a pinned file puts it back as soon as it has read
 /// the leases.
 const PATIENCE: (u32, Duration) = (250, Duration::from_millis(20));
 
@@ -160,7 +160,7 @@ impl<'a> Places<'a> {
         generation: &Path,
         id: &PackId,
     ) -> Result<bool, StoreError> {
-        // Already back, if somebody else is at it, too.
+        // Already back, if another process does the same.
         let from = generation.join(format!("{id}.pack"));
         move_name(self.disk, &from, &self.pack(id))?;
         let from = generation.join(format!("{id}.idx"));
@@ -255,8 +255,8 @@ fn born(site: &Site, generation: &Path) -> Result<SystemTime, StoreError> {
     let path = generation.join("born");
     match read_json::<Born>(site.disk().as_ref(), &path, MAX_TRASH_FILE) {
         Ok(Some(born)) => Ok(UNIX_EPOCH + Duration::from_secs(born.unix_seconds)),
-        // It is written before anything is moved here, so this is damage, and nobody knows how old.
-        // What had no end would stay for good.
+        // It is written before anything is moved here, so this is damage of unknown age.
+        // A generation without an end would stay for good.
         Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => Ok(UNIX_EPOCH),
         Err(err) => Err(err),
     }
@@ -299,7 +299,7 @@ pub(crate) fn layers(site: &Site) -> Result<Vec<TrashedLayer>, StoreError> {
     Ok(layers)
 }
 
-/// Whether what was born then has been in the trash for this time.
+/// Whether a generation of that time has been in the trash for this long.
 pub(crate) fn is_over(born: SystemTime, grace: Duration) -> bool {
     // A clock that was set back makes nothing younger than new.
     let age = SystemTime::now().duration_since(born).unwrap_or_default();

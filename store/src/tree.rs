@@ -1,9 +1,9 @@
-//! Trees in memory: what a layer says, before it is encoded.
+//! Trees in memory: the contents of a layer before its encoding.
 //!
-//! A [`Source`] is anything that can say what is in its directories: a [`Tree`], a directory that
+//! A [`Source`] can list its directories: a [`Tree`], a directory that
 //! was walked, an archive that was unpacked. It becomes bytes, a [`TreeId`] and a [`LayerId`] in
 //! [`crate::layer`]. Names are raw bytes and are compared as such: no Unicode normalisation, no
-//! case folding. There is no atime, no ctime and no inode number.
+//! case folding. Trees have no atime, no ctime and no inode number.
 //!
 //! [`TreeId`]: crate::TreeId
 //! [`LayerId`]: crate::LayerId
@@ -20,7 +20,7 @@ pub const MAX_TARGET: usize = 4095;
 /// Deepest nesting of directories. A path of `PATH_MAX` bytes has at most 2,048 components.
 pub const MAX_DEPTH: usize = 2048;
 /// Most entries in one tree. While a layer is made, each of its entries is held in memory, in about
-/// 200 bytes: this is what keeps an ingest below 256 MiB.
+/// 200 bytes: this bound keeps an ingest below 256 MiB.
 pub const MAX_NODES: usize = 1 << 20;
 /// Most bytes of names, symlink targets and xattrs in one tree, for the same reason.
 pub const MAX_TEXT: usize = 64 << 20;
@@ -77,7 +77,7 @@ pub struct Rdev {
 /// Extended attributes, sorted by name by the map itself.
 pub type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
 
-/// What every entry has.
+/// Metadata of every entry.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Meta {
     /// Permission bits, setuid, setgid and sticky: `mode & 07777`.
@@ -92,7 +92,7 @@ pub struct Meta {
     pub xattrs: Xattrs,
 }
 
-/// What an entry that is not a directory is.
+/// Contents of an entry that is not a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Content {
     /// A regular file.
@@ -124,7 +124,7 @@ pub enum Content {
 pub struct Leaf {
     /// Mode, owner, times, xattrs.
     pub meta: Meta,
-    /// What it is.
+    /// Its contents.
     pub content: Content,
     /// Leaves of one tree with the same label are one file with several names. Labels are the
     /// builder's own; encoding renumbers them. A label that stands once means nothing.
@@ -149,15 +149,15 @@ pub enum DirKind {
 pub struct Dir {
     /// Mode, owner, times, xattrs.
     pub meta: Meta,
-    /// How it combines with what is below.
+    /// How it combines with the layers below.
     pub kind: DirKind,
     /// Its entries by name.
     pub entries: Entries,
 }
 
-/// What is in a directory, sorted by name: an array, which takes half the memory of a `BTreeMap`,
-/// and less for the many directories with few entries. Inserting moves what stands behind: whoever
-/// has many entries collects them.
+/// Entries of a directory, sorted by name: an array, which takes half the memory of a `BTreeMap`,
+/// and less for the many directories with few entries. Inserting moves the later entries: callers
+/// with many entries collect them first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Entries(Vec<(Box<[u8]>, Node)>);
 
@@ -211,7 +211,7 @@ impl Entries {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Whether it has no entry.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -251,7 +251,7 @@ pub enum Entry<'a, D> {
 
 /// A tree, however it is held. It is read several times and says the same each time.
 pub trait Source: Sync {
-    /// What names a directory of it.
+    /// Handle of a directory of it.
     type Dir<'a>: Copy + Send + Sync
     where
         Self: 'a;
@@ -259,7 +259,7 @@ pub trait Source: Sync {
     /// The root.
     fn root(&self) -> Self::Dir<'_>;
 
-    /// A directory's metadata, and how it combines with what is below.
+    /// A directory's metadata, and how it combines with the layers below.
     fn dir<'a>(&'a self, dir: Self::Dir<'a>) -> (Cow<'a, Meta>, DirKind);
 
     /// A directory's entries, by ascending name.

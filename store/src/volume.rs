@@ -1,7 +1,7 @@
-//! Cache volumes: what package managers have downloaded, as layers that any number of steps share.
+//! Cache volumes: downloads of package managers, as layers that any number of steps share.
 //!
 //! A volume is a ref of the kind [`RefKind::Volume`], with a stack of layers, bottom first. A step
-//! sees the stack that the volume has when the step begins; what the step added becomes one more
+//! sees the stack that the volume has when the step begins; the step's additions become one more
 //! layer when it has succeeded. Nothing is changed in place, so steps run beside each other, none
 //! waits for another, and none sees half of another's files.
 //!
@@ -41,7 +41,7 @@ pub const MAX_VOLUME_LAYERS: usize = 16;
 pub const MAX_VOLUME_BYTES: u64 = 8 << 30;
 /// Most entries of all layers of one volume.
 pub const MAX_VOLUME_ENTRIES: u64 = 1 << 19;
-/// Deepest nesting in a volume. What lies deeper is left out.
+/// Deepest nesting in a volume. Deeper entries are left out.
 pub const MAX_VOLUME_DEPTH: usize = 64;
 /// How often a merge begins again because another process was faster.
 const MAX_RACES: usize = 64;
@@ -120,7 +120,7 @@ impl Store {
         Ok(layers)
     }
 
-    /// Adds to a volume what `added` has and the volume lacks. The objects of `added` must be in
+    /// Adds the entries of `added` that a volume lacks. The objects of `added` must be in
     /// the store.
     pub fn merge_volume(
         &self,
@@ -225,7 +225,7 @@ fn without_mtime(meta: &Meta) -> Meta {
     }
 }
 
-/// What the layers of a volume have under one name.
+/// Entries of a volume's layers under one name.
 enum There<'a> {
     Nothing,
     Leaf(NodeRef<'a>),
@@ -260,7 +260,7 @@ fn meta_of(top_first: &[NodeRef<'_>]) -> Option<Meta> {
     own.map(|dir| dir.meta())
 }
 
-/// What of `added` the layers lack. Nothing if they lack nothing.
+/// Entries of `added` that the layers lack, if any.
 fn new_of(added: &Dir, top_first: &[NodeRef<'_>], depth: usize) -> Option<Dir> {
     let mut entries: Vec<(Box<[u8]>, Node)> = Vec::new();
     for (name, node) in added.entries.iter() {
@@ -363,7 +363,7 @@ impl<'a> Side<'a> {
 
 /// All entries of these directories, topmost first.
 fn union(top_first: &[Side<'_>], depth: usize) -> Dir {
-    /// What has one name: a leaf, or directories that may hide one.
+    /// Entries of one name: a leaf, or directories that may hide one.
     enum Slot<'a> {
         Leaf(Leaf),
         Dirs(Vec<Side<'a>>, bool),
@@ -379,7 +379,7 @@ fn union(top_first: &[Side<'_>], depth: usize) -> Dir {
                     names.insert(name, Slot::Dirs(vec![dir], false));
                 }
                 (Some(Slot::Dirs(dirs, false)), Piece::Dir(dir)) => dirs.push(dir),
-                // A leaf between directories ends what is merged.
+                // A leaf between directories ends the merge.
                 (Some(Slot::Dirs(_, ended)), _) => *ended = true,
                 (Some(Slot::Leaf(_)), _) => {}
             }

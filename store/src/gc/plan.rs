@@ -1,4 +1,4 @@
-//! What goes and what stays.
+//! Which layers go and which stay.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::stat_cache::StatCache;
 use crate::store::Store;
 use crate::trash::{self, TrashedLayer};
 
-/// The time in which a layer that is not used loses half of what it is worth keeping.
+/// The time in which a layer that is not used loses half of its worth.
 const HALF_LIFE: Duration = Duration::from_secs(7 * 86_400);
 
 /// Everything that a plan is made from.
@@ -124,8 +124,8 @@ impl<'a> Planner<'a> {
         Ok(plan)
     }
 
-    /// Drops layers that may go until the store is as small as the policy says. `space` is what it
-    /// takes now, and what is free beside it. Returns what is still too much.
+    /// Drops layers that may go until the store is as small as the policy says. `space` is its
+    /// present size, and the free space beside it. Returns the remaining excess.
     fn fit(
         &self,
         policy: &Policy,
@@ -253,7 +253,7 @@ impl<'a> Planner<'a> {
             .sort_by_key(|kept| std::cmp::Reverse((kept.last_used, kept.layer)));
     }
 
-    /// The layers that may go for space, the one that is worth most first: what it would take to
+    /// The layers that may go for space, the one that is worth most first: the time to
     /// build it again, for each byte that it frees, halved for each week in which it was not used.
     fn by_worth(&self, size: &Size<'_>, why: &HashMap<LayerId, Why>) -> Vec<LayerId> {
         let now = SystemTime::now();
@@ -349,13 +349,13 @@ struct Size<'a> {
     held: Bits,
     /// Whether layers wait in the trash at all.
     keeps_garbage: bool,
-    /// What the layers name that may still go.
+    /// Objects of the layers that may still go.
     named: HashMap<LayerId, Vec<usize>>,
-    /// Bytes of objects that nobody names.
+    /// Bytes of unnamed objects.
     freed: u64,
 }
 
-/// What [`Size::count`] learns from one layer.
+/// Result of [`Size::count`] for one layer.
 #[derive(Default)]
 struct Look {
     logical: Option<(LayerId, u64)>,
