@@ -31,6 +31,8 @@ const RESTARTS: [(usize, f64); 2] = [(1000, 50.0), (30_000, 150.0)];
 const RELOADS: [(usize, f64); 2] = [(1000, 100.0), (30_000, 250.0)];
 /// Most time from an edit of one file of the largest project until its layer is published.
 const EDIT_MS: f64 = 150.0;
+/// An edit of a Rust worker, until its next process runs, may take so many times what cargo takes beside it.
+const COMPILE_RATIO: f64 = 1.2;
 /// Files that install makes in the two projects that share it.
 const INSTALLED: usize = 5000;
 /// Files that are added to the Debian base, so that it has 42,000 entries.
@@ -352,6 +354,153 @@ fn share(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     Ok(())
 }
 
+/// A base made of Debian packages: its archive, and the same unpacked. Nothing, said, where it cannot be made.
+fn debian(bench: &Bench, kind: &str) -> Result<Option<(PathBuf, PathBuf)>> {
+    let bases = corpus::cache()?.join("bases");
+    let mut make = Command::new(corpus::repository("scripts/make-base"));
+    if let Err(error) = run(make.arg(kind).arg(&bases)) {
+        skip(&format!("package caches on a {kind} base"), error);
+        return Ok(None);
+    }
+    let archive = bases.join(format!("{kind}.tar"));
+    let root = bench.scratch().join(kind);
+    fs::create_dir_all(&root).map_err(failed("making", &root))?;
+    run(Command::new("tar")
+        .arg("-xpf")
+        .arg(&archive)
+        .arg("-C")
+        .arg(&root))?;
+    let mut settings = Command::new("cp");
+    settings.args(["/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt"]);
+    run(settings.arg(root.join("etc")))?;
+    Ok(Some((archive, root)))
+}
+
+/// The script in the directory `dir` of an unpacked base, with the host's network; `cache` is mounted at `at`.
+fn in_root(root: &Path, dir: &str, mount: Option<(&Path, &str)>, script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    let bind = mount.map_or_else(String::new, |(from, at)| {
+        let at = root.join(at);
+        format!(
+            "mkdir -p {0}; mount --bind {1} {0};",
+            at.display(),
+            from.display()
+        )
+    });
+    let ca = "/etc/ca-certificates.crt";
+    let script = format!(
+        "{bind} exec chroot {} /usr/bin/env HOME=/root NODE_EXTRA_CA_CERTS={ca} CARGO_HTTP_CAINFO={ca} \
+         /bin/sh -ec 'cd {dir}; {script}'",
+        root.display()
+    );
+    command.args(["-m", "/bin/sh", "-ec", &script]);
+    command
+}
+
+/// `npm install` again after an edit of package.json, with a warm cache: ours, and on a plain filesystem with a mounted cache.
+fn packages(bench: &Bench) -> Result<()> {
+    let Some((archive, root)) = debian(bench, "node")? else {
+        return Ok(());
+    };
+    let home = Home::new(bench.scratch(), &archive)?;
+    let install = "npm install --no-audit --no-fund --prefer-offline";
+    let dir = project(bench.scratch(), "packages", 0, install, "true")?;
+    let cache = bench.scratch().join("npm-cache");
+    fs::create_dir_all(&cache).map_err(failed("making", &cache))?;
+    let plain = format!("rm -rf node_modules package-lock.json; {install} >/dev/null");
+    let mut peer = in_root(&root, "/work", Some((&cache, "root/.npm")), &plain);
+    let (mut ours, mut theirs) = (Samples::default(), Samples::default());
+    for round in 0..=support::option("--rounds", 5) {
+        bench.interrupt.check()?;
+        let manifest = format!(
+            "{{\"name\": \"p\", \"version\": \"1.0.{round}\", \"dependencies\": \
+             {{\"express\": \"4.21.0\", \"lodash\": \"4.17.21\", \"eslint\": \"9.11.0\"}}}}\n"
+        );
+        write(&dir.join("package.json"), &manifest)?;
+        write(&root.join("work/package.json"), &manifest)?;
+        let (took, _) = build(&home, &dir)?;
+        let begin = Instant::now();
+        run(&mut peer)?;
+        // The first fills the caches.
+        if round > 0 {
+            ours.0.push(took);
+            theirs.0.push(begin.elapsed());
+        }
+    }
+    let row = vec![ours.show(), theirs.show(), ours.show_ratio(&theirs)];
+    let head = [
+        "npm install with a warm cache; ms: worker build, cache volume",
+        "the host's filesystem, cache mounted",
+        "ratio",
+    ];
+    support::table(&head, &[row]);
+    Ok(())
+}
+
+/// An edit of a Rust worker until its next process runs, and the same by cargo on a plain filesystem.
+fn compile(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
+    let Some((archive, root)) = debian(bench, "rust")? else {
+        return Ok(());
+    };
+    let home = Home::new(bench.scratch(), &archive)?;
+    let dir = bench.scratch().join("compile");
+    let peer_dir = root.join("work");
+    let main = |round: usize| {
+        format!(
+            "fn main() {{ println!(\"started-{{}}\", {round} * 0 + 6 * 7); loop {{ std::thread::park() }} }}\n"
+        )
+    };
+    for dir in [&dir, &peer_dir] {
+        let cargo = "[package]\nname = \"bench\"\nversion = \"0.1.0\"\nedition = \"2021\"\n";
+        write(&dir.join("Cargo.toml"), cargo)?;
+        write(&dir.join("src/main.rs"), &main(0))?;
+    }
+    let manifest = format!(
+        "name: compile\nruntime:\n  kind: rust\n  base_image: {}\n",
+        workers::IMAGE
+    );
+    write(&dir.join("iii.worker.yaml"), &manifest)?;
+    let never = || Error::Command {
+        what: "a run of what was compiled".into(),
+        why: "never came".into(),
+    };
+    let mut cargo = in_root(
+        &root,
+        "/work",
+        None,
+        "cargo build --release -q; exec target/release/bench",
+    );
+    let (mut ours, mut theirs) = (Samples::default(), Samples::default());
+    let (mut running, marks_of) = marks(&mut home.dev(&dir))?;
+    marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+    drop(until_mark(&mut cargo)?);
+    for round in 1..=support::option("--rounds", 7) {
+        bench.interrupt.check()?;
+        thread::sleep(Duration::from_millis(500));
+        let begin = Instant::now();
+        write(&dir.join("src/main.rs"), &main(round))?;
+        let end = marks_of.recv_timeout(LIMIT).map_err(|_| never())?;
+        ours.0.push(end - begin);
+        write(&peer_dir.join("src/main.rs"), &main(round))?;
+        theirs.0.push(until_mark(&mut cargo)?.0);
+    }
+    stop(&mut running)?;
+    let row = vec![ours.show(), theirs.show(), ours.show_ratio(&theirs)];
+    let head = [
+        "an edit of a Rust worker to its next process; ms: worker dev",
+        "cargo build on the host's filesystem",
+        "ratio",
+    ];
+    support::table(&head, &[row]);
+    bounds.at_most(
+        "edit of a Rust worker, to cargo build",
+        ours.median() / theirs.median(),
+        COMPILE_RATIO,
+        "",
+    );
+    Ok(())
+}
+
 /// How many descriptors a process has open.
 fn descriptors(process: &Path) -> u64 {
     fs::read_dir(process.join("fd")).map_or(u64::MAX, |fds| fds.count() as u64)
@@ -396,6 +545,8 @@ fn main() -> ExitCode {
         edit(bench, bounds)?;
         reloads(bench, bounds)?;
         share(bench, bounds)?;
+        packages(bench)?;
+        compile(bench, bounds)?;
         memory(bench, bounds)
     });
     support::end("worker", measured)
