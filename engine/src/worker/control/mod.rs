@@ -10,6 +10,7 @@ mod server;
 
 use std::ffi::OsString;
 use std::io;
+#[cfg(target_os = "linux")]
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
