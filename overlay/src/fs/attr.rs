@@ -109,7 +109,12 @@ impl Overlay {
             (inner.state.inodes(), inner.state.free_inodes())
         };
         // A new inode takes memory, and of the host at most one file.
-        let files_free = room.min(host.f_ffree);
+        let has_inodes = host.f_files != 0;
+        let files_free = if has_inodes {
+            room.min(host.f_ffree)
+        } else {
+            room
+        };
         Ok(StatFs {
             block_size: u32::try_from(host.f_bsize as u64).unwrap_or(4096),
             blocks: host.f_blocks,

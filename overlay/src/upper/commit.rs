@@ -533,12 +533,15 @@ impl Core {
         // Most of it, while nothing waits.
         let early = self.shared.disk.sync(&file, true);
         let _turn = self.take_turn();
-        let Some(mut commit) = ({
+        let mut commit = {
             let mut inner = self.lock();
-            let to = inner.compaction.as_ref().map(|new| new.log.size());
-            to.map(|to| inner.begin_commit(to))
-        }) else {
-            return;
+            // Another may have been begun since.
+            let same = |is: &Arc<_>| Arc::ptr_eq(is, &file);
+            if !whole(&inner).as_ref().is_some_and(same) {
+                return;
+            }
+            let to = inner.compaction.as_ref().map_or(0, |new| new.log.size());
+            inner.begin_commit(to)
         };
         let done = early
             .and_then(|()| sync_flats(&self.data, &commit.ordered, false))

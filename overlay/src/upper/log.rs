@@ -495,7 +495,7 @@ impl Log {
         if facts.len != facts.holds {
             disk.set_len(&file, facts.holds)?;
         }
-        let mut log = Self {
+        Ok(Self {
             boot: disk.boot().unwrap_or_default(),
             disk,
             file: Arc::new(file),
@@ -506,9 +506,13 @@ impl Log {
             acknowledged: facts.durable,
             ahead: !volatile,
             broken: false,
-        };
-        log.write_header()?;
-        Ok(log)
+        })
+    }
+
+    /// Notes that the log is of this start of the host from now on: everything that another start
+    /// made doubtful has been looked at, and what was found is written down.
+    pub fn settle(&mut self) -> io::Result<()> {
+        self.write_header()
     }
 
     /// A new log in `dir`, under the name that [`Log::publish`] changes.

@@ -374,6 +374,7 @@ impl Opened {
             self.disk.sync_dir(&self.dir)?;
             log.acknowledge(to);
         }
+        log.settle()?;
         Ok(log)
     }
 
