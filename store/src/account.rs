@@ -2,19 +2,19 @@
 //!
 //! Three views of one moment, each of which adds up:
 //!
-//! - [`Account::areas`]: what the filesystem says each directory takes, in blocks, the directories
+//! - [`Account::areas`]: the filesystem's blocks of each directory, the directories
 //!   themselves included. Their sum is what `du` says.
 //! - [`Account::named`], [`in_trash`](Account::in_trash), [`unnamed`](Account::unnamed),
 //!   [`layer_files`](Account::layer_files), [`indexes`](Account::indexes),
 //!   [`unfinished`](Account::unfinished), [`abandoned`](Account::abandoned),
-//!   [`other`](Account::other) by their lengths, and [`padding`](Account::padding): what the
-//!   filesystem takes beyond them.
-//! - What only one [layer](LayerUse) or one [ref](RefUse) has, and what several share: together
+//!   [`other`](Account::other) by their lengths, and [`padding`](Account::padding), which
+//!   is everything that the filesystem uses beyond them.
+//! - Bytes of only one [layer](LayerUse) or one [ref](RefUse), and shared bytes: together
 //!   they are everything that layers name, and the layers' own files.
 //!
-//! Objects are counted in place: every object of every index has a number, and what is known of it
-//! is one word in an array. No map of ids is made, so a store of 20 workers with 30,000 files each
-//! takes a fraction of a second and a few MiB.
+//! Objects are counted in place: every object of every index has a number, and its owner is one
+//! word in an array. No map of ids is made, so a store of 20 workers with 30,000 files each takes a
+//! fraction of a second and a few MiB.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsStr;
@@ -38,18 +38,18 @@ use crate::stat_cache::StatCache;
 use crate::store::Store;
 use crate::trash;
 
-/// The directories that are told apart, as [`Area::name`] says them. What is beside them is
+/// The directories that are told apart, as [`Area::name`] says them. Other files are
 /// [`OTHER`].
 pub const AREAS: [&str; 13] = [
     "packs", "loose", "layers", "keys", "facts", "refs", "stat", "trash", "damaged", "tmp",
     "leases", "locks", RESERVE,
 ];
-/// The [`Area::name`] of what is beside [`AREAS`], the store's directory itself included.
+/// The [`Area::name`] of files beside [`AREAS`], the store's directory itself included.
 pub const OTHER: &str = "other";
 /// Bytes of one block of [`MetadataExt::blocks`].
 const BLOCK: u64 = 512;
 
-/// What the filesystem keeps in one directory of the store.
+/// The files of one directory of the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Area {
     /// The directory's name.
@@ -62,7 +62,7 @@ pub struct Area {
     pub on_disk: u64,
 }
 
-/// What one layer takes. [`unique`](Self::unique) and [`shared`](Self::shared) count each object
+/// Bytes of one layer. [`unique`](Self::unique) and [`shared`](Self::shared) count each object
 /// once, and the layer's own file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerUse {
@@ -72,7 +72,7 @@ pub struct LayerUse {
     pub tree_id: TreeId,
     /// The sizes of its files, as if it were unpacked somewhere.
     pub logical: u64,
-    /// Stored bytes that no other layer names: what it would free if it went alone.
+    /// Stored bytes that no other layer names, which its eviction alone would free.
     pub unique: u64,
     /// Stored bytes that other layers name too.
     pub shared: u64,
@@ -82,10 +82,10 @@ pub struct LayerUse {
     pub used: SystemTime,
 }
 
-/// What the layers of one ref take together, as [`LayerUse`] says it.
+/// Bytes of the layers of one ref together, as [`LayerUse`] says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefUse {
-    /// What the name stands for.
+    /// Kind of the name.
     pub kind: RefKind,
     /// The name.
     pub name: String,
@@ -106,8 +106,8 @@ pub struct Account {
     pub areas: Vec<Area>,
     /// Objects that layers name.
     pub named: u64,
-    /// What gc has taken out and not removed yet: the files in the trash, and objects that only
-    /// layers in the trash name.
+    /// Bytes that gc has taken out and not removed yet: the files in the trash, and objects that
+    /// only layers in the trash name.
     pub in_trash: u64,
     /// Objects that no layer names, and second copies of those that one does.
     pub unnamed: u64,
@@ -131,20 +131,20 @@ pub struct Account {
     pub layers: Vec<LayerUse>,
     /// Every ref, sorted by kind and name.
     pub refs: Vec<RefUse>,
-    /// Why layers, indexes or refs cannot be read. What only such layers name counts as
-    /// [`Account::unnamed`], what only stands in such an index as [`Account::padding`], and layers
+    /// Why layers, indexes or refs cannot be read. Objects of only such layers count as
+    /// [`Account::unnamed`], entries of only such an index as [`Account::padding`], and layers
     /// that only such refs name as [`Account::in_no_ref`].
     pub unreadable: Vec<StoreError>,
 }
 
 impl Account {
-    /// What the filesystem takes for the store, in bytes: the sum of the areas.
+    /// Bytes that the filesystem uses for the store: the sum of the areas.
     pub fn on_disk(&self) -> u64 {
         self.areas.iter().map(|area| area.on_disk).sum()
     }
 
-    /// What the filesystem takes beyond the lengths: alignment in packs, the rest of last blocks,
-    /// directories. Negative where it compresses.
+    /// Bytes that the filesystem uses beyond the lengths: alignment in packs, the rest of last
+    /// blocks, directories. Negative where it compresses.
     pub fn padding(&self) -> i64 {
         let objects = self.named + self.in_trash + self.unnamed;
         let tmp = self.unfinished + self.abandoned;
@@ -171,7 +171,7 @@ impl Store {
         let dir = self.dir().join("stat");
         let mut layers = Vec::new();
         for name in names(self.disk().as_ref(), &dir)? {
-            // A cache that cannot be read or does not hold is none.
+            // A cache that cannot be read or does not hold counts as absent.
             if let Ok(file) = self.disk().open(&dir.join(name)) {
                 let outcome = StatCache::open(self.disk().as_ref(), &file).outcome();
                 layers.extend(outcome.map(|outcome| outcome.layer_id));
@@ -180,7 +180,7 @@ impl Store {
         Ok(layers)
     }
 
-    /// Counts everything. Safe beside everything else, and takes no lease: what comes or goes
+    /// Counts everything. Safe beside everything else, and takes no lease: files that come or go
     /// meanwhile is counted or not.
     pub fn account(&self) -> Result<Account, StoreError> {
         let files = Files::walk(self.disk().as_ref(), self.dir())?;
@@ -196,7 +196,7 @@ impl Store {
             .par_iter()
             .enumerate()
             .map(|(number, file)| {
-                // Not through `layer`, which would take back what gc moves away meanwhile.
+                // Not through `layer`, which would take back layers that gc moves away meanwhile.
                 let path = self.places().layer(&file.id);
                 let layer = self.open_layer_file(&file.id, &path)?;
                 Ok(layer.map(|layer| KnownLayer::new(&slots, file, number, &layer)))
@@ -213,7 +213,7 @@ impl Store {
             .trashed
             .par_iter()
             .map(|(id, path)| {
-                // One that cannot be read keeps nothing that anybody will miss.
+                // One that cannot be read keeps nothing of value.
                 let layer = self.open_layer_file(id, path).ok().flatten();
                 layer.map_or_else(Vec::new, |layer| census.named_by(&layer).slots)
             })
@@ -381,7 +381,7 @@ fn names_now(disk: &dyn Disk, dir: &Path) -> Result<Vec<String>, StoreError> {
     }
 }
 
-/// What is known of a file, if it is still there.
+/// Metadata of a file, if it still exists.
 fn stat(disk: &dyn Disk, path: &Path) -> Result<Option<Metadata>, StoreError> {
     match disk.metadata(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -408,7 +408,7 @@ impl<'a> Slots<'a> {
     }
 }
 
-/// Who has each thing that has a number: nobody, one, or several.
+/// The owners of each numbered thing: none, one, or several.
 struct Owners(Vec<u32>);
 
 impl Owners {
@@ -491,7 +491,7 @@ fn count_layers(slots: &Slots<'_>, known: &[KnownLayer], owners: &Owners) -> Vec
     known.iter().map(layer_use).collect()
 }
 
-/// Fills in what the refs have, and says who has what.
+/// Fills in the bytes of the refs, and returns the owners.
 fn count_refs(slots: &Slots<'_>, known: &[KnownLayer], refs: &mut [RefUse]) -> Owners {
     // Several layers of one ref may name the same object, and one ref may name a layer twice.
     let layers_of = |layers: &[LayerId]| -> BTreeSet<usize> {

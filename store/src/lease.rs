@@ -1,8 +1,8 @@
-//! Leases: what a living process still needs.
+//! Leases: the needs of living processes.
 //!
 //! A lease is a file in `leases/` that its holder keeps flocked, so that it ends with the holder,
-//! however that ends; a lease that can be locked is dead, whatever pid wrote it. Its first line
-//! says what it is for. After that,
+//! however that ends; a lease that can be locked is dead, whichever pid wrote it. Its first line
+//! states its purpose. After that,
 //!
 //! ```text
 //! layer <id>    pins a layer: written *before* the holder asks whether the layer exists
@@ -34,7 +34,7 @@ const MAX_LEASE_FILE: u64 = 64 << 20;
 /// The first words of the file.
 const MAGIC: &str = "iii-lease 1 ";
 
-/// What the file of a lease says.
+/// Contents of a lease's file.
 #[derive(Debug, Default)]
 struct Written {
     /// Its length in bytes.
@@ -44,12 +44,12 @@ struct Written {
     ingests: u64,
 }
 
-/// A lease that somebody holds, as others see it.
+/// A held lease, as others see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveLease {
     /// The name of its file.
     pub(crate) name: String,
-    /// What it is for, in the holder's words.
+    /// Its purpose, in the holder's words.
     pub purpose: String,
     /// The layers that it pins, which need not exist.
     pub layers: Vec<LayerId>,
@@ -58,10 +58,10 @@ pub struct LiveLease {
 }
 
 impl LiveLease {
-    /// Reads the file of the lease called `name`. Whatever it holds, it is a lease.
+    /// Reads the file of the lease called `name`. Any contents are a lease.
     pub fn parse(name: String, bytes: &[u8]) -> Self {
         let text = String::from_utf8_lossy(bytes);
-        // What stands after the last newline is still being written.
+        // The text after the last newline is still being written.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let mut lines = whole.lines();
         let purpose = lines.next().unwrap_or_default();
@@ -87,7 +87,7 @@ impl LiveLease {
     }
 }
 
-/// Protects what it pins, and what its holder is writing, from garbage collection. Ends when
+/// Protects its pins, and its holder's writes, from garbage collection. Ends when
 /// dropped or when the process ends. It is inherited by a fork, not by an exec.
 #[derive(Debug)]
 pub struct Lease {
@@ -123,7 +123,7 @@ impl Lease {
             if !try_lock(&file).at("locking", &tmp)? {
                 continue;
             }
-            // What fails from here on leaves nothing.
+            // A failure from here on leaves nothing.
             let mut lease = Self {
                 site: site.clone(),
                 name,
@@ -166,8 +166,8 @@ impl Lease {
         }
         drop(written);
         for id in layers {
-            // When it was last used decides how long it is kept; one that is not there is used by
-            // nobody.
+            // When it was last used decides how long it is kept; a missing one is in no
+            // use.
             let path = self.site.dir().join("layers").join(id.to_string());
             let _ = self.site.disk().touch(&path);
         }
@@ -229,13 +229,13 @@ impl Drop for Lease {
 #[derive(Debug)]
 pub(crate) struct Leftover {
     path: PathBuf,
-    /// What the filesystem takes for it, in bytes.
+    /// Bytes that the filesystem uses for it.
     pub(crate) on_disk: u64,
     /// Its length in bytes.
     pub(crate) len: u64,
 }
 
-/// What processes that died have left.
+/// Remains of dead processes.
 #[derive(Debug, Default)]
 pub(crate) struct Leftovers {
     /// Temporary files without a living lease.
@@ -293,14 +293,14 @@ fn leftover(disk: &dyn Disk, path: PathBuf) -> Result<Option<Leftover>, StoreErr
     }
 }
 
-/// What a sweep removed.
+/// Result of a sweep.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Swept {
     /// Leases.
     pub(crate) leases: u64,
     /// Temporary files.
     pub(crate) files: u64,
-    /// What the filesystem took for both, in bytes.
+    /// Bytes that the filesystem used for both.
     pub(crate) on_disk: u64,
 }
 
@@ -333,7 +333,7 @@ fn sweep_format(site: &Site) -> Result<(), StoreError> {
     }
 }
 
-/// The leases that somebody holds, sorted by name.
+/// The held leases, sorted by name.
 pub(crate) fn live(site: &Site) -> Result<Vec<LiveLease>, StoreError> {
     let (disk, dir) = (site.disk().as_ref(), site.dir().join("leases"));
     let mut live = Vec::new();
@@ -351,7 +351,7 @@ pub(crate) fn live(site: &Site) -> Result<Vec<LiveLease>, StoreError> {
     Ok(live)
 }
 
-/// The lease's file, locked, if nobody holds it.
+/// The lease's file, locked, if no process holds it.
 fn dead_lease(disk: &dyn Disk, path: &Path) -> io::Result<Option<File>> {
     match disk.open(path) {
         Ok(file) => Ok(try_lock(&file)?.then_some(file)),

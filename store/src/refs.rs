@@ -1,4 +1,4 @@
-//! Refs: names that keep layers. A file of one is replaced at once, by who holds its lock.
+//! Refs: names that keep layers. The file of a ref is replaced at once, by the holder of its lock.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -23,14 +23,14 @@ const MAX_REF_FILE: u64 = 16 << 20;
 const MAX_PLAIN: usize = 180;
 
 impl RefKind {
-    /// Whether a ref of this kind that cannot be read may be what keeps a layer. A damaged cache
+    /// Whether a ref of this kind that cannot be read may keep a layer. A damaged cache
     /// volume keeps nothing: it is filled again.
     pub(crate) fn may_keep(self, err: &StoreError) -> bool {
         self != Self::Volume || !err.is_damage()
     }
 }
 
-/// The layers under a name, and what its owner wants to know of them.
+/// The layers under a name, and data of its owner.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ref {
     /// Bottom first.
@@ -108,13 +108,13 @@ impl Store {
         })
     }
 
-    /// Gives layers a name, durably, in place of what had it. They must be in the store and pinned
+    /// Gives layers a name, durably, in place of earlier ones. They must be in the store and pinned
     /// by the caller.
     pub fn set_ref(&self, kind: RefKind, name: &str, content: &Ref) -> Result<(), StoreError> {
         self.edit_ref(kind, name)?.set(content)
     }
 
-    /// What has this name.
+    /// The ref of this name.
     pub fn get_ref(&self, kind: RefKind, name: &str) -> Result<Option<Ref>, StoreError> {
         let file: Option<RefFile> = read_json(
             self.disk().as_ref(),
@@ -126,7 +126,7 @@ impl Store {
             .map(|file| file.content))
     }
 
-    /// The ref in a file of the directory of its kind. One that is not what its file name says is
+    /// The ref in a file of the directory of its kind. One that does not match its file name is
     /// damaged.
     pub(crate) fn read_ref(
         &self,
@@ -160,8 +160,8 @@ impl Store {
         }
     }
 
-    /// All names of a kind, sorted, with what has them. One that cannot be read is an error: it may
-    /// be what keeps a layer. A damaged cache volume is left out.
+    /// All names of a kind, sorted, with their refs. One that cannot be read is an error: it may
+    /// keep a layer. A damaged cache volume is left out.
     pub fn list_refs(&self, kind: RefKind) -> Result<Vec<(String, Ref)>, StoreError> {
         let (refs, mut unreadable) = self.readable_refs(kind)?;
         unreadable.retain(|err| kind.may_keep(err));
@@ -219,7 +219,7 @@ pub struct RefEdit<'a> {
 }
 
 impl RefEdit<'_> {
-    /// What has the name.
+    /// The ref of the name.
     pub fn get(&self) -> Result<Option<Ref>, StoreError> {
         self.store.get_ref(self.kind, &self.name)
     }
@@ -237,7 +237,7 @@ impl RefEdit<'_> {
     }
 
     /// As [`Store::set_ref`]. A layer that is not in the store is refused, unless the ref names it
-    /// already: a ref that is not whole may be changed without a loss of what it kept.
+    /// already: a ref that is not whole may be changed without a loss of layers.
     pub fn set(&self, content: &Ref) -> Result<(), StoreError> {
         if content.layers.len() > MAX_REF_LAYERS {
             return Err(StoreError::TooLarge {

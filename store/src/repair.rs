@@ -1,17 +1,17 @@
-//! Repairing: what verification found is set aside, and what depends on it is dropped, so that it
-//! is made again.
+//! Repairing: damage that verification found is moved aside, and everything that depends on it is
+//! dropped, so that it is made again.
 //!
-//! Nothing is deleted: what is damaged is moved to `damaged/<n>/`, under the path that it had. It
-//! runs under the lock of gc, beside everything else, and in this order, so that whatever a crash
-//! cuts short is no worse than before and can be repaired again:
+//! Nothing is deleted: damaged files are moved to `damaged/<n>/`, under their former paths. Repair
+//! runs under the lock of gc, beside everything else, and in this order, so that a crash at any
+//! point leaves a state that is no worse than before and can be repaired again:
 //!
-//! 1. The objects of damaged packs that are what their ids say are written into a new pack.
+//! 1. The whole objects of damaged packs are written into a new pack.
 //! 2. Records that name lost layers are dropped: layers that are damaged, or name objects that are
 //!    lost. A ref stays: it keeps its other layers, and is whole again once the lost ones are
 //!    stored again, or their objects: see `aside`.
 //! 3. These layers are set aside, in the trash, too.
-//! 4. Then the packs and loose objects, indexes first: who stores the same contents again finds
-//!    that they are not there.
+//! 4. Then the packs and loose objects, indexes first: a process that stores the same contents
+//!    again finds that they are not there.
 //! 5. Outboards are made again, and the format last.
 //!
 //! A file that cannot be read now is left as it is, and so is everything that may depend on it: see
@@ -39,7 +39,7 @@ use crate::refs::RefKind;
 use crate::store::{Format, Store};
 use crate::verify::{Finding, Pass, Report};
 
-/// Longest index that is read to save what its pack holds, in bytes: of 20 million objects.
+/// Longest index that is read to save objects of its pack, in bytes: of 20 million objects.
 const MAX_INDEX: u64 = 1 << 30;
 
 /// Something that a repair did.
@@ -72,7 +72,7 @@ pub enum Mended {
     /// Set aside a ref whose file is damaged, or a cache volume that lost a layer: it keeps no
     /// layer any longer.
     RefDropped {
-        /// What the name stands for.
+        /// Kind of the name.
         ref_kind: RefKind,
         /// The name; that of its file if the file is damaged.
         name: String,
@@ -80,7 +80,7 @@ pub enum Mended {
     /// Lost layers that a ref names. It keeps the others, and is whole again once these are stored
     /// again.
     RefNotWhole {
-        /// What the name stands for.
+        /// Kind of the name.
         ref_kind: RefKind,
         /// The name.
         name: String,
@@ -106,8 +106,8 @@ pub type OnRepair<'a> = &'a dyn Fn(&Mended);
 
 impl Store {
     /// Mends what a report says: see [`crate::repair`]. Waits for a collection that runs. A report
-    /// that left problems out is mended as far as it goes; verify again. What cannot be read is
-    /// left as it is.
+    /// that left problems out is mended as far as it goes; verify again. A file that cannot be read
+    /// is left as it is.
     pub fn repair(
         &self,
         report: &Report,
@@ -119,7 +119,7 @@ impl Store {
     }
 }
 
-/// What is to be set aside.
+/// Files to move aside.
 #[derive(Default)]
 struct Condemned {
     packs: BTreeSet<PackId>,
@@ -224,7 +224,7 @@ impl<'a> Repair<'a> {
     fn run(&mut self) -> Result<(), StoreError> {
         let mut condemned = self.condemned();
         self.salvage(&mut condemned)?;
-        // What they need and is not there without what is condemned is lost.
+        // Needed objects that exist only in condemned files are lost.
         let pass = Pass::without(self.store, &condemned.packs, &condemned.loose);
         let broken = pass.broken_layers();
         let there = broken.iter().filter(|(_, path)| path.starts_with("layers"));

@@ -5,12 +5,14 @@
 //! integers are little-endian. The file is
 //!
 //! ```text
-//! header   192 bytes: magic `III-STAT`; version, compat, ro_compat, incompat: u32; dir_count, entry_count: u32;
-//!          blob_len: u64; stamp_sec: i64; stamp_nsec: u32; 0: u32; checksum, fingerprint, layer_id, tree_id: 32 bytes
-//!          each; 0: u64
-//! dirs     dir_count x (path_off, path_len, first, count: u32), sorted by path; first, count: its range of entries
-//! entries  entry_count x 96 bytes, those of one directory sorted by name: name_off, name_len: u32; mtime_sec,
-//!          ctime_sec: i64; mtime_nsec, ctime_nsec: u32; ino, dev, size: u64; mode: u32; 0: u32; object: 32 bytes
+//! header   192 bytes: magic `III-STAT`; version, compat, ro_compat, incompat: u32;
+//!          dir_count, entry_count: u32; blob_len: u64; stamp_sec: i64; stamp_nsec: u32; 0: u32;
+//!          checksum, fingerprint, layer_id, tree_id: 32 bytes each; 0: u64
+//! dirs     dir_count x (path_off, path_len, first, count: u32), sorted by path;
+//!          first, count: its range of entries
+//! entries  entry_count x 96 bytes, those of one directory sorted by name:
+//!          name_off, name_len: u32; mtime_sec, ctime_sec: i64; mtime_nsec, ctime_nsec: u32;
+//!          ino, dev, size: u64; mode: u32; 0: u32; object: 32 bytes
 //! blob     paths and names
 //! ```
 //!
@@ -61,7 +63,7 @@ impl Time {
     }
 }
 
-/// What became of the project.
+/// Outcome of the project's snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
     /// Of everything that went into the layer.
@@ -72,7 +74,7 @@ pub struct Outcome {
     pub tree_id: TreeId,
 }
 
-/// What tells that a file was not touched.
+/// Signs that a file was not touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FileStat {
     /// Last modification.
@@ -312,7 +314,7 @@ impl StatCache {
         self.entries == 0
     }
 
-    /// What the walk that made it came to.
+    /// Outcome of the walk that made it.
     pub fn outcome(&self) -> Option<Outcome> {
         (!self.bytes.is_empty()).then(|| Outcome {
             fingerprint: le(&self.bytes, CHECKSUM.end),
@@ -336,7 +338,7 @@ impl StatCache {
             .unwrap_or_default()
     }
 
-    /// What is known of the directory at `path`.
+    /// Entries of the directory at `path`.
     pub fn dir(&self, path: &[u8]) -> CachedDir<'_> {
         let ix = search(self.dirs, |ix| self.text(HEADER + ix * DIR).cmp(path));
         let (first, count) = ix.map_or((0, 0), |ix| {
@@ -354,8 +356,8 @@ impl StatCache {
 }
 
 impl CachedDir<'_> {
-    /// What the file called `name` held when the cache was made, and whether it still does: it does
-    /// if it looks the same now and is not racy.
+    /// Contents of the file called `name` when the cache was made, and whether they still hold:
+    /// they do if it looks the same now and is not racy.
     pub fn get(&self, name: &[u8], now: &FileStat) -> Option<(ObjectId, bool)> {
         let entry = |ix: usize| HEADER + self.cache.dirs * DIR + (self.first + ix) * ENTRY;
         let ix = search(self.count, |ix| self.cache.text(entry(ix)).cmp(name))?;

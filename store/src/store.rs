@@ -50,7 +50,7 @@ pub(crate) const DIRS: [&str; 17] = [
     "trash",
     RESERVE,
 ];
-/// Directories that come to be later: what a repair sets aside, and what later versions may make.
+/// Directories of repairs and of later versions, which appear later.
 const OTHER_DIRS: [&str; 1] = ["damaged"];
 /// How often the format is written anew because a sweep removed it: programs from before sweeps
 /// took [`Site::format_lock`] may run beside this one.
@@ -68,10 +68,10 @@ pub(crate) const SEALED: &str = "sealed";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Format {
     version: u32,
-    /// Features that whoever does not know them may ignore.
+    /// Features that older programs may ignore.
     #[serde(default)]
     pub(crate) compat: Vec<String>,
-    /// Features that whoever does not know them may read past but not write beside.
+    /// Features that older programs may read past but not write beside.
     #[serde(default)]
     pub(crate) ro_compat: Vec<String>,
     /// Features without which nothing may be read.
@@ -91,10 +91,10 @@ impl Default for Format {
     }
 }
 
-/// What the `format` file of a directory says.
+/// Contents of the `format` file of a directory.
 #[derive(Debug)]
 pub(crate) enum Found {
-    /// There is none.
+    /// The file is missing.
     Nothing,
     /// A store that this program reads.
     Current(Format),
@@ -111,8 +111,8 @@ impl Format {
         };
         let sealed = seal::open(&text);
         // A file without a seal may be older than seals, or newer than this program. It is told
-        // from a damaged one by being one whole JSON text, which a sealed file never is, whatever
-        // byte of it changes.
+        // from a damaged one by being one whole JSON text, which a sealed file never is, for any
+        // change of a byte.
         let parsed = serde_json::from_slice::<Self>(sealed.unwrap_or(&text));
         let mut format = match parsed {
             Ok(format) => format,
@@ -182,7 +182,7 @@ impl Store {
     /// Opens the store in `dir`, or makes one if there is nothing.
     ///
     /// A directory that cannot be written, or that has ro-compat features unknown here, is opened
-    /// for reading: whatever would write says so with [`StoreError::ReadOnly`].
+    /// for reading: writes fail with [`StoreError::ReadOnly`].
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::open_on(dir.as_ref(), Arc::new(RealDisk))
     }
@@ -247,7 +247,7 @@ impl Store {
         }
     }
 
-    /// The store in `dir`, whatever its format says.
+    /// The store in `dir`, of any format.
     pub(crate) fn assemble(dir: &Path, disk: Arc<dyn Disk>, read_only: Option<String>) -> Self {
         Self::new(dir, disk, read_only, false)
     }
@@ -305,7 +305,7 @@ impl Store {
         })
     }
 
-    /// Has the format say, durably, that the store has this ro-compat feature.
+    /// Adds this ro-compat feature to the format, durably.
     pub(crate) fn require_feature(&self, feature: &str) -> Result<(), StoreError> {
         let format = || match Format::read(self.disk().as_ref(), self.dir())? {
             Found::Current(format) => Ok(format),
@@ -325,14 +325,14 @@ impl Store {
         Ok(())
     }
 
-    /// Takes a lease; `purpose` is for people who ask what keeps something alive. Everything that
+    /// Takes a lease; `purpose` is for users who ask why a layer stays. Everything that
     /// writes needs one.
     pub fn lease(&self, purpose: &str) -> Result<Lease, StoreError> {
         self.require_writable()?;
         Lease::take(self.site(), purpose)
     }
 
-    /// A lease for who repairs it, which may be a store that nobody else can write to.
+    /// A lease for a repair, of a store that may be closed to all other writers.
     pub(crate) fn lease_to_repair(&self) -> Result<Lease, StoreError> {
         if self.0.broken {
             return Lease::take(self.site(), "repair");
@@ -340,12 +340,12 @@ impl Store {
         self.lease("repair")
     }
 
-    /// Has these layers opened anew the next time.
+    /// Forgets these layers, so that they are opened again the next time.
     pub(crate) fn forget_layers(&self, ids: &BTreeSet<LayerId>) {
         lock(&self.0.layers).retain(|id, _| !ids.contains(id));
     }
 
-    /// Removes what processes that died left behind: their leases and temporary files. Returns the
+    /// Removes remains of dead processes: their leases and temporary files. Returns the
     /// number of leases. Safe beside everything else.
     pub fn sweep_dead_leases(&self) -> Result<usize, StoreError> {
         self.require_writable()?;
@@ -353,7 +353,7 @@ impl Store {
         Ok(usize::try_from(swept.leases).unwrap_or(usize::MAX))
     }
 
-    /// Whether the layer is there. Only of use to who has pinned it.
+    /// Whether the layer is there. Means something only to a process that has pinned it.
     pub fn has_layer(&self, id: &LayerId) -> bool {
         self.require_layer(id).is_ok()
     }
@@ -387,7 +387,7 @@ impl Store {
     }
 
     /// Returns when the names of all layers that are there are durable. A layer that is found may
-    /// be of somebody who has named it but not synced that yet.
+    /// be of a process that has named it but not synced that yet.
     pub(crate) fn sync_layers(&self) -> Result<(), StoreError> {
         let dir = self.dir().join("layers");
         self.disk().sync_dir(&dir).at("syncing", &dir)
@@ -433,8 +433,8 @@ impl Store {
     }
 
     /// Opens a layer or, where it is not in the store, one with the same tree, which differs from
-    /// it in mtimes alone: a step that is run again makes such a one. What a layer that is not
-    /// there had for a tree is known of those that a ref names.
+    /// it in mtimes alone: a step that is run again makes such a one. The tree of a missing
+    /// layer is known only if a ref names it.
     pub fn layer_or_same_tree(&self, id: &LayerId) -> Result<Arc<Layer>, StoreError> {
         match self.layer(id) {
             Err(StoreError::MissingLayer(_)) => {}
@@ -444,7 +444,7 @@ impl Store {
             for other in self.layer_ids()? {
                 match self.layer(&other) {
                     Ok(layer) if layer.tree_id() == tree => return Ok(layer),
-                    // This is a search: what is damaged, or went, is not what it looks for.
+                    // This is a search: a damaged or missing layer is not a match.
                     _ => {}
                 }
             }
@@ -476,8 +476,8 @@ impl Store {
     }
 
     /// Waits until no other process builds `key`, and keeps others from it until the guard is
-    /// dropped. `on_wait` is called once if somebody else is at it; who waited looks for the record
-    /// again before building.
+    /// dropped. `on_wait` is called once if another process builds it; a waiter looks for the
+    /// record again before building.
     pub fn flight(&self, key: &KeyId, on_wait: &dyn Fn()) -> Result<Flight, StoreError> {
         self.require_writable()?;
         let path = self.dir().join("locks").join(format!("{key}.flight"));
@@ -506,8 +506,8 @@ pub(crate) fn is_known_name(name: &str) -> bool {
 }
 
 fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
-    // What must be synced for the store's own name to be durable; somebody else may have made it a
-    // moment ago.
+    // Directories to sync for the store's own name to be durable; another process may have made it
+    // a moment ago.
     let mut above = Vec::from_iter(dir.parent());
     match disk.list(dir) {
         Ok(names) => {
@@ -543,7 +543,8 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
     if !matches!(Format::read(disk.as_ref(), dir)?, Found::Nothing) {
         return Ok(());
     }
-    // A store that was cut short while it was made is empty. What is not may be of any format.
+    // A store that was cut short while it was made is empty. Another directory may be of any
+    // format.
     for name in ["packs", "loose", "layers", "keys"] {
         if !names(disk.as_ref(), &dir.join(name))?.is_empty() {
             return Err(no_format(dir));
@@ -554,7 +555,7 @@ fn create(dir: &Path, disk: &Arc<dyn Disk>) -> Result<(), StoreError> {
         let here = dir.as_os_str().is_empty();
         let dir = if here { Path::new(".") } else { dir };
         match disk.sync_dir(dir) {
-            // Whoever may not list a directory cannot sync it.
+            // A user who may not list a directory cannot sync it.
             Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {}
             other => other.at("syncing", dir)?,
         }

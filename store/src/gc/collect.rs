@@ -61,7 +61,7 @@ pub(super) struct Collection<'a> {
     store: &'a Store,
     lease: &'a Lease,
     events: &'a dyn Fn(GcEvent<'_>),
-    /// What this collection takes out; made when it is first needed.
+    /// Directory of this collection in the trash; made when first needed.
     generation: Option<PathBuf>,
     report: GcReport,
     written: u64,
@@ -142,7 +142,7 @@ impl<'a> Collection<'a> {
         }
     }
 
-    /// What a step gave; nothing if the disk has no room for it.
+    /// Result of a step; `None` if the disk has no room for it.
     fn if_room<T>(&mut self, result: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
         match result {
             Err(err) if err.is_full() => {
@@ -174,7 +174,7 @@ impl<'a> Collection<'a> {
         if by_key.is_empty() {
             return Ok(());
         }
-        // Who has begun to use a layer since the plan was made keeps its record.
+        // A process that has begun to use a layer since the plan keeps its record.
         let leases = lease::live(self.store.site())?;
         let pinned: HashSet<LayerId> = leases.into_iter().flat_map(|lease| lease.layers).collect();
         for (key, layers) in &by_key {
@@ -243,7 +243,7 @@ impl<'a> Collection<'a> {
                 self.sync_kind("layers")?;
             }
         }
-        // Now that they cannot be found any more: does anybody need them?
+        // Now that they cannot be found any more: does a process need them?
         let trashed = trash::layers(self.store.site())?;
         if trashed.is_empty() {
             return Ok(());
@@ -309,7 +309,7 @@ impl<'a> Collection<'a> {
         let files = self.layer_files()?;
         let seen: HashSet<LayerId> = files.iter().map(|(id, _)| *id).collect();
         let (live, missing) = self.mark(&census, &files)?;
-        // What an earlier collection took out too much of.
+        // Objects that an earlier collection wrongly took out.
         for object in missing {
             self.places().take_back_object(&object)?;
         }
@@ -335,7 +335,7 @@ impl<'a> Collection<'a> {
         self.empty_trash(&seen)
     }
 
-    /// Moves packs, loose objects and what a crash left of either into the trash.
+    /// Moves packs, loose objects and remains of crashes into the trash.
     fn move_objects(
         &mut self,
         census: &Census,
@@ -361,7 +361,7 @@ impl<'a> Collection<'a> {
             let (pack, index) = (self.places().pack(id), self.places().index(id));
             let trashed = generation.join(format!("{id}.idx"));
             trash::move_name(disk, &index, &trashed)?;
-            // Somebody was just taking the pack back, or publishing it.
+            // Another process was just taking the pack back, or publishing it.
             if self.store.metadata(&pack)?.is_some() {
                 trash::move_name(disk, &trashed, &index)?;
             }
@@ -391,7 +391,7 @@ impl<'a> Collection<'a> {
         files.par_iter().try_for_each(|(id, path)| {
             let layer = match store.open_layer_file(id, path)? {
                 Some(layer) => layer,
-                // Moved meanwhile: taken back, or away by nobody but this.
+                // Moved meanwhile: taken back, or moved away by this collection.
                 None => match store.open_layer_file(id, &places.layer(id))? {
                     Some(layer) => layer,
                     None => return Ok(()),
@@ -430,7 +430,7 @@ impl<'a> Collection<'a> {
         let (pack, index) = (self.places().pack(id), self.places().index(id));
         let trashed = generation.join(format!("{id}.pack"));
         trash::move_name(disk, &pack, &trashed)?;
-        // Somebody has taken the index back, or published this very pack.
+        // Another process has taken the index back, or published this very pack.
         if self.store.metadata(&index)?.is_some() {
             trash::move_name(disk, &trashed, &pack)?;
         }
@@ -496,7 +496,7 @@ impl<'a> Collection<'a> {
         living.sort_unstable_by_key(|(_, (_, place))| place.offset);
         let mut len = 0;
         for (ix, (id, place)) in living {
-            // What does not hold is not spread; `verify` finds it where it is.
+            // Damage is not spread; `verify` finds it in its place.
             let Ok(bytes) = self.store.objects().read_packed(pack, ix as u32) else {
                 return Ok(None);
             };
@@ -506,8 +506,8 @@ impl<'a> Collection<'a> {
         Ok(Some(len))
     }
 
-    /// Removes the objects in the trash that nobody can come to need. `seen` are the layers that
-    /// did not need them when they were taken out.
+    /// Removes the objects in the trash that no process can come to need. `seen` are the layers
+    /// that did not need them when they were taken out.
     fn empty_trash(&mut self, seen: &HashSet<LayerId>) -> Result<(), StoreError> {
         let disk = Arc::clone(self.store.disk());
         let is_object = |name: &str| ["pack", "idx", LOOSE, OUTBOARD].contains(&suffix(name));
@@ -522,10 +522,10 @@ impl<'a> Collection<'a> {
             return Ok(());
         }
         // After everything was taken out, and before the layers are listed: an ingest that has
-        // ended by now has published its layer, and one that begins from now on does not find what
-        // is in here.
+        // ended by now has published its layer, and one that begins from now on does not find the
+        // objects that is in here.
         let leases = lease::live(self.store.site())?;
-        // What this process knew of packs is from before.
+        // This process's view of packs is outdated.
         self.store.objects().refresh()?;
         for (id, path) in self.layer_files()? {
             if seen.contains(&id) {
@@ -535,7 +535,7 @@ impl<'a> Collection<'a> {
                 continue;
             };
             for object in layer.objects() {
-                // Looks in the trash, too, and takes it back. What is nowhere was lost before.
+                // Looks in the trash, too, and takes it back. A missing object was lost before.
                 match self.store.objects().require(&object) {
                     Err(StoreError::MissingObject(_)) => {}
                     other => other?,
@@ -546,7 +546,7 @@ impl<'a> Collection<'a> {
             let path = generation.join("waits");
             let waits = match read_json::<Waits>(disk.as_ref(), &path, MAX_TRASH_FILE) {
                 Ok(Some(waits)) => waits,
-                // Not written yet, or cut short: everybody who is at it now is waited for.
+                // Not written yet, or cut short: its present writers are awaited.
                 Ok(None) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => {
                     let waits = Waits::of(&leases);
                     if !waits.ingests.is_empty() {
@@ -575,7 +575,7 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// Removes generations in which nothing is left, and counts what is.
+    /// Removes empty generations, and counts the contents of the others.
     fn tidy(&mut self) -> Result<(), StoreError> {
         let disk = Arc::clone(self.store.disk());
         for (_, generation) in trash::generations(disk.as_ref(), self.store.dir())? {

@@ -1,6 +1,6 @@
 //! Garbage collection: a plan that can be printed, and carrying it out.
 //!
-//! # What is kept
+//! # Roots and limits
 //!
 //! Layers are kept by roots ([`crate::Roots`]). Refs and leases always count; a record of a key and
 //! a cache volume count until the policy drops them, because a layer of theirs was not used for
@@ -14,7 +14,7 @@
 //! bytes: a collection merges small packs by classes of size, and [`Store::has_many_files`] tells
 //! the program when a collection is due for the sake of the number alone. So an operation costs the
 //! same after any number of edits, and no limit of the kernel is reached; a store with more files
-//! than that, which nobody has collected, works too, since each file is open only while it is read.
+//! than that, which was never collected, works too, since each file is open only while it is read.
 //!
 //! # On a full disk
 //!
@@ -24,14 +24,14 @@
 //!
 //! # Beside writers and readers
 //!
-//! Nobody waits for a collection, and it waits for nobody; two collections never run at once. It
+//! No process waits for a collection, nor the reverse; two collections never run at once. It
 //! deletes in the order opposite to publishing, each step durable before the next begins:
 //!
 //! 1. Records and cache volumes are dropped.
-//! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and what got
-//!    one meanwhile is moved back: who pins a layer writes the pin before looking for the layer, so
-//!    either the pin is seen here, or the layer is not found there, and taken back from the trash
-//!    or built anew.
+//! 2. Layers without a root are moved into the trash. *Then* the roots are read again, and layers
+//!    that got one meanwhile are moved back: a process writes its pin before looking for the layer,
+//!    so either the pin is seen here, or the layer is not found there, and taken back from the
+//!    trash or built anew.
 //! 3. Layers that have been in the trash for the grace period are removed, and the oldest of too
 //!    many.
 //! 4. Objects that no layer file names are moved into the trash, whole packs and loose files; packs
@@ -39,13 +39,13 @@
 //!    leases are read: an ingest that is open may have found one of these objects before they were
 //!    moved, and may yet publish a layer that names it. The generation waits for it. One that
 //!    begins later does not find them.
-//! 5. The layers that have appeared since step 4 began are looked through, and what they name is
+//! 5. The layers that have appeared since step 4 began are looked through, and their objects are
 //!    moved back.
-//! 6. What waits for nobody is removed.
+//! 6. Generations that wait for no ingest are removed.
 //!
 //! An ingest does its part: it says in its lease that it has begun before it looks at the indexes,
 //! and that it is done after its layer has its name and everything that it reuses is in its place,
-//! if need be out of the trash. Readers, too, take back what they miss. So a layer that is there
+//! if need be out of the trash. Readers, too, take back missing files. So a layer that is there
 //! never names an object that is not.
 
 mod collect;
@@ -86,7 +86,7 @@ const MAX_SMALL_PACKS: usize = 48;
 const MAX_DEAD_LAYERS: usize = 32;
 /// Packs that are written anew make packs of about this length at most.
 const MAX_MERGED_PACK: u64 = 512 << 20;
-/// What is kept, and for how long.
+/// Limits of the layers that are kept for reuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// Layers of records are kept that were used within this time.
@@ -135,7 +135,7 @@ pub struct Kept {
     pub logical_bytes: u64,
     /// When it was last used.
     pub last_used: SystemTime,
-    /// What keeps it; never empty.
+    /// Its roots; never empty.
     pub roots: Vec<Root>,
 }
 
@@ -144,7 +144,7 @@ pub struct Kept {
 pub struct DroppedRecord {
     /// The recipe.
     pub key: KeyId,
-    /// What it made.
+    /// The layer that it made.
     pub layer: LayerId,
     /// Why.
     pub why: Why,
@@ -172,11 +172,11 @@ pub struct Garbage {
     pub last_used: SystemTime,
 }
 
-/// What a collection will do. Carrying it out looks at everything again: nothing that is in use by
+/// Plan of a collection. Carrying it out looks at everything again: nothing that is in use by
 /// then goes.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
-    /// What the store takes on disk now.
+    /// Present size of the store on disk, in bytes.
     pub store_bytes: u64,
     /// Layers that stay, the most recently used first.
     pub kept: Vec<Kept>,
@@ -200,7 +200,7 @@ pub struct GcPlan {
     pub stat_caches: Vec<String>,
     /// Temporary files and leases that interrupted processes left.
     pub leftovers: u64,
-    /// What the filesystem takes for them, in bytes; part of [`GcPlan::frees`].
+    /// Bytes that the filesystem uses for them; part of [`GcPlan::frees`].
     pub leftover_bytes: u64,
     /// About how much is free after it.
     pub frees: u64,
@@ -220,10 +220,10 @@ fn as_seconds<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::
     to.serialize_u64(time.as_secs())
 }
 
-/// What a collection did.
+/// Result of a collection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct GcReport {
-    /// Bytes on disk that it freed, less what it wrote.
+    /// Bytes on disk that it freed, less the written ones.
     pub freed: u64,
     /// Records dropped.
     pub records: u64,
@@ -243,7 +243,7 @@ pub struct GcReport {
     pub waiting: u64,
 }
 
-/// What a collection says while it runs.
+/// Event of a running collection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GcEvent<'a> {
     /// Another collection runs; this one waits for it.
@@ -263,7 +263,7 @@ struct Present {
 }
 
 impl Store {
-    /// What a collection by this policy will do.
+    /// Plan of a collection by this policy.
     pub fn plan_gc(&self, policy: &Policy) -> Result<GcPlan, StoreError> {
         Planner::read(self)?.plan(policy)
     }
@@ -314,7 +314,7 @@ impl Store {
         Ok(self.is_time_to_collect(files, MAX_SMALL_PACKS))
     }
 
-    /// Held by who takes things out of the store: one at a time.
+    /// Lock of processes that take files out of the store: one at a time.
     pub(crate) fn gc_lock(&self) -> PathBuf {
         self.dir().join("locks/gc")
     }
@@ -325,7 +325,7 @@ impl Store {
         space.at("asking for free space at", self.dir())
     }
 
-    /// What the store takes on disk, in bytes.
+    /// Size of the store on disk, in bytes.
     pub fn bytes_on_disk(&self) -> Result<u64, StoreError> {
         let mut total = 0;
         let mut dirs = vec![self.dir().to_owned()];
@@ -387,7 +387,7 @@ impl Store {
     }
 }
 
-/// What becomes of the packs, given which objects live.
+/// The fate of packs, given the live objects.
 #[derive(Debug, Default)]
 struct Packs {
     dead: Vec<PackId>,
@@ -395,7 +395,7 @@ struct Packs {
     rewrite: Vec<PackId>,
     dead_objects: u64,
     dead_bytes: u64,
-    /// Bytes of the packs' files that go, less what is written anew.
+    /// Bytes of the packs' files that go, less the rewritten ones.
     frees: u64,
 }
 
