@@ -24,6 +24,14 @@
 //! its bytes change. The stamp is the time at which the walk began. A file whose mtime or ctime is
 //! not older than that, less the clock's granularity, may have changed after it was read without a
 //! trace: its entry holds no longer than this run.
+//!
+//! # Writes through a shared mapping
+//!
+//! The kernel sets a file's times at the first write to a clean page of a mapping, and not again before
+//! the page was written back, which may take half a minute. A file that is read between two writes to
+//! one page keeps its times while its bytes change: the second write is missed until the times change
+//! again. Nothing that is cheap tells of it, since such a write raises no event either. Programs that
+//! unmap what they wrote, such as linkers, are followed; a database that is open is not.
 
 use std::convert::Infallible;
 use std::fs::File;
