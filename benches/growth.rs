@@ -95,7 +95,7 @@ fn make_plain(root: &Path, files: usize) -> Duration {
     })
 }
 
-/// What a process of its own does, so that its memory is its own. It prints seconds, the longest
+/// Runs in a process of its own, so that its memory is its own. It prints seconds, the longest
 /// operation in seconds, and its highest resident memory in MiB.
 fn child(what: &str, dir: &Path, files: usize) {
     let begin = Instant::now();
@@ -116,7 +116,7 @@ fn report(took: Duration, longest: Duration) {
     println!("{} {} {peak}", took.as_secs_f64(), longest.as_secs_f64());
 }
 
-/// What a [`child`] measured.
+/// Measurements of a [`child`].
 #[derive(Debug, Clone, Copy)]
 struct Growth {
     seconds: f64,

@@ -24,14 +24,15 @@ const MARK: &[u8] = b"started-42";
 const START: &str = "echo started-$((6 * 7))";
 /// Longest run of anything.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Sizes of the projects, and what a restart of each may take longer than `unshare … chroot`.
+/// Sizes of the projects, and most time that a restart of each may take beyond `unshare … chroot`.
 const RESTARTS: [(usize, f64); 2] = [(1000, 50.0), (30_000, 150.0)];
 /// Sizes of the projects that are edited under a worker that runs, and how long its next run may
 /// take to begin.
 const RELOADS: [(usize, f64); 2] = [(1000, 100.0), (30_000, 250.0)];
 /// Most time from an edit of one file of the largest project until its layer is published.
 const EDIT_MS: f64 = 150.0;
-/// An edit of a Rust worker, until its next process runs, may take so many times what cargo takes beside it.
+/// An edit of a Rust worker, until its next process runs, may take so many times the time of cargo
+/// beside it.
 const COMPILE_RATIO: f64 = 1.2;
 /// Files that install makes in the two projects that share it.
 const INSTALLED: usize = 5000;
@@ -93,7 +94,7 @@ fn marks(command: &mut Command) -> Result<(Running, Receiver<Instant>)> {
 }
 
 /// Starts `command` and measures the time until [`MARK`] is on its standard output. Also returns
-/// what was printed up to there.
+/// the output up to there.
 fn until_mark(command: &mut Command) -> Result<(Duration, String, Running)> {
     command
         .stdin(Stdio::null())
@@ -354,7 +355,8 @@ fn share(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     Ok(())
 }
 
-/// A base made of Debian packages: its archive, and the same unpacked. Nothing, said, where it cannot be made.
+/// A base made of Debian packages: its archive, and the same unpacked. Nothing, said, where it
+/// cannot be made.
 fn debian(bench: &Bench, kind: &str) -> Result<Option<(PathBuf, PathBuf)>> {
     let bases = corpus::cache()?.join("bases");
     let mut make = Command::new(corpus::repository("scripts/make-base"));
@@ -376,7 +378,8 @@ fn debian(bench: &Bench, kind: &str) -> Result<Option<(PathBuf, PathBuf)>> {
     Ok(Some((archive, root)))
 }
 
-/// The script in the directory `dir` of an unpacked base, with the host's network; `cache` is mounted at `at`.
+/// The script in the directory `dir` of an unpacked base, with the host's network; `cache` is
+/// mounted at `at`.
 fn in_root(root: &Path, dir: &str, mount: Option<(&Path, &str)>, script: &str) -> Command {
     let mut command = Command::new("unshare");
     let bind = mount.map_or_else(String::new, |(from, at)| {
@@ -397,7 +400,8 @@ fn in_root(root: &Path, dir: &str, mount: Option<(&Path, &str)>, script: &str) -
     command
 }
 
-/// `npm install` again after an edit of package.json, with a warm cache: ours, and on a plain filesystem with a mounted cache.
+/// `npm install` again after an edit of package.json, with a warm cache: ours, and on a plain
+/// filesystem with a mounted cache.
 fn packages(bench: &Bench) -> Result<()> {
     let Some((archive, root)) = debian(bench, "node")? else {
         return Ok(());
@@ -437,7 +441,8 @@ fn packages(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// An edit of a Rust worker until its next process runs, and the same by cargo on a plain filesystem.
+/// An edit of a Rust worker until its next process runs, and the same by cargo on a plain
+/// filesystem.
 fn compile(bench: &Bench, bounds: &mut Bounds) -> Result<()> {
     let Some((archive, root)) = debian(bench, "rust")? else {
         return Ok(());
