@@ -322,6 +322,11 @@ impl<'a> Printer<'a> {
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
+            Event::GaveWay(files) => ui.note(format_args!(
+                "{} that the worker had changed gave way to newer ones of its layers; \
+                 `iii worker dev --fresh` forgets the rest",
+                human_counted(*files, "file"),
+            )),
             Event::Reloaded { files, seconds } => ui.ok(format_args!(
                 "reloaded: {} changed, {}",
                 human_counted(*files, "file"),

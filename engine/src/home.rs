@@ -7,6 +7,7 @@
 //! managed/<name>/   a managed worker: the same, start.json, and vm.pid while it runs
 //! logs/<name>/      what a managed worker prints
 //! cache/            of older versions, which nothing reads any more: what package managers had downloaded
+//! last/<project>    which records the steps of a project used last
 //! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
 //! ```
 
@@ -105,6 +106,11 @@ impl Home {
     /// What is known of `/dev/kvm` since this machine's boot.
     pub fn kvm(&self) -> PathBuf {
         self.root.join("kvm.json")
+    }
+
+    /// What the steps of the project with this id used last.
+    pub fn last_build(&self, project_id: &str) -> PathBuf {
+        self.root.join("last").join(project_id)
     }
 
     /// Uppers that are thrown away when the build step, or whatever else made them, ends.

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use iii_engine::plan::Kind;
-use iii_engine::worker::keep::run_on;
+use iii_engine::worker::keep::RunsOn;
+use iii_engine::worker::snapshot::project_of;
 use iii_store::{KeyId, Layer, LayerId, RecordHead, RefKind, Root, Roots, Store, StoreError};
 use serde::Serialize;
 
@@ -52,10 +53,12 @@ impl Catalog {
             for (name, content) in store.readable_refs(kind)?.0 {
                 match kind {
                     RefKind::Image | RefKind::Volume => {}
-                    RefKind::Worker | RefKind::Managed => projects.extend(run_on(&content).last()),
+                    RefKind::Worker | RefKind::Managed => {
+                        projects.extend(RunsOn::of(&content).project_layer());
+                    }
                     RefKind::Snapshot => {
                         frozen.extend(content.layers.first());
-                        projects.extend(content.layers.last());
+                        projects.extend(project_of(&content));
                     }
                 }
                 refs.push((kind, name, content.layers));

@@ -281,6 +281,15 @@ impl<'a> Answers<'a> {
         seen
     }
 
+    /// The facts that these looks find in this project.
+    pub fn facts(&mut self, looks: &[Look]) -> Vec<Fact> {
+        let fact = |look: &Look| Fact {
+            path: look.path.clone(),
+            seen: self.to(look),
+        };
+        looks.iter().map(fact).collect()
+    }
+
     /// How many looks were done.
     pub fn looks(&self) -> usize {
         self.known.len()

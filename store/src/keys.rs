@@ -111,7 +111,8 @@ impl RecordHead {
     }
 
     /// It as a record with these facts.
-    fn with(self, facts: Vec<Fact>) -> Record {
+    #[must_use]
+    pub fn with(self, facts: Vec<Fact>) -> Record {
         Record {
             facts,
             layer_id: self.layer_id,
@@ -255,14 +256,17 @@ pub struct SearchCost {
     pub files: usize,
 }
 
+/// Told of a record and its facts; true ends the search.
+pub type TakeRecord<'a> = dyn FnMut(&RecordHead, &[Fact]) -> Result<bool, StoreError> + 'a;
+
 /// A search for a record of a key.
 pub struct Search<'a> {
     /// The facts of the record that the worker used last.
     pub last: Option<FactsId>,
     /// Whether a record may be used at all.
     pub trusts: &'a dyn Fn(&RecordHead) -> bool,
-    /// Told of each record that holds, the best one first; true ends the search.
-    pub take: &'a mut dyn FnMut(&RecordHead) -> Result<bool, StoreError>,
+    /// Told of each record that holds, the best one first.
+    pub take: &'a mut TakeRecord<'a>,
 }
 
 impl Store {
@@ -366,7 +370,7 @@ impl Store {
         let Search { last, trusts, take } = search;
         let mut found: Vec<Option<FactsId>> = vec![None; prefixes.len()];
         // What the looks of each group find.
-        let mut groups: HashMap<LooksId, FactsId> = HashMap::new();
+        let mut groups: HashMap<LooksId, (FactsId, Vec<Fact>)> = HashMap::new();
         let hint = heads.iter().filter(|head| Some(head.facts) == last);
         let mut tried = HashSet::new();
         for head in hint.chain(&heads) {
@@ -396,11 +400,13 @@ impl Store {
                     Err(error) => return Err(error),
                 };
                 let looks: Vec<Look> = facts.iter().map(Fact::look).collect();
-                group.insert(answers.facts_id(&looks));
+                let facts = answers.facts(&looks);
+                group.insert((facts::facts_id(&facts), facts));
             }
-            if groups.get(&head.looks) == Some(&head.facts)
+            if let Some((found, facts)) = groups.get(&head.looks)
+                && *found == head.facts
                 && tried.insert((head.layer_id, head.facts))
-                && take(head)?
+                && take(head, facts)?
             {
                 break;
             }

@@ -124,7 +124,7 @@ pub use facts::{Answers, Fact, How, Look, Seen};
 pub use gc::{DroppedRecord, DroppedVolume, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
 pub use id::{FactsId, KeyId, LayerId, LooksId, ObjectId, PackId, SeenHash, TreeId};
 pub use ingest::{Added, Ingest, Published};
-pub use keys::{MAX_RECORDS, ORIGIN, PREFIX, Record, RecordHead, Search, SearchCost};
+pub use keys::{MAX_RECORDS, ORIGIN, PREFIX, Record, RecordHead, Search, SearchCost, TakeRecord};
 pub use layer::{Kind, Layer, NodeRef};
 pub use lease::{Lease, LiveLease};
 pub use migrate::{MigrateEvent, Migration};

@@ -410,7 +410,6 @@ impl<'a> Repair<'a> {
                             gone.insert(record.layer_id);
                         }
                         match self.store.checked_facts(&key, &record) {
-                            Ok(Some(_)) => {}
                             Ok(None) => {
                                 damaged.insert(record.facts);
                             }
@@ -419,8 +418,8 @@ impl<'a> Repair<'a> {
                                 self.set_aside(&Path::new(FACTS_DIR).join(name))?;
                                 damaged.insert(record.facts);
                             }
-                            // They cannot be read.
-                            Err(_) => {}
+                            // They are whole, or cannot be read.
+                            Ok(Some(_)) | Err(_) => {}
                         }
                     }
                 }

@@ -67,8 +67,10 @@ fn what_one_machine_builds_another_fetches() {
         &theirs,
         &["--cache-from", &from, "--cache-to", &to],
     );
-    assert_eq!(fetched.statuses(), "fetched fetched built");
-    assert_eq!(fetched.ids()[..3], built.ids()[..3]);
+    assert_eq!(fetched.statuses(), "built fetched fetched");
+    for kind in ["base", "setup", "install"] {
+        assert_eq!(fetched.get(kind).layer_id, built.get(kind).layer_id);
+    }
     assert!(!said.contains("installing"), "{said}");
     assert!(said.contains(&format!("from {from}")), "{said}");
     assert_eq!(files(registry.dir.path()).len(), stored);
@@ -81,7 +83,7 @@ fn what_one_machine_builds_another_fetches() {
     assert_eq!(counter.take(), 0);
     // Of a cache that is not named, nothing is used.
     let (own, said) = build(&second, &theirs, &[]);
-    assert_eq!(own.statuses(), "built built hit");
+    assert_eq!(own.statuses(), "hit built built");
     assert!(said.contains("installing"), "{said}");
     // Layers that were built here come first from now on.
     let (hit, _) = build(&second, &theirs, &["--cache-from", &from]);
@@ -105,21 +107,21 @@ fn facts_decide_over_what_is_fetched() {
     let theirs = copy(&project);
     theirs.write("src.js", "2\n");
     let (fetched, _) = build(&Home::with_busybox(), &theirs, &from);
-    assert_eq!(fetched.statuses(), "fetched fetched built");
+    assert_eq!(fetched.statuses(), "built fetched fetched");
     // A file that it looked at may not.
     theirs.write("package.json", "{\"version\": 2}\n");
     let (other, said) = build(&Home::with_busybox(), &theirs, &from);
-    assert_eq!(other.statuses(), "fetched built built");
+    assert_eq!(other.statuses(), "built fetched built");
     assert!(said.contains("installing"), "{said}");
     // Now the cache has both.
     for (project, expected) in [(&project, &built), (&theirs, &other)] {
         let (fetched, _) = build(&Home::with_busybox(), project, &from);
-        assert_eq!(fetched.statuses(), "fetched fetched built");
+        assert_eq!(fetched.statuses(), "built fetched fetched");
         assert_eq!(fetched.ids()[..3], expected.ids()[..3]);
     }
     // --rebuild asks no cache, and uploads its layers.
     let (rebuilt, _) = build(&first, &project, &[&from[..], &["--rebuild"]].concat());
-    assert_eq!(rebuilt.statuses(), "built built hit");
+    assert_eq!(rebuilt.statuses(), "hit built built");
     assert_ne!(rebuilt.get("setup").layer_id, built.get("setup").layer_id);
     let (fetched, _) = build(&Home::with_busybox(), &project, &from);
     assert_eq!(fetched.ids()[..3], rebuilt.ids()[..3]);
@@ -254,10 +256,10 @@ fn a_poisoned_cache_is_refused_and_leaves_no_trace() {
             "a later format",
             |with, install, _| {
                 let mut record = with.record(install);
-                record["format"] = 2.into();
+                record["format"] = 3.into();
                 with.with_record(install, &record)
             },
-            "it is of format 2",
+            "it is of format 3",
         ),
         (
             "facts out of order",
@@ -289,13 +291,13 @@ fn a_poisoned_cache_is_refused_and_leaves_no_trace() {
 
         let home = Home::with_busybox();
         let (layers, said) = build(&home, &project, &["--cache-from", &cache]);
-        assert_eq!(layers.statuses(), "fetched built built", "{what}: {said}");
+        assert_eq!(layers.statuses(), "built fetched built", "{what}: {said}");
         assert!(said.contains(message), "{what}: {said}");
         assert!(said.contains(&cache), "{what}: {said}");
         // Without the cache, setup has to be made anew, and on it install; nothing that was fetched
         // is used.
         let (layers, said) = build(&home, &project, &[]);
-        assert_eq!(layers.statuses(), "built built hit", "{what}: {said}");
+        assert_eq!(layers.statuses(), "hit built built", "{what}: {said}");
         home.run(&["store", "verify", "--data"]).ok();
     }
 }
@@ -394,7 +396,7 @@ fn a_worker_runs_while_its_layers_are_shared() {
     running.wait_for("\"version\": 1");
     running.stop();
     let (layers, _) = build(&member(), &project, &["--cache-from", &cache]);
-    assert_eq!(layers.statuses(), "fetched fetched built");
+    assert_eq!(layers.statuses(), "built fetched fetched");
     let (layers, said) = build(&guest(), &project, &["--cache-from", &cache]);
     assert_eq!(layers.statuses(), "built built built");
     assert!(said.contains("refuses access"), "{said}");
@@ -422,7 +424,7 @@ fn the_environment_names_caches_for_ci() {
     // The first of them is not there; the next one is asked all the same.
     let both = format!("III_CACHE_FROM=docker://127.0.0.1:1/x, {cache}");
     let (fetched, said) = build(&with(&both), &project, &[]);
-    assert_eq!(fetched.statuses(), "fetched fetched built");
+    assert_eq!(fetched.statuses(), "built fetched fetched");
     assert_eq!(said.matches("docker://127.0.0.1:1/x").count(), 1, "{said}");
     with("III_CACHE_FROM=localhost:5000/x")
         .run(&["worker", "build", project.arg()])

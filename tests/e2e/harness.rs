@@ -755,7 +755,7 @@ impl Layers {
         layers
     }
 
-    /// The kinds of the built layers, bottom first: `"install project"`, or `""` if all were
+    /// The kinds of the built layers, bottom first: `"project install"`, or `""` if all were
     /// cached.
     pub fn built(&self) -> String {
         let built = self.layers.iter().filter(|layer| layer.status != "hit");

@@ -10,7 +10,7 @@ use crate::harness::{Home, LIMIT, Layers, Project};
 fn project() -> Project {
     let project = Project::scripts(
         "echo made >/made-by-setup",
-        "cat deps.txt >installed.txt; cat lock.txt 2>/dev/null || true; ls conf >/dev/null",
+        "cat deps.txt >installed.txt; cat lock.txt 2>/dev/null || true; echo conf/* >/dev/null",
         "cat /made-by-setup installed.txt main.txt; echo started; exec sleep 1000",
     );
     project.write("deps.txt", "dep 1\n");
@@ -51,19 +51,19 @@ const EDITS: &[(&str, Edit, &str, &str)] = &[
     (
         "what install read",
         |p| p.write("deps.txt", "dep 2\n"),
-        "install project",
+        "project install",
         "deps.txt",
     ),
     (
         "what install missed",
         |p| p.write("lock.txt", "lock\n"),
-        "install project",
+        "project install",
         "lock.txt",
     ),
     (
         "a directory install listed",
         |p| p.write("conf/b", "b\n"),
-        "install project",
+        "project install",
         "conf",
     ),
     (
@@ -75,19 +75,19 @@ const EDITS: &[(&str, Edit, &str, &str)] = &[
     (
         "the install script",
         |p| p.edit("iii.worker.yaml", "cat lock.txt", "cat ./lock.txt"),
-        "install project",
+        "project install",
         "",
     ),
     (
         "the setup script to the same effect",
         |p| p.edit("iii.worker.yaml", "echo made", "echo  made"),
-        "setup project",
+        "project setup",
         "",
     ),
     (
         "the setup script",
         |p| p.edit("iii.worker.yaml", "echo  made", "echo remade"),
-        "setup install project",
+        "project setup install",
         "",
     ),
     (
@@ -119,7 +119,7 @@ fn redoes_exactly_what_an_edit_touches() {
     let home = Home::with_busybox();
     let project = project();
     let first = home.build(&project, &[]);
-    assert_eq!(first.built(), "setup install project");
+    assert_eq!(first.built(), "project setup install");
 
     for (what, edit, built, reason) in EDITS {
         edit(&project);
@@ -188,8 +188,8 @@ fn a_failed_step_commits_nothing_and_can_be_mended() {
     project.write("deps.txt", "dep 1\n");
     project.edit(
         "iii.worker.yaml",
-        "ls conf",
-        "echo last words >&2; test -e mended; ls conf",
+        "echo conf",
+        "echo last words >&2; test -e mended; echo conf/*",
     );
     for _ in 0..2 {
         home.run(&["worker", "build", project.arg()])
@@ -200,8 +200,8 @@ fn a_failed_step_commits_nothing_and_can_be_mended() {
             .says(&["install", "last words"]);
     }
     project.write("mended", "");
-    assert_eq!(home.build(&project, &[]).built(), "install project");
-    project.write("mended", "more\n");
+    assert_eq!(home.build(&project, &[]).built(), "project install");
+    project.write("other", "more\n");
     assert_eq!(home.build(&project, &[]).built(), "project");
 }
 
@@ -209,7 +209,7 @@ fn a_failed_step_commits_nothing_and_can_be_mended() {
 fn two_identical_builds_build_once() {
     let home = Home::with_busybox();
     let project = project();
-    project.edit("iii.worker.yaml", "ls conf", "sleep 2; ls conf");
+    project.edit("iii.worker.yaml", "echo conf", "sleep 2; echo conf");
     let args = ["worker", "build", project.arg(), "--json"];
     let running = [home.start(&args), home.start(&args)];
     let both = running.map(|running| Layers::parse(&running.finish(LIMIT).ok()));

@@ -10,6 +10,7 @@ mod documents;
 mod engine;
 mod exec;
 mod export;
+mod facts;
 mod fidelity;
 mod harness;
 mod kills;

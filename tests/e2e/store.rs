@@ -254,7 +254,10 @@ fn inspect_shows_entries_recipe_and_facts() {
     let [recipe] = array(&value, "recipes") else {
         panic!("one recipe: {value:#}");
     };
-    assert_eq!(recipe["reason"], "deps.txt changed");
+    assert_eq!(
+        recipe["reason"],
+        "first build of this project with this script"
+    );
     let facts = array(recipe, "facts").iter();
     let facts: Vec<_> = facts.map(|fact| fact["path"].as_str().unwrap()).collect();
     assert!(
@@ -268,7 +271,7 @@ fn inspect_shows_entries_recipe_and_facts() {
         install,
         "1 file (10 B), 1 directory",
         "kept by   recipe",
-        "because deps.txt changed",
+        "because first build of this project with this script",
         "contents  deps.txt",
         "absent    lock.txt",
         "listing   conf",
@@ -470,7 +473,7 @@ fn gc_does_what_its_dry_run_says() {
     assert!(ids(&done["plan"], "goes").contains(&built.get("install").layer_id));
     assert_eq!(
         home.build(&projects[2], &["--name", "three"]).built(),
-        "install project"
+        "project install"
     );
     home.run(&[
         "store",
@@ -685,7 +688,7 @@ fn verify_finds_damage_and_repair_has_it_built_again() {
         .says(&["moved aside", "saved", "verified: "]);
     home.run(&["store", "verify", "--data"]).ok();
     let again = home.build(&projects[2], &["--name", "three"]);
-    assert_eq!(again.built(), "install project");
+    assert_eq!(again.built(), "project install");
     assert_eq!(again.get("project").layer_id, built.get("project").layer_id);
     run_once(&home, &projects[2], "three");
 

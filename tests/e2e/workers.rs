@@ -76,7 +76,7 @@ fn rust() {
         base: "rust",
         image: "docker.io/library/rust:slim-bookworm",
         source: "src/main.rs",
-        source_redoes: "install project",
+        source_redoes: "project install",
         dependencies: (
             "Cargo.toml",
             "schemars = \"0.8\"",
@@ -151,7 +151,7 @@ fn journey(example: &Example) {
     let (file, line, more) = example.dependencies;
     project.edit(file, line, more);
     let layers = build(&project, &[]);
-    assert_eq!(layers.built(), "install project", "{layers:#?}");
+    assert_eq!(layers.built(), "project install", "{layers:#?}");
     assert!(layers.reason().contains(file), "{:?}", layers.reason());
     for (old, new) in example.using {
         project.edit(example.source, old, new);

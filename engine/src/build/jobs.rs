@@ -309,7 +309,11 @@ fn next(realiser: &Realiser<'_>, job: &mut Job, made: &Products, lease: &Lease) 
         stack.put(outcome.clone());
     }
     tell(Event::Ready(report));
-    stack.push(report.clone(), Arc::clone(project));
+    stack.put_project(
+        base.layers.layers.len(),
+        report.clone(),
+        Arc::clone(project),
+    );
     Next::Whole(Box::new(footing.with(stack)))
 }
 

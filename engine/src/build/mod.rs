@@ -7,6 +7,7 @@
 
 pub mod collect;
 mod jobs;
+mod last;
 mod lent;
 mod pool;
 pub mod realise;
@@ -27,18 +28,20 @@ use iii_sandbox::tail::Tail;
 use iii_sandbox::{Sandbox, SandboxError, SandboxSpec, Stdio};
 use iii_store::snapshot::{self, Snapshot, SnapshotError};
 use iii_store::{
-    Fact, Flight, GcReport, KeyId, Layer, LayerId, Lease, NodeRef, Published, Record, Store,
-    StoreError, TreeId,
+    Answers, Fact, FactsId, Flight, GcReport, KeyId, Layer, LayerId, Lease, Look, NodeRef,
+    Published, Record, RecordHead, Search, Seen, Store, StoreError, TreeId,
 };
 use rustix::process::Signal;
 
 use crate::compose::{Composed, Composition, Isolation, Left};
 use crate::home::Home;
 use crate::plan::environment::Env;
-use crate::plan::{self, Decision, EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
+use crate::plan::{EXCLUDED, Kind, Reason, Recipe, WORKSPACE};
 use crate::project::Project;
 use crate::shared_cache::{self, Caches as LayerCaches, Recorded, Wanted};
+use crate::worker::keep::RunsOn;
 use crate::worker::supervise::Signals;
+use last::{LastBuild, LastStep};
 
 use lent::Lent;
 use running::RunningStep;
@@ -46,6 +49,9 @@ pub use running::RunningSteps;
 
 /// Context of the key that guards the snapshot of one project.
 const SNAPSHOT_CONTEXT: &str = "iii 2026 snapshot v1";
+
+/// Context of the names of flights.
+const FLIGHT_CONTEXT: &str = "iii 2026 flight v1";
 
 /// The command that runs a script, up to the script: it ends at the first command that fails.
 pub const SHELL: [&str; 2] = ["/bin/sh", "-ec"];
@@ -237,6 +243,8 @@ pub enum Event<'a> {
         /// How long it took until the new command ran.
         seconds: f64,
     },
+    /// So many files that the worker had written or removed gave way to newer ones of its layers.
+    GaveWay(u64),
     /// The store was cleared of what nobody needs.
     Collected(&'a GcReport),
     /// Something works worse than it could, or was left out.
@@ -274,6 +282,31 @@ pub struct Outcome {
 }
 
 impl Stack {
+    /// The index of the project's layer, once it is there.
+    pub fn project_slot(&self) -> Option<usize> {
+        let mut kinds = self.reports.iter().map(|report| report.kind);
+        kinds.position(|kind| kind == Kind::Project)
+    }
+
+    /// The project's layer, once it is there.
+    pub fn project(&self) -> Option<&Arc<Layer>> {
+        self.layers.get(self.project_slot()?)
+    }
+
+    /// What a worker on these layers runs on.
+    pub fn runs_on(&self) -> RunsOn {
+        RunsOn {
+            layers: self.ids(),
+            project: self.project_slot(),
+        }
+    }
+
+    /// Puts the project's layer over the `base` layers at the bottom.
+    pub fn put_project(&mut self, base: usize, report: Report, layer: Arc<Layer>) {
+        self.reports.insert(base, report);
+        self.layers.insert(base, layer);
+    }
+
     /// The ids of the layers, bottom first.
     pub fn ids(&self) -> Vec<LayerId> {
         self.reports.iter().map(|report| report.layer_id).collect()
@@ -374,7 +407,11 @@ impl Builder<'_> {
 
     /// What a step is stored under.
     pub fn key(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> KeyId {
-        let recipe = Recipe {
+        self.recipe(kind, script, below).key()
+    }
+
+    fn recipe(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> Recipe {
+        Recipe {
             kind,
             below: below.iter().map(|layer| layer.tree_id()).collect(),
             script: script.to_owned(),
@@ -382,40 +419,74 @@ impl Builder<'_> {
             arch: std::env::consts::ARCH.to_owned(),
             user: self.image.config.user.clone(),
             env: self.env.clone(),
-        };
-        recipe.key()
+        }
     }
 
-    /// The layer that still holds for this project, or why there is none.
+    /// The layer that still holds for this project, and the id of the facts that it stands on.
     fn find(
         &self,
         kind: Kind,
         key: KeyId,
         project: &Layer,
+        last: &LastBuild,
         start: Instant,
-    ) -> Result<Result<Outcome, Reason>, BuildError> {
-        let mut records = self.store.records(&key)?;
-        records.retain(|record| self.caches.trusts(record));
-        // Pinned before it is looked for: what gc has taken by now is built again.
-        let layers: Vec<LayerId> = records.iter().map(|record| record.layer_id).collect();
-        self.lease.pin(&layers)?;
-        let there = |record: &Record| self.store.has_layer(&record.layer_id);
-        let records: Vec<Record> = records.into_iter().filter(there).collect();
-        Ok(match plan::decide(&records, project_root(project)) {
-            Decision::Run(reason) => Err(reason),
-            Decision::Hit(record) => {
-                let layer = self.store.layer(&record.layer_id)?;
-                let report = Report {
-                    seconds: start.elapsed().as_secs_f64(),
-                    ..Report::hit(kind, Some(key), &layer)
-                };
-                Ok(Outcome {
-                    report,
-                    layer,
-                    record,
-                })
+    ) -> Result<Option<(Outcome, FactsId)>, BuildError> {
+        let mut found = None;
+        let mut take = |head: &RecordHead, facts: &[Fact]| {
+            // Pinned before it is looked for: what gc has taken by now is built again.
+            self.lease.pin(&[head.layer_id])?;
+            let there = self.store.has_layer(&head.layer_id);
+            if there {
+                found = Some((head.facts, head.clone().with(facts.to_vec())));
             }
-        })
+            Ok(there)
+        };
+        let last = last.step(kind).filter(|last| last.key == key);
+        let search = Search {
+            last: last.map(|last| last.facts),
+            trusts: &|head| self.caches.trusts(head.origin()),
+            take: &mut take,
+        };
+        let mut answers = Answers::new(project_root(project));
+        self.store.find_record(&key, &mut answers, search)?;
+        let Some((facts, record)) = found else {
+            return Ok(None);
+        };
+        let layer = self.store.layer(&record.layer_id)?;
+        let report = Report {
+            seconds: start.elapsed().as_secs_f64(),
+            ..Report::hit(kind, Some(key), &layer)
+        };
+        let outcome = Outcome {
+            report,
+            layer,
+            record,
+        };
+        Ok(Some((outcome, facts)))
+    }
+
+    /// The name of the flight of a step: processes wait for each other only if they would make the same layer, as far as is
+    /// known. That is the key, and what this project answers to the looks of the record that was made last; without one, the
+    /// whole project.
+    fn flight(&self, key: KeyId, project: &Layer) -> Result<KeyId, BuildError> {
+        let mut heads = self.store.heads(&key)?.into_iter();
+        let newest = match heads.find(|head| self.caches.trusts(head.origin())) {
+            Some(head) => self.store.record(&key, head)?,
+            None => None,
+        };
+        let mut hasher = blake3::Hasher::new_derive_key(FLIGHT_CONTEXT);
+        hasher.update(key.as_bytes());
+        match newest {
+            Some(record) => {
+                let looks: Vec<Look> = record.facts.iter().map(Fact::look).collect();
+                let found = Answers::new(project_root(project)).facts_id(&looks);
+                hasher.update(found.as_bytes());
+            }
+            None => {
+                hasher.update(project.tree_id().as_bytes());
+            }
+        }
+        Ok(hasher.finalize().into())
     }
 
     /// The layer from a shared cache, if one of them has it. The caller holds the key's flight.
@@ -425,7 +496,7 @@ impl Builder<'_> {
         key: KeyId,
         project: &Layer,
         start: Instant,
-    ) -> Result<Option<Outcome>, BuildError> {
+    ) -> Result<Option<(Outcome, FactsId)>, BuildError> {
         let wanted = Wanted {
             store: self.store,
             lease: self.lease,
@@ -438,7 +509,7 @@ impl Builder<'_> {
         let Some(fetched) = self.caches.fetch(wanted, &events) else {
             return Ok(None);
         };
-        self.store.put_record(&key, fetched.record.clone())?;
+        let facts = self.store.put_record(&key, fetched.record.clone())?;
         let published = fetched.published;
         let report = Report {
             status: Status::Fetched,
@@ -452,11 +523,12 @@ impl Builder<'_> {
             cache: Some(fetched.origin),
             ..Report::hit(kind, Some(key), &fetched.layer)
         };
-        Ok(Some(Outcome {
+        let outcome = Outcome {
             report,
             layer: fetched.layer,
             record: fetched.record,
-        }))
+        };
+        Ok(Some((outcome, facts)))
     }
 
     /// The layer of a step: the one that still holds, or a new one.
@@ -469,26 +541,41 @@ impl Builder<'_> {
         project: &Arc<Layer>,
     ) -> Result<Outcome, BuildError> {
         let start = Instant::now();
+        let recipe = self.recipe(kind, script, below);
+        let mut last = LastBuild::read(self.home, &project_id(self.project));
+        let used = |facts| LastStep {
+            key,
+            facts,
+            parts: recipe.parts(),
+        };
         if !self.rebuild
-            && let Ok(hit) = self.find(kind, key, project, start)?
+            && let Some((hit, facts)) = self.find(kind, key, project, &last, start)?
         {
+            last.note(kind, used(facts));
             return Ok(hit);
         }
-        let _flight = self
-            .store
-            .flight(&key, &|| (self.events)(Event::Waiting(kind)))?;
+        let _flight = self.store.flight(&self.flight(key, project)?, &|| {
+            (self.events)(Event::Waiting(kind));
+        })?;
         let reason = if self.rebuild {
             Reason::Asked
         } else {
             // Whoever held the flight may have built it.
-            let reason = match self.find(kind, key, project, start)? {
-                Ok(hit) => return Ok(hit),
-                Err(reason) => reason,
-            };
-            if let Some(fetched) = self.fetch(kind, key, project, start)? {
+            if let Some((hit, facts)) = self.find(kind, key, project, &last, start)? {
+                last.note(kind, used(facts));
+                return Ok(hit);
+            }
+            if let Some((fetched, facts)) = self.fetch(kind, key, project, start)? {
+                last.note(kind, used(facts));
                 return Ok(fetched);
             }
-            reason
+            last.reason(
+                self.store,
+                kind,
+                key,
+                &recipe.parts(),
+                project_root(project),
+            )?
         };
         (self.events)(Event::Running(kind, &reason));
         let step = Step {
@@ -497,6 +584,19 @@ impl Builder<'_> {
             script,
         };
         let (facts, published) = step.run(below, project)?;
+        if let [
+            Fact {
+                path,
+                seen: Seen::Tree(_),
+            },
+        ] = &*facts
+            && path.is_empty()
+        {
+            let text = format!(
+                "{kind} looked at so much of the project that any change of it runs {kind} again"
+            );
+            (self.events)(Event::Note(text));
+        }
         let layer = self.store.layer(&published.layer_id)?;
         let seconds = start.elapsed().as_secs_f64();
         let provenance = [
@@ -515,7 +615,7 @@ impl Builder<'_> {
                 .into_iter()
                 .collect(),
         };
-        self.store.put_record(&key, record.clone())?;
+        last.note(kind, used(self.store.put_record(&key, record.clone())?));
         let report = Report {
             status: Status::Built,
             bytes: published.new_bytes,
@@ -595,13 +695,14 @@ impl Step<'_> {
         let kind = self.kind;
         let dir = ScratchDir::new(self.builder.home, "step-")?;
         let lent = Lent::new(self.builder, kind, below, project)?;
+        // As in `FROM base`, `COPY project`, `RUN setup`, `RUN install`.
+        let slot = self.builder.image.layers.len().min(below.len());
         let mut layers = below.to_vec();
-        layers.push(Arc::clone(project));
-        let seen_at = project_at(&layers);
+        layers.insert(slot, Arc::clone(project));
         let first_lent = layers.len();
         layers.extend(lent.layers.iter().cloned());
         let options = OverlayOptions {
-            project: Some(seen_at),
+            project: Some(project_at(slot)),
             observe: true,
             aside: Aside {
                 slots: (first_lent..layers.len()).collect(),
@@ -712,10 +813,10 @@ impl Step<'_> {
     }
 }
 
-/// Where the project is in a chain that ends with it.
-pub fn project_at(layers: &[Arc<Layer>]) -> ProjectAt {
+/// The project in a chain whose layer at `slot` is its.
+pub fn project_at(slot: usize) -> ProjectAt {
     ProjectAt {
-        slot: layers.len() - 1,
+        slot,
         path: WORKSPACE.into(),
     }
 }

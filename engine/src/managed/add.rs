@@ -217,7 +217,7 @@ fn enter(
     if options.force {
         forget(home, name)?;
     }
-    let layers = worker.stack.ids();
+    let layers = worker.stack.runs_on();
     keep_also(store, RefKind::Managed, name.as_str(), &layers, &[])?;
     if state(home, name)?.0 == State::Stopped {
         let place = Place::hold(home.managed(name.as_str()), name, PATIENCE, Task::Add)?;

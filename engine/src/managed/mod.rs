@@ -37,7 +37,7 @@ use crate::project::config::{self, Listed};
 use crate::project::edit::{self, Change, EditError};
 use crate::project::{DocumentError, NameError, ProjectError, WorkerName};
 use crate::worker::error::RunError;
-use crate::worker::keep::{keep_layers, run_on};
+use crate::worker::keep::{RunsOn, keep_layers};
 use crate::worker::place::{LOCK, Place, Task, holder, owner};
 use crate::worker::snapshot;
 use crate::worker::supervise::GRACE;
@@ -315,7 +315,9 @@ fn status_of(
         status,
         pid,
         since: since.ok().map(|time| utc::rfc3339(unix_seconds(time))),
-        layers: kept.map(|kept| run_on(&kept).to_vec()).unwrap_or_default(),
+        layers: kept
+            .map(|kept| RunsOn::of(&kept).layers)
+            .unwrap_or_default(),
         configured: configured.is_some(),
         path: match configured {
             Some(path) => Some(path),
@@ -433,8 +435,8 @@ pub fn clear(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     if let Some(store) = open_store(home)? {
         // What it keeps besides is for what it wrote.
         if let Some(kept) = store.get_ref(RefKind::Managed, name.as_str())? {
-            let layers = run_on(&kept).to_vec();
-            keep_layers(&store, RefKind::Managed, name.as_str(), layers, &[])?;
+            let layers = RunsOn::of(&kept);
+            keep_layers(&store, RefKind::Managed, name.as_str(), &layers, &[])?;
         }
     }
     let logs = home.logs(name.as_str());

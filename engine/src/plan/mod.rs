@@ -15,10 +15,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use iii_store::facts::{self, Fact, Seen};
-use iii_store::{KeyId, NodeRef, Record, TreeId};
+use iii_store::{KeyId, NodeRef, Record, SeenHash, TreeId};
 
 /// Context of the recipe hash. Any change to what a key covers takes a new one.
 const KEY_CONTEXT: &str = "iii 2026 recipe v2";
+
+/// Context of the digests of a recipe's parts.
+const PART_CONTEXT: &str = "iii 2026 recipe part v1";
 
 /// Names that are left out of a project, at any depth.
 pub const EXCLUDED: [&str; 6] = [
@@ -81,6 +84,24 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// The digests of its parts.
+    pub fn parts(&self) -> RecipeParts {
+        let digest = |parts: &mut dyn Iterator<Item = &[u8]>| {
+            let mut hasher = blake3::Hasher::new_derive_key(PART_CONTEXT);
+            for part in parts {
+                hasher.update(&(part.len() as u64).to_le_bytes());
+                hasher.update(part);
+            }
+            hasher.finalize().into()
+        };
+        let env = self.env.iter();
+        RecipeParts {
+            script: digest(&mut [self.script.as_bytes()].into_iter()),
+            below: digest(&mut self.below.iter().map(|id| &id.as_bytes()[..])),
+            env: digest(&mut env.flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()])),
+        }
+    }
+
     /// The key: every field, each preceded by its length.
     pub fn key(&self) -> KeyId {
         let mut hasher = blake3::Hasher::new_derive_key(KEY_CONTEXT);
@@ -110,12 +131,52 @@ impl Recipe {
 /// Why a step has to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
-    /// Nothing was ever built from this recipe.
+    /// This project was never built with this script.
     New,
     /// `--rebuild`.
     Asked,
-    /// It was, but something that it looked at is different now.
+    /// Its last build was from another recipe.
+    Recipe(RecipePart),
+    /// Its last build saw something that is different now.
     Changed(Change),
+    /// The layer of its last build would hold, but is not in the store any more.
+    Lost,
+}
+
+/// A part of a recipe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecipePart {
+    /// The script.
+    Script,
+    /// The layers below.
+    Below,
+    /// The build environment.
+    Env,
+    /// The shell, the user, or the architecture.
+    Machine,
+}
+
+/// Digests of the parts of a recipe, to tell which of them changed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RecipeParts {
+    script: SeenHash,
+    below: SeenHash,
+    env: SeenHash,
+}
+
+impl RecipeParts {
+    /// The part that differs from `other`, of which it is known that something does.
+    pub fn first_difference(&self, other: &Self) -> RecipePart {
+        if self.script != other.script {
+            RecipePart::Script
+        } else if self.below != other.below {
+            RecipePart::Below
+        } else if self.env != other.env {
+            RecipePart::Env
+        } else {
+            RecipePart::Machine
+        }
+    }
 }
 
 /// Something a step looked at that is different now.
@@ -163,8 +224,15 @@ impl fmt::Display for Change {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::New => f.write_str("never built with this script on these layers"),
+            Self::New => f.write_str("first build of this project with this script"),
             Self::Asked => f.write_str("asked for by --rebuild"),
+            Self::Recipe(RecipePart::Script) => f.write_str("the script changed"),
+            Self::Recipe(RecipePart::Below) => f.write_str("the layers below changed"),
+            Self::Recipe(RecipePart::Env) => f.write_str("the build environment changed"),
+            Self::Recipe(RecipePart::Machine) => {
+                f.write_str("the shell, the user or the architecture changed")
+            }
+            Self::Lost => f.write_str("the layer of the last build is not in the store any more"),
             Self::Changed(change) => change.fmt(f),
         }
     }
@@ -193,7 +261,8 @@ pub fn decide(records: &[Record], project: NodeRef<'_>) -> Decision {
     Decision::Run(newest_change.map_or(Reason::New, Reason::Changed))
 }
 
-fn change(fact: &Fact, project: NodeRef<'_>) -> Change {
+/// What became of something that a step saw.
+pub fn change(fact: &Fact, project: NodeRef<'_>) -> Change {
     let there = iii_store::tree::components(&fact.path)
         .try_fold(project, NodeRef::child)
         .is_some();

@@ -77,7 +77,7 @@ const NODE_SETUP: &str = concat!(
 
 // -B, or looking would leave compiled modules in the layer.
 const PYTHON_SETUP: &str = concat!(
-    "python3 -Bc 'import ensurepip, pip, venv' 2>/dev/null || ",
+    "python3 -IBc 'import ensurepip, pip, venv' 2>/dev/null || ",
     apt_install!(
         "Python with pip and venv",
         "python3 python3-pip python3-venv"
@@ -153,7 +153,7 @@ fn node(recipe: Recipe<'_>) -> (String, String, String) {
 }
 
 fn python(inputs: PythonInputs, entry: &str) -> (String, String, String) {
-    let mut install = String::from("python3 -m venv .venv");
+    let mut install = String::from("python3 -I -m venv .venv");
     if inputs.package || inputs.requirements {
         install.push_str(" && .venv/bin/pip install");
     }

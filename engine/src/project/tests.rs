@@ -634,7 +634,7 @@ fn commands_are_inferred() {
         (
             vec![("pyproject.toml", ""), (yaml, &with("entry: my_module"))],
             format!(
-                "python3 -m venv .venv && .venv/bin/pip install -e . | .venv/bin/python -m my_module | {python}"
+                "python3 -I -m venv .venv && .venv/bin/pip install -e . | .venv/bin/python -m my_module | {python}"
             ),
         ),
         (
@@ -644,13 +644,13 @@ fn commands_are_inferred() {
                 ("src/lib/__init__.py", ""),
             ],
             format!(
-                "python3 -m venv .venv && .venv/bin/pip install -e . | .venv/bin/python -m pkg | {python}"
+                "python3 -I -m venv .venv && .venv/bin/pip install -e . | .venv/bin/python -m pkg | {python}"
             ),
         ),
         (
             vec![("requirements.txt", ""), ("main.py", "")],
             format!(
-                "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt | .venv/bin/python main.py | {python}"
+                "python3 -I -m venv .venv && .venv/bin/pip install -r requirements.txt | .venv/bin/python main.py | {python}"
             ),
         ),
         (
@@ -660,12 +660,12 @@ fn commands_are_inferred() {
                 ("app.py", ""),
             ],
             format!(
-                "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt -e . | .venv/bin/python app.py | {python}"
+                "python3 -I -m venv .venv && .venv/bin/pip install -r requirements.txt -e . | .venv/bin/python app.py | {python}"
             ),
         ),
         (
             vec![(yaml, &with("kind: python, entry: w"))],
-            format!("python3 -m venv .venv | .venv/bin/python -m w | {python}"),
+            format!("python3 -I -m venv .venv | .venv/bin/python -m w | {python}"),
         ),
         (
             vec![("Cargo.toml", "")],

@@ -271,9 +271,9 @@ impl Caches {
         Ok(Self { from, to })
     }
 
-    /// Whether a record may be used: one that was built here, or that came from a cache that this run names, too.
-    pub fn trusts(&self, record: &Record) -> bool {
-        record.origin().is_none_or(|origin| {
+    /// Whether a record of this origin may be used: one that was built here, or that came from a cache that this run names, too.
+    pub fn trusts(&self, origin: Option<&str>) -> bool {
+        origin.is_none_or(|origin| {
             let mut names = self.from.iter().map(|cache| cache.name.to_string());
             names.any(|name| name == origin)
         })

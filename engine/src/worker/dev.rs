@@ -18,7 +18,7 @@ use crate::project::{Project, WorkerName};
 use crate::worker::Ended;
 use crate::worker::engine::Engine;
 use crate::worker::error::RunError;
-use crate::worker::keep::run_on;
+use crate::worker::keep::RunsOn;
 use crate::worker::place::{Place, Task, owner};
 use crate::worker::session::{Session, Sieve};
 use crate::worker::snapshot;
@@ -238,8 +238,11 @@ pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Bui
     let kept = store.get_ref(RefKind::Worker, name.as_str())?;
     let kept = kept.ok_or_else(never)?;
     let lease = store.lease(&format!("export {name}"))?;
-    let kept = run_on(&kept);
-    lease.pin(kept)?;
+    let RunsOn {
+        layers: kept,
+        project: slot,
+    } = RunsOn::of(&kept);
+    lease.pin(&kept)?;
     let project = Project::open(&root)?;
     let outdated = || RunError::Outdated {
         name: name.to_string(),
@@ -258,7 +261,9 @@ pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Bui
             .into_iter()
             .filter_map(|(kind, is)| is.then_some(kind)),
     );
-    kinds.push(Kind::Project);
+    // An earlier program had the project on top.
+    let slot = slot.filter(|slot| (image.layers.len()..=kinds.len()).contains(slot));
+    kinds.insert(slot.ok_or_else(outdated)?, Kind::Project);
     if !kept.starts_with(&image.layers) || kept.len() != kinds.len() {
         return Err(outdated());
     }

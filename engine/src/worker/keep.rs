@@ -3,32 +3,57 @@
 use iii_store::{LayerId, Ref, RefKind, Store, StoreError};
 use serde::Deserialize as _;
 
-/// How many of the layers of a worker's ref it runs on, or ran on last; they come first.
+/// The info of a worker's ref.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct RefInfo {
+    /// The number of layers that the worker runs on, or ran on last; they come first.
     runs_on: usize,
+    /// The index of the project's layer. Earlier programs wrote none: theirs is the last that the worker runs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    project: Option<usize>,
 }
 
-/// The layers that the worker of this ref runs on, or ran on last, bottom first. Those that are kept besides are for its upper.
-pub fn run_on(kept: &Ref) -> &[LayerId] {
-    let info = RefInfo::deserialize(&kept.info);
-    let count = info.map_or(kept.layers.len(), |info| info.runs_on);
-    kept.layers.get(..count).unwrap_or(&kept.layers)
+/// The layers that a worker runs on, or ran on last.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunsOn {
+    /// The layers, bottom first.
+    pub layers: Vec<LayerId>,
+    /// The index of the project's layer.
+    pub project: Option<usize>,
 }
 
-/// The ref of a worker that runs on some layers, bottom first, and whose upper needs others besides.
-fn worker_ref(mut layers: Vec<LayerId>, besides: &[LayerId]) -> Ref {
-    let runs_on = layers.len();
+impl RunsOn {
+    /// The layers that the worker of this ref runs on, or ran on last. Those that are kept besides are for its upper.
+    pub fn of(kept: &Ref) -> Self {
+        let info = RefInfo::deserialize(&kept.info).ok();
+        let count = info.as_ref().map_or(kept.layers.len(), |info| info.runs_on);
+        let layers = kept.layers.get(..count).unwrap_or(&kept.layers);
+        let last = layers.len().checked_sub(1);
+        let project = info.and_then(|info| info.project).or(last);
+        Self {
+            layers: layers.to_vec(),
+            project: project.filter(|project| *project < layers.len()),
+        }
+    }
+
+    /// The project's layer.
+    pub fn project_layer(&self) -> Option<LayerId> {
+        self.layers.get(self.project?).copied()
+    }
+}
+
+/// The ref of a worker that runs on some layers and whose upper needs others besides.
+fn worker_ref(on: &RunsOn, besides: &[LayerId]) -> Ref {
+    let mut layers = on.layers.clone();
     for id in besides {
         if !layers.contains(id) {
             layers.push(*id);
         }
     }
-    let info = if layers.len() == runs_on {
-        serde_json::Value::Null
-    } else {
-        serde_json::json!(RefInfo { runs_on })
-    };
+    let info = serde_json::json!(RefInfo {
+        runs_on: on.layers.len(),
+        project: on.project,
+    });
     Ref { layers, info }
 }
 
@@ -38,10 +63,10 @@ pub(crate) fn keep_layers(
     store: &Store,
     kind: RefKind,
     name: &str,
-    layers: Vec<LayerId>,
+    on: &RunsOn,
     besides: &[LayerId],
 ) -> Result<(), StoreError> {
-    store.set_ref(kind, name, &worker_ref(layers, besides))
+    store.set_ref(kind, name, &worker_ref(on, besides))
 }
 
 /// Has a worker's name keep these layers, those that it needs besides, which are all pinned, and what it keeps already, whoever
@@ -50,7 +75,7 @@ pub(crate) fn keep_also(
     store: &Store,
     kind: RefKind,
     name: &str,
-    layers: &[LayerId],
+    on: &RunsOn,
     besides: &[LayerId],
 ) -> Result<bool, StoreError> {
     let edit = store.edit_ref(kind, name)?;
@@ -59,19 +84,19 @@ pub(crate) fn keep_also(
         Err(StoreError::Damaged { .. } | StoreError::Json { .. }) => None,
         other => other?,
     };
-    let wanted = worker_ref(layers.to_vec(), besides);
+    let wanted = worker_ref(on, besides);
     if last.as_ref() == Some(&wanted) {
         return Ok(false);
     }
     // A lost layer stays named: a layer of the same tree may carry the upper over.
     let (runs_on, all) = match &last {
-        Some(last) => (run_on(last).to_vec(), last.layers.clone()),
+        Some(last) => (RunsOn::of(last), last.layers.clone()),
         None => Default::default(),
     };
     if all.is_empty() {
         edit.set(&wanted)?;
     } else if !wanted.layers.iter().all(|id| all.contains(id)) {
-        edit.set(&worker_ref(runs_on, &[all, wanted.layers].concat()))?;
+        edit.set(&worker_ref(&runs_on, &[all, wanted.layers].concat()))?;
     }
     Ok(true)
 }
@@ -102,12 +127,16 @@ mod tests {
             for id in &layers {
                 let store = &store;
                 scope.spawn(move || {
-                    keep_also(store, RefKind::Managed, "box", &[*id], &[]).unwrap();
+                    let on = RunsOn {
+                        layers: vec![*id],
+                        project: Some(0),
+                    };
+                    keep_also(store, RefKind::Managed, "box", &on, &[]).unwrap();
                 });
             }
         });
         let mut kept = store.get_ref(RefKind::Managed, "box").unwrap().unwrap();
-        assert_eq!(run_on(&kept).len(), 1);
+        assert_eq!(RunsOn::of(&kept).layers.len(), 1);
         let mut layers = layers;
         kept.layers.sort();
         layers.sort();

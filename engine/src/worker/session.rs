@@ -282,17 +282,17 @@ impl Ready {
     fn is_like(&self, other: &Self) -> bool {
         self.stands_like(other)
             && self.program == other.program
-            && tree(self.worker.stack.layers.last()) == tree(other.worker.stack.layers.last())
+            && tree(self.worker.stack.project()) == tree(other.worker.stack.project())
     }
 
     /// Whether a sandbox of the one is one for the other, but for the project and the command.
     fn stands_like(&self, other: &Self) -> bool {
-        let below = |ready: &Self| -> Vec<TreeId> {
-            let layers = ready.worker.stack.layers.split_last();
-            let below = layers.map_or(&[][..], |(_, below)| below);
-            below.iter().map(|layer| layer.tree_id()).collect()
+        let others = |ready: &Self| -> Vec<(Kind, TreeId)> {
+            let reports = ready.worker.stack.reports.iter();
+            let others = reports.filter(|report| report.kind != Kind::Project);
+            others.map(|report| (report.kind, report.tree_id)).collect()
         };
-        self.worker.isolation == other.worker.isolation && below(self) == below(other)
+        self.worker.isolation == other.worker.isolation && others(self) == others(other)
     }
 }
 
@@ -310,8 +310,8 @@ struct Change {
 
 impl Change {
     fn new(ready: Ready, begun: Instant, last: &Ready) -> Self {
-        let layers = last.worker.stack.layers.last();
-        let layers = layers.zip(ready.worker.stack.layers.last());
+        let layers = last.worker.stack.project();
+        let layers = layers.zip(ready.worker.stack.project());
         let files = layers.map_or(0, |(old, new)| changed_files(old, new));
         Self {
             ready,
@@ -555,7 +555,7 @@ impl Session<'_> {
     /// Has the running filesystem take a change. False if another sandbox has to.
     fn show(&self, live: &Live<'_>, ready: &Ready, last: &Ready, change: &Change) -> bool {
         let layers = |ready: &Ready| ready.worker.stack.ids();
-        let (Some(served), Some(project)) = (live.served, change.ready.worker.stack.layers.last())
+        let (Some(served), Some(project)) = (live.served, change.ready.worker.stack.project())
         else {
             return false;
         };
@@ -571,7 +571,7 @@ impl Session<'_> {
             self.store,
             self.keeper,
             name,
-            layers(&change.ready),
+            &change.ready.worker.stack.runs_on(),
             &besides,
         );
         kept.is_ok() && served.show(project).is_ok()

@@ -31,7 +31,7 @@ use crate::project::edit::{self, Change};
 use crate::project::{NameProblem, WorkerName, config};
 use crate::worker::control::{self, ExecError};
 use crate::worker::error::RunError;
-use crate::worker::keep::{keep_also, keep_layers, run_on};
+use crate::worker::keep::{RunsOn, keep_also, keep_layers};
 use crate::worker::place::{Place, Task, owner};
 
 /// Why something could not be done with snapshots.
@@ -193,8 +193,14 @@ impl Frozen {
 
     /// Has the name of a worker whose upper is made of it keep what that needs, and nothing else.
     fn keep(&self, store: &Store, kind: RefKind, name: &WorkerName) -> Result<(), StoreError> {
-        let layers = self.layers.clone();
-        keep_layers(store, kind, name.as_str(), layers, &self.besides())
+        keep_layers(store, kind, name.as_str(), &self.runs_on(), &self.besides())
+    }
+
+    fn runs_on(&self) -> RunsOn {
+        RunsOn {
+            layers: self.layers.clone(),
+            project: self.project,
+        }
     }
 
     fn footing(&self) -> Footing {
@@ -213,6 +219,15 @@ struct Info {
     taken: i64,
     applied: usize,
     project: Option<usize>,
+}
+
+/// The project's layer among those that the ref of a snapshot keeps.
+pub fn project_of(content: &Ref) -> Option<LayerId> {
+    let info: Info = serde_json::from_value(content.info.clone()).ok()?;
+    content
+        .layers
+        .get(1 + info.applied + info.project?)
+        .copied()
 }
 
 /// A snapshot of a worker.
@@ -442,17 +457,18 @@ impl Taker<'_> {
         let Some(mut footing) = footing else {
             // It was added, or cleared, and has not run since.
             let kept = self.store.get_ref(keeper, self.name.as_str())?;
-            let kept = kept.as_ref().map(run_on).unwrap_or_default();
-            let last = kept.len().checked_sub(1);
-            let last = last.ok_or_else(|| SnapshotError::NeverRun { name: self.name() })?;
+            let kept = kept.as_ref().map(RunsOn::of).unwrap_or_default();
+            if kept.project.is_none() {
+                return Err(SnapshotError::NeverRun { name: self.name() });
+            }
             let ingest = self.store.ingest(lease)?;
             ingest.add_bytes(&[])?;
             let layer = ingest.finish(&Tree::implicit())?.layer_id;
             return Ok(Frozen {
                 layer,
-                layers: kept.to_vec(),
+                layers: kept.layers,
                 applied: Vec::new(),
-                project: Some(last),
+                project: kept.project,
             });
         };
         lease.pin(&footing.all().collect::<Vec<_>>())?;
@@ -576,7 +592,7 @@ fn put(
         source,
     })?;
     let (own, besides) = (name.as_str(), frozen.besides());
-    keep_also(store, keeper, own, &frozen.layers, &besides)?;
+    keep_also(store, keeper, own, &frozen.runs_on(), &besides)?;
     place.exchange_upper()?;
     frozen.keep(store, keeper, name)?;
     Ok(place.drop_new_upper()?)

@@ -88,14 +88,14 @@ impl Start<'_> {
         };
         let thawed = iii_overlay::thawed_of(&self.place.upper());
         let thawed = Vec::from_iter(thawed.map_err(|error| compose(error.into()))?);
-        let layers = worker.stack.ids();
+        let layers = worker.stack.runs_on();
         let others = keep_also(self.store, self.keeper, name, &layers, &thawed)?;
         let composition = Composition {
             store: self.store,
             layers: worker.stack.layers.clone(),
             upper: self.place.upper(),
             options: OverlayOptions {
-                project: Some(build::project_at(&worker.stack.layers)),
+                project: worker.stack.project_slot().map(build::project_at),
                 ..OverlayOptions::default()
             },
             mode: Mode::Quiet,
@@ -104,6 +104,10 @@ impl Start<'_> {
         let composed = composition.compose(&worker.isolation);
         let composed = composed.map_err(compose)?;
         let served = composed.served().map(Served::overlay);
+        let gave_way = served.map_or(0, |overlay| overlay.gave_way());
+        if gave_way > 0 {
+            events(Event::GaveWay(gave_way));
+        }
         let snapshots = Taking::new(self.store, self.keeper, &worker.name, served);
         let mut spec = SandboxSpec::new(composed.root(), &program.argv, self.home.host_settings());
         spec.env.clone_from(&program.env);
@@ -127,7 +131,7 @@ impl Start<'_> {
             )?;
             // The overlay is open by now, wherever it is served.
             if others {
-                keep_layers(self.store, self.keeper, name, layers, &thawed)?;
+                keep_layers(self.store, self.keeper, name, &layers, &thawed)?;
             }
             for warning in sandbox.warnings() {
                 events(Event::Note(warning.to_string()));

@@ -372,7 +372,7 @@ fn find(
         Search {
             last,
             trusts: &|_| true,
-            take: &mut |head| {
+            take: &mut |head, _| {
                 found.push(head.layer_id);
                 Ok(false)
             },

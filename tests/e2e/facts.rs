@@ -1,0 +1,166 @@
+//! Installs run again exactly when something that they looked at changed, and the true reason is said.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::harness::{Home, LIMIT, Project};
+
+/// A project whose install is `script`.
+fn project(script: &str, files: &[(&str, &str)]) -> Project {
+    let project = Project::scripts(":", script, "cat /opt/out");
+    for (path, text) in files {
+        project.write(path, text);
+    }
+    project
+}
+
+/// Whether install ran.
+fn installs(home: &Home, project: &Project) -> bool {
+    home.build(project, &[]).get("install").status == "built"
+}
+
+/// A file that install only stats, links, renames, deletes or writes over is an input as one that it reads is.
+#[test]
+fn a_file_that_is_only_touched_is_an_input() {
+    let home = Home::with_busybox();
+    for (script, path) in [
+        ("mkdir -p /opt; ln a.txt /opt/out", "a.txt"),
+        ("mkdir -p /opt; mv b.txt /opt/out", "b.txt"),
+        (
+            "mkdir -p /opt; mv dir /opt/dir; mv /opt/dir/c.txt /opt/out",
+            "dir/c.txt",
+        ),
+        (
+            "mkdir -p /opt; if [ -s d.txt ]; then echo yes; else echo no; fi > /opt/out",
+            "d.txt",
+        ),
+        ("mkdir -p /opt; stat -c %s e.txt > /opt/out", "e.txt"),
+        ("mkdir -p /opt; rm f.txt; echo > /opt/out", "f.txt"),
+        ("mkdir -p /opt; echo x > g.txt; echo > /opt/out", "g.txt"),
+    ] {
+        let project = project(script, &[(path, "one\n"), ("other.txt", "1")]);
+        assert!(installs(&home, &project), "{script}");
+        project.write("other.txt", "2");
+        assert!(!installs(&home, &project), "{script}");
+        project.write(path, "");
+        assert!(installs(&home, &project), "{script}");
+    }
+}
+
+/// The same commit under another umask is the same project to a step.
+#[test]
+fn a_umask_is_no_change() {
+    let home = Home::with_busybox();
+    let project = project(
+        "mkdir -p /opt; cat a.txt run.sh > /opt/out; ls -R . > /dev/null",
+        &[
+            ("a.txt", "a"),
+            ("run.sh", "#!/bin/sh\n"),
+            ("dir/b.txt", "b"),
+        ],
+    );
+    let chmod = |path: &str, mode| {
+        let path = project.path().join(path);
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    chmod("run.sh", 0o755);
+    home.build(&project, &[]);
+    for (file, exec, dir) in [(0o664, 0o775, 0o775), (0o600, 0o700, 0o700)] {
+        chmod("a.txt", file);
+        chmod("run.sh", exec);
+        chmod("dir", dir);
+        assert!(!installs(&home, &project));
+    }
+    chmod("run.sh", 0o644);
+    assert!(installs(&home, &project));
+}
+
+/// What install does to the project's own files is there at start, until the project changes them.
+#[test]
+fn what_install_changes_in_the_project_is_there_at_start() {
+    let home = Home::with_busybox();
+    let install = "chmod +x run.sh; echo completed >> lock; rm -rf old";
+    let project = Project::scripts(":", install, "./run.sh");
+    project.write("run.sh", "#!/bin/sh\ncat lock; ls; echo done\n");
+    project.write("lock", "mine\n");
+    project.write("old/a", "a");
+    let shows = |lock: &str| {
+        let ran = home.dev(&project, &[]).finish(LIMIT).ok();
+        let want = format!("{lock}\ncompleted\niii.worker.yaml\nlock\nrun.sh\ndone\n");
+        assert_eq!(ran.stdout, want);
+    };
+    shows("mine");
+    shows("mine");
+    project.write("lock", "yours\n");
+    shows("yours");
+}
+
+/// A package that the worker changed gives way to a newer install, and that is said.
+#[test]
+fn a_newer_install_wins_over_what_the_worker_changed() {
+    let home = Home::with_busybox();
+    let install =
+        "mkdir -p node_modules/ms; cat version | tee node_modules/ms/a > node_modules/ms/b";
+    let start = "cat node_modules/ms/*; [ -e own ] && cat own; \
+                 for f in node_modules/ms/a own; do echo mine > $f; done";
+    let project = Project::scripts(":", install, start);
+    project.write("version", "1\n");
+    let ran = || home.dev(&project, &[]).finish(LIMIT);
+    assert_eq!(ran().ok().stdout, "1\n1\n");
+    assert_eq!(ran().ok().stdout, "mine\n1\nmine\n");
+    project.write("version", "2\n");
+    let newer = ran().ok().says(&["1 file", "gave way", "--fresh"]);
+    assert_eq!(newer.stdout, "2\n2\nmine\n");
+}
+
+/// Two projects with one script install side by side: neither waits for the other.
+#[test]
+fn only_equal_work_waits() {
+    let home = Home::with_busybox();
+    let projects = ["one", "two"].map(|name| {
+        let project = Project::scripts(":", "cat a > /dev/null; sleep 5", "true");
+        project.write("a", name);
+        project
+    });
+    // Setup is equal work, and built once beforehand.
+    let _ = home.build(&Project::scripts(":", ":", "true"), &[]);
+    let mut running = Vec::new();
+    for (n, project) in projects.iter().enumerate() {
+        let name = format!("box-{n}");
+        running.push(home.start(&["worker", "build", project.arg(), "--name", &name]));
+    }
+    for run in running {
+        let ended = run.finish(LIMIT).ok();
+        assert!(!ended.stderr.contains("waiting"), "{}", ended.stderr);
+    }
+}
+
+/// Projects with one script on one base do not drive each other's layers out, and each is told its own reason.
+#[test]
+fn twenty_projects_with_one_script_all_hit_and_know_their_own_reasons() {
+    let home = Home::with_busybox();
+    let script = "mkdir -p /opt; cat package.json > /opt/out; ls src > /dev/null";
+    let projects: Vec<Project> = (0..20)
+        .map(|n| {
+            let (text, own) = (format!("{n}\n"), format!("src/own-{n}"));
+            project(script, &[("package.json", &*text), (&*own, "x")])
+        })
+        .collect();
+    for (n, project) in projects.iter().enumerate() {
+        let layers = home.build(project, &["--name", &format!("facts-{n}")]);
+        assert_eq!(
+            layers.reason(),
+            "first build of this project with this script"
+        );
+    }
+    for (n, project) in projects.iter().enumerate() {
+        let layers = home.build(project, &["--name", &format!("facts-{n}")]);
+        assert_eq!(layers.built(), "", "{n}");
+    }
+    projects[3].write("package.json", "new");
+    let layers = home.build(&projects[3], &["--name", "facts-3"]);
+    assert_eq!(layers.reason(), "package.json changed");
+    projects[4].write("src/more", "new");
+    let layers = home.build(&projects[4], &["--name", "facts-4"]);
+    assert_eq!(layers.reason(), "the entries of src changed");
+}
