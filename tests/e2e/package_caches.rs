@@ -30,6 +30,14 @@ fn rust(main: &str) -> Project {
     project
 }
 
+/// Edits the program, so many seconds from now: the shell of busybox compares whole seconds.
+fn later(project: &Project, main: &str, seconds: u64) {
+    project.write("main.rs", main);
+    let file = File::open(project.path().join("main.rs")).unwrap();
+    file.set_modified(SystemTime::now() + Duration::from_secs(seconds))
+        .unwrap();
+}
+
 fn build(home: &Home, project: &Project) -> String {
     let ended = home.run(&["worker", "build", project.arg()]).ok();
     ended.stdout + &ended.stderr
@@ -163,7 +171,7 @@ fn an_install_begins_with_what_the_last_one_built() {
     runs(&home, &project, "app 1");
 
     // An edit compiles on top of it.
-    project.write("main.rs", "2");
+    later(&project, "2", 2);
     let said = build(&home, &project);
     assert!(
         said.contains("seeds: 1") && said.contains("compiled"),
@@ -183,9 +191,9 @@ fn an_install_begins_with_what_the_last_one_built() {
     runs(&home, &copy, "app 1");
 
     // An error leaves the seed as it was.
-    project.write("main.rs", "error");
+    later(&project, "error", 4);
     home.run(&["worker", "build", project.arg()]).fails();
-    project.write("main.rs", "3");
+    later(&project, "3", 6);
     let said = build(&home, &project);
     assert!(said.contains("seeds: 1 2"), "{said}");
     runs(&home, &project, "app 3");
