@@ -1,4 +1,5 @@
-//! Installs run again exactly when something that they looked at changed, and the true reason is said.
+//! Installs run again exactly when something that they looked at changed, and the true reason is
+//! said.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -19,7 +20,8 @@ fn installs(home: &Home, project: &Project) -> bool {
     home.build(project, &[]).get("install").status == "built"
 }
 
-/// A file that install only stats, links, renames, deletes or writes over is an input as one that it reads is.
+/// A file that install only stats, links, renames, deletes or writes over is an input as one that
+/// it reads is.
 #[test]
 fn a_file_that_is_only_touched_is_an_input() {
     let home = Home::with_busybox();
@@ -75,7 +77,8 @@ fn a_umask_is_no_change() {
     assert!(installs(&home, &project));
 }
 
-/// What install does to the project's own files is there at start, until the project changes them.
+/// Changes that install makes in the project's own files are there at start, until the project
+/// changes these files.
 #[test]
 fn what_install_changes_in_the_project_is_there_at_start() {
     let home = Home::with_busybox();
@@ -135,7 +138,8 @@ fn only_equal_work_waits() {
     }
 }
 
-/// Projects with one script on one base do not drive each other's layers out, and each is told its own reason.
+/// Projects with one script on one base do not drive each other's layers out, and each is told its
+/// own reason.
 #[test]
 fn twenty_projects_with_one_script_all_hit_and_know_their_own_reasons() {
     let home = Home::with_busybox();
