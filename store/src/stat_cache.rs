@@ -27,11 +27,12 @@
 //!
 //! # Writes through a shared mapping
 //!
-//! The kernel sets a file's times at the first write to a clean page of a mapping, and not again before
-//! the page was written back, which may take half a minute. A file that is read between two writes to
-//! one page keeps its times while its bytes change: the second write is missed until the times change
-//! again. Nothing that is cheap tells of it, since such a write raises no event either. Programs that
-//! unmap what they wrote, such as linkers, are followed; a database that is open is not.
+//! The kernel sets a file's times at the first write to a clean page of a mapping, and not again
+//! before the page was written back, which may take half a minute. A file that is read between two
+//! writes to one page keeps its times while its bytes change: the second write is missed until the
+//! times change again. Nothing that is cheap tells of it, since such a write raises no event
+//! either. Programs that unmap what they wrote, such as linkers, are followed; a database that is
+//! open is not.
 
 use std::convert::Infallible;
 use std::fs::File;
