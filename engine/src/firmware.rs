@@ -1,8 +1,9 @@
-//! libkrunfw, the library that holds the guest kernel of a microVM: found on this machine, or fetched once.
+//! libkrunfw, the library that holds the guest kernel of a microVM: found on this machine, or
+//! fetched once.
 //!
-//! It is looked for where somebody said, in `~/.iii/lib`, and where the system keeps its libraries, in this order. Where it
-//! is nowhere, it is fetched from npm: the package of another program that carries it, of one version, whose digest is written
-//! here. Nothing of it is part of this program.
+//! It is looked for where somebody said, in `~/.iii/lib`, and where the system keeps its libraries,
+//! in this order. Where it is nowhere, it is fetched from npm: the package of another program that
+//! carries it, of one version, whose digest is written here. Nothing of it is part of this program.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -227,8 +228,9 @@ impl Places {
             .find(|(path, _)| path.is_file()))
     }
 
-    /// The library, fetched from `package` if it is nowhere. Told how many bytes of the package have come. When this returns, the
-    /// file is durable and the next [`Places::find`] has it; of two processes one fetches and the other waits.
+    /// The library, fetched from `package` if it is nowhere. Told how many bytes of the package
+    /// have come. When this returns, the file is durable and the next [`Places::find`] has it; of
+    /// two processes one fetches and the other waits.
     pub fn find_or_fetch(
         &self,
         package: Option<&Package>,

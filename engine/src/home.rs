@@ -1,14 +1,14 @@
-//! Where things are on this machine: `~/.iii` and what is in it.
+//! Paths on this machine: `~/.iii` and its contents.
 //!
 //! ```text
 //! store/v1/         the store
-//! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, upper.new/ while it is replaced, exec.sock while it runs,
-//!                   console.log of its microVM
+//! dev/<name>/       a sandbox of `worker dev`: lock, project, upper/, upper.new/ while it is
+//!                   replaced, exec.sock while it runs, console.log of its microVM
 //! managed/<name>/   a managed worker: the same, start.json, and vm.pid while it runs
 //! logs/<name>/      what a managed worker prints
-//! cache/            of older versions, which nothing reads any more: what package managers had downloaded
+//! cache/            downloads of package managers, of older versions; unused now
 //! last/<project>    which records the steps of a project used last
-//! build/            uppers that are thrown away: of build steps under way, of what `store serve` serves
+//! build/            temporary uppers: of running build steps, and of `store serve`
 //! ```
 
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ impl Home {
         Settings::from_variables(&|name| self.variable(name).map(OsStr::to_owned))
     }
 
-    /// What sandboxes are given of this machine, as it is now.
+    /// Settings of this machine for sandboxes, as they are now.
     pub fn host_settings(&self) -> HostSettings {
         HostSettings::detect(|name| self.variable(name).map(OsStr::to_owned))
     }
@@ -88,12 +88,13 @@ impl Home {
         self.all_managed().join(name)
     }
 
-    /// What the managed worker called `name` prints.
+    /// Output of the managed worker called `name`.
     pub fn logs(&self, name: &str) -> PathBuf {
         self.root.join("logs").join(name)
     }
 
-    /// The caches of package managers that older versions kept beside the store. Nothing reads them any more.
+    /// The caches of package managers that older versions kept beside the store. Nothing reads them
+    /// any more.
     pub fn old_caches(&self) -> PathBuf {
         self.root.join("cache")
     }
@@ -103,12 +104,12 @@ impl Home {
         self.root.join("lib")
     }
 
-    /// What is known of `/dev/kvm` since this machine's boot.
+    /// The verdict about `/dev/kvm` since this machine's boot.
     pub fn kvm(&self) -> PathBuf {
         self.root.join("kvm.json")
     }
 
-    /// What the steps of the project with this id used last.
+    /// Records that the steps of the project with this id used last.
     pub fn last_build(&self, project_id: &str) -> PathBuf {
         self.root.join("last").join(project_id)
     }

@@ -4,9 +4,9 @@
 //! mount [--upper DIR] [--threads N] [--observe] MOUNTPOINT [LOWER_DIR…]
 //! ```
 //!
-//! takes the lower directories, bottom first, into a temporary store, mounts them with the upper (a temporary one unless
-//! named) and serves in the foreground until it is unmounted, or unmounts when it is told to end. Then it prints how many
-//! requests of each kind it served.
+//! takes the lower directories, bottom first, into a temporary store, mounts them with the upper (a
+//! temporary one unless named) and serves in the foreground until it is unmounted, or unmounts when
+//! it is told to end. Then it prints how many requests of each kind it served.
 
 use std::collections::BTreeMap;
 use std::error::Error;

@@ -1,8 +1,8 @@
-//! What differs between two chains of layers, as a sandbox on them sees it.
+//! Differences between two chains of layers, as a sandbox on them sees them.
 //!
-//! Both chains are walked at once, a directory at a time, and only where the layers that add to it are others: a directory to
-//! which equal trees add in the same order is equal. So the cost is that of the layers that differ, and of the
-//! directories that they share with the others.
+//! Both chains are walked at once, a directory at a time, and only where the layers that add to it
+//! are others: a directory to which equal trees add in the same order is equal. So the cost is that
+//! of the layers that differ, and of the directories that they share with the others.
 
 use std::sync::Arc;
 
@@ -18,8 +18,9 @@ enum Entry<'a> {
     Dir(Vec<NodeRef<'a>>),
 }
 
-/// The paths that differ from `old` to `new`, chains from the bottom, each directory before what is in it. A directory that came or
-/// went is listed with everything in it. mtimes are no difference, nor is which names are hardlinks of one file.
+/// The paths that differ from `old` to `new`, chains from the bottom, each directory before what is
+/// in it. A directory that came or went is listed with everything in it. mtimes are no difference,
+/// nor is which names are hardlinks of one file.
 pub(crate) fn differ(old: &[Arc<Layer>], new: &[Arc<Layer>]) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut pending = vec![(Vec::new(), Some(root(old)), Some(root(new)))];
@@ -226,7 +227,7 @@ mod tests {
             (&[&base][..], &[&base][..], ""),
             (&[&base], &[&next], "~etc/b +lib +lib/c"),
             (&[&next], &[&base], "~etc/b -lib -lib/c"),
-            // What a layer above hides or replaces in both makes no difference.
+            // An entry that a layer above hides or replaces in both makes no difference.
             (&[&base, &top], &[&next, &top], "+lib +lib/c"),
             (&[&base, &top], &[&base, &other], "+etc/b ~w/x +w/y +w/y/z"),
             // The same layers in another order.

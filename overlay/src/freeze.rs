@@ -1,19 +1,21 @@
 //! An upper as a layer: what has to stand on the lower for it to look as the overlay does now.
 //!
-//! The result depends on what is there, not on how it came to be: an entry that equals the lower's, mtime included, is
-//! left out; a whiteout stands only where the lower has the name, an opaque mark only on a directory where the lower
-//! has one. A directory that is only on the way to a change is implicit, and one of which nothing but the mtime changed is
-//! left out. A lower directory that was moved is written out in full at its new place, by object ids: no data is
-//! copied. All names of a hardlinked file are written out together if one is. Sockets are left out: nobody listens on them
+//! The result depends on what is there, not on how it came to be: an entry that equals the lower's,
+//! mtime included, is left out; a whiteout stands only where the lower has the name, an opaque mark
+//! only on a directory where the lower has one. A directory that is only on the way to a change is
+//! implicit, and one of which nothing but the mtime changed is left out. A lower directory that was
+//! moved is written out in full at its new place, by object ids: no data is copied. All names of a
+//! hardlinked file are written out together if one is. Sockets are left out: nobody listens on them
 //! any more.
 //!
 //! # While the sandbox runs
 //!
-//! The result is what the filesystem was at one moment: every request that was answered before it is in it, none that was
-//! answered after. What the guest's kernel or a program still holds back is not, as when a machine loses its power. Most of the data is
-//! read while the sandbox goes on; then writers wait until the files that were written to meanwhile have been read
-//! once more, and the tree was walked. They wait for at most [`HELD_BYTES`] of data; where more is written to all the time, there
-//! is no such moment.
+//! The result is what the filesystem was at one moment: every request that was answered before it
+//! is in it, none that was answered after. What the guest's kernel or a program still holds back is
+//! not, as when a machine loses its power. Most of the data is read while the sandbox goes on; then
+//! writers wait until the files that were written to meanwhile have been read once more, and the
+//! tree was walked. They wait for at most [`HELD_BYTES`] of data; where more is written to all the
+//! time, there is no such moment.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -88,9 +90,10 @@ struct Walk<'a> {
 }
 
 impl Overlay {
-    /// The changes of the upper as a tree, with the data of its files stored through `ingest`, and what they stand on. The sandbox
-    /// may run meanwhile: see [`crate::freeze`]. Facts about what of the project became part of the result are recorded, so
-    /// ask for [`Overlay::facts`] afterwards.
+    /// The changes of the upper as a tree, with the data of its files stored through `ingest`, and
+    /// what they stand on. The sandbox may run meanwhile: see [`crate::freeze`]. Facts about what
+    /// of the project became part of the result are recorded, so ask for [`Overlay::facts`]
+    /// afterwards.
     pub fn freeze(&self, ingest: &Ingest<'_>) -> Result<(Tree, Footing), FreezeError> {
         // What was never written to has no flat file, but is a file with contents all the same.
         ingest.add_bytes(&[]).map_err(Box::new)?;
@@ -230,7 +233,8 @@ impl Walk<'_> {
         })
     }
 
-    /// The directory `ino`, where the lower has `base` at the same path. None if there is nothing to say of it.
+    /// The directory `ino`, where the lower has `base` at the same path. None if there is nothing
+    /// to say of it.
     fn dir(&self, ino: Ino, base: Option<Ino>, depth: usize) -> Result<Option<Dir>, FreezeError> {
         if depth > MAX_DEPTH {
             return Err(TreeError::Depth.into());
@@ -323,7 +327,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The entry that leads to `ino`, where the lower has `below` at the same path. None if there is nothing to say.
+    /// The entry that leads to `ino`, where the lower has `below` at the same path. None if there
+    /// is nothing to say.
     fn entry(
         &self,
         ino: Ino,

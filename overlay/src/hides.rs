@@ -5,8 +5,9 @@ use std::sync::Arc;
 use iii_store::layer::{Kind, Layer};
 use iii_store::tree::{DirKind, components};
 
-/// Whether one of `above`, layers in any order, hides what layers below them have at `path`: by a whiteout, by something that
-/// is no directory, or by an opaque directory. A directory that is not opaque adds to what is below it.
+/// Whether one of `above`, layers in any order, hides what layers below them have at `path`: by a
+/// whiteout, by something that is no directory, or by an opaque directory. A directory that is not
+/// opaque adds to what is below it.
 pub(crate) fn hide(above: &[Arc<Layer>], path: &[u8]) -> bool {
     above.iter().any(|layer| hides(layer, path))
 }

@@ -1,8 +1,10 @@
-//! What a build step saw of the project: the facts that decide later whether its result still holds.
+//! What a build step saw of the project: the facts that decide later whether its result still
+//! holds.
 //!
-//! A fact speaks of the project's own layer, as far as the step saw that: what a layer above the project hides or replaces is in the
-//! step's key, and a name that the step itself has made, changed or removed says nothing of the project any more. A
-//! directory of the project that the step moved keeps speaking of where it was.
+//! A fact speaks of the project's own layer, as far as the step saw that: what a layer above the
+//! project hides or replaces is in the step's key, and a name that the step itself has made,
+//! changed or removed says nothing of the project any more. A directory of the project that the
+//! step moved keeps speaking of where it was.
 //!
 //! | request | fact |
 //! |---|---|
@@ -13,11 +15,13 @@
 //! | listing a directory, or removing it | its names and types |
 //! | moving a directory | everything in it |
 //!
-//! Every other request on a file comes after a lookup of its name, as the kernel knows no inode that it has not looked up. So
-//! stat, open, link, rename, unlink and writing over a file depend on its contents without a request of their own being
-//! looked at, and the kernel may keep attributes as long as it likes. A lookup that none of these follows (realpath, a failing
-//! `O_EXCL`) is taken for one: `access`, which programs use to ask whether a file exists, looks at its attributes in the
-//! kernel and cannot be told from stat. Only directories and symlinks are looked up on the way to something else.
+//! Every other request on a file comes after a lookup of its name, as the kernel knows no inode
+//! that it has not looked up. So stat, open, link, rename, unlink and writing over a file depend on
+//! its contents without a request of their own being looked at, and the kernel may keep attributes
+//! as long as it likes. A lookup that none of these follows (realpath, a failing `O_EXCL`) is taken
+//! for one: `access`, which programs use to ask whether a file exists, looks at its attributes in
+//! the kernel and cannot be told from stat. Only directories and symlinks are looked up on the way
+//! to something else.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,8 +64,8 @@ struct Facts {
 }
 
 impl Observer {
-    /// For the project's layer in the chain `layers`; none if it is not there. `seeds` are paths from the root: what lies in one says
-    /// nothing of the project.
+    /// For the project's layer in the chain `layers`; none if it is not there. `seeds` are paths
+    /// from the root: what lies in one says nothing of the project.
     pub(crate) fn new(layers: &[Arc<Layer>], project: Project, seeds: &[Vec<u8>]) -> Option<Self> {
         let (below, above) = layers.split_at_checked(project.slot + 1)?;
         let mut observer = Self {

@@ -1,20 +1,25 @@
 //! Carrying an upper over to another chain: the sandbox starts again on changed layers.
 //!
-//! The upper says of some paths that they are otherwise than in its old lower. What it says stays, but where the layers
-//! themselves changed the path since, whichever of them it was: there the layers win. Otherwise a file of an older install
-//! that the sandbox has touched would stand among those of a newer one. So
+//! The upper says of some paths that they are otherwise than in its old lower. What it says stays,
+//! but where the layers themselves changed the path since, whichever of them it was: there the
+//! layers win. Otherwise a file of an older install that the sandbox has touched would stand among
+//! those of a newer one. So
 //!
 //! - a file or whiteout of the upper at a path that changed goes;
-//! - a directory of the upper at a path that changed keeps its other entries, and takes the lower's metadata; if the
-//!   lower has no directory there any more, it stays as long as the upper has something to say in it;
-//! - where the sandbox had removed or replaced a directory in which something changed, that alone shows again;
+//! - a directory of the upper at a path that changed keeps its other entries, and takes the lower's
+//!   metadata; if the lower has no directory there any more, it stays as long as the upper has
+//!   something to say in it;
+//! - where the sandbox had removed or replaced a directory in which something changed, that alone
+//!   shows again;
 //! - what the upper says of all other paths stays, whatever the new lower has there.
 //!
-//! A path changed if the merged views of both chains differ there: see [`crate::differ`]. So a change that a layer above
-//! hides is none, and layers that merely changed their order change only what they have in common.
+//! A path changed if the merged views of both chains differ there: see [`crate::differ`]. So a
+//! change that a layer above hides is none, and layers that merely changed their order change only
+//! what they have in common.
 //!
-//! Afterwards no record but those of directories has an origin, and every file whose data is an object names one that the
-//! new chain holds, and thereby pins, or the layer that the upper was made from; others are copied out of the store first.
+//! Afterwards no record but those of directories has an origin, and every file whose data is an
+//! object names one that the new chain holds, and thereby pins, or the layer that the upper was
+//! made from; others are copied out of the store first.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -39,8 +44,8 @@ use crate::view::Found;
 pub type OldLayer<'a> =
     dyn Fn(&LayerId) -> Result<Arc<Layer>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
-/// The state of the upper over `lower`, the merged `chain`, and how many files of the upper gave way to changed ones. Until it
-/// has been written down, the old one holds.
+/// The state of the upper over `lower`, the merged `chain`, and how many files of the upper gave
+/// way to changed ones. Until it has been written down, the old one holds.
 pub(crate) fn rebase(
     opened: &mut Opened,
     known: &Chain,
@@ -106,7 +111,8 @@ pub(crate) fn rebase(
     Ok((new, gave_way))
 }
 
-/// Copies out of the store what neither the new chain nor the layer that the upper was made from pins.
+/// Copies out of the store what neither the new chain nor the layer that the upper was made from
+/// pins.
 fn materialise(
     new: &mut State,
     thawed: Option<&Layer>,
@@ -212,7 +218,8 @@ impl Carry<'_> {
         number
     }
 
-    /// The number of the directory at `path`, which is made, and those on the way, where there is none.
+    /// The number of the directory at `path`, which is made, and those on the way, where there is
+    /// none.
     fn dir(&mut self, path: &[u8]) -> Result<u64, Errno> {
         if let Some(ino) = self.new.at_path(path)
             && self.new.find(ino)?.kind() == Kind::Dir
@@ -248,7 +255,8 @@ impl Carry<'_> {
     }
 
     fn walk(&mut self) -> Result<(), Errno> {
-        // A directory is done before what is in it, and either as a lower one with changes or in full.
+        // A directory is done before what is in it, and either as a lower one with changes or in
+        // full.
         let mut pending = vec![(ROOT, Vec::new())];
         let touched = touched(self.old);
         while let Some((ino, path)) = pending.pop() {
@@ -392,7 +400,8 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// Whether the new lower shows such a file already: an update of the project may have brought it.
+    /// Whether the new lower shows such a file already: an update of the project may have brought
+    /// it.
     fn is_shown(&self, path: &[u8], record: &Record, here: Lower<'_>) -> bool {
         let lower = lower_record(&self.new.lower, here);
         let kept = |r: &Record| (r.mode, r.uid, r.gid, r.nlink, r.mtime);
@@ -403,8 +412,8 @@ impl Carry<'_> {
             && self.new.at_path(path) == Some(here.ino)
     }
 
-    /// Shows a directory of the new lower that the sandbox had removed or replaced, without what is in it: of that,
-    /// [`Carry::expose`] shows what changed.
+    /// Shows a directory of the new lower that the sandbox had removed or replaced, without what is
+    /// in it: of that, [`Carry::expose`] shows what changed.
     fn empty_dir(&mut self, path: &[u8]) -> Result<(), Errno> {
         let Some(here) = self.new.lower.lookup_path(path) else {
             return Ok(());
@@ -418,8 +427,8 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// Whether the layers that the sandbox has seen last had such a file there: an update brought it, and the sandbox did not
-    /// change it.
+    /// Whether the layers that the sandbox has seen last had such a file there: an update brought
+    /// it, and the sandbox did not change it.
     fn was_shown(&self, path: &[u8], record: &Record) -> bool {
         let Some(there) = self.seen.lookup_path(path) else {
             return false;

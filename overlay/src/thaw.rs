@@ -1,9 +1,10 @@
 //! A layer as an upper: what freezing made of an upper is made one again.
 //!
-//! The new upper shows over a chain what the chain and the layer, laid on top of it, show together. It is no layer of the chain,
-//! though: what it says gives way to changes of the project as what any upper says ([`crate::rebase`]), and the sandbox
-//! goes on writing to it. Files are records that refer to the layer's objects, so that it takes time and space for
-//! metadata alone, until one of them is written to. Of times, the layer has only mtimes: they stand for the others.
+//! The new upper shows over a chain what the chain and the layer, laid on top of it, show together.
+//! It is no layer of the chain, though: what it says gives way to changes of the project as what
+//! any upper says ([`crate::rebase`]), and the sandbox goes on writing to it. Files are records
+//! that refer to the layer's objects, so that it takes time and space for metadata alone, until one
+//! of them is written to. Of times, the layer has only mtimes: they stand for the others.
 //!
 //! Frozen again over the same chain, the upper is the same layer.
 
@@ -23,11 +24,12 @@ use crate::upper::state::State;
 use crate::upper::{Opened, io_error};
 use crate::{Footing, OpenError};
 
-/// Makes the directory `dir`, and in it an upper that stands on `footing`, whose layers are `layers`, and says what `frozen` does.
-/// It is durable when this returns, but for the name of `dir`; after an error, what is in `dir` is of no use.
+/// Makes the directory `dir`, and in it an upper that stands on `footing`, whose layers are
+/// `layers`, and says what `frozen` does. It is durable when this returns, but for the name of
+/// `dir`; after an error, what is in `dir` is of no use.
 ///
-/// The upper holds contents of `frozen`: the caller keeps that for as long as the upper is there. What `footing` says of
-/// another layer that an upper was made from means nothing here.
+/// The upper holds contents of `frozen`: the caller keeps that for as long as the upper is there.
+/// What `footing` says of another layer that an upper was made from means nothing here.
 pub fn thaw(
     dir: &Path,
     footing: &Footing,

@@ -1,4 +1,5 @@
-//! What an upper takes of memory: each allocation is counted, so nothing else may run in this process.
+//! What an upper takes of memory: each allocation is counted, so nothing else may run in this
+//! process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -93,8 +94,8 @@ fn measure(files: usize) -> (usize, usize) {
     (used, peak)
 }
 
-/// What is counted against the limit of an upper is what it takes, and opening it takes little more,
-/// however large it is.
+/// What is counted against the limit of an upper is what it takes, and opening it takes little
+/// more, however large it is.
 #[test]
 fn memory_is_what_is_counted_and_linear() {
     const NAME: usize = 13;

@@ -1,7 +1,7 @@
 //! The last build of each project: which record each of its steps used.
 //!
-//! It tells why a step runs, and lets the search for a record begin with the right one. It is a hint: no layer depends on it, and a
-//! file that is missing or damaged says nothing.
+//! It tells why a step runs, and lets the search for a record begin with the right one. It is a
+//! hint: no layer depends on it, and a file that is missing or damaged says nothing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,18 +18,18 @@ use crate::plan::{self, Kind, Reason, RecipeParts};
 /// Longest file of a project's last build, in bytes.
 const MAX_FILE: u64 = 64 << 10;
 
-/// What one step used.
+/// The record that one step used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LastStep {
     /// The step's key.
     pub key: KeyId,
     /// The facts of the record.
     pub facts: FactsId,
-    /// What the key was made of.
+    /// Parts of the key.
     pub parts: RecipeParts,
 }
 
-/// What the steps of a project used last.
+/// Records that the steps of a project used last.
 pub(crate) struct LastBuild {
     path: PathBuf,
     steps: BTreeMap<String, LastStep>,
@@ -48,12 +48,12 @@ impl LastBuild {
         }
     }
 
-    /// What a step used.
+    /// The record that a step used.
     pub fn step(&self, kind: Kind) -> Option<&LastStep> {
         self.steps.get(&kind.to_string())
     }
 
-    /// Notes what a step used. What cannot be written is not known the next time.
+    /// Notes the record of a step. A failed write is only missing the next time.
     pub fn note(&mut self, kind: Kind, step: LastStep) {
         if self.step(kind) == Some(&step) {
             return;
@@ -71,7 +71,8 @@ impl LastBuild {
         let _ = write();
     }
 
-    /// Why a step has to run, of which no record holds for `project`: compared with what this project's own last build used.
+    /// Why a step has to run, of which no record holds for `project`: compared with what this
+    /// project's own last build used.
     pub fn reason(
         &self,
         store: &Store,

@@ -1,9 +1,10 @@
 //! Realises the layers of a project: looks up what the plan names, and runs what is missing.
 //!
-//! A step runs in a sandbox on `base, layers so far, project`, the layers that it is lent ([`lent`]: caches of package
-//! managers, a build directory to begin with) and an empty upper of its own. What it wrote is frozen,
-//! published, and stored under the step's key with the facts that it observed about the project. Nothing is stored of a step
-//! that fails or is interrupted. Of two processes that need the same step at once, one runs it and the other waits.
+//! A step runs in a sandbox on `base, layers so far, project`, the layers that it is lent
+//! ([`lent`]: caches of package managers, a build directory to begin with) and an empty upper of
+//! its own. What it wrote is frozen, published, and stored under the step's key with the facts that
+//! it observed about the project. Nothing is stored of a step that fails or is interrupted. Of two
+//! processes that need the same step at once, one runs it and the other waits.
 
 pub mod collect;
 mod jobs;
@@ -465,9 +466,9 @@ impl Builder<'_> {
         Ok(Some((outcome, facts)))
     }
 
-    /// The name of the flight of a step: processes wait for each other only if they would make the same layer, as far as is
-    /// known. That is the key, and what this project answers to the looks of the record that was made last; without one, the
-    /// whole project.
+    /// The name of the flight of a step: processes wait for each other only if they would make the
+    /// same layer, as far as is known. That is the key, and what this project answers to the looks
+    /// of the record that was made last; without one, the whole project.
     fn flight(&self, key: KeyId, project: &Layer) -> Result<KeyId, BuildError> {
         let mut heads = self.store.heads(&key)?.into_iter();
         let newest = match heads.find(|head| self.caches.trusts(head.origin())) {
@@ -730,7 +731,8 @@ impl Step<'_> {
             .ok_or(BuildError::Unobserved { kind })?;
         let freeze = |source| BuildError::Freeze { kind, source };
         let (store, lease) = (self.builder.store, self.builder.lease);
-        // As long as this one is open, nothing takes the files of the volumes away, which no layer names yet.
+        // As long as this one is open, nothing takes the files of the volumes away, which no layer
+        // names yet.
         let merging = store.ingest(lease)?;
         let ingest = store.ingest(lease)?;
         let apart = overlay.freeze_apart(&ingest).map_err(freeze)?;
@@ -821,7 +823,8 @@ pub fn project_at(slot: usize) -> ProjectAt {
     }
 }
 
-/// A file name for what belongs to one project: its directory's name for people, its path's hash for us.
+/// A file name for what belongs to one project: its directory's name for people, its path's hash
+/// for us.
 pub fn project_id(project: &Project) -> String {
     use std::os::unix::ffi::OsStrExt as _;
     let hash = blake3::hash(project.root.as_os_str().as_bytes()).to_hex();
@@ -837,7 +840,8 @@ fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildEr
     }
 }
 
-/// A directory for an upper that nobody needs after this process, such as that of a step; removed when dropped.
+/// A directory for an upper that nobody needs after this process, such as that of a step; removed
+/// when dropped.
 pub(crate) struct ScratchDir {
     dir: PathBuf,
     /// Tells a later run that somebody is at it.

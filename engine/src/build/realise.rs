@@ -32,7 +32,8 @@ const SHARE_TIME: Duration = Duration::from_secs(60);
 /// How long that may take without a word.
 const SHARE_PAUSE: Duration = Duration::from_millis(50);
 
-/// Fewest and most threads: one of them often waits for the network or a script, and a disk serves but so many.
+/// Fewest and most threads: one of them often waits for the network or a script, and a disk serves
+/// but so many.
 const THREADS: (usize, usize) = (2, 4);
 
 /// A worker whose layers are wanted.
@@ -139,9 +140,9 @@ impl<'a> Realiser<'a> {
         &self.running
     }
 
-    /// Realises the layers of all `wanted`, equal ones once; one that fails fails only those that need it. The lease pins the layers,
-    /// and nothing else.
-    /// Where microVMs were to be tried and one says nothing, all of it is done in namespaces.
+    /// Realises the layers of all `wanted`, equal ones once; one that fails fails only those that
+    /// need it. The lease pins the layers, and nothing else. Where microVMs were to be tried and
+    /// one says nothing, all of it is done in namespaces.
     pub fn all(&self, purpose: &str, wanted: Vec<Wanted>) -> Result<Realised, RunError> {
         let (done, lease) = self.all_once(purpose, wanted.clone())?;
         let mut failures = done.iter().filter_map(|(_, result)| result.as_ref().err());
@@ -267,14 +268,16 @@ impl<'a> Realiser<'a> {
 }
 
 impl Realiser<'_> {
-    /// Gives the layers of setup and install to the cache that takes some. To fail is worth a line, and no more.
+    /// Gives the layers of setup and install to the cache that takes some. To fail is worth a line,
+    /// and no more.
     pub fn share(&self, worker: &Worker, stop: &AtomicBool) {
         let events = |event: shared_cache::Event<'_>| self.tell(&worker.name, Event::Cache(event));
         self.caches
             .push(self.store, &worker.stack.recorded, stop, &events);
     }
 
-    /// Does so while `run` runs, for what it hands over, and at most [`SHARE_TIME`] longer. Who has had enough presses Ctrl-C.
+    /// Does so while `run` runs, for what it hands over, and at most [`SHARE_TIME`] longer. Who has
+    /// had enough presses Ctrl-C.
     pub fn share_during<R>(&self, name: &WorkerName, run: impl FnOnce(&Share<'_>) -> R) -> R {
         if !self.caches.takes() {
             return run(&|_| ());
@@ -315,7 +318,8 @@ impl Realiser<'_> {
         self
     }
 
-    /// Clears the store if it or the disk is too full after something was built. To fail is worth a line, and no more.
+    /// Clears the store if it or the disk is too full after something was built. To fail is worth a
+    /// line, and no more.
     pub fn collect(&self) {
         self.collected(collect::if_full(self.store), 0);
     }
@@ -350,8 +354,9 @@ fn layer_caches(home: &Home, options: &CacheOptions, events: &dyn Fn(Event<'_>))
     })
 }
 
-/// The base image `name`: the one in the store, without asking anybody, or else the registry's. With `resolve`, the tag of one
-/// that came from a registry is resolved again; where that fails, the one in the store serves.
+/// The base image `name`: the one in the store, without asking anybody, or else the registry's.
+/// With `resolve`, the tag of one that came from a registry is resolved again; where that fails,
+/// the one in the store serves.
 fn base(
     home: &Home,
     store: &Store,

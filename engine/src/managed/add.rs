@@ -39,7 +39,8 @@ pub struct Options {
     pub caches: CacheOptions,
     /// What steps run in.
     pub sandbox: SandboxOptions,
-    /// What was said of sandboxes, which holds when they are started, too; nothing leaves that as it is.
+    /// What was said of sandboxes, which holds when they are started, too; nothing leaves that as
+    /// it is.
     pub said: Option<SandboxOptions>,
     /// Lets the store be cleared after a build that leaves it or the disk too full.
     pub collect: bool,
@@ -163,8 +164,9 @@ fn add_change<'a>(name: &'a str, worker_path: &'a str) -> Change<'a> {
     Change::Add { name, worker_path }
 }
 
-/// Adds workers: checks all of them, builds their layers at once, and then writes the entry of each that was built. The result
-/// says what became of each; an error is about all of them, and then nothing was changed.
+/// Adds workers: checks all of them, builds their layers at once, and then writes the entry of each
+/// that was built. The result says what became of each; an error is about all of them, and then
+/// nothing was changed.
 pub fn add(
     home: &Home,
     options: &Options,

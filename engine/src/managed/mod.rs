@@ -17,8 +17,8 @@
 //! vm.pid        the supervisor's pid, while the worker runs
 //! ```
 //!
-//! **Invariant:** whether a worker runs is told by the lock, never by a pid alone: a pid may be somebody else's by now. Whoever
-//! finds a `vm.pid` without a holder of the lock removes it.
+//! **Invariant:** whether a worker runs is told by the lock, never by a pid alone: a pid may be
+//! somebody else's by now. Whoever finds a `vm.pid` without a holder of the lock removes it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -167,7 +167,8 @@ pub struct Status {
     pub configured: bool,
 }
 
-/// What `worker` is doing, and under which supervisor. What a supervisor that was killed has left is removed.
+/// What `worker` is doing, and under which supervisor. What a supervisor that was killed has left
+/// is removed.
 pub fn state(home: &Home, name: &WorkerName) -> Result<(State, Option<u32>), ManagedError> {
     let dir = home.managed(name.as_str());
     let (path, pid_file) = (dir.join(LOCK), dir.join(PID_FILE));
@@ -220,8 +221,9 @@ fn remove_file(path: &Path) -> Result<(), ManagedError> {
     }
 }
 
-/// Where the project of a worker is: as config.yaml says, or else as when it last was added or started. `None` if nobody knows
-/// the name. A config.yaml that makes no sense does not hide a worker that was known before: it can still be stopped.
+/// Where the project of a worker is: as config.yaml says, or else as when it last was added or
+/// started. `None` if nobody knows the name. A config.yaml that makes no sense does not hide a
+/// worker that was known before: it can still be stopped.
 pub fn path_of(
     home: &Home,
     config: &Path,
@@ -352,7 +354,8 @@ pub fn begin_stop(home: &Home, name: &WorkerName) -> Result<Option<Stopping>, Ma
             Some((pid, process))
         });
         if let Some((pid, process)) = handle {
-            // What holds the lock now under that pid held it when the handle was made, so the handle is for it.
+            // What holds the lock now under that pid held it when the handle was made, so the
+            // handle is for it.
             if self::state(home, name)?.1 == Some(pid) {
                 process.signal(Signal::TERM);
                 return Ok(Some(Stopping {
@@ -375,7 +378,8 @@ pub fn begin_stop(home: &Home, name: &WorkerName) -> Result<Option<Stopping>, Ma
 }
 
 impl Stopping {
-    /// Waits for the end of the supervisor, which is that of its worker, and kills it if it does not come. Returns its pid.
+    /// Waits for the end of the supervisor, which is that of its worker, and kills it if it does
+    /// not come. Returns its pid.
     pub fn finish(self, home: &Home) -> Result<u32, ManagedError> {
         if !self.process.ends(Some(self.deadline)) {
             self.process.signal(Signal::KILL);
@@ -397,7 +401,8 @@ pub fn stop(home: &Home, name: &WorkerName) -> Result<Option<u32>, ManagedError>
     stopping.map(|stopping| stopping.finish(home)).transpose()
 }
 
-/// Removes `name` from config.yaml, stops it, and removes all that is kept for it, its snapshots included. Returns whether config.yaml had it.
+/// Removes `name` from config.yaml, stops it, and removes all that is kept for it, its snapshots
+/// included. Returns whether config.yaml had it.
 pub fn remove(home: &Home, config: &Path, name: &WorkerName) -> Result<bool, ManagedError> {
     let change = Change::Remove {
         name: name.as_str(),
@@ -427,7 +432,8 @@ pub fn forget(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     crate::managed::logs::remove(&logs).map_err(at("remove", &logs))
 }
 
-/// Stops `name` and removes what it wrote and printed. It stays a worker, with its snapshots, and begins anew the next time.
+/// Stops `name` and removes what it wrote and printed. It stays a worker, with its snapshots, and
+/// begins anew the next time.
 pub fn clear(home: &Home, name: &WorkerName) -> Result<(), ManagedError> {
     stop(home, name)?;
     let place = Place::hold(home.managed(name.as_str()), name, PATIENCE, Task::Clear)?;

@@ -1,10 +1,12 @@
 //! The process that a managed worker runs under, and how it is started.
 //!
-//! `start` runs this program again, with [`MARKER`] for its first argument and [`Orders`] on its standard input. That process has
-//! a session of its own and no terminal. It holds the worker's place for as long as it lives, realises its layers, runs its start
-//! command, and ends with it. Until the worker runs, it says on its standard output what happens, as lines of [`Told`].
+//! `start` runs this program again, with [`MARKER`] for its first argument and [`Orders`] on its
+//! standard input. That process has a session of its own and no terminal. It holds the worker's
+//! place for as long as it lives, realises its layers, runs its start command, and ends with it.
+//! Until the worker runs, it says on its standard output what happens, as lines of [`Told`].
 //!
-//! While the worker runs, each of its threads waits in the kernel for something to happen; nothing wakes up by the clock.
+//! While the worker runs, each of its threads waits in the kernel for something to happen; nothing
+//! wakes up by the clock.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -152,7 +154,8 @@ pub fn last_orders(home: &Home, name: &WorkerName) -> Option<Orders> {
     serde_json::from_str(&text).ok()
 }
 
-/// Starts a worker, unless it runs. With `show`, waits until it runs, and hands on what is told meanwhile.
+/// Starts a worker, unless it runs. With `show`, waits until it runs, and hands on what is told
+/// meanwhile.
 pub fn start(
     home: &Home,
     name: &WorkerName,
@@ -211,7 +214,8 @@ pub fn start(
     })
 }
 
-/// Where a supervisor tells what happens: to whoever started it, until the worker runs; to the log, once it is open.
+/// Where a supervisor tells what happens: to whoever started it, until the worker runs; to the log,
+/// once it is open.
 #[derive(Clone, Default)]
 pub struct Voice(Arc<Mutex<Ears>>);
 
@@ -222,7 +226,8 @@ struct Ears {
 }
 
 impl Voice {
-    /// Takes over this process's standard streams. Returns the orders that were on its standard input.
+    /// Takes over this process's standard streams. Returns the orders that were on its standard
+    /// input.
     pub fn take_over() -> io::Result<(Self, Orders)> {
         // It is no leader of a process group, unless it was started by hand.
         let _ = rustix::process::setsid();

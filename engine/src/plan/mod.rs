@@ -1,8 +1,9 @@
 //! What has to be done, without doing any of it.
 //!
-//! A step (setup or install) is named by a key: its script, how it is run, and the tree ids of the layers below it. Not in
-//! the key: the project, whose part is played by the facts that the step observed; memory, cpus, ports and names; and
-//! the worker's own environment, so that no secret enters a layer or a key.
+//! A step (setup or install) is named by a key: its script, how it is run, and the tree ids of the
+//! layers below it. Not in the key: the project, whose part is played by the facts that the step
+//! observed; memory, cpus, ports and names; and the worker's own environment, so that no secret
+//! enters a layer or a key.
 //!
 //! **Invariant:** nothing here reads a file, a clock or the environment.
 
@@ -68,8 +69,8 @@ impl fmt::Display for Kind {
 pub struct Recipe {
     /// Setup or install.
     pub kind: Kind,
-    /// The layers below, bottom first, by what they hold: a setup that runs again to the same tree keeps every install
-    /// layer above it.
+    /// The layers below, bottom first, by what they hold: a setup that runs again to the same tree
+    /// keeps every install layer above it.
     pub below: Vec<TreeId>,
     /// The script.
     pub script: String,

@@ -10,7 +10,7 @@ use super::cargo::CargoBinary;
 use super::detect::PythonInputs;
 use super::manifest::{Language, PackageManager, Scripts};
 
-/// What decides the inferred commands.
+/// Inputs of the inferred commands.
 #[derive(Clone, Copy, Debug)]
 pub struct Recipe<'a> {
     /// The project's language.
@@ -19,7 +19,7 @@ pub struct Recipe<'a> {
     pub package_manager: PackageManager,
     /// Its entry; required for Python, else [`infer`] has nothing to start.
     pub entry: Option<&'a str>,
-    /// What pip can install, if it is a Python project.
+    /// Inputs of pip, if it is a Python project.
     pub python: PythonInputs,
     /// The binary that `cargo run` would run, if it is a Rust project and has one.
     pub binary: Option<&'a CargoBinary>,

@@ -1,12 +1,13 @@
-//! The shared layer cache: setup and install layers in a repository of any OCI registry, with the facts that they hold for, so that
-//! what one machine has built others fetch. What lies there is described in [`document`].
+//! The shared layer cache: setup and install layers in a repository of any OCI registry, with the
+//! facts that they hold for, so that what one machine has built others fetch. What lies there is
+//! described in [`document`].
 //!
-//! Who may write to a cache decides what runs in the sandboxes of those who name it. So a cache is named by whoever runs a build
-//! and by nobody else, a record that was fetched remembers its cache, and without naming that cache again it is as if it were not
-//! there: [`Caches::trusts`].
+//! Who may write to a cache decides what runs in the sandboxes of those who name it. So a cache is
+//! named by whoever runs a build and by nobody else, a record that was fetched remembers its cache,
+//! and without naming that cache again it is as if it were not there: [`Caches::trusts`].
 //!
-//! What is fetched is checked as in a pull, and has to be the tree that its record says. A cache that fails costs a line and is
-//! not asked again in the same run; it never fails a build.
+//! What is fetched is checked as in a pull, and has to be the tree that its record says. A cache
+//! that fails costs a line and is not asked again in the same run; it never fails a build.
 
 pub mod document;
 
@@ -36,7 +37,8 @@ use document::{
 const SCHEME: &str = "docker://";
 /// How long a cache may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
-/// How long one that is asked may take to send the next bytes, and how often it is asked: it is there to save time.
+/// How long one that is asked may take to send the next bytes, and how often it is asked: it is
+/// there to save time.
 const IDLE: Duration = Duration::from_secs(10);
 const TRIES: u32 = 2;
 /// Most caches that are asked.
@@ -173,7 +175,8 @@ impl CacheError {
 pub enum Event<'a> {
     /// A layer is being fetched.
     Fetching(oci::Event<'a>),
-    /// Something of a cache is of no use, or a cache does not do what it should; the work goes on without.
+    /// Something of a cache is of no use, or a cache does not do what it should; the work goes on
+    /// without.
     Failed(&'a CacheName, &'a CacheError),
 }
 
@@ -271,7 +274,8 @@ impl Caches {
         Ok(Self { from, to })
     }
 
-    /// Whether a record of this origin may be used: one that was built here, or that came from a cache that this run names, too.
+    /// Whether a record of this origin may be used: one that was built here, or that came from a
+    /// cache that this run names, too.
     pub fn trusts(&self, origin: Option<&str>) -> bool {
         origin.is_none_or(|origin| {
             let mut names = self.from.iter().map(|cache| cache.name.to_string());
@@ -279,7 +283,8 @@ impl Caches {
         })
     }
 
-    /// Asks one cache after the other for a layer. The caller keeps others from building it meanwhile, and records it.
+    /// Asks one cache after the other for a layer. The caller keeps others from building it
+    /// meanwhile, and records it.
     pub fn fetch(&self, wanted: Wanted<'_>, progress: &Progress<'_>) -> Option<Fetched> {
         self.from
             .iter()
@@ -299,7 +304,8 @@ impl Caches {
         self.to.as_ref().is_some_and(|cache| !cache.has_failed())
     }
 
-    /// Gives the cache that takes layers those of these that it lacks, until `stop`. They must be pinned.
+    /// Gives the cache that takes layers those of these that it lacks, until `stop`. They must be
+    /// pinned.
     pub fn push(
         &self,
         store: &Store,
@@ -409,8 +415,8 @@ impl Cache {
         Ok((document, manifest.layer().clone()))
     }
 
-    /// Adds a layer to the cache, unless it has one for the same facts that is as good. What others add to the same key at the
-    /// same moment may be lost: the last one to write the index wins.
+    /// Adds a layer to the cache, unless it has one for the same facts that is as good. What others
+    /// add to the same key at the same moment may be lost: the last one to write the index wins.
     fn push(&self, store: &Store, layer: &Recorded, stop: &AtomicBool) -> Result<(), CacheError> {
         let Recorded {
             key, kind, record, ..

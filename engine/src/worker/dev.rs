@@ -1,4 +1,5 @@
-//! `worker dev` and `worker build`, from top to bottom, and the layers of a worker for whoever has another use for them.
+//! `worker dev` and `worker build`, from top to bottom, and the layers of a worker for whoever has
+//! another use for them.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -94,8 +95,8 @@ pub fn build(
     Ok(worker.stack.reports)
 }
 
-/// Realises the layers of a project and runs its start command on them until it ends. `started` is called once
-/// the command runs.
+/// Realises the layers of a project and runs its start command on them until it ends. `started` is
+/// called once the command runs.
 pub fn dev(
     home: &Home,
     options: &Options,
@@ -176,11 +177,12 @@ pub fn is_there(home: &Home, name: &WorkerName) -> Result<bool, RunError> {
     Ok(kept.is_some())
 }
 
-/// Removes the sandbox `name`, which does not run, and all that is kept for it: what it wrote, its snapshots, and its hold on its
-/// layers.
+/// Removes the sandbox `name`, which does not run, and all that is kept for it: what it wrote, its
+/// snapshots, and its hold on its layers.
 pub fn remove(home: &Home, name: &WorkerName) -> Result<(), RunError> {
     let place = Place::hold(home.dev(name.as_str()), name, PATIENCE, Task::Remove)?;
-    // What the refs keep is what the upper needs. The worker's goes last, as it is what says that there is one.
+    // What the refs keep is what the upper needs. The worker's goes last, as it is what says that
+    // there is one.
     place.drop_upper()?;
     let store = Store::open(home.store())?;
     snapshot::remove_all(&store, RefKind::Worker, name)?;
@@ -227,8 +229,8 @@ pub fn built(
     })
 }
 
-/// The worker `name` with the layers that it last ran on. How it is run is what its project says now, which must have the same
-/// steps, and the same base if that is not `base`. Nothing is built.
+/// The worker `name` with the layers that it last ran on. How it is run is what its project says
+/// now, which must have the same steps, and the same base if that is not `base`. Nothing is built.
 pub fn last_run(home: &Home, name: WorkerName, base: Option<&str>) -> Result<Built, RunError> {
     let store = Store::open(home.store())?;
     let never = || RunError::NeverRun {

@@ -86,7 +86,8 @@ pub(crate) fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error)
 }
 
 impl RunError {
-    /// Whether a microVM was started and its guest said nothing, so that there is no telling whether any guest runs here.
+    /// Whether a microVM was started and its guest said nothing, so that there is no telling
+    /// whether any guest runs here.
     pub(crate) fn is_silent_guest(&self) -> bool {
         match self {
             Self::Sandbox(source) | Self::Build(BuildError::Sandbox { source, .. }) => {

@@ -27,7 +27,8 @@ use crate::worker::error::RunError;
 pub struct SandboxOptions {
     /// What they are.
     pub runtime: Runtime,
-    /// What of the host's loopback a microVM may reach, besides what the manifest says and the engine.
+    /// What of the host's loopback a microVM may reach, besides what the manifest says and the
+    /// engine.
     pub host_loopback: HostLoopback,
 }
 
@@ -69,7 +70,8 @@ pub(crate) fn isolation(
         Runtime::Auto => {
             let (chosen, why) = match machine() {
                 Ok(machine) => (machine, None),
-                // Namespaces would run it, and what it was to have would not be missed before it is needed.
+                // Namespaces would run it, and what it was to have would not be missed before it is
+                // needed.
                 Err(error @ RunError::Memory { .. }) => return Err(error),
                 Err(error) => (Isolation::Namespace, Some(error)),
             };

@@ -8,7 +8,8 @@ use serde::Deserialize as _;
 struct RefInfo {
     /// The number of layers that the worker runs on, or ran on last; they come first.
     runs_on: usize,
-    /// The index of the project's layer. Earlier programs wrote none: theirs is the last that the worker runs on.
+    /// The index of the project's layer. Earlier programs wrote none: theirs is the last that the
+    /// worker runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     project: Option<usize>,
 }
@@ -23,7 +24,8 @@ pub struct RunsOn {
 }
 
 impl RunsOn {
-    /// The layers that the worker of this ref runs on, or ran on last. Those that are kept besides are for its upper.
+    /// The layers that the worker of this ref runs on, or ran on last. Those that are kept besides
+    /// are for its upper.
     pub fn of(kept: &Ref) -> Self {
         let info = RefInfo::deserialize(&kept.info).ok();
         let count = info.as_ref().map_or(kept.layers.len(), |info| info.runs_on);
@@ -57,8 +59,8 @@ fn worker_ref(on: &RunsOn, besides: &[LayerId]) -> Ref {
     Ref { layers, info }
 }
 
-/// Has a worker's name keep the layers that it runs on, bottom first, those that its upper needs besides, and no others. They are
-/// pinned. Only who holds the worker knows what those are.
+/// Makes a worker's name keep the layers that it runs on, bottom first, those that its upper needs
+/// besides, and no others. They are pinned. Only who holds the worker knows what those are.
 pub(crate) fn keep_layers(
     store: &Store,
     kind: RefKind,
@@ -69,8 +71,9 @@ pub(crate) fn keep_layers(
     store.set_ref(kind, name, &worker_ref(on, besides))
 }
 
-/// Has a worker's name keep these layers, those that it needs besides, which are all pinned, and what it keeps already, whoever
-/// changes that meanwhile. Returns whether it did not keep just these before.
+/// Makes a worker's name keep these layers, those that it needs besides, which are all pinned, and
+/// its present ones, even if another process changes them meanwhile. Returns whether it did not
+/// keep just these before.
 pub(crate) fn keep_also(
     store: &Store,
     kind: RefKind,

@@ -29,7 +29,8 @@ pub(crate) fn owner(dir: &Path) -> Result<Option<PathBuf>, RunError> {
     }
 }
 
-/// The new upper, until it has taken the place of the old one, and then that one, until it is removed.
+/// The new upper, until it has taken the place of the old one, and then that one, until it is
+/// removed.
 const NEW_UPPER: &str = "upper.new";
 
 /// A sandbox's directory, held by one process at a time.
@@ -87,8 +88,8 @@ pub(crate) fn holder(dir: &Path) -> String {
 }
 
 impl Place {
-    /// Takes the sandbox `name` for the project at `root`. It belongs to the project that it was first used for, for as long
-    /// as that exists or until `take_over`.
+    /// Takes the sandbox `name` for the project at `root`. It belongs to the project that it was
+    /// first used for, for as long as that exists or until `take_over`.
     pub fn claim(
         dir: PathBuf,
         name: &WorkerName,
@@ -198,7 +199,8 @@ impl Place {
         self.dir.join("console.log")
     }
 
-    /// Forgets what the worker wrote: all of it or nothing, however this ends. Half an upper would be one whose files are empty.
+    /// Forgets what the worker wrote: all of it or nothing, however this ends. Half an upper would
+    /// be one whose files are empty.
     pub fn drop_upper(&self) -> Result<(), RunError> {
         self.drop_new_upper()?;
         let (upper, away) = (self.upper(), self.dir.join(NEW_UPPER));
@@ -228,7 +230,8 @@ impl Place {
             .map_err(at("sync", &self.dir))
     }
 
-    /// Has the new upper and the upper take each other's place, in one step, which is durable when this returns.
+    /// Has the new upper and the upper take each other's place, in one step, which is durable when
+    /// this returns.
     pub fn exchange_upper(&self) -> Result<(), RunError> {
         let (new, upper) = (self.dir.join(NEW_UPPER), self.upper());
         let flags = if upper.exists() {

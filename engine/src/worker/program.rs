@@ -44,8 +44,8 @@ impl Program {
     }
 }
 
-/// What starts a worker: the image's entrypoint, and the command that goes by way of it, as a container engine runs them. The
-/// steps do without an entrypoint, as those of a Dockerfile.
+/// What starts a worker: the image's entrypoint, and the command that goes by way of it, as a
+/// container engine runs them. The steps do without an entrypoint, as those of a Dockerfile.
 pub fn start_command(image: &Image, project: &Project) -> [Vec<String>; 2] {
     let mut command = build::SHELL.map(str::to_owned).to_vec();
     command.push(project.scripts.start.clone());

@@ -1,4 +1,5 @@
-//! A worker from its start to its end, and what it makes of changes of its project meanwhile: live reload.
+//! A worker from its start to its end, and what it makes of changes of its project meanwhile: live
+//! reload.
 //!
 //! ```text
 //! the watch            the project has changed                ->
@@ -6,12 +7,15 @@
 //! signals              somebody wants the worker to end       ->
 //! ```
 //!
-//! The layers of a project that changed are realised as at a start, beside the worker that runs. Where only the project's own is
-//! another, the running filesystem takes the changes, and the start command is run again in the same sandbox: nothing is mounted,
-//! nothing booted. Where the layers below are others, or where a filesystem cannot be changed under its kernel (a microVM's), the
-//! sandbox is ended and another one started in its place. What cannot be realised changes nothing, and the next change tries again.
+//! The layers of a project that changed are realised as at a start, beside the worker that runs.
+//! Where only the project's own is another, the running filesystem takes the changes, and the start
+//! command is run again in the same sandbox: nothing is mounted, nothing booted. Where the layers
+//! below are others, or where a filesystem cannot be changed under its kernel (a microVM's), the
+//! sandbox is ended and another one started in its place. What cannot be realised changes nothing,
+//! and the next change tries again.
 //!
-//! What the project looks like decides, not what happened to it: a change that comes to the same tree and the same command is none.
+//! What the project looks like decides, not what happened to it: a change that comes to the same
+//! tree and the same command is none.
 
 use std::collections::{HashSet, VecDeque};
 use std::error::Error;
@@ -45,7 +49,8 @@ use crate::worker::start::{Live, Start};
 use crate::worker::supervise::{GRACE, Signals};
 use crate::worker::watch::{Stopper, Watch, WatchError};
 
-/// Former layers of the project that stay pinned for programs that have a file of one open, and outlive a restart of the worker.
+/// Former layers of the project that stay pinned for programs that have a file of one open, and
+/// outlive a restart of the worker.
 const FORMER: usize = 16;
 /// Notes that are remembered so that they are told once.
 const MAX_TOLD: usize = 1 << 10;
@@ -78,7 +83,8 @@ struct Inbox {
     root: Option<PathBuf>,
     /// Something has changed, and that was not told yet.
     changed: bool,
-    /// How often a change has begun or come to rest: while it is odd, one is under way that is not told yet.
+    /// How often a change has begun or come to rest: while it is odd, one is under way that is not
+    /// told yet.
     stirs: Arc<AtomicU64>,
     /// What was last seen was not used, since it may have been half of a change.
     again: bool,
@@ -86,7 +92,8 @@ struct Inbox {
 }
 
 impl Inbox {
-    /// With the changes of the project in `root`, if there is one to follow, once it is [watched](Self::watch).
+    /// With the changes of the project in `root`, if there is one to follow, once it is
+    /// [watched](Self::watch).
     fn new(root: Option<&PathBuf>) -> Self {
         let (sender, messages) = channel();
         Self {
@@ -100,8 +107,9 @@ impl Inbox {
         }
     }
 
-    /// Has the changes of the project told from now on, until this is dropped. That whoever starts a worker does not wait for it is
-    /// why it comes after the start: what has changed before is found by looking once more.
+    /// Has the changes of the project told from now on, until this is dropped. That whoever starts
+    /// a worker does not wait for it is why it comes after the start: what has changed before is
+    /// found by looking once more.
     fn watch(&mut self, running: &Arc<RunningSteps>) {
         let Some(root) = self.root.take() else {
             return;
@@ -138,8 +146,8 @@ impl Inbox {
         }
     }
 
-    /// Looks, and tells what is seen, unless that may be half of a change, which is told when it has come to rest. Not twice in a
-    /// row: a project that never rests is followed as well.
+    /// Looks, and tells what is seen, unless that may be half of a change, which is told when it
+    /// has come to rest. Not twice in a row: a project that never rests is followed as well.
     fn look<T>(&mut self, look: impl FnOnce() -> T) -> Result<T, Unsure<T>> {
         let before = self.stirs.load(Ordering::Acquire);
         let seen = look();
@@ -187,8 +195,8 @@ impl Drop for Inbox {
 /// What was seen, and is not to be used.
 struct Unsure<T>(T);
 
-/// Tells `sender` of changes for as long as anybody listens, and counts their beginnings and ends. Steps that run look again
-/// at each.
+/// Tells `sender` of changes for as long as anybody listens, and counts their beginnings and ends.
+/// Steps that run look again at each.
 fn watch(
     root: &Path,
     stirs: &AtomicU64,
@@ -215,7 +223,8 @@ fn watch(
     Ok(())
 }
 
-/// Lets through what people want to know: of a worker that follows its project, only what had to be done, and no note twice.
+/// Lets through what people want to know: of a worker that follows its project, only what had to be
+/// done, and no note twice.
 #[derive(Default)]
 pub(crate) struct Sieve {
     following: AtomicBool,
@@ -262,7 +271,8 @@ pub(crate) struct Session<'a> {
     pub stdio: Stdio,
     /// Whether it follows its project.
     pub watch: bool,
-    /// Whether a worker that ends by itself after it was reloaded is started again at the next change.
+    /// Whether a worker that ends by itself after it was reloaded is started again at the next
+    /// change.
     pub is_patient: bool,
     /// Whether the store may be cleared when something was built.
     pub collect: bool,
@@ -353,8 +363,8 @@ impl Drop for Ending {
 }
 
 impl Session<'_> {
-    /// Runs `worker`, whose layers `lease` pins, until it ends for good. `attend` is called for each sandbox that it runs in, and
-    /// told whether it is the first; it waits for its end.
+    /// Runs `worker`, whose layers `lease` pins, until it ends for good. `attend` is called for
+    /// each sandbox that it runs in, and told whether it is the first; it waits for its end.
     pub fn run<E: Error + From<RunError> + Send>(
         &self,
         worker: Worker,
@@ -465,7 +475,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Starts a sandbox, and attends to it until its end. How it ended, and what is to be started in its place.
+    /// Starts a sandbox, and attends to it until its end. How it ended, and what is to be started
+    /// in its place.
     fn start<E: From<RunError> + Send>(
         &self,
         inbox: &mut Inbox,
@@ -501,7 +512,8 @@ impl Session<'_> {
         })
     }
 
-    /// Has the worker that runs take what changes, until it ends or another sandbox has to take its place.
+    /// Has the worker that runs take what changes, until it ends or another sandbox has to take its
+    /// place.
     fn follow(
         &self,
         inbox: &mut Inbox,
@@ -563,7 +575,8 @@ impl Session<'_> {
             return false;
         }
         let name = ready.worker.name.as_str();
-        // Before the upper has anything of the new layer, and as long as it has anything of the one before.
+        // Before the upper has anything of the new layer, and as long as it has anything of the one
+        // before.
         let mut besides = [&layers(ready)[..], &layers(last), live.thawed].concat();
         // One with the same tree as the last may have taken its name, and not its place.
         besides.extend(served.project_layer());
@@ -608,8 +621,8 @@ impl Session<'_> {
             Ok(ready) if ready.is_like(last) => None,
             Ok(ready) => Some(Change::new(ready, begun, last)),
             Err(error) => {
-                // The change that superseded a step is the next. Who wants the worker to end wants what is built for it to
-                // end, too.
+                // The change that superseded a step is the next. Who wants the worker to end wants
+                // what is built for it to end, too.
                 if !error.is_superseded() && self.signals.received().is_none() {
                     self.note(format!("not reloaded: {}", with_causes(&error)));
                 }

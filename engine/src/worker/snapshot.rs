@@ -1,14 +1,18 @@
-//! Snapshots: what a worker had written at some time, by a tag, to go back to or to begin another worker with.
+//! Snapshots: what a worker had written at some time, by a tag, to go back to or to begin another
+//! worker with.
 //!
-//! Taking one freezes the worker's upper into a layer; a ref keeps that and the layers below it. Going back makes a new upper of the
-//! layer (`iii_overlay::thaw`) and puts it in the place of the worker's; a fork puts it into a new worker. So neither copies any
-//! contents, and the next start carries such an upper over to the project of then as it does with any other.
+//! Taking one freezes the worker's upper into a layer; a ref keeps that and the layers below it.
+//! Going back makes a new upper of the layer (`iii_overlay::thaw`) and puts it in the place of the
+//! worker's; a fork puts it into a new worker. So neither copies any contents, and the next start
+//! carries such an upper over to the project of then as it does with any other.
 //!
-//! While a worker runs in namespaces, the process that serves its filesystem takes the snapshot, and is asked for it through
-//! the socket of `worker exec`. That of a microVM cannot be asked: it never leaves the VM.
+//! While a worker runs in namespaces, the process that serves its filesystem takes the snapshot,
+//! and is asked for it through the socket of `worker exec`. That of a microVM cannot be asked: it
+//! never leaves the VM.
 //!
-//! **Invariant:** a worker's upper is the old or the new one, whenever this ends: a new one is made beside it, durable, and takes
-//! its place in one step, after the worker's ref names what it needs. What is left beside it goes when the worker is next held.
+//! **Invariant:** a worker's upper is the old or the new one, whenever this ends: a new one is made
+//! beside it, durable, and takes its place in one step, after the worker's ref names what it needs.
+//! What is left beside it goes when the worker is next held.
 
 use std::fmt;
 use std::io;
@@ -213,7 +217,8 @@ impl Frozen {
     }
 }
 
-/// What the ref of a snapshot says besides its layers, of which the frozen one comes first, then those that were applied.
+/// What the ref of a snapshot says besides its layers, of which the frozen one comes first, then
+/// those that were applied.
 #[derive(Debug, Serialize, Deserialize)]
 struct Info {
     taken: i64,
@@ -299,14 +304,16 @@ pub fn find(store: &Store, subject: &Subject, tag: &Tag) -> Result<Snapshot, Sna
     }
 }
 
-/// Removes the snapshot `tag`. What is in no other and in no worker goes with the next collection of garbage.
+/// Removes the snapshot `tag`. What is in no other and in no worker goes with the next collection
+/// of garbage.
 pub fn remove(store: &Store, subject: &Subject, tag: &Tag) -> Result<(), SnapshotError> {
     find(store, subject, tag)?;
     store.remove_ref(RefKind::Snapshot, &subject.reference(tag))?;
     Ok(())
 }
 
-/// Removes all snapshots of the worker `name` whose layers `keeper` keeps. Returns how many there were.
+/// Removes all snapshots of the worker `name` whose layers `keeper` keeps. Returns how many there
+/// were.
 pub(crate) fn remove_all(
     store: &Store,
     keeper: RefKind,
@@ -325,7 +332,8 @@ pub(crate) fn remove_all(
 /// What is to keep what is frozen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Keeper {
-    /// A snapshot, of this tag or one that says when it is taken. One that has the tag already gives way only if it is forced to.
+    /// A snapshot, of this tag or one that says when it is taken. One that has the tag already
+    /// gives way only if it is forced to.
     Snapshot {
         /// The tag.
         tag: Option<Tag>,
@@ -528,7 +536,8 @@ impl Taking {
         }
     }
 
-    /// Takes no more. The one that is being taken is done when this returns, and nobody has the overlay for it any more.
+    /// Takes no more. The one that is being taken is done when this returns, and nobody has the
+    /// overlay for it any more.
     pub(crate) fn end(&self) {
         *self.is_over.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
@@ -570,8 +579,8 @@ pub fn take(store: &Store, subject: &Subject, keeper: &Keeper) -> Result<Taken, 
     })
 }
 
-/// Makes an upper of `frozen` and puts it in the place of the one in `place`, if there is one, which is gone then. The name's
-/// ref keeps what it needs.
+/// Makes an upper of `frozen` and puts it in the place of the one in `place`, if there is one,
+/// which is gone then. The name's ref keeps what it needs.
 fn put(
     store: &Store,
     place: &Place,
@@ -598,7 +607,8 @@ fn put(
     Ok(place.drop_new_upper()?)
 }
 
-/// Has a worker's upper be again what it was when the snapshot `tag` was taken; what it wrote since is gone. It does not run.
+/// Has a worker's upper be again what it was when the snapshot `tag` was taken; what it wrote since
+/// is gone. It does not run.
 pub fn roll_back(store: &Store, subject: &Subject, tag: &Tag) -> Result<(), SnapshotError> {
     let place = Place::hold(subject.dir.clone(), &subject.name, PATIENCE, Task::Rollback)?;
     let snapshot = find(store, subject, tag)?;
@@ -611,8 +621,8 @@ pub fn roll_back(store: &Store, subject: &Subject, tag: &Tag) -> Result<(), Snap
     )
 }
 
-/// Makes a managed worker `new` of the same project as `subject`, which begins with what that has written, or had when the snapshot
-/// `tag` was taken.
+/// Makes a managed worker `new` of the same project as `subject`, which begins with what that has
+/// written, or had when the snapshot `tag` was taken.
 pub fn fork(
     home: &Home,
     config: &Path,

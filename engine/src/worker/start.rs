@@ -34,7 +34,7 @@ pub(crate) struct Start<'a> {
     pub place: &'a Place,
     /// Whose name keeps its layers.
     pub keeper: RefKind,
-    /// What it runs.
+    /// Its program.
     pub program: &'a Program,
     /// Where its output goes.
     pub stdio: Stdio,
@@ -70,8 +70,8 @@ impl Live<'_> {
 }
 
 impl Start<'_> {
-    /// Composes the root filesystem, starts the command on it, and calls `attend`, which waits for its end. From the start on, signals
-    /// are for the command. Returns what `attend` did.
+    /// Composes the root filesystem, starts the command on it, and calls `attend`, which waits for
+    /// its end. From the start on, signals are for the command. Returns what `attend` did.
     pub fn run<R>(
         self,
         signals: &Signals,
@@ -80,8 +80,8 @@ impl Start<'_> {
     ) -> Result<R, RunError> {
         let (worker, program) = (self.worker, self.program);
         let name = worker.name.as_str();
-        // The upper stands on the layers of the last start until it is opened, and on these afterwards. Whoever kills this process
-        // in between loses neither.
+        // The upper stands on the layers of the last start until it is opened, and on these
+        // afterwards. A kill in between loses neither.
         let compose = |source| RunError::Compose {
             name: name.to_owned(),
             source,

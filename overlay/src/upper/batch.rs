@@ -153,8 +153,8 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Logs and applies everything. On an error nothing has changed. An inode without names is not logged and stays in
-    /// memory only, until the kernel forgets it.
+    /// Logs and applies everything. On an error nothing has changed. An inode without names is not
+    /// logged and stays in memory only, until the kernel forgets it.
     pub fn commit(self) -> Result<()> {
         let mut ops = Vec::with_capacity(self.inodes.len() + self.entries.len());
         let mut orphans = Vec::new();

@@ -24,8 +24,9 @@ pub struct UpperReport {
     pub torn: u64,
 }
 
-/// Reads all of the log of the upper in `dir` and looks for the files that it names. Changes nothing and
-/// takes no lock: another process may have the upper open. Fails with [`UpperError::Damaged`] as opening it does.
+/// Reads all of the log of the upper in `dir` and looks for the files that it names. Changes
+/// nothing and takes no lock: another process may have the upper open. Fails with
+/// [`UpperError::Damaged`] as opening it does.
 pub fn check(dir: &Path) -> Result<UpperReport, UpperError> {
     let disk: Arc<dyn Disk> = Arc::new(HostDisk);
     let lower = Merged::new(Vec::new()).map_err(|_| UpperError::NotAnUpper(dir.into()))?;

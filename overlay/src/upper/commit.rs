@@ -1,30 +1,33 @@
 //! Making changes durable, with the promises of ext4's default options.
 //!
-//! The log and the flat files are files of the host, and the host writes them to disk when it likes.
-//! A *commit* puts that in order:
+//! The log and the flat files are files of the host, and the host writes them to disk when it
+//! likes. A *commit* puts that in order:
 //!
-//! 1. Flat files whose contents *replace* others are synced, those that a batch before this moment names.
+//! 1. Flat files whose contents *replace* others are synced, those that a batch before this moment
+//!    names.
 //! 2. [`Op::Commit`] is appended: everything before this moment is durable as far as it has to be.
 //! 3. The log is synced.
 //! 4. What the log said before, and says no more, is removed: flat files that were dropped.
 //!
 //! Contents replace others where a file is renamed over another, where a file that had contents was
-//! emptied and is written again, and where the first write to a lower file copied it. So after a power
-//! cut there is the old or the new. A new file that nothing was replaced by, and whose program did not
-//! ask for more, may be empty or missing, as on ext4; opening an upper after a start of the host
-//! holds every length against the flat file, so that `stat` and `read` agree.
+//! emptied and is written again, and where the first write to a lower file copied it. So after a
+//! power cut there is the old or the new. A new file that nothing was replaced by, and whose
+//! program did not ask for more, may be empty or missing, as on ext4; opening an upper after a
+//! start of the host holds every length against the flat file, so that `stat` and `read` agree.
 //!
-//! A commit happens where a program asks for it (`fsync`, `sync`), at the end, and [`INTERVAL`] after
-//! the first change that is in none, which is ext4's default too. All that wait for one share it.
-//! `fsync` of a file syncs its flat file and commits at the same time, so that the host can put both
-//! into one transaction of its own.
+//! A commit happens where a program asks for it (`fsync`, `sync`), at the end, and [`INTERVAL`]
+//! after the first change that is in none, which is ext4's default too. All that wait for one share
+//! it. `fsync` of a file syncs its flat file and commits at the same time, so that the host can put
+//! both into one transaction of its own.
 //!
 //! # Invariants
 //!
-//! - The log that holds after a power cut ends at a commit, and names no flat file that has been removed.
-//! - A flat file that a committed log may name is removed after a later commit that no longer names it.
-//! - Commits, and what gives another log the name, take turns (`turn`), which is taken before the lock
-//!   of the state.
+//! - The log that holds after a power cut ends at a commit, and names no flat file that has been
+//!   removed.
+//! - A flat file that a committed log may name is removed after a later commit that no longer names
+//!   it.
+//! - Commits, and what gives another log the name, take turns (`turn`), which is taken before the
+//!   lock of the state.
 //! - Nothing that can fail stands between giving a new log its name and appending to it.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -91,8 +94,8 @@ struct Shared {
 }
 
 impl Inner {
-    /// Logs a batch, then applies it. On an error nothing has changed. The `orphans`, inodes without a name, are in
-    /// memory from then on, whatever the batch says of them.
+    /// Logs a batch, then applies it. On an error nothing has changed. The `orphans`, inodes
+    /// without a name, are in memory from then on, whatever the batch says of them.
     pub fn commit(&mut self, ops: Vec<Op>, orphans: Vec<(u64, Record)>) -> Result<(), Errno> {
         if !ops.is_empty() {
             self.log(&ops).map_err(|error| errno(&error))?;
@@ -130,7 +133,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Has what was written to the inode's flat file be durable before anything that was logged so far is.
+    /// Has what was written to the inode's flat file be durable before anything that was logged so
+    /// far is.
     pub fn order(&mut self, number: u64) {
         let Some(node) = self.state.node_mut(number).filter(|node| !node.synced) else {
             return;
@@ -145,7 +149,8 @@ impl Inner {
         }
     }
 
-    /// Notes that the inode has another flat file, which is complete, instead of nothing or `of_lower` contents.
+    /// Notes that the inode has another flat file, which is complete, instead of nothing or
+    /// `of_lower` contents.
     pub fn switched(&mut self, number: u64, is_new: bool) {
         let Some(node) = self.state.node_mut(number).filter(|_| is_new) else {
             return;
@@ -384,7 +389,8 @@ impl Core {
 
     /// To look.
     pub fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on is no worse.
+        // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on
+        // is no worse.
         self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -401,13 +407,14 @@ impl Core {
         self.commit(false)
     }
 
-    /// Makes every change so far durable, and what was written to any flat file: by syncing the whole filesystem of the host
-    /// below, since there may be very many.
+    /// Makes every change so far durable, and what was written to any flat file: by syncing the
+    /// whole filesystem of the host below, since there may be very many.
     pub fn sync_all(&self) -> Result<(), Errno> {
         self.commit(true)
     }
 
-    /// Makes every change so far durable, and what was written to the flat file of the inode with this number.
+    /// Makes every change so far durable, and what was written to the flat file of the inode with
+    /// this number.
     pub fn fsync(&self, number: u64, data_only: bool) -> Result<(), Errno> {
         if self.volatile {
             return Ok(());
@@ -614,14 +621,16 @@ impl Core {
             self.data.remove(flat);
         }
         if reserve {
-            // First for what is being removed. If another process took the rest, the next addition fails.
+            // First for what is being removed. If another process took the rest, the next addition
+            // fails.
             inner.log.make_room()?;
             let _ = inner.reserve.hold(inner.state.weight());
         }
         Ok(())
     }
 
-    /// Writes down length and mtime of the files that were written to, so that the next opening need not look.
+    /// Writes down length and mtime of the files that were written to, so that the next opening
+    /// need not look.
     fn settle(&self) -> Result<(), Errno> {
         let mut inner = self.lock();
         let mut ops = Vec::new();
@@ -773,7 +782,8 @@ mod tests {
         }
     }
 
-    /// Targets, names and xattrs count in bytes; what was accepted is opened again, and can be removed.
+    /// Targets, names and xattrs count in bytes; what was accepted is opened again, and can be
+    /// removed.
     #[test]
     fn what_is_accepted_is_bounded_in_bytes_and_opens_again() {
         const MOST: u64 = 1 << 20;

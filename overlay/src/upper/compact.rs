@@ -1,9 +1,10 @@
 //! Rewriting a log that is mostly what has been overwritten since, beside the operations.
 //!
-//! The new log begins as a snapshot, which each operation that changes something takes a bounded step
-//! further; and each batch that the old log gets goes to the new one as well. The order in which the new
-//! log has them makes the same state ([`State::snapshot_from`]). When the snapshot is complete, the
-//! thread that commits makes the new log durable and gives it the name of the old one.
+//! The new log begins as a snapshot, which each operation that changes something takes a bounded
+//! step further; and each batch that the old log gets goes to the new one as well. The order in
+//! which the new log has them makes the same state ([`State::snapshot_from`]). When the snapshot is
+//! complete, the thread that commits makes the new log durable and gives it the name of the old
+//! one.
 
 use super::Upper;
 use super::commit::Inner;

@@ -1,9 +1,9 @@
 //! The flat files that hold what the sandbox wrote, `data/<shard>/<number>`, and a bounded cache of
 //! their descriptors.
 //!
-//! Numbers go up and are never used again. The name of a flat file is durable when its shard has been
-//! synced since it was made. Where one is to be, a few more are made first, so that of the next
-//! files only the bytes have to be synced.
+//! Numbers go up and are never used again. The name of a flat file is durable when its shard has
+//! been synced since it was made. Where one is to be, a few more are made first, so that of the
+//! next files only the bytes have to be synced.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::disk::{Access, Disk};
 use super::{UpperError, io_error};
 
-/// Flat files in one directory. Files that are made one after the other stand together, as the host's filesystem likes it.
+/// Flat files in one directory. Files that are made one after the other stand together, as the
+/// host's filesystem likes it.
 const SHARD: u64 = 4096;
 
 /// Most descriptors kept open.
@@ -135,8 +136,8 @@ impl FlatFiles {
         Ok(())
     }
 
-    /// The number that the next flat file has, unless one was made ahead: none that is made from now
-    /// on has one that was given away before.
+    /// The number that the next flat file has, unless one was made ahead: none that is made from
+    /// now on has one that was given away before.
     pub fn next(&self) -> u64 {
         self.next.load(Ordering::Relaxed)
     }

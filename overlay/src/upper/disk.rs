@@ -1,8 +1,8 @@
 //! The seam between an upper and the host's filesystem: the calls that make, name, sync and remove
 //! its files go through [`Disk`].
 //!
-//! Tests stand in for it to fail any call, or to cut the power after it. Reads do not pass here, nor
-//! do writes to flat files, whose bytes a test can look at itself.
+//! Tests stand in for it to fail any call, or to cut the power after it. Reads do not pass here,
+//! nor do writes to flat files, whose bytes a test can look at itself.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -6,9 +6,9 @@
 //! ```
 //!
 //! Numbers are little-endian. The payload is a postcard-encoded list of [`Op`]s. A frame's checksum
-//! is the first 8 bytes of the BLAKE3 of the checksum of the frame before it (zeroes, for the first)
-//! and the payload; the header's is that of the header before it. Zeroes may follow the last frame:
-//! space that is written ahead, so that syncing the log need not sync where its blocks are.
+//! is the first 8 bytes of the BLAKE3 of the checksum of the frame before it (zeroes, for the
+//! first) and the payload; the header's is that of the header before it. Zeroes may follow the last
+//! frame: space that is written ahead, so that syncing the log need not sync where its blocks are.
 //!
 //! # Invariants
 //!
@@ -17,10 +17,12 @@
 //! - [`Op::Commit`] says of an offset that everything before it is durable, and so are the contents
 //!   that must not be missing where it names them (see [`super::commit`]). It is written when those
 //!   are, and synced with the log before anything is answered that depends on it.
-//! - `acknowledged` is written after that sync, and not synced itself: everything before it has been
-//!   durable at some time, and may have been told to be so.
-//! - `boot` is the host's boot id ([`super::disk::Disk::boot`]) of the process that has the log open.
-//! - The name of the log leads to a whole log: one is written under another name, synced, and renamed.
+//! - `acknowledged` is written after that sync, and not synced itself: everything before it has
+//!   been durable at some time, and may have been told to be so.
+//! - `boot` is the host's boot id ([`super::disk::Disk::boot`]) of the process that has the log
+//!   open.
+//! - The name of the log leads to a whole log: one is written under another name, synced, and
+//!   renamed.
 //!
 //! # Reading
 //!
@@ -29,22 +31,22 @@
 //! - That happens before `acknowledged`, or a frame with the right checksum makes no sense, or the
 //!   header does not match its checksum: the log is *damaged*. It is not opened, and nothing is
 //!   removed or changed.
-//! - The host has been running since the log was opened last: all frames hold. The rest is cut off: it
-//!   is half of a batch that a dying process was writing.
-//! - The host was started since: what is before the last commit, or `acknowledged`, holds. The rest is
-//!   cut off: the power may have been cut, and then frames may have survived without the contents
-//!   that they name.
+//! - The host has been running since the log was opened last: all frames hold. The rest is cut off:
+//!   it is half of a batch that a dying process was writing.
+//! - The host was started since: what is before the last commit, or `acknowledged`, holds. The rest
+//!   is cut off: the power may have been cut, and then frames may have survived without the
+//!   contents that they name.
 //!
-//! The assumption about media: what was synced is there and, after a power cut, so is a prefix of what
-//! was written since, or any other part of it, but no other bytes than these and zeroes; 48 bytes at
-//! the start of a file change at once. A header that rots together with a power cut is not told from
-//! other damage.
+//! The assumption about media: what was synced is there and, after a power cut, so is a prefix of
+//! what was written since, or any other part of it, but no other bytes than these and zeroes; 48
+//! bytes at the start of a file change at once. A header that rots together with a power cut is not
+//! told from other damage.
 //!
 //! # Space
 //!
-//! Space is allocated ahead of the end, and the last of it is kept for batches that remove something.
-//! Beside the log, [`Reserve`] holds as much space as a rewritten log would take. So on a full disk
-//! the log can always be rewritten, and what is removed goes on being removed.
+//! Space is allocated ahead of the end, and the last of it is kept for batches that remove
+//! something. Beside the log, [`Reserve`] holds as much space as a rewritten log would take. So on
+//! a full disk the log can always be rewritten, and what is removed goes on being removed.
 //!
 //! # Versions
 //!
@@ -305,8 +307,8 @@ pub struct LogFacts {
     chain: Checksum,
 }
 
-/// Reads a log and hands what holds to `each`, with what is known so far and the offset of the batch.
-/// Nothing is changed. None if the log is empty or holds zeroes alone.
+/// Reads a log and hands what holds to `each`, with what is known so far and the offset of the
+/// batch. Nothing is changed. None if the log is empty or holds zeroes alone.
 pub fn read(
     file: &File,
     path: &Path,
@@ -384,7 +386,8 @@ pub fn read(
 /// What is done with a payload and its offset; whether to go on.
 type EachFrame<'a> = dyn FnMut(&mut LogFacts, &[u8], u64) -> Result<bool, UpperError> + 'a;
 
-/// Goes through the frames of a log until `each` returns false, and notes in the facts where that was.
+/// Goes through the frames of a log until `each` returns false, and notes in the facts where that
+/// was.
 fn pass(
     facts: &mut LogFacts,
     file: &File,
@@ -421,8 +424,8 @@ fn pass(
     }
 }
 
-/// The first batch of the log in `dir`, which another process may have open; none if there is no log,
-/// or none that is whole.
+/// The first batch of the log in `dir`, which another process may have open; none if there is no
+/// log, or none that is whole.
 pub fn first(dir: &Path, disk: &dyn Disk) -> Result<Option<Vec<Op>>, UpperError> {
     let path = dir.join(NAME);
     let file = match disk.open(&path, Access::Read) {
@@ -606,7 +609,8 @@ impl Log {
                 Ok(()) => {
                     self.allocated = to;
                     if self.ahead {
-                        // Syncing then has no blocks to note: half the price, and nothing if it fails.
+                        // Syncing then has no blocks to note: half the price, and nothing if it
+                        // fails.
                         let zeroes = vec![0; (to - from) as usize];
                         let _ = self.disk.write_at(&self.file, &zeroes, from);
                     }
@@ -724,8 +728,8 @@ impl Reserve {
     }
 }
 
-/// A log under the name that [`Log::publish`] changes, which says just this state; durable, unless `volatile`. On an error
-/// nothing of it is left.
+/// A log under the name that [`Log::publish`] changes, which says just this state; durable, unless
+/// `volatile`. On an error nothing of it is left.
 pub fn write_whole(
     disk: &Arc<dyn Disk>,
     dir: &Path,

@@ -9,22 +9,24 @@
 //!
 //! # Model
 //!
-//! An inode of the upper is a [`Record`]; a directory's record comes with entries that say of a name which inode it
-//! leads to, or that it is absent (a whiteout). A record with an `origin` *is* the lower inode at that path: every name that
-//! the lower has for that inode leads to the record, so the first change of a lower inode makes a record and touches
-//! nothing else, neither its parents nor its other names. Entries of a lower directory show through its record wherever that
+//! An inode of the upper is a [`Record`]; a directory's record comes with entries that say of a
+//! name which inode it leads to, or that it is absent (a whiteout). A record with an `origin` *is*
+//! the lower inode at that path: every name that the lower has for that inode leads to the record,
+//! so the first change of a lower inode makes a record and touches nothing else, neither its
+//! parents nor its other names. Entries of a lower directory show through its record wherever that
 //! record is; renaming one is an entry at the new place and a whiteout at the old.
 //!
-//! Only the sandbox's changes are in memory, and all of them: about 400 bytes for a file and its name,
-//! and what its xattrs and target take ([`state::MAX_MEMORY`]).
+//! Only the sandbox's changes are in memory, and all of them: about 400 bytes for a file and its
+//! name, and what its xattrs and target take ([`state::MAX_MEMORY`]).
 //!
 //! # Durability
 //!
-//! Every operation appends one batch to the log before memory changes, so memory is never ahead of the log, and a process
-//! that dies loses nothing that it had answered. Writing to a file marks its record `dirty` once; from then on the flat
-//! file's own length and mtime are the truth, until the record is written again. `fsync` makes the flat file and the log
-//! durable; a volatile upper, which is thrown away if its process dies, never syncs. What holds after a power cut is
-//! what ext4 promises with its default options: [`commit`].
+//! Every operation appends one batch to the log before memory changes, so memory is never ahead of
+//! the log, and a process that dies loses nothing that it had answered. Writing to a file marks its
+//! record `dirty` once; from then on the flat file's own length and mtime are the truth, until the
+//! record is written again. `fsync` makes the flat file and the log durable; a volatile upper,
+//! which is thrown away if its process dies, never syncs. What holds after a power cut is what ext4
+//! promises with its default options: [`commit`].
 
 pub mod batch;
 mod check;
@@ -150,7 +152,8 @@ struct Lock(File);
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // A process that another thread is starting has the file open, too, until it runs its program.
+        // A process that another thread is starting has the file open, too, until it runs its
+        // program.
         let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
@@ -277,7 +280,8 @@ impl Opened {
         self.ordered.insert(flat);
     }
 
-    /// What the log says, over the chain that it stood on; with the true length and mtime of what was written to last.
+    /// What the log says, over the chain that it stood on; with the true length and mtime of what
+    /// was written to last.
     pub fn replay(&mut self, lower: Arc<Merged>) -> Result<State, UpperError> {
         let empty = State::new(Arc::clone(&lower));
         let mut state = std::mem::replace(&mut self.state, empty);
@@ -293,7 +297,8 @@ impl Opened {
                 self.ordered.insert(flat);
             }
             if !self.found.has(flat) {
-                // The machine went down before the file, of which nobody had asked that it be durable, was.
+                // The machine went down before the file, of which nobody had asked that it be
+                // durable, was.
                 corrected.push((number, None));
             } else if doubted || is_dirty(&node.record) {
                 let stat = self.data.stat(flat);

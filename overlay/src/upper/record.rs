@@ -46,8 +46,8 @@ pub enum Data {
     Empty,
     /// In the store, unchanged.
     Lower([u8; ID_LEN]),
-    /// In the flat file with this number. When `dirty`, it has been written to since this record was, and its own length
-    /// and mtime are the true ones.
+    /// In the flat file with this number. When `dirty`, it has been written to since this record
+    /// was, and its own length and mtime are the true ones.
     Flat {
         /// The flat file's number.
         number: u64,
@@ -73,7 +73,8 @@ pub(crate) struct Bytes {
 /// What an inode is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Body {
-    /// A directory. If it has an origin, the entries of the merged lower directory there show through.
+    /// A directory. If it has an origin, the entries of the merged lower directory there show
+    /// through.
     Dir,
     /// A regular file.
     File {
@@ -263,7 +264,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// A record of the lower entry `node` with the metadata of `meta` and `nlink` names, of which `origin` is one.
+    /// A record of the lower entry `node` with the metadata of `meta` and `nlink` names, of which
+    /// `origin` is one.
     pub fn of_lower(node: NodeRef<'_>, meta: NodeRef<'_>, nlink: u32, origin: &[u8]) -> Self {
         let mtime = meta.mtime().into();
         let body = match node.kind() {
@@ -431,15 +433,17 @@ pub enum Op {
     Inode(u64, Box<Record>),
     /// The inode with this number is gone, and all entries in it.
     Forget(u64),
-    /// In the directory with this number, the name leads to the inode with that one; or, with none, to nothing.
+    /// In the directory with this number, the name leads to the inode with that one; or, with none,
+    /// to nothing.
     Entry(u64, Box<[u8]>, Option<u64>),
     /// In the directory with this number, the name is as the lower has it.
     Clear(u64, Box<[u8]>),
-    /// What changed in the project since the chain's layer of it was taken over from these, of which the last is the newest. Since
-    /// version 2 of the log.
+    /// What changed in the project since the chain's layer of it was taken over from these, of
+    /// which the last is the newest. Since version 2 of the log.
     Applied(Vec<[u8; ID_LEN]>),
-    /// The upper was made from this layer (see [`crate::thaw`]), which holds contents that its files still refer to. Since version 3
-    /// of the log; the first batch of a log tells, or none does.
+    /// The upper was made from this layer (see [`crate::thaw`]), which holds contents that its
+    /// files still refer to. Since version 3 of the log; the first batch of a log tells, or none
+    /// does.
     Thawed([u8; ID_LEN]),
     /// Of the inode with this number, these things are now so. Since version 4 of the log.
     Update(u64, Box<Update>),

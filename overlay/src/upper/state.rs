@@ -11,8 +11,8 @@ use crate::ino::{Ino, InoMap};
 use crate::merge::Merged;
 
 /// Positions of the upper's own names in a listing end here, and those of the lower's begin. A name
-/// that comes gets the position before those of all that are there: a listing that has begun is past
-/// it, so each listing ends, whatever is renamed or made meanwhile. The last position is below
+/// that comes gets the position before those of all that are there: a listing that has begun is
+/// past it, so each listing ends, whatever is renamed or made meanwhile. The last position is below
 /// 2^31, as a 32-bit program without large-file support needs it.
 pub const OWN_END: u64 = (1 << 30) - (1 << 20);
 
@@ -500,9 +500,9 @@ impl State {
         std::iter::from_fn(move || self.snapshot_from(&mut cursor, BATCH)).filter(|b| !b.is_empty())
     }
 
-    /// The next changes, about `most` or none yet, that make this state out of nothing; none at the end. The
-    /// state may change between two calls, if what is changed is told as well: these and the
-    /// changes, in the order in which they came, make the state as it is at the end.
+    /// The next changes, about `most` or none yet, that make this state out of nothing; none at the
+    /// end. The state may change between two calls, if what is changed is told as well: these and
+    /// the changes, in the order in which they came, make the state as it is at the end.
     pub fn snapshot_from(&self, cursor: &mut SnapshotCursor, most: usize) -> Option<Vec<Op>> {
         let mut ops = Vec::new();
         let mut bytes = 0;
@@ -622,8 +622,8 @@ mod tests {
         all
     }
 
-    /// A snapshot that is taken bit by bit, with what changes meanwhile told as well, makes the state that
-    /// is there at its end, whatever changes and when.
+    /// A snapshot that is taken bit by bit, with what changes meanwhile told as well, makes the
+    /// state that is there at its end, whatever changes and when.
     #[test]
     fn a_snapshot_taken_beside_changes_is_the_state_at_its_end() {
         for seed in 0..200_u64 {

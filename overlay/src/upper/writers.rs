@@ -56,7 +56,8 @@ impl Watch<'_> {
         gate.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was written to since the last time. Whatever was read before it was written to is in it, now or the next time.
+    /// What was written to since the last time. Whatever was read before it was written to is in
+    /// it, now or the next time.
     pub fn take(&self) -> HashSet<u64> {
         let mut written = self.writers.written();
         written.as_mut().map(std::mem::take).unwrap_or_default()

@@ -14,7 +14,8 @@ use crate::support::{Home, put};
 const CACHE: &str = "root/.npm/_cacache";
 const SEED: &str = "w/target";
 
-/// What a step does, one operation a word: `mkdir:PATH`, `write:PATH=TEXT`, `rm:PATH`, `chmod:PATH`.
+/// What a step does, one operation a word: `mkdir:PATH`, `write:PATH=TEXT`, `rm:PATH`,
+/// `chmod:PATH`.
 fn run(fs: &Overlay, script: &str) {
     for word in script.split_whitespace() {
         let (what, path) = word.split_once(':').unwrap();
@@ -82,7 +83,8 @@ fn create(fs: &Overlay, dir: Ino, name: &[u8]) -> Ino {
         .ino
 }
 
-/// `d` a directory, `i` one that is on the way, `o` one that hides, `w` a whiteout, else a file with the start of its id.
+/// `d` a directory, `i` one that is on the way, `o` one that hides, `w` a whiteout, else a file
+/// with the start of its id.
 fn text(tree: &Dir) -> String {
     fn add(dir: &Dir, path: &str, lines: &mut Vec<String>) {
         for (name, node) in dir.entries.iter() {

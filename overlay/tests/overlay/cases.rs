@@ -69,8 +69,8 @@ fn a_second_opener_is_told_that_the_upper_is_busy() {
     open().unwrap();
 }
 
-/// Whatever is cut off the end of the log of a process that was killed, what is left opens, and says
-/// what was true at some time.
+/// Whatever is cut off the end of the log of a process that was killed, what is left opens, and
+/// says what was true at some time.
 #[test]
 fn a_log_torn_anywhere_opens_at_an_earlier_state() {
     let home = Home::new();

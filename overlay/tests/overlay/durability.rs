@@ -51,8 +51,8 @@ fn everything(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     found
 }
 
-/// Of files that were synced, a flipped bit of the log takes none, or the upper is not opened and nothing
-/// of it is changed.
+/// Of files that were synced, a flipped bit of the log takes none, or the upper is not opened and
+/// nothing of it is changed.
 #[test]
 fn a_flipped_bit_in_the_log_takes_nothing_that_was_synced() {
     let home = Home::new();
@@ -135,8 +135,8 @@ fn changing_an_owner_does_not_write_the_target_again() {
     );
 }
 
-/// After a clean end, a power cut finds nothing that `stat` and `read` do not agree about: the times that
-/// tar sets make no promise about contents.
+/// After a clean end, a power cut finds nothing that `stat` and `read` do not agree about: the
+/// times that tar sets make no promise about contents.
 #[test]
 fn a_length_whose_bytes_are_lost_is_not_told() {
     use iii_overlay::fs::{SetTime, Time};
@@ -172,8 +172,8 @@ fn a_length_whose_bytes_are_lost_is_not_told() {
     }
 }
 
-/// On a disk that is full to the last page, each file can be removed, however many there are, and an upper
-/// can be opened on other layers, or says that it cannot.
+/// On a disk that is full to the last page, each file can be removed, however many there are, and
+/// an upper can be opened on other layers, or says that it cannot.
 #[test]
 fn a_full_disk_can_be_emptied_file_by_file() {
     let home = Home::new();
@@ -277,8 +277,8 @@ fn run(program: &str, args: &[&Path]) -> Result<(), String> {
         .ok_or_else(|| said.trim().into())
 }
 
-/// The power is cut for real: a file that another was renamed over is the old or the new one, and one
-/// that was synced is there.
+/// The power is cut for real: a file that another was renamed over is the old or the new one, and
+/// one that was synced is there.
 #[test]
 fn a_real_power_cut_leaves_old_or_new() {
     const FILES: usize = 20;

@@ -102,7 +102,8 @@ fn facts_are_what_was_seen_of_the_project() {
     assert_eq!(iii_store::facts::first_mismatch(&facts, root), None);
 }
 
-/// What a program does at `w`, with the requests that the kernel makes of it: a name is looked up before anything is done with it.
+/// What a program does at `w`, with the requests that the kernel makes of it: a name is looked up
+/// before anything is done with it.
 type Doing = fn(&Overlay, Ino);
 
 type Case<'a> = (&'a str, Doing, Vec<(&'a str, Seen)>);

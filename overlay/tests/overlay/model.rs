@@ -1,5 +1,5 @@
-//! A filesystem in memory that does what POSIX says, and the merging of layers as the specification says it: one whole
-//! layer after the other.
+//! A filesystem in memory that does what POSIX says, and the merging of layers as the specification
+//! says it: one whole layer after the other.
 
 use std::collections::BTreeMap;
 

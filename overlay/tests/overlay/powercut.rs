@@ -1,18 +1,18 @@
-//! The power is cut after every call that an upper makes to the host's filesystem. What was not synced
-//! is lost, kept, or anything between; what ext4 promises with its default options holds.
+//! The power is cut after every call that an upper makes to the host's filesystem. What was not
+//! synced is lost, kept, or anything between; what ext4 promises with its default options holds.
 //!
-//! A run is recorded: every change of the host's files, every sync, and what a model of the filesystem
-//! holds after each operation. For every prefix of it, directories are made as a disk may show them after
-//! the cut. A file's bytes are sure once it was synced; before, any of the writes may be missing. A
-//! change of names is sure once its directory was synced; before, any of them may be missing, whatever
-//! came before or after it, but a rename is never half done.
+//! A run is recorded: every change of the host's files, every sync, and what a model of the
+//! filesystem holds after each operation. For every prefix of it, directories are made as a disk
+//! may show them after the cut. A file's bytes are sure once it was synced; before, any of the
+//! writes may be missing. A change of names is sure once its directory was synced; before, any of
+//! them may be missing, whatever came before or after it, but a rename is never half done.
 //!
 //! The host has another boot id then. The promises:
 //!
 //! - The names are those of one moment, not before the last `fsync` or `sync` that returned.
 //! - A file that was synced has at least what it had then.
-//! - A file that replaced another, by a rename, or because it was emptied and written again, or copied
-//!   from a lower layer, has what it had at that moment, or something later.
+//! - A file that replaced another, by a rename, or because it was emptied and written again, or
+//!   copied from a lower layer, has what it had at that moment, or something later.
 //! - Any other new file has a part of what was written to it.
 //! - `stat` and `read` agree: [`view`] looks.
 //!
@@ -53,7 +53,8 @@ enum Event {
     Remove(PathBuf),
     /// The operation before has returned, and so many moments of the model are there.
     Returned(usize),
-    /// An operation that syncs has returned: everything up to that moment is durable, and these files.
+    /// An operation that syncs has returned: everything up to that moment is durable, and these
+    /// files.
     Promised(usize, Vec<usize>),
 }
 
@@ -538,7 +539,8 @@ fn is_part(found: &[u8], base: Option<&[u8]>, others: &[&[u8]]) -> bool {
             .all(|(at, byte)| all().any(|bytes| bytes.get(at) == Some(byte) || *byte == 0))
 }
 
-/// Whether what is found is what may be found after a power cut: the names of a moment from `promised` on.
+/// Whether what is found is what may be found after a power cut: the names of a moment from
+/// `promised` on.
 fn may_be(
     found: &BTreeMap<Vec<u8>, Vec<u8>>,
     moments: &[Moment],
@@ -572,7 +574,8 @@ fn contents(overlay: &Overlay) -> BTreeMap<Vec<u8>, Vec<u8>> {
         .collect()
 }
 
-/// Random operations on an upper in `root`: the calls that they made, and what there was after each.
+/// Random operations on an upper in `root`: the calls that they made, and what there was after
+/// each.
 fn record(
     home: &Home,
     layers: &[Arc<Layer>],

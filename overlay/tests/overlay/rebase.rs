@@ -1,4 +1,5 @@
-//! A changed project under an upper that stays: the outcome, path by path, as the specification says it.
+//! A changed project under an upper that stays: the outcome, path by path, as the specification
+//! says it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -145,8 +146,8 @@ fn expected(old_lower: &View, old: &View, new_lower: &View, changed: &BTreeSet<V
             expected.insert(path.clone(), seen.clone());
         }
     }
-    // Every entry needs its directories: those of a changed path come from the project, others from the sandbox, unless the
-    // project has put something else there.
+    // Every entry needs its directories: those of a changed path come from the project, others from
+    // the sandbox, unless the project has put something else there.
     let is_dir = |seen: Option<&Seen>| seen.is_some_and(|seen| seen.kind == Kind::Dir);
     for path in expected.keys().cloned().collect::<Vec<_>>() {
         let by_project = changed.contains(&path);
@@ -237,8 +238,8 @@ fn changed(old: &View, new: &View) -> BTreeSet<Vec<u8>> {
         .collect()
 }
 
-/// Without directories that the lower does not have and nothing is in: of one that the project had once, whose files it took away
-/// and the sandbox its own, nobody can say whose it is.
+/// Without directories that the lower does not have and nothing is in: of one that the project had
+/// once, whose files it took away and the sandbox its own, nobody can say whose it is.
 fn without_empty(mut view: View, lower: &View) -> View {
     for (path, seen) in view.clone().into_iter().rev() {
         let below = [&path, &b"/"[..]].concat();
@@ -254,7 +255,8 @@ fn without_empty(mut view: View, lower: &View) -> View {
 }
 
 proptest! {
-    /// What a running sandbox sees of a changed project is what it would see if it were started again, then and ever after.
+    /// What a running sandbox sees of a changed project is what it would see if it were started
+    /// again, then and ever after.
     #[test]
     fn an_update_is_like_starting_again(
         base in tree(),
@@ -410,7 +412,8 @@ fn a_file_that_moved_keeps_what_a_former_project_had() {
     assert_eq!(files(&overlay), want);
 }
 
-/// A package that the sandbox changed is that of a newer install afterwards, whole, and it is told how many files gave way.
+/// A package that the sandbox changed is that of a newer install afterwards, whole, and it is told
+/// how many files gave way.
 #[test]
 fn what_a_step_changed_wins_and_is_counted() {
     let home = Home::new();
@@ -470,7 +473,8 @@ fn what_a_step_changed_wins_and_is_counted() {
     let want = want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()));
     assert_eq!(files(&overlay), want);
     drop(overlay);
-    // The same layers in another order, as an earlier program composed them: nothing but what they have in common changes.
+    // The same layers in another order, as an earlier program composed them: nothing but what they
+    // have in common changes.
     let [base, project, install] = new;
     let overlay = home.open_at(
         &[base, install, project],
@@ -486,7 +490,8 @@ fn what_a_step_changed_wins_and_is_counted() {
     assert_eq!((files(&overlay), overlay.gave_way()), (want.to_vec(), 0));
 }
 
-/// What a layer above the project hides is not shown by an update, and what it shows is not taken away.
+/// What a layer above the project hides is not shown by an update, and what it shows is not taken
+/// away.
 #[test]
 fn an_update_respects_what_is_above_the_project() {
     let home = Home::new();

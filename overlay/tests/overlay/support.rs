@@ -66,8 +66,8 @@ impl Home {
         }
     }
 
-    /// The tree as a layer, with files of these contents. Nothing of it is written anywhere: that is the store's
-    /// business, and slow.
+    /// The tree as a layer, with files of these contents. Nothing of it is written anywhere: that
+    /// is the store's business, and slow.
     pub fn layer(&self, tree: &Tree, contents: &[&[u8]]) -> Arc<Layer> {
         let mut held = self.held.0.lock().unwrap();
         for bytes in contents {
@@ -139,7 +139,8 @@ impl Home {
         (tree, layer)
     }
 
-    /// An upper at `to` that is made of what the overlay wrote, on what it stands on, of which these are the layers.
+    /// An upper at `to` that is made of what the overlay wrote, on what it stands on, of which
+    /// these are the layers.
     pub fn thaw(&self, overlay: &Overlay, layers: &[Arc<Layer>], to: &Path) {
         let ingest = self.store.ingest(&self.lease).unwrap();
         let (tree, footing) = overlay.freeze(&ingest).unwrap();

@@ -33,8 +33,8 @@ impl Drop for Over<'_> {
     }
 }
 
-/// One writer writes a number into one file, and then into the other; at no moment do they say anything else than the same, or one
-/// more in the first. Each is written in one request.
+/// One writer writes a number into one file, and then into the other; at no moment do they say
+/// anything else than the same, or one more in the first. Each is written in one request.
 #[test]
 fn what_is_frozen_while_it_is_written_to_is_of_one_moment() {
     const LEN: usize = 40_000;
@@ -110,7 +110,8 @@ fn where_too_much_is_written_there_is_no_such_moment() {
     overlay.freeze(&ingest).unwrap();
 }
 
-/// The layer that an upper was made from is needed for as long as the upper is there, and its contents are nowhere else.
+/// The layer that an upper was made from is needed for as long as the upper is there, and its
+/// contents are nowhere else.
 #[test]
 fn an_upper_whose_snapshot_is_gone_says_so() {
     let home = Home::new();

@@ -1,4 +1,5 @@
-//! A virtual machine monitor and its guest, made up: what no real kernel would do with its memory and rings.
+//! A virtual machine monitor and its guest, made up: what no real kernel would do with its memory
+//! and rings.
 
 use std::fs::File;
 use std::io::Read;
@@ -283,7 +284,8 @@ fn it_ends_when_it_is_told_to() {
     assert_eq!(machine.end().unwrap(), End::Stopped);
 }
 
-/// Every queue full at once, so that the pool has to help; and queues that are stopped and started again.
+/// Every queue full at once, so that the pool has to help; and queues that are stopped and started
+/// again.
 #[test]
 fn bursts_on_all_queues_are_answered() {
     let mut machine = Machine::new();
@@ -316,7 +318,8 @@ fn bursts_on_all_queues_are_answered() {
     }
 }
 
-/// What the guest has written and what is in a layer come to where the guest wants them, and nothing else does.
+/// What the guest has written and what is in a layer come to where the guest wants them, and
+/// nothing else does.
 #[test]
 fn reads_fill_their_room_however_it_is_cut() {
     let mut machine = Machine::new();
