@@ -839,16 +839,17 @@ pub enum Store {
   mount -t virtiofs root /mnt                # in the guest")]
     #[cfg(target_os = "linux")]
     Serve(Serve),
-    /// Check the store for damage
+    /// Check the store and the uppers of workers for damage
     ///
     /// Checks the structure: every index, layer, key and ref. With --data, also hashes every byte
-    /// of every file. Runs beside builds and workers. Exit code 1 means problems that are not
-    /// repaired, 3 that the machine kept something from being checked and nothing else is wrong.
+    /// of every file. Then reads the log of the upper of every worker; --repair leaves uppers as
+    /// they are. Runs beside builds and workers. Exit code 1 means problems that are not repaired,
+    /// 3 that the machine kept something from being checked and nothing else is wrong.
     #[command(after_help = "Examples:
   iii store verify
   iii store verify --data                    # hash everything
   iii store verify --data --repair           # move damage aside, so that it is built again
-  iii store verify --json | jq '.report.problems[]'")]
+  iii store verify --json | jq '.report.problems[], .uppers[]'")]
     Verify(Verify),
     /// Update a store of an earlier version
     ///

@@ -73,9 +73,14 @@ impl Home {
         self.root.join("store/v1")
     }
 
+    /// All sandboxes of `worker dev`.
+    pub fn all_dev(&self) -> PathBuf {
+        self.root.join("dev")
+    }
+
     /// The sandbox of `worker dev` called `name`.
     pub fn dev(&self, name: &str) -> PathBuf {
-        self.root.join("dev").join(name)
+        self.all_dev().join(name)
     }
 
     /// All managed workers.

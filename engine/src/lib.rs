@@ -20,4 +20,5 @@ pub mod project;
 #[cfg(target_os = "linux")]
 pub mod serve;
 pub mod shared_cache;
+pub mod uppers;
 pub mod worker;

@@ -6,6 +6,7 @@ mod gc;
 mod layers;
 #[cfg(target_os = "linux")]
 mod serve;
+mod uppers;
 mod verify;
 
 use std::process::ExitCode;
@@ -33,7 +34,7 @@ pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
         #[cfg(target_os = "linux")]
         args::Store::Serve(args) => serve::serve(&home, &open()?, &args, ui),
         // For stores that cannot be opened.
-        args::Store::Verify(args) => verify::verify(&dir, &args, ui),
+        args::Store::Verify(args) => verify::verify(&home, &args, ui),
         args::Store::Migrate(args) => verify::migrate(&dir, &args, ui),
     }
 }

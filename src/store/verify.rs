@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use iii_engine::home::Home;
+use iii_engine::uppers::check_all;
 use iii_store::disk::RealDisk;
 use iii_store::{
     Mended, MigrateEvent, Report, Severity, Store, StoreError, VerifyEvent, VerifyOptions,
@@ -12,6 +14,7 @@ use iii_store::{
 use serde_json::json;
 
 use super::catalog::ref_kind_text;
+use super::uppers;
 use crate::args::{Migrate, Verify};
 use crate::output::{Ui, Unit, human_bytes, human_count, human_counted, human_duration};
 use crate::table::{Align, Table};
@@ -20,7 +23,8 @@ use crate::{CliError, print, print_json};
 /// The exit code where nothing is wrong but that something could not be checked.
 const UNCHECKED: u8 = 3;
 
-pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> {
+pub fn verify(home: &Home, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> {
+    let dir = &home.store();
     let store = open(dir)?;
     let report = look(&store, args, ui)?;
     if !args.json {
@@ -41,12 +45,36 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
         }
         after = Some(report);
     }
+    let checked = check_all(home);
+    uppers::say(&checked, args.repair, ui);
     if args.json {
-        print_json(&json!({ "report": report, "mended": mended, "after": after }))?;
+        let uppers = uppers::as_json(&checked);
+        print_json(
+            &json!({ "report": report, "mended": mended, "after": after, "uppers": uppers }),
+        )?;
     }
-    let last = after.as_ref().unwrap_or(&report);
+    let of_store = verdict(after.as_ref().unwrap_or(&report), args, ui);
+    let verdict = of_store.max(uppers::verdict(&checked));
+    Ok(match verdict {
+        Verdict::Healthy => ExitCode::SUCCESS,
+        // An error of the machine is no verdict on the store.
+        Verdict::Unchecked => ExitCode::from(UNCHECKED),
+        Verdict::Damaged => ExitCode::FAILURE,
+    })
+}
+
+/// How a check ends, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    Healthy,
+    Unchecked,
+    Damaged,
+}
+
+/// Says how many problems the store has at last.
+fn verdict(last: &Report, args: &Verify, ui: &Ui) -> Verdict {
     if last.is_clean() || (args.repair && last.is_mended()) {
-        return Ok(ExitCode::SUCCESS);
+        return Verdict::Healthy;
     }
     let count = |severity: Severity| {
         let problems = last.problems.iter();
@@ -68,11 +96,10 @@ pub fn verify(dir: &Path, args: &Verify, ui: &Ui) -> Result<ExitCode, CliError> 
     if !args.repair && problems > unchecked {
         ui.note("`iii store verify --repair` moves damage aside and drops everything that depends on it, so that it is built again");
     }
-    // An error of the machine is no verdict on the store.
     if problems == unchecked {
-        return Ok(ExitCode::from(UNCHECKED));
+        return Verdict::Unchecked;
     }
-    Ok(ExitCode::FAILURE)
+    Verdict::Damaged
 }
 
 fn open(dir: &Path) -> Result<Store, StoreError> {

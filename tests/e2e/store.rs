@@ -716,6 +716,61 @@ fn verify_finds_damage_and_repair_has_it_built_again() {
 }
 
 #[test]
+fn verify_looks_at_uppers_and_repair_leaves_them() {
+    let home = Home::with_busybox();
+    let project = Project::scripts(
+        "true",
+        "true",
+        "echo 1 >/of-worker; echo started; sleep 1000",
+    );
+    let mut dev = home.dev(&project, &["--name", "one"]);
+    dev.wait_for("started");
+    // Nothing is wrong while it runs.
+    let verify = ["store", "verify"];
+    let running = home.start(&verify).finish(LIMIT).exits(0);
+    running.says(&["dev/one/upper: healthy"]);
+    dev.stop();
+    let upper = home.state().join("dev/one/upper");
+    home.run(&verify).ok().says(&["dev/one/upper: healthy"]);
+    let report = json(&home, &["verify"]);
+    let [row] = array(&report, "uppers") else {
+        panic!("there is one upper: {report:#}");
+    };
+    assert_eq!(row["path"], upper.to_str().unwrap());
+    assert!(number(row, "files") > 0, "{row:#}");
+
+    let log = upper.join("log");
+    let mut bytes = std::fs::read(&log).unwrap();
+    let name = b"of-worker";
+    let at = bytes.windows(name.len()).position(|part| part == name);
+    bytes[at.unwrap()] ^= 1;
+    std::fs::write(&log, &bytes).unwrap();
+    for args in [&["verify"][..], &["verify", "--repair"]] {
+        let all = [&["store"], args].concat();
+        home.run(&all).exits(1).says(&[
+            "verified: ",
+            "dev/one/upper: damaged",
+            "damaged at byte",
+            "--fresh",
+        ]);
+        let ended = home.run(&[&all[..], &["--json"]].concat()).exits(1);
+        let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let row = &array(&report, "uppers")[0];
+        assert_eq!(row["state"], "damaged");
+        let offset = number(row, "offset");
+        assert!((1..=at.unwrap() as i64).contains(&offset), "{row:#}");
+        assert_eq!(std::fs::read(&log).unwrap(), bytes);
+    }
+
+    // A log that cannot be read tells nothing of the upper.
+    std::fs::remove_file(&log).unwrap();
+    std::fs::create_dir(&log).unwrap();
+    home.run(&verify)
+        .exits(3)
+        .says(&["dev/one/upper: not checked"]);
+}
+
+#[test]
 fn a_damaged_format_is_mended() {
     let (home, _) = filled();
     let format = home.state().join("store/v1/format");
