@@ -16,7 +16,6 @@ use std::process::ExitCode;
 use crate::output::Ui;
 use crate::settings::{self, NoHome};
 use iii_engine::build::BuildError;
-pub use iii_engine::build::with_causes;
 use iii_engine::managed::ManagedError;
 use iii_engine::project::NameError;
 use iii_engine::project::scaffold::ScaffoldError;
@@ -34,7 +33,7 @@ use iii_overlay::upper::UpperError;
 use iii_overlay::{FreezeError, OpenError};
 use iii_sandbox::{HAS_NAMESPACES, SandboxError};
 use iii_store::tree::TreeError;
-use iii_store::{LayerId, StoreError};
+use iii_store::{LayerId, StoreError, with_causes};
 
 use super::limits::{self, LimitError};
 use super::store::MIN_PREFIX;

@@ -94,7 +94,8 @@ pub fn raised(limit: Limit, value: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::with_causes;
+    use iii_store::with_causes;
+
     use super::*;
 
     #[test]

@@ -23,9 +23,10 @@ use iii_engine::worker::isolation::{self, SandboxOptions};
 use iii_engine::worker::supervise::Signals;
 use iii_engine::worker::target::Target;
 use iii_sandbox::tail::inert;
+use iii_store::with_causes;
 
 use super::args::{self, Runtime, Worker};
-use super::error::{registry_hint, with_causes};
+use super::error::registry_hint;
 use super::image::{self, Bars};
 use super::{CliError, export, limits, managed, print, print_json, settings, snapshot};
 use crate::doctor::{self, Diagnosis, State};

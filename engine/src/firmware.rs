@@ -372,10 +372,11 @@ mod tests {
     use std::thread;
 
     use flate2::write::GzEncoder;
+    use iii_store::with_causes;
     use tempfile::TempDir;
 
     use super::*;
-    use iii_test_support::{Tar, chain};
+    use iii_test_support::Tar;
 
     /// Answers each connection with the next of `answers`, then no more.
     fn server(answers: Vec<Vec<u8>>) -> String {
@@ -504,7 +505,7 @@ mod tests {
             let error = places(dir.path())
                 .find_or_fetch(Some(&package(meant, url)), &hasty(), &|_| {})
                 .unwrap_err();
-            let error = chain(&error);
+            let error = with_causes(&error);
             assert!(error.contains(expected), "{error}");
             assert_eq!(places(dir.path()).find().unwrap(), None);
         }

@@ -3,10 +3,10 @@
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use iii_engine::build::with_causes;
 use iii_engine::uppers::CheckedUpper;
 use iii_overlay::upper::{UpperError, UpperReport};
 use iii_store::facts::path_text;
+use iii_store::with_causes;
 use serde_json::{Value, json};
 
 use super::verify::Verdict;

@@ -9,6 +9,19 @@ use crate::layer::LayerError;
 use crate::pack::PackError;
 use crate::tree::TreeError;
 
+/// `error` and its chain of causes, on one line. The messages of all crates leave their cause to
+/// `source`, so that each cause is printed once.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 /// An operation on the store that failed. The message names the operation and the path; the cause
 /// is the `source`.
 #[derive(Debug, thiserror::Error)]

@@ -119,7 +119,7 @@ pub use account::{Account, Area, LayerUse, RefUse};
 pub use blob::Blob;
 pub use diff::{Change, ChangeKind, diff};
 pub use disk::Space;
-pub use error::StoreError;
+pub use error::{StoreError, with_causes};
 pub use facts::{Answers, Fact, How, Look, Seen};
 pub use gc::{DroppedRecord, DroppedVolume, Garbage, GcEvent, GcPlan, GcReport, Kept, Policy, Why};
 pub use id::{FactsId, KeyId, LayerId, LooksId, ObjectId, PackId, SeenHash, TreeId};

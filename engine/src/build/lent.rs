@@ -137,7 +137,7 @@ impl Lent {
             if let Err(error) = builder.store.merge_volume(builder.lease, name, tree) {
                 (builder.events)(Event::Note(format!(
                     "the downloads for the cache {name} are not kept: {}",
-                    super::with_causes(&error)
+                    iii_store::with_causes(&error)
                 )));
             }
         }
@@ -163,7 +163,7 @@ impl Lent {
         if let Err(error) = builder.store.set_ref(RefKind::Volume, name, &seed) {
             (builder.events)(Event::Note(format!(
                 "the next install will build from nothing: {}",
-                super::with_causes(&error)
+                iii_store::with_causes(&error)
             )));
         }
     }

@@ -465,7 +465,7 @@ mod tests {
 
     fn parse(bytes: &[u8]) -> Result<Document, String> {
         Document::parse(bytes, &key(), Kind::Install)
-            .map_err(|error| iii_test_support::chain(&error))
+            .map_err(|error| iii_store::with_causes(&error))
     }
 
     /// The format of a record: it may change only together with its number.

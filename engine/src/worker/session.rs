@@ -30,11 +30,11 @@ use std::time::Instant;
 
 use iii_sandbox::{Sandbox, SandboxError, Stdio};
 use iii_store::layer::Kind as NodeKind;
-use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff};
+use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff, with_causes};
 use rustix::process::Signal;
 
 use crate::build::realise::{Realiser, Share, Wanted, Worker};
-use crate::build::{self, Event, RunningSteps, Status, with_causes};
+use crate::build::{self, Event, RunningSteps, Status};
 use crate::compose::Isolation;
 use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};

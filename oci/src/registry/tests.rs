@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use iii_store::with_causes;
 use serde_json::{Value, json};
 
 use super::auth::Bearer;
 use super::*;
-use crate::tests::{Tar, TestStore, chain};
+use crate::tests::{Tar, TestStore};
 use crate::{Image, Imported, Limits, Platform};
 
 /// A request as the server sees it.
@@ -254,7 +255,7 @@ fn pull_with(test: &TestStore, name: &str, settings: &Settings) -> Result<Import
         &Limits::default(),
         &|_| {},
     )
-    .map_err(|error| chain(&error))
+    .map_err(|error| with_causes(&error))
 }
 
 fn pull(test: &TestStore, server: &Server) -> Result<Image, String> {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use iii_store::tree::{Leaf, Rdev};
-use iii_store::{Ingest, LayerId};
+use iii_store::{Ingest, LayerId, with_causes};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 
@@ -516,12 +516,12 @@ fn damaged_contents_are_not_handed_on() {
     assert!(
         matches!(error, ExportError::Contents { .. }),
         "{}",
-        chain(&error)
+        with_causes(&error)
     );
     assert!(
-        chain(&error).starts_with("\"f\": its contents cannot be read"),
+        with_causes(&error).starts_with("\"f\": its contents cannot be read"),
         "{}",
-        chain(&error)
+        with_causes(&error)
     );
 }
 
@@ -696,7 +696,7 @@ fn import(test: &TestStore, path: &Path, name: &str) -> Result<Image, String> {
     let limits = Limits::default();
     crate::import(&test.store, path, name, &limits, &|_| {})
         .map(|imported| imported.image)
-        .map_err(|error| chain(&error))
+        .map_err(|error| with_causes(&error))
 }
 
 fn two_layers(test: &TestStore) -> Vec<Arc<Layer>> {
@@ -976,7 +976,7 @@ fn what_cannot_be_a_destination() {
     ] {
         let before = std::fs::read_dir(&dir).unwrap().count();
         let put = LayoutSink::open(&dir).and_then(|sink| sink.put_manifest("x", b"{}", None));
-        let error = chain(&put.expect_err(expected));
+        let error = with_causes(&put.expect_err(expected));
         assert!(error.contains(expected), "{error}");
         assert!(error.contains(dir.to_str().unwrap()), "{error}");
         // A refused directory is left alone, except for room for blobs in a layout.
@@ -986,7 +986,9 @@ fn what_cannot_be_a_destination() {
     let path = test.dir.path().join("file");
     std::fs::write(&path, "").unwrap();
     for path in [path.clone(), path.join("below")] {
-        let error = LayoutSink::open(&path).err().map(|error| chain(&error));
+        let error = LayoutSink::open(&path)
+            .err()
+            .map(|error| with_causes(&error));
         assert!(
             error
                 .as_deref()
@@ -998,7 +1000,7 @@ fn what_cannot_be_a_destination() {
     for path in [test.dir.path().to_owned(), missing] {
         let error = DockerArchiveSink::create(&path, String::new()).err();
         assert!(
-            error.is_some_and(|error| chain(&error).contains("writing")),
+            error.is_some_and(|error| with_causes(&error).contains("writing")),
             "{path:?}"
         );
     }

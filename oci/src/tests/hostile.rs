@@ -862,7 +862,7 @@ fn compression_that_deceives() {
         let promise = Promise::default();
         let layer = Dialect::Layer(&[]);
         let unpacked = unpack_blob(blob, promise, &ingest, layer, &limits, &|_| {})
-            .map_err(|error| chain(&error))?;
+            .map_err(|error| with_causes(&error))?;
         let published = ingest.finish(&unpacked.0.tree).unwrap();
         Ok::<_, String>(test.show(&test.store.layer(&published.layer_id).unwrap()))
     };

@@ -159,7 +159,8 @@ fn upper() -> Vec<u8> {
 }
 
 fn import(test: &TestStore, path: &std::path::Path, name: &str) -> Result<Imported, String> {
-    oci::import(&test.store, path, name, &Limits::default(), &|_| {}).map_err(|error| chain(&error))
+    oci::import(&test.store, path, name, &Limits::default(), &|_| {})
+        .map_err(|error| with_causes(&error))
 }
 
 fn show(test: &TestStore, image: &Image) -> Vec<Vec<String>> {
@@ -639,7 +640,7 @@ fn bombs_are_refused_by_their_ratio() {
             &limits,
             &|_| {},
         );
-        let error = chain(&error.unwrap_err());
+        let error = with_causes(&error.unwrap_err());
         assert_eq!(
             error,
             "the ratio at which it is compressed is over the limit of 50 (ratio)"

@@ -11,8 +11,8 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use iii_store::tree::{Content, Dir, DirKind, Meta, Mtime, Node};
-use iii_store::{Layer, Store};
-pub use iii_test_support::{Head, Tar, chain};
+use iii_store::{Layer, Store, with_causes};
+pub use iii_test_support::{Head, Tar};
 
 use super::Limits;
 use super::unpack::{self, Dialect, Unpacked};
@@ -43,8 +43,8 @@ impl TestStore {
             tree,
             took_from_below,
         } = unpack::unpack(&mut input, &ingest, dialect, limits, &|_| {})
-            .map_err(|error| chain(&error))?;
-        let published = ingest.finish(&tree).map_err(|error| chain(&error))?;
+            .map_err(|error| with_causes(&error))?;
+        let published = ingest.finish(&tree).map_err(|error| with_causes(&error))?;
         let layer = self.store.layer(&published.layer_id).unwrap();
         Ok((layer, took_from_below))
     }

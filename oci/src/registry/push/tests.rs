@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use iii_store::with_causes;
 use serde_json::json;
 
 use super::super::tests::{Reply, Request as Asked, Server, ok, settings, status};
 use super::super::{AuthFiles, Settings};
 use super::*;
-use crate::tests::chain;
 
 /// Bytes of a piece here.
 const PIECE: usize = 1000;
@@ -106,7 +106,7 @@ fn push(repository: &Repository, bytes: &[u8]) -> Result<(Digest, u64), String> 
     let write = bytes.chunks(333).try_for_each(|some| upload.write(some));
     write
         .and_then(|()| upload.finish())
-        .map_err(|error| chain(&error))
+        .map_err(|error| with_causes(&error))
 }
 
 /// A registry that does as `lie` says with requests of one method, by their number from 1, and else
