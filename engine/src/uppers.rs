@@ -12,7 +12,7 @@ use crate::home::Home;
 pub struct CheckedUpper {
     /// Its directory, or a directory of workers that could not be listed.
     pub dir: PathBuf,
-    /// What it holds, or why it cannot be used.
+    /// Its contents, or why it cannot be used.
     pub found: Result<UpperReport, UpperError>,
 }
 
