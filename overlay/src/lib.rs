@@ -185,4 +185,9 @@ impl Overlay {
     pub fn stats(&self) -> Vec<(&'static str, u64)> {
         self.stats.all()
     }
+
+    /// Whether the kernel was told of the inode and has not forgotten it.
+    pub fn remembers(&self, ino: ino::Ino) -> bool {
+        self.lookups.has(ino)
+    }
 }

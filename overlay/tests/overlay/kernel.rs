@@ -7,9 +7,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use iii_overlay::Overlay;
 use iii_overlay::adapter::Mode;
+use iii_overlay::fs::Filesystem as _;
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
 use rustix::process::{Gid, Uid};
 
@@ -160,14 +162,22 @@ fn an_inode_is_found_by_its_handle_when_the_kernel_forgot_it() {
     };
     fs::create_dir(mounted.at.join("d")).unwrap();
     fs::write(mounted.at.join("d/f"), "contents").unwrap();
-    let handles = ["d", "d/f"].map(|path| handle(&mounted.at.join(path)));
+    let paths = ["d", "d/f"].map(|path| mounted.at.join(path));
+    let handles = paths.each_ref().map(|path| handle(path));
+    let inodes = paths.map(|path| path.metadata().unwrap().ino());
     let root = File::open(&mounted.at).unwrap();
-    // Remounting drops the entries that are in no use, and their inodes.
-    let forget = || {
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount_remount(&mounted.at, flags, c"").unwrap();
+    // Remounting drops the entries that are in no use. Their inodes go once their files are released, and the overlay hears of
+    // it later still: the kernel waits for neither.
+    let forget = |forgotten: &dyn Fn() -> bool| {
+        let until = Instant::now() + PATIENCE;
+        while !forgotten() {
+            assert!(Instant::now() < until, "the kernel forgets nothing");
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount_remount(&mounted.at, flags, c"").unwrap();
+            std::thread::yield_now();
+        }
     };
-    forget();
+    forget(&|| !inodes.iter().any(|ino| mounted.overlay.remembers(*ino)));
     let known = |overlay: &Overlay| {
         let stats = overlay.stats().into_iter();
         stats
@@ -186,12 +196,14 @@ fn an_inode_is_found_by_its_handle_when_the_kernel_forgot_it() {
     // A removed file is found by no handle.
     let gone = handle(&mounted.at.join("d/f"));
     fs::remove_file(mounted.at.join("d/f")).unwrap();
-    forget();
+    forget(&|| mounted.overlay.getattr(inodes[1]).is_err());
     let error = open_handle(&root, gone).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
     drop(root);
 }
 
+/// How long the kernel may take to forget an inode that is in no use.
+const PATIENCE: Duration = Duration::from_secs(60);
 const HANDLE: usize = 128;
 
 #[repr(C, align(8))]
