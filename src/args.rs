@@ -133,6 +133,15 @@ Environment, instead of the options:
                                                 about the programs in your sandboxes
   III_CACHE_TO=docker://HOST/REPOSITORY         cache to upload layers to, with all files of scripts")]
     Build(Build),
+    /// Show the record that each step of a project would reuse, or the facts that differ
+    ///
+    /// The project is looked at as by `worker build`, but nothing runs and nothing is built. A
+    /// step without a record that holds has its nearest records: the project's own last one, then
+    /// up to three with the fewest differing facts.
+    #[command(after_help = "Examples:
+  iii worker explain ./my-project
+  iii worker explain api --json | jq '.steps[] | {kind, verdict, reason}'")]
+    Explain(Explain),
     /// Make a standard image of a worker, for any container engine or cluster
     ///
     /// A path is built first, as by `worker build`; a name stands for the layers that the worker
@@ -603,6 +612,19 @@ pub struct Dev {
 pub struct Build {
     #[command(flatten)]
     pub target: Target,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// Worker's name, or project directory, which begins with `.`, `/` or `~`
+    #[arg(value_name = "NAME|PATH")]
+    pub worker: String,
+    /// Use this base image instead of the project's
+    #[arg(long, value_name = "IMAGE")]
+    pub base: Option<String>,
     /// Print one JSON object on standard output
     #[arg(long)]
     pub json: bool,

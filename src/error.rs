@@ -328,7 +328,7 @@ impl CliError {
             Self::Image(error @ (ImageError::Pull { .. } | ImageError::Import { .. })) => {
                 limit_hint(error, true).or_else(|| pull_hint(error))?
             }
-            Self::NoImage { name } => format!("`iii image list` prints the images; to pull it: iii image pull {name}"),
+            Self::NoImage { name } | Self::Run(RunError::BaseNotStored { name }) => format!("`iii image list` prints the images; to pull it: iii image pull {name}"),
             Self::Run(RunError::Build(BuildError::Step { .. })) => {
                 "nothing of this step was kept; correct the script or the project and run again".into()
             }
@@ -348,7 +348,7 @@ impl CliError {
                 name,
             }) => drop_hint(name),
             Self::Run(RunError::NeverRun { .. }) => {
-                "only a project that `iii worker dev` has run has a name; export it by its path, as in: iii worker export ./my-project".into()
+                "only a project that `iii worker dev` has run has a name; give the project's path instead, as in: iii worker export ./my-project".into()
             }
             Self::Run(RunError::Outdated { project, .. }) => format!(
                 "to build and export the present project: iii worker export {}",

@@ -5,6 +5,7 @@
 mod args;
 mod doctor;
 mod error;
+mod explain;
 mod export;
 mod image;
 mod limits;

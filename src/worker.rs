@@ -28,7 +28,7 @@ use iii_store::with_causes;
 use super::args::{self, Runtime, Worker};
 use super::error::registry_hint;
 use super::image::{self, Bars};
-use super::{CliError, export, limits, managed, print, print_json, settings, snapshot};
+use super::{CliError, explain, export, limits, managed, print, print_json, settings, snapshot};
 use crate::doctor::{self, Diagnosis, State};
 use crate::output::{
     ProgressHandle, StepOutput, Ui, Unit, human_bytes, human_counted, human_duration,
@@ -41,6 +41,7 @@ pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),
+        Worker::Explain(args) => explain::explain(&home, &args),
         Worker::Add(args) => managed::add(&home, &signals, &args, ui),
         Worker::Start(args) => managed::start(&home, &args, ui),
         Worker::Stop(args) => managed::stop(&home, &args, ui),

@@ -168,3 +168,86 @@ fn twenty_projects_with_one_script_all_hit_and_know_their_own_reasons() {
     let layers = home.build(&projects[4], &["--name", "facts-4"]);
     assert_eq!(layers.reason(), "the entries of src changed");
 }
+
+/// `explain` runs nothing, and agrees with the next build about records, reasons and facts.
+#[test]
+fn explain_tells_of_the_record_that_holds_or_of_the_facts_that_differ() {
+    let home = Home::with_busybox();
+    let script = "mkdir -p /opt; cat package.json > /opt/out; [ ! -e lock ]; ls src > /dev/null";
+    let [one, two] = ["one\n", "two\n"].map(|text| {
+        project(
+            script,
+            &[("package.json", text), ("src/a", "a"), ("other", "1")],
+        )
+    });
+    let explain = |project: &Project| -> serde_json::Value {
+        let ended = home
+            .run(&["worker", "explain", project.arg(), "--json"])
+            .ok();
+        serde_json::from_str(&ended.stdout).unwrap()
+    };
+    let steps = |project: &Project| {
+        let told = explain(project);
+        [0, 1].map(|step| told["steps"][step].clone())
+    };
+    let [setup, install] = steps(&one);
+    assert_eq!(setup["verdict"], "run");
+    assert_eq!(
+        setup["reason"],
+        "first build of this project with this script"
+    );
+    assert_eq!(
+        (&install["verdict"], &install["key"]),
+        (&"unknown".into(), &().into())
+    );
+
+    let built = home.build(&one, &[]);
+    one.write("other", "2");
+    let [setup, install] = steps(&one);
+    assert_eq!(
+        (&setup["verdict"], &install["verdict"]),
+        (&"hit".into(), &"hit".into())
+    );
+    assert_eq!(
+        install["record"]["layer_id"],
+        built.get("install").layer_id.as_str()
+    );
+    assert_eq!(install["record"]["is_last"], true);
+    // busybox's `ls` looks at the files that it lists.
+    let counts = &install["record"]["facts"];
+    assert_eq!(
+        (&counts["contents"], &counts["listings"]),
+        (&2.into(), &1.into())
+    );
+    let text = home.run(&["worker", "explain", one.arg()]).ok().stdout;
+    assert!(
+        text.contains("install: cached") && text.contains("contents: 2"),
+        "{text}"
+    );
+
+    // The project's own record is first, though that of the other project is nearer.
+    one.write("package.json", "two\n");
+    let _ = home.build(&two, &[]);
+    one.write("src/b", "b");
+    let [_, install] = steps(&one);
+    assert_eq!(install["verdict"], "run");
+    let nearest = install["nearest"].as_array().unwrap();
+    let told: Vec<_> = nearest
+        .iter()
+        .map(|record| {
+            let paths = record["differences"].as_array().unwrap().iter();
+            let paths: Vec<_> = paths.map(|one| one["path"].as_str().unwrap()).collect();
+            (record["is_last"].as_bool().unwrap(), paths)
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [(true, vec!["package.json", "src"]), (false, vec!["src"])]
+    );
+    let text = home.run(&["worker", "explain", one.arg()]).ok().stdout;
+    assert!(
+        text.contains("install: has to run") && text.contains("package.json: was"),
+        "{text}"
+    );
+    assert_eq!(install["reason"], home.build(&one, &[]).reason());
+}

@@ -7,6 +7,7 @@
 //! processes that need the same step at once, one runs it and the other waits.
 
 pub mod collect;
+pub mod explain;
 mod jobs;
 mod last;
 mod lent;
@@ -400,15 +401,7 @@ impl Builder<'_> {
     }
 
     fn recipe(&self, kind: Kind, script: &str, below: &[Arc<Layer>]) -> Recipe {
-        Recipe {
-            kind,
-            below: below.iter().map(|layer| layer.tree_id()).collect(),
-            script: script.to_owned(),
-            shell: SHELL.iter().map(|&word| word.to_owned()).collect(),
-            arch: std::env::consts::ARCH.to_owned(),
-            user: self.image.config.user.clone(),
-            env: self.env.clone(),
-        }
+        recipe(self.image, self.env, kind, script, below)
     }
 
     /// The layer that still holds for this project, and the id of the facts that it stands on.
@@ -420,27 +413,18 @@ impl Builder<'_> {
         last: &LastBuild,
         start: Instant,
     ) -> Result<Option<(Outcome, FactsId)>, BuildError> {
-        let mut found = None;
-        let mut take = |head: &RecordHead, facts: &[Fact]| {
-            // Pinned before it is looked for: what gc has taken by now is built again.
-            self.lease.pin(&[head.layer_id])?;
-            let there = self.store.has_layer(&head.layer_id);
-            if there {
-                found = Some((head.facts, head.clone().with(facts.to_vec())));
-            }
-            Ok(there)
-        };
         let last = last.step(kind).filter(|last| last.key == key);
-        let search = Search {
-            last: last.map(|last| last.facts),
-            trusts: &|head| self.caches.trusts(head.origin()),
-            take: &mut take,
+        let finder = Finder {
+            store: self.store,
+            lease: self.lease,
+            caches: self.caches,
         };
         let mut answers = Answers::new(project_root(project));
-        self.store.find_record(&key, &mut answers, search)?;
-        let Some((facts, record)) = found else {
+        let found = finder.find(key, last.map(|last| last.facts), &mut answers)?;
+        let Some((head, facts)) = found else {
             return Ok(None);
         };
+        let (facts, record) = (head.facts, head.with(facts));
         let layer = self.store.layer(&record.layer_id)?;
         let report = Report {
             seconds: start.elapsed().as_secs_f64(),
@@ -618,6 +602,58 @@ impl Builder<'_> {
             layer,
             record,
         })
+    }
+}
+
+/// The recipe of a step on the layers `below`.
+fn recipe(image: &Image, env: &Env, kind: Kind, script: &str, below: &[Arc<Layer>]) -> Recipe {
+    Recipe {
+        kind,
+        below: below.iter().map(|layer| layer.tree_id()).collect(),
+        script: script.to_owned(),
+        shell: SHELL.iter().map(|&word| word.to_owned()).collect(),
+        arch: std::env::consts::ARCH.to_owned(),
+        user: image.config.user.clone(),
+        env: env.clone(),
+    }
+}
+
+/// Finds records that still hold.
+#[derive(Clone, Copy)]
+struct Finder<'a> {
+    store: &'a Store,
+    /// Pins the layers of the records that are found.
+    lease: &'a Lease,
+    /// A record that came from another cache is not used.
+    caches: &'a LayerCaches,
+}
+
+impl Finder<'_> {
+    /// A record of `key` that holds for the project of `answers`, and its facts. Its layer is in
+    /// the store, and pinned. `last` is the record that the project used last.
+    fn find(
+        &self,
+        key: KeyId,
+        last: Option<FactsId>,
+        answers: &mut Answers<'_>,
+    ) -> Result<Option<(RecordHead, Vec<Fact>)>, BuildError> {
+        let mut found = None;
+        let mut take = |head: &RecordHead, facts: &[Fact]| {
+            // Pinned before it is looked for: what gc has taken by now is built again.
+            self.lease.pin(&[head.layer_id])?;
+            let there = self.store.has_layer(&head.layer_id);
+            if there {
+                found = Some((head.clone(), facts.to_vec()));
+            }
+            Ok(there)
+        };
+        let search = Search {
+            last,
+            trusts: &|head| self.caches.trusts(head.origin()),
+            take: &mut take,
+        };
+        self.store.find_record(&key, answers, search)?;
+        Ok(found)
     }
 }
 

@@ -341,7 +341,11 @@ impl Realiser<'_> {
 }
 
 /// The caches that are asked for. Where not even a request can be made, there are none.
-fn layer_caches(home: &Home, options: &CacheOptions, events: &dyn Fn(Event<'_>)) -> LayerCaches {
+pub(super) fn layer_caches(
+    home: &Home,
+    options: &CacheOptions,
+    events: &dyn Fn(Event<'_>),
+) -> LayerCaches {
     if options.from.is_empty() && options.to.is_none() {
         return LayerCaches::default();
     }

@@ -32,6 +32,8 @@ pub enum RunError {
         name: String,
         source: Box<ImageError>,
     },
+    #[error("the base image {name} is not in the store")]
+    BaseNotStored { name: String },
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
