@@ -97,11 +97,11 @@ impl<'a> From<&'a Target> for With<'a> {
 
 /// What layers are realised from and with.
 pub struct Realiser<'a> {
-    pub(super) home: &'a Home,
-    store: &'a Store,
+    pub(crate) home: &'a Home,
+    pub(crate) store: &'a Store,
     pub(super) with: With<'a>,
     caches: LayerCaches,
-    signals: &'a Signals,
+    pub(crate) signals: &'a Signals,
     running: Arc<RunningSteps>,
     events: Events<'a>,
 }

@@ -18,9 +18,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use iii_sandbox::Sandbox;
 use iii_sandbox::process::{Process, started, this_program};
-use iii_sandbox::{self as sandbox, Sandbox};
-use iii_store::{RefKind, Store};
+use iii_store::Store;
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -38,14 +38,11 @@ use crate::worker::engine::Engine;
 use crate::worker::error::RunError;
 use crate::worker::isolation::SandboxOptions;
 use crate::worker::place::{Place, Task};
-use crate::worker::session::{Session, Sieve};
+use crate::worker::session::{RunKind, RunOptions, Session, Sieve};
 use crate::worker::supervise::Signals;
 
 /// The argument by which the program knows that it is to be a supervisor.
 pub const MARKER: &str = "__supervise";
-
-/// What leases are for.
-const PURPOSE: &str = "managed";
 
 /// How the worker was last started.
 const START: &str = "start.json";
@@ -336,36 +333,22 @@ pub fn supervise(
 
     let store = Store::open(home.store())?;
     let sieve = Sieve::default();
-    let named = |_: Option<&WorkerName>, event: Event<'_>| {
-        if sieve.passes(&event) {
-            events(event);
-        }
-    };
+    let named = sieve.filter(events);
     let realiser = Realiser::new(home, &store, with, signals, &named);
     let wanted = Wanted {
         project,
         name,
         base: None,
     };
-    let (worker, lease) = realiser.one(PURPOSE, wanted)?;
-    let session = Session {
-        home,
-        store: &store,
-        realiser: &realiser,
-        sieve: &sieve,
-        purpose: PURPOSE,
-        place: &place,
-        keeper: RefKind::Managed,
+    let (worker, lease) = realiser.one(RunKind::Managed.purpose(), wanted)?;
+    let run = RunOptions {
         base: None,
         engine: &orders.engine,
         config: &orders.config,
-        stdio: sandbox::Stdio::Joined,
         watch: orders.watch,
-        is_patient: false,
         collect,
-        signals,
-        events,
     };
+    let session = Session::new(RunKind::Managed, run, &realiser, &sieve, &place, events);
     let mut attend = |sandbox: &mut Sandbox, is_first: bool| {
         let recorder = record(voice, sandbox)?;
         write_pid(place.dir(), &pid_file)?;

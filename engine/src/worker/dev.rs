@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use iii_oci::{self as oci, Image};
-use iii_sandbox::{Sandbox, Stdio};
+use iii_sandbox::Sandbox;
 use iii_store::{Layer, Lease, RefKind, Store};
 
 use crate::build::realise::{Realiser, Wanted, Worker};
@@ -21,13 +21,10 @@ use crate::worker::engine::Engine;
 use crate::worker::error::RunError;
 use crate::worker::keep::RunsOn;
 use crate::worker::place::{Place, Task, owner};
-use crate::worker::session::{Session, Sieve};
+use crate::worker::session::{RunKind, RunOptions, Session, Sieve};
 use crate::worker::snapshot;
 use crate::worker::supervise::Signals;
 use crate::worker::target::Target;
-
-/// What leases are for.
-const PURPOSE: &str = "dev";
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -115,13 +112,9 @@ pub fn dev(
     )?;
     let store = Store::open(home.store())?;
     let sieve = Sieve::default();
-    let named = |_: Option<&WorkerName>, event: Event<'_>| {
-        if sieve.passes(&event) {
-            events(event);
-        }
-    };
+    let named = sieve.filter(events);
     let realiser = Realiser::new(home, &store, target.into(), signals, &named);
-    let realised = realiser.one(PURPOSE, wanted);
+    let realised = realiser.one(RunKind::Dev.purpose(), wanted);
     if realised.is_err() && target.collect {
         // It may have failed for want of space.
         realiser.collect();
@@ -130,24 +123,15 @@ pub fn dev(
     if drop_upper {
         place.drop_upper()?;
     }
-    let session = Session {
-        home,
-        store: &store,
-        realiser: &realiser.without_rebuild(),
-        sieve: &sieve,
-        purpose: PURPOSE,
-        place: &place,
-        keeper: RefKind::Worker,
+    let realiser = realiser.without_rebuild();
+    let run = RunOptions {
         base: target.base.as_deref(),
         engine: &options.engine,
         config: &options.config,
-        stdio: Stdio::Inherit,
         watch: options.watch,
-        is_patient: true,
         collect: target.collect,
-        signals,
-        events,
     };
+    let session = Session::new(RunKind::Dev, run, &realiser, &sieve, &place, events);
     let mut attend = |sandbox: &mut Sandbox, is_first: bool| {
         if is_first {
             started();

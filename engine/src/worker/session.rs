@@ -30,15 +30,14 @@ use std::time::Instant;
 
 use iii_sandbox::{Sandbox, SandboxError, Stdio};
 use iii_store::layer::Kind as NodeKind;
-use iii_store::{Layer, Lease, RefKind, Store, TreeId, diff, with_causes};
+use iii_store::{Layer, Lease, RefKind, TreeId, diff, with_causes};
 use rustix::process::Signal;
 
 use crate::build::realise::{Realiser, Share, Wanted, Worker};
 use crate::build::{self, Event, RunningSteps, Status};
 use crate::compose::Isolation;
-use crate::home::Home;
 use crate::plan::{EXCLUDED, Kind};
-use crate::project::Project;
+use crate::project::{Project, WorkerName};
 use crate::worker::engine::Engine;
 use crate::worker::error::RunError;
 use crate::worker::isolation::distrust_kvm;
@@ -46,7 +45,7 @@ use crate::worker::keep::keep_layers;
 use crate::worker::place::Place;
 use crate::worker::program::{Program, worker_config};
 use crate::worker::start::{Live, Start};
-use crate::worker::supervise::{GRACE, Signals};
+use crate::worker::supervise::GRACE;
 use crate::worker::watch::{Stopper, Watch, WatchError};
 
 /// Former layers of the project that stay pinned for programs that have a file of one open, and
@@ -232,8 +231,20 @@ pub(crate) struct Sieve {
 }
 
 impl Sieve {
+    /// The events of a [`Realiser`] that pass, without the name of the worker.
+    pub fn filter<'a>(
+        &'a self,
+        events: &'a (dyn Fn(Event<'_>) + Sync),
+    ) -> impl Fn(Option<&WorkerName>, Event<'_>) + Sync + 'a {
+        move |_, event| {
+            if self.passes(&event) {
+                events(event);
+            }
+        }
+    }
+
     /// Whether to tell this.
-    pub fn passes(&self, event: &Event<'_>) -> bool {
+    fn passes(&self, event: &Event<'_>) -> bool {
         match event {
             Event::Note(note) => {
                 let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,34 +261,68 @@ impl Sieve {
 /// Waits for the end of a sandbox, and is told whether it is the worker's first.
 pub(crate) type Attend<'a, E> = dyn FnMut(&mut Sandbox, bool) -> Result<ExitStatus, E> + Send + 'a;
 
-/// A worker that is run.
-pub(crate) struct Session<'a> {
-    pub home: &'a Home,
-    pub store: &'a Store,
-    /// Tells what happens through `sieve`.
-    pub realiser: &'a Realiser<'a>,
-    pub sieve: &'a Sieve,
-    /// What leases are for.
-    pub purpose: &'static str,
-    /// Where the worker's state is.
-    pub place: &'a Place,
-    /// Whose name keeps its layers.
-    pub keeper: RefKind,
+/// How the runs of one command differ from those of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RunKind {
+    /// `worker dev`: on the terminal of its user.
+    Dev,
+    /// A managed worker, under a supervisor that reads its output.
+    Managed,
+}
+
+impl RunKind {
+    /// The purpose in the names of its leases.
+    pub fn purpose(self) -> &'static str {
+        match self {
+            Self::Dev => "dev",
+            Self::Managed => "managed",
+        }
+    }
+
+    /// The kind of the ref that keeps its layers.
+    fn keeper(self) -> RefKind {
+        match self {
+            Self::Dev => RefKind::Worker,
+            Self::Managed => RefKind::Managed,
+        }
+    }
+
+    fn stdio(self) -> Stdio {
+        match self {
+            Self::Dev => Stdio::Inherit,
+            Self::Managed => Stdio::Joined,
+        }
+    }
+
+    /// Whether a worker that ends by itself after a reload is started again at the next change.
+    fn is_patient(self) -> bool {
+        self == Self::Dev
+    }
+}
+
+/// The options of a run.
+pub(crate) struct RunOptions<'a> {
     /// The base image, unless it follows from the project.
     pub base: Option<&'a str>,
     pub engine: &'a Engine,
     /// The engine's config.yaml.
     pub config: &'a Path,
-    pub stdio: Stdio,
-    /// Whether it follows its project.
+    /// Whether the worker follows its project.
     pub watch: bool,
-    /// Whether a worker that ends by itself after it was reloaded is started again at the next
-    /// change.
-    pub is_patient: bool,
-    /// Whether the store may be cleared when something was built.
+    /// Whether the store may be cleared after a build.
     pub collect: bool,
-    pub signals: &'a Signals,
-    pub events: &'a (dyn Fn(Event<'_>) + Sync),
+}
+
+/// A worker that is run.
+pub(crate) struct Session<'a> {
+    kind: RunKind,
+    options: RunOptions<'a>,
+    /// Reports its events through `sieve`.
+    realiser: &'a Realiser<'a>,
+    sieve: &'a Sieve,
+    /// The directory of the worker's state.
+    place: &'a Place,
+    events: &'a (dyn Fn(Event<'_>) + Sync),
 }
 
 /// A worker whose layers are there and pinned, and what it runs.
@@ -362,7 +407,26 @@ impl Drop for Ending {
     }
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    /// A run of the worker in `place`. `realiser` must report its events through `sieve`.
+    pub fn new(
+        kind: RunKind,
+        options: RunOptions<'a>,
+        realiser: &'a Realiser<'a>,
+        sieve: &'a Sieve,
+        place: &'a Place,
+        events: &'a (dyn Fn(Event<'_>) + Sync),
+    ) -> Self {
+        Self {
+            kind,
+            options,
+            realiser,
+            sieve,
+            place,
+            events,
+        }
+    }
+
     /// Runs `worker`, whose layers `lease` pins, until it ends for good. `attend` is called for
     /// each sandbox that it runs in, and told whether it is the first; it waits for its end.
     pub fn run<E: Error + From<RunError> + Send>(
@@ -373,7 +437,7 @@ impl Session<'_> {
     ) -> Result<Ended, E> {
         self.sieve.following.store(true, Ordering::Relaxed);
         let ready = self.ready(worker, lease)?;
-        let mut inbox = Inbox::new(self.watch.then_some(&ready.worker.project.root));
+        let mut inbox = Inbox::new(self.options.watch.then_some(&ready.worker.project.root));
         let name = ready.worker.name.clone();
         let caller = inbox.sender.clone();
         let told = move || {
@@ -382,6 +446,7 @@ impl Session<'_> {
         let grown = ready.worker.has_grown();
         let rounds = |share: &Share<'_>| self.rounds(&mut inbox, ready, share, attend);
         let ended = self
+            .realiser
             .signals
             .heed(told, || self.realiser.share_during(&name, rounds));
         if grown {
@@ -411,9 +476,9 @@ impl Session<'_> {
                 ready = shown;
                 reloaded = true;
             }
-            let next = if self.signals.received().is_some() {
+            let next = if self.realiser.signals.received().is_some() {
                 None
-            } else if next.is_none() && reloaded && self.is_patient {
+            } else if next.is_none() && reloaded && self.kind.is_patient() {
                 let why = match &status {
                     Ok(status) => format!("the start command ended: {}", build::describe(*status)),
                     Err(error) => format!("the worker does not run: {}", with_causes(error)),
@@ -426,7 +491,7 @@ impl Session<'_> {
                 next
             };
             let Some(next) = next else {
-                let signal = self.signals.received();
+                let signal = self.realiser.signals.received();
                 return status.map(|status| Ended { status, signal });
             };
             change = Some((next.begun, next.files));
@@ -449,7 +514,7 @@ impl Session<'_> {
             && error.is_silent_guest()
             && ready.worker.isolation.may_fall_back()
         {
-            distrust_kvm(self.home, error, &|event| self.tell(event));
+            distrust_kvm(self.realiser.home, error, &|event| self.tell(event));
             round = self
                 .leave_machine(ready)
                 .and_then(|()| self.start(inbox, ready, change, attend, &mut shown));
@@ -468,10 +533,9 @@ impl Session<'_> {
     /// Has a worker that was to run in a microVM run in namespaces.
     fn leave_machine(&self, ready: &mut Ready) -> Result<(), RunError> {
         ready.worker.isolation = Isolation::Namespace;
-        let config = worker_config(self.home, self.config, &ready.worker.name, &|event| {
-            self.tell(event);
-        })?;
-        ready.program = Program::new(&ready.worker, self.engine, &config);
+        let (home, path) = (self.realiser.home, self.options.config);
+        let config = worker_config(home, path, &ready.worker.name, &|event| self.tell(event))?;
+        ready.program = Program::new(&ready.worker, self.options.engine, &config);
         Ok(())
     }
 
@@ -486,15 +550,16 @@ impl Session<'_> {
         shown: &mut Option<Ready>,
     ) -> Result<(Result<ExitStatus, E>, Option<Change>), RunError> {
         let start = Start {
-            home: self.home,
-            store: self.store,
+            home: self.realiser.home,
+            store: self.realiser.store,
             worker: &ready.worker,
             place: self.place,
-            keeper: self.keeper,
+            keeper: self.kind.keeper(),
             program: &ready.program,
-            stdio: self.stdio,
+            stdio: self.kind.stdio(),
         };
-        start.run(self.signals, &|event| self.tell(event), |sandbox, live| {
+        let signals = self.realiser.signals;
+        start.run(signals, &|event| self.tell(event), |sandbox, live| {
             inbox.watch(self.realiser.running());
             if let Some((begun, files)) = change {
                 self.reloaded(begun, files, &ready.worker);
@@ -581,8 +646,8 @@ impl Session<'_> {
         // One with the same tree as the last may have taken its name, and not its place.
         besides.extend(served.project_layer());
         let kept = keep_layers(
-            self.store,
-            self.keeper,
+            self.realiser.store,
+            self.kind.keeper(),
             name,
             &change.ready.worker.stack.runs_on(),
             &besides,
@@ -623,7 +688,7 @@ impl Session<'_> {
             Err(error) => {
                 // The change that superseded a step is the next. Who wants the worker to end wants
                 // what is built for it to end, too.
-                if !error.is_superseded() && self.signals.received().is_none() {
+                if !error.is_superseded() && self.realiser.signals.received().is_none() {
                     self.note(format!("not reloaded: {}", with_causes(&error)));
                 }
                 None
@@ -635,17 +700,16 @@ impl Session<'_> {
         let wanted = Wanted {
             project: Project::open(&last.project.root)?,
             name: last.name.clone(),
-            base: self.base.map(str::to_owned),
+            base: self.options.base.map(str::to_owned),
         };
-        let (worker, lease) = self.realiser.one(self.purpose, wanted)?;
+        let (worker, lease) = self.realiser.one(self.kind.purpose(), wanted)?;
         self.ready(worker, lease)
     }
 
     fn ready(&self, worker: Worker, lease: Lease) -> Result<Ready, RunError> {
-        let config = worker_config(self.home, self.config, &worker.name, &|event| {
-            self.tell(event);
-        })?;
-        let program = Program::new(&worker, self.engine, &config);
+        let (home, path) = (self.realiser.home, self.options.config);
+        let config = worker_config(home, path, &worker.name, &|event| self.tell(event))?;
+        let program = Program::new(&worker, self.options.engine, &config);
         Ok(Ready {
             worker,
             program,
@@ -658,13 +722,13 @@ impl Session<'_> {
         self.tell(Event::Reloaded { files, seconds });
         if worker.has_grown() {
             self.clear();
-        } else if self.collect {
+        } else if self.options.collect {
             self.realiser.collect_edits();
         }
     }
 
     fn clear(&self) {
-        if self.collect {
+        if self.options.collect {
             self.realiser.collect();
         }
     }
