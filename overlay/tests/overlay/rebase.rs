@@ -8,7 +8,7 @@ use iii_overlay::fs::{Caller, Filesystem, Kind, Rename, SetAttr, Special};
 use iii_overlay::ino::{Ino, ROOT};
 use iii_overlay::{Overlay, OverlayOptions, Project};
 use iii_store::Layer;
-use iii_store::tree::{Dir, Node, Tree, components};
+use iii_store::tree::{Dir, DirKind, Node, Tree, components};
 use proptest::prelude::*;
 
 use crate::support::{CONTENTS, Home, Seen, View, name, tree, view};
@@ -377,6 +377,70 @@ fn an_edited_file_shows_and_what_the_sandbox_wrote_stays() {
         files,
         want.map(|(path, bytes)| (path.to_vec(), bytes.to_vec()))
     );
+}
+
+/// What the base has, what the sandbox removes, and the files that it sees before and after.
+type Removal = (
+    &'static [&'static [u8]],
+    &'static [u8],
+    &'static [&'static [u8]],
+    &'static [&'static [u8]],
+);
+
+const REMOVALS: [Removal; 4] = [
+    (&[], b"w/dir", &[b"w/other"], &[]),
+    (&[], b"w/dir/a", &[b"w/dir/b", b"w/other"], &[b"w/dir/b"]),
+    (
+        &[b"w/dir/hidden"],
+        b"w/dir/a",
+        &[b"w/dir/b", b"w/dir/hidden", b"w/other"],
+        &[b"w/dir/b"],
+    ),
+    (&[b"w/dir/hidden"], b"w/dir", &[b"w/other"], &[]),
+];
+
+/// A directory that comes to hide the layers below did not change, only what it hides: what the
+/// sandbox removed of the rest stays away.
+#[test]
+fn a_directory_that_became_opaque_did_not_change() {
+    let home = Home::new();
+    let layer = |files: &[&[u8]], kind: Option<DirKind>| {
+        let mut tree = Tree::implicit();
+        for path in files {
+            crate::support::put(&mut tree, path, b"same");
+        }
+        if let Some(kind) = kind {
+            let dir = tree.dir_at(b"w/dir").unwrap();
+            (dir.kind, dir.meta.mode) = (kind, 0o755);
+        }
+        home.layer(&tree, &[b"same"])
+    };
+    let files = |overlay: &Overlay| -> Vec<Vec<u8>> {
+        let files = view(overlay).into_iter();
+        let files = files.filter(|(_, seen)| seen.kind == Kind::File);
+        files.map(|(path, _)| path).collect()
+    };
+    let merged = layer(&[b"w/dir/a", b"w/dir/b", b"w/other"], Some(DirKind::Merged));
+    let opaque = layer(&[b"w/dir/a", b"w/dir/b"], Some(DirKind::Opaque));
+    for (at, (below, removed, before, after)) in REMOVALS.into_iter().enumerate() {
+        let base = layer(below, None);
+        for runs in [false, true] {
+            let upper = home.dir.path().join(format!("upper-{at}-{runs}"));
+            let overlay = home.open_at(&[base.clone(), merged.clone()], &upper, options());
+            let dir = find(&overlay, &parent(removed)).unwrap();
+            remove(&overlay, dir, components(removed).last().unwrap());
+            assert_eq!(files(&overlay), before, "case {at}");
+            if runs {
+                overlay.update(&opaque).unwrap();
+                assert_eq!(files(&overlay), after, "case {at}, updated");
+                assert_eq!(find(&overlay, removed), None, "case {at}, updated");
+            }
+            drop(overlay);
+            let overlay = home.open_at(&[base.clone(), opaque.clone()], &upper, options());
+            assert_eq!(files(&overlay), after, "case {at}, {runs}");
+            assert_eq!(find(&overlay, removed), None, "case {at}, {runs}");
+        }
+    }
 }
 
 /// Nobody pins the layers between the first and the last for long.
