@@ -90,6 +90,12 @@ pub enum CliError {
     Here(#[source] io::Error),
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
+    #[error("cannot start threads")]
+    Threads(#[source] io::Error),
+    #[error(
+        "the system allows no further thread: see `ulimit -u` and the pids limit of the cgroup"
+    )]
+    NoThread,
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
     #[error("III_RUNTIME is {text:?}; expected auto, namespace or libkrun")]

@@ -24,6 +24,9 @@ const SHORT_DIGEST: usize = 12;
 pub fn run(command: Image, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = settings::home()?;
     let store = Store::open(home.store())?;
+    if matches!(command, Image::Pull(_) | Image::Import(_)) {
+        crate::start_threads()?;
+    }
     match command {
         Image::Pull(args) => pull(&home, &store, &args, ui),
         Image::Import(args) => import(&store, &args, ui),

@@ -94,6 +94,14 @@ fn keep_large_buffers_mapped() {
     }
 }
 
+/// Starts the threads of a command that needs some besides its own.
+fn start_threads() -> Result<(), CliError> {
+    match iii_engine::threads::start().map_err(CliError::Threads)? {
+        0 => Err(CliError::NoThread),
+        _ => Ok(()),
+    }
+}
+
 fn finish(run: impl FnOnce(&Ui) -> Result<ExitCode, CliError>) -> ExitCode {
     let ui = Ui::stderr();
     run(&ui).unwrap_or_else(|error| {

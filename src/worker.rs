@@ -38,6 +38,19 @@ use crate::terminal;
 pub fn run(command: Worker, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = settings::home()?;
     let signals = Signals::install().map_err(CliError::Signals)?;
+    let works_on_layers = matches!(
+        command,
+        Worker::Dev(_)
+            | Worker::Build(_)
+            | Worker::Add(_)
+            | Worker::Snapshot(_)
+            | Worker::Rollback(_)
+            | Worker::Fork(_)
+            | Worker::Export(_)
+    );
+    if works_on_layers {
+        crate::start_threads()?;
+    }
     match command {
         Worker::Dev(args) => dev(&home, &signals, args, ui),
         Worker::Build(args) => build(&home, &signals, args, ui),

@@ -20,5 +20,6 @@ pub mod project;
 #[cfg(target_os = "linux")]
 pub mod serve;
 pub mod shared_cache;
+pub mod threads;
 pub mod uppers;
 pub mod worker;

@@ -106,7 +106,11 @@ pub fn realise(
     thread::scope(|scope| {
         // The first thread is this one.
         for _ in 1..MAX_PARALLEL.min(blobs.len()) {
-            scope.spawn(|| run.work());
+            let thread = thread::Builder::new().spawn_scoped(scope, || run.work());
+            if thread.is_err() {
+                // Fewer do it as well.
+                break;
+            }
         }
         run.work();
     });

@@ -23,6 +23,7 @@ pub const MIN_PREFIX: usize = 4;
 pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = crate::settings::home()?;
     let dir = home.store();
+    let threads = iii_engine::threads::start().map_err(CliError::Threads)?;
     let open = || Store::open(&dir);
     match command {
         args::Store::Df(args) => df::df(&home, &open()?, &args, ui),
@@ -31,6 +32,8 @@ pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
         args::Store::Diff(args) => layers::diff(&open()?, &args, ui),
         args::Store::Why(args) => layers::why(&open()?, &args, ui),
         args::Store::Gc(args) => gc::gc(&open()?, &args, ui),
+        #[cfg(target_os = "linux")]
+        args::Store::Serve(_) if threads == 0 => Err(CliError::NoThread),
         #[cfg(target_os = "linux")]
         args::Store::Serve(args) => serve::serve(&home, &open()?, &args, ui),
         // For stores that cannot be opened.

@@ -64,8 +64,12 @@ pub fn work_off<Q: Queue + Send>(
         changed: Condvar::new(),
     };
     thread::scope(|scope| {
+        // With fewer threads than asked for, the work takes longer.
         let others: Vec<_> = (1..threads)
-            .map(|_| scope.spawn(|| work_on(&shared, &work)))
+            .map_while(|_| {
+                let thread = thread::Builder::new();
+                thread.spawn_scoped(scope, || work_on(&shared, &work)).ok()
+            })
             .collect();
         work_on(&shared, &work);
         for other in others {

@@ -271,11 +271,11 @@ fn converse(child: &mut Child, host: &str, limit: Duration) -> io::Result<Option
     let (sender, answers) = channel();
     if let Some(stdout) = child.stdout.take() {
         // Ends with whatever has the other end of the pipe, which need not be the helper.
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             let mut answer = Vec::new();
             let read = stdout.take(MAX_HELPER_ANSWER).read_to_end(&mut answer);
             let _ = sender.send(read.map(|_| answer));
-        });
+        })?;
     }
     let late = || io::Error::from(io::ErrorKind::TimedOut);
     let answer = answers.recv_timeout(limit).map_err(|_| late())??;
