@@ -249,7 +249,7 @@ fn as_json(
     });
     let unreadable = account.unreadable.iter().map(ToString::to_string);
     json!({
-        "store": store.dir().to_string_lossy(),
+        "store": iii_store::path_json::text(store.dir()),
         "on_disk": account.on_disk(),
         "named": account.named,
         "in_trash": account.in_trash,

@@ -1,12 +1,8 @@
 //! The uppers of workers in `iii store verify`.
 
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
-
 use iii_engine::uppers::CheckedUpper;
 use iii_overlay::upper::{UpperError, UpperReport};
-use iii_store::facts::path_text;
-use iii_store::with_causes;
+use iii_store::{path_json, with_causes};
 use serde_json::{Value, json};
 
 use super::verify::Verdict;
@@ -82,7 +78,7 @@ fn row(upper: &CheckedUpper) -> Value {
         Verdict::Unchecked => "unchecked",
         Verdict::Damaged => "damaged",
     };
-    let mut row = json!({ "path": escaped(&upper.dir), "state": state });
+    let mut row = json!({ "path": path_json::text(&upper.dir), "state": state });
     match &upper.found {
         Ok(report) => {
             row["inodes"] = report.inodes.into();
@@ -98,9 +94,4 @@ fn row(upper: &CheckedUpper) -> Value {
         }
     }
     row
-}
-
-/// A path for JSON, which holds UTF-8 alone.
-pub fn escaped(path: &Path) -> String {
-    path_text(path.as_os_str().as_bytes())
 }

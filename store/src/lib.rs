@@ -98,6 +98,7 @@ mod objects;
 pub mod outboard;
 pub mod pack;
 mod pack_writer;
+pub mod path_json;
 mod pieces;
 mod ref_kind;
 mod refs;

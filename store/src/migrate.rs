@@ -32,6 +32,7 @@ pub struct Migration {
     pub outboards: u64,
     /// What was damaged before, relative to the store, and is left as it is: verification says what
     /// it means.
+    #[serde(serialize_with = "crate::path_json::all")]
     pub damaged: Vec<PathBuf>,
 }
 

@@ -49,8 +49,10 @@ pub enum Mended {
     /// Moved something out of the way. Both paths are relative to the store.
     SetAside {
         /// Where it was.
+        #[serde(serialize_with = "crate::path_json::one")]
         path: PathBuf,
         /// Where it is now.
+        #[serde(serialize_with = "crate::path_json::one")]
         to: PathBuf,
     },
     /// Wrote the objects of a damaged pack that hold into another one.
@@ -95,6 +97,7 @@ pub enum Mended {
     /// Made a directory again.
     Directory {
         /// The directory, relative to the store.
+        #[serde(serialize_with = "crate::path_json::one")]
         path: PathBuf,
     },
     /// Wrote the format again. The store must be opened anew.

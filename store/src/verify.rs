@@ -254,6 +254,7 @@ pub struct Problem {
     #[serde(flatten)]
     pub finding: Finding,
     /// The file or directory, relative to the store.
+    #[serde(serialize_with = "crate::path_json::one")]
     pub path: PathBuf,
     /// For people: what contradicts what.
     pub what: String,

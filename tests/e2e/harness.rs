@@ -352,13 +352,13 @@ impl Home {
     /// Processes, mounts and held leases that name this home, each in words; but for the families
     /// of `workers`, and a lease of each.
     fn remains(&self, workers: &[i32]) -> Vec<String> {
-        let home = self.path().to_str().unwrap();
+        let home = self.path().to_string_lossy();
         let mut remains = Vec::new();
         let families: Vec<Process> = workers.iter().flat_map(|pid| family(*pid)).collect();
         let strays = processes().into_iter();
         for process in strays.filter(|process| !families.contains(process)) {
             let read = |file| fs::read(format!("/proc/{}/{file}", process.pid)).unwrap_or_default();
-            let names_home = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).contains(home);
+            let names_home = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).contains(&*home);
             if names_home(read("cmdline")) || names_home(read("environ")) {
                 let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
                 remains.push(format!("process {}: {command}", process.pid));
@@ -384,11 +384,12 @@ impl Home {
 
     /// Mount points below this home.
     pub fn mounts(&self) -> Vec<String> {
-        let home = self.path().to_str().unwrap();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let home = self.path().to_string_lossy();
+        let mounts = fs::read("/proc/self/mountinfo").unwrap();
+        let mounts = String::from_utf8_lossy(&mounts);
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
         points
-            .filter(|point| point.starts_with(home) && !point.ends_with("/.iii"))
+            .filter(|point| point.starts_with(&*home) && !point.ends_with("/.iii"))
             .map(str::to_owned)
             .collect()
     }
@@ -411,10 +412,11 @@ impl Home {
 impl Drop for Home {
     /// So that a failed test does not remove the home through a mount.
     fn drop(&mut self) {
-        let home = self.path().to_str().unwrap();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let home = self.path().to_string_lossy();
+        let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = String::from_utf8_lossy(&mounts);
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        for point in points.filter(|point| point.starts_with(home)) {
+        for point in points.filter(|point| point.starts_with(&*home)) {
             let _ = unmount(point, UnmountFlags::DETACH);
         }
     }

@@ -1,13 +1,18 @@
 //! `iii store` on a store that real builds have filled.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
 use rustix::mount::{MountFlags, mount};
 use serde_json::Value;
+use tempfile::TempDir;
 
-use crate::harness::{Home, LIMIT, Layers, NODE_IMAGE, Project, files, is_root, skip};
+use crate::harness::{
+    Home, LIMIT, Layers, NODE_IMAGE, Project, busybox_base, files, is_root, skip,
+};
 
 /// Install copies `deps.txt`; `main.txt` is the project's own.
 fn project(deps: &str, main: &str) -> Project {
@@ -768,6 +773,102 @@ fn verify_looks_at_uppers_and_repair_leaves_them() {
     home.run(&verify)
         .exits(3)
         .says(&["dev/one/upper: not checked"]);
+}
+
+#[test]
+fn one_damaged_name_hides_no_other() {
+    let home = Home::with_busybox();
+    let project = project("dep\n", "one\n");
+    run_once(&home, &project, "one");
+    run_once(&home, &project, "two");
+    let refs = home.state().join("store/v1/refs/worker");
+    rewrite(&refs.join("two"), b"no seal");
+    for command in ["list", "df"] {
+        home.run(&["store", command])
+            .ok()
+            .says(&["refs/worker/two", "worker one"]);
+    }
+    let df = json(&home, &["df"]);
+    let names = array(&df, "refs").iter().map(|name| &name["name"]);
+    assert!(names.eq([NODE_IMAGE, "one"]), "{df:#}");
+    assert_eq!(number(&df, "on_disk"), du(&home.state().join("store/v1")));
+}
+
+#[test]
+fn a_home_need_not_be_utf_8() {
+    let dir = TempDir::with_prefix(OsStr::from_bytes(b"home-\xff")).unwrap();
+    let home = Home::through(dir, vec![env!("CARGO_BIN_EXE_iii").into()]);
+    home.import_busybox();
+    home.run(&["store", "df"]).ok();
+    let df = json(&home, &["df"]);
+    let store = df["store"].as_str().unwrap();
+    assert!(store.contains("home-%ff"), "{store}");
+
+    let project = project("dep\n", "one\n");
+    run_once(&home, &project, "one");
+    let strange = home
+        .state()
+        .join("store/v1/layers")
+        .join(OsStr::from_bytes(b"\xfe"));
+    std::fs::write(strange, "").unwrap();
+    let ended = home.run(&["store", "verify", "--json"]).exits(1);
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let path = array(&report, "uppers")[0]["path"].as_str().unwrap();
+    assert!(path.contains("home-%ff"), "{path}");
+    let problems = array(&report["report"], "problems").iter();
+    let paths: Vec<_> = problems.map(|one| &one["path"]).collect();
+    assert_eq!(paths, ["layers/%fe"]);
+}
+
+/// A user who may have one thread looks after the store all the same, and nothing panics.
+#[test]
+fn one_thread_looks_after_a_store() {
+    let dir = TempDir::with_prefix("home-").unwrap();
+    let binary = dir.path().join("iii");
+    std::fs::copy(env!("CARGO_BIN_EXE_iii"), &binary).unwrap();
+    let mut program = vec!["prlimit", "--nproc=1"];
+    if is_root() {
+        // Root has no such limit.
+        program.extend([
+            "setpriv",
+            "--reuid=54322",
+            "--regid=54322",
+            "--clear-groups",
+        ]);
+    }
+    let mut program: Vec<_> = program.into_iter().map(Into::into).collect();
+    program.push(binary.clone());
+    let base = busybox_base();
+    let import = [
+        "image",
+        "import",
+        base.to_str().unwrap(),
+        "--as",
+        NODE_IMAGE,
+    ];
+    let imported = Command::new(&binary)
+        .args(import)
+        .env("HOME", dir.path())
+        .output();
+    assert!(imported.unwrap().status.success());
+    if is_root() {
+        let mut chown = Command::new("chown");
+        let chown = chown.args(["-R", "54322:54322"]).arg(dir.path());
+        assert!(chown.status().unwrap().success());
+    }
+    let home = Home::through(dir, program);
+    for command in [
+        &["df"][..],
+        &["list"],
+        &["verify", "--data"],
+        &["gc", "--dry-run"],
+        &["gc"],
+    ] {
+        home.run(&[&["store"], command].concat()).ok();
+    }
+    home.run(&["image", "import", "/", "--as", "x"])
+        .fails()
+        .says(&["no further thread", "ulimit -u"]);
 }
 
 #[test]

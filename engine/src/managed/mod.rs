@@ -158,6 +158,7 @@ pub struct Status {
     /// Its supervisor.
     pub pid: Option<u32>,
     /// Its project.
+    #[serde(serialize_with = "iii_store::path_json::maybe")]
     pub path: Option<PathBuf>,
     /// When its start command began to run.
     pub since: Option<String>,
