@@ -1,8 +1,9 @@
-//! Reading objects: every byte that is handed out was checked against the id of its object.
+//! Reading objects. Every byte that a read returns was checked against the id of its object.
 //!
-//! The first read of a packed object by a process reads and hashes all of it; the first read of a group of a loose object
-//! reads and hashes the group, see [`crate::outboard`]. What held is remembered as long as the process has the pack's
-//! index or the loose file open, and later reads go straight to the file.
+//! The first read of a packed object by a process reads and hashes the whole object; the first read
+//! of a group of a loose object reads and hashes the group, see [`crate::outboard`]. The result is
+//! remembered as long as the process has the pack's index or the loose file open, so that later
+//! reads go straight to the file.
 
 use std::fs::File;
 use std::io;
@@ -16,13 +17,13 @@ use crate::id::{ObjectId, PackId};
 use crate::outboard::{GROUP, Outboard, OutboardHasher};
 use crate::pack::Index;
 
-/// Objects of at least this many bytes are files of their own, smaller ones go into packs.
+/// Objects of at least this many bytes are files of their own; smaller ones go into packs.
 pub const LOOSE_MIN: u64 = 1 << 20;
 
-/// Piece in which objects are copied and hashed.
+/// Bytes that one step of copying or hashing an object reads.
 const PIECE: usize = 1 << 20;
 
-/// One bit for each of many things, set once, by any thread.
+/// A fixed number of bits, each of which any thread may set, once and for all.
 #[derive(Debug)]
 pub(crate) struct Bits(Box<[AtomicU64]>);
 
@@ -43,14 +44,14 @@ impl Bits {
     }
 }
 
-/// A pack that is there, by its index.
+/// A pack that is in the store, by its index.
 #[derive(Debug)]
 pub(crate) struct Pack {
     pub(crate) id: PackId,
     pub(crate) index: Index,
     /// The pack's file.
     pub(crate) path: PathBuf,
-    /// The objects that were read, by their position in the index, and are what their ids say.
+    /// By position in the index: the objects that were read and match their ids.
     pub(crate) checked: Bits,
 }
 
@@ -70,13 +71,14 @@ fn damaged(path: &Path, what: &'static str) -> StoreError {
     StoreError::Damaged { path, what }
 }
 
-/// The error of a read that found other bytes than were stored. Its source is a [`StoreError::Damaged`].
+/// The error of a read that found other bytes than were stored. Its source is a
+/// [`StoreError::Damaged`].
 fn invalid(path: &Path) -> io::Error {
     let what = "the bytes of an object in it are not those that were stored";
     io::Error::new(io::ErrorKind::InvalidData, damaged(path, what))
 }
 
-/// Reads until `buf` is full. The file must be that long.
+/// Reads until `buf` is full; a file that ends before is an error.
 pub(crate) fn read_exact(
     disk: &dyn Disk,
     file: &File,
@@ -97,15 +99,15 @@ pub(crate) fn read_exact(
     Ok(())
 }
 
-/// Zeros of a copy become a hole by blocks of this length, at multiples of it.
+/// Copies leave a hole in place of each block of this many zeros that begins at a multiple of it.
 const HOLE: usize = 4096;
 
-/// Where the hole ends in which `at` lies, if there is one and the filesystem knows of it.
+/// The end of the hole in which `at` lies, if a hole is there and the filesystem reports it.
 pub(crate) fn hole_at(file: &File, at: u64) -> Option<u64> {
     #[cfg(target_os = "linux")]
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
         Ok(data) => (data > at).then_some(data),
-        // There is no data up to the end.
+        // The file has no data from `at` to its end.
         Err(rustix::io::Errno::NXIO) => Some(u64::MAX),
         Err(_) => None,
     }
@@ -116,7 +118,7 @@ pub(crate) fn hole_at(file: &File, at: u64) -> Option<u64> {
     }
 }
 
-/// The parts of `bytes` that are not blocks of zeros, each with where it starts.
+/// The parts of `bytes` that are not blocks of zeros, each with its start.
 pub(crate) fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let zeros = |block: &[u8]| block.iter().all(|&byte| byte == 0);
     let blocks = move |at: usize, zero: bool| {
@@ -132,7 +134,7 @@ pub(crate) fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     })
 }
 
-/// Hashes a whole file.
+/// Hashes a whole file, from its beginning and whatever its position.
 pub(crate) fn hash_file(disk: &dyn Disk, file: &File) -> io::Result<(ObjectId, Outboard)> {
     let mut hasher = OutboardHasher::default();
     let mut piece = vec![0; PIECE];
@@ -157,12 +159,13 @@ pub(crate) struct LooseFile {
     file: Arc<File>,
     len: u64,
     outboard: Outboard,
-    /// The groups that were read and hold.
+    /// The groups that were read and match the outboard.
     checked: Bits,
 }
 
 impl LooseFile {
-    /// Opens the object, if there is one. Without an outboard that holds, all of it is read once.
+    /// Opens the object, if it exists. If its outboard is missing or damaged, reads the whole
+    /// object once.
     pub(crate) fn open(
         disk: &Arc<dyn Disk>,
         path: PathBuf,
@@ -195,7 +198,7 @@ impl LooseFile {
         }))
     }
 
-    /// Reads a part of a group. If none of the group was read before, all of it is, and hashed.
+    /// Reads a part of a group. The first read of a group reads and hashes the whole group.
     fn read_in_group(
         &self,
         disk: &dyn Disk,
@@ -241,7 +244,7 @@ impl LooseFile {
             let part = &mut buf[done..done + want];
             match self.read_in_group(disk, (at / group_len) as usize, part, skip) {
                 Ok(()) => done += want,
-                // What was read before is right; whoever reads on is told.
+                // The bytes so far are right; the next read returns the error.
                 Err(_) if done > 0 => break,
                 Err(err) => return Err(err),
             }
@@ -249,7 +252,7 @@ impl LooseFile {
         Ok(done)
     }
 
-    /// Checks the groups of the first `len` bytes.
+    /// Checks the groups that hold the first `len` bytes.
     fn check(&self, disk: &dyn Disk, len: u64) -> io::Result<()> {
         let mut buf = vec![0; GROUP];
         for group in 0..len.div_ceil(GROUP as u64) as usize {
@@ -273,9 +276,9 @@ enum Source {
     Loose(Arc<LooseFile>),
 }
 
-/// An object's bytes, which stay readable as long as this lives. No byte is handed out that was not checked against the
-/// object's id since the process opened the pack or the file; where it does not hold, reading is
-/// [`io::ErrorKind::InvalidData`] with a [`StoreError::Damaged`] as its source.
+/// An object's bytes, which stay readable as long as this lives. A read returns no byte that was
+/// not checked against the object's id since the process opened the pack or the file; bytes that do
+/// not match are [`io::ErrorKind::InvalidData`] with a [`StoreError::Damaged`] as its source.
 #[derive(Debug, Clone)]
 pub struct Blob {
     disk: Arc<dyn Disk>,
@@ -306,8 +309,8 @@ impl Blob {
         }
     }
 
-    /// Reads from `offset` of the object into `buf`, as much as one call gives; 0 at or after its end. A pack or an
-    /// object that was cut short is an error, never a shorter object.
+    /// Reads from `offset` of the object into `buf`, as much as one call returns; 0 at or after the
+    /// end of the object. A truncated pack or object is an error, never a shorter object.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let left = self.len.saturating_sub(offset);
         let want = buf.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -332,7 +335,7 @@ impl Blob {
         }
     }
 
-    /// The first read of a packed object: all of it is read and hashed.
+    /// The first read of a packed object: reads and hashes the whole object.
     fn read_first(
         &self,
         pack: &Pack,
@@ -365,7 +368,7 @@ impl Blob {
         Ok(buf.len())
     }
 
-    /// All of it, if it is at most `limit` bytes long.
+    /// The whole object; one of more than `limit` bytes is [`io::ErrorKind::FileTooLarge`].
     pub fn read_all(&self, limit: u64) -> io::Result<Vec<u8>> {
         if self.len > limit {
             return Err(io::ErrorKind::FileTooLarge.into());
@@ -378,8 +381,9 @@ impl Blob {
         Ok(bytes)
     }
 
-    /// Copies the first `len` bytes to `to`, which is empty. Where the filesystem can share them, it
-    /// does, if they were checked before; else blocks of zeros become holes.
+    /// Copies the first `len` bytes to `to`, which is empty. Shares the blocks of a loose object
+    /// where the filesystem can, after checking their bytes; otherwise blocks of zeros become
+    /// holes.
     pub fn copy_to(&self, len: u64, to: &File) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         if len > self.len {
@@ -416,7 +420,7 @@ impl Blob {
         to.set_len(len)
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -433,7 +437,8 @@ mod tests {
 
     #[test]
     fn runs_are_what_is_left_without_blocks_of_zeros() {
-        /// Blocks, each a letter, `0` one of zeros; by how much the last is short; the runs.
+        /// Blocks, each a letter, `0` for one of zeros; how many bytes the last one lacks; the
+        /// runs.
         type Case = (&'static str, usize, &'static [(usize, usize)]);
         let cases: [Case; 7] = [
             ("", 0, &[]),

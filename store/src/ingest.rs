@@ -1,6 +1,6 @@
 //! Writing: one transaction that stores the objects of a tree and then the layer that names them.
 //!
-//! See the crate's documentation for the order in which things become durable.
+//! The crate's documentation has the order in which things become durable.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -28,19 +28,19 @@ use crate::store::Store;
 use crate::syncer::Syncer;
 use crate::tree::{self, Source};
 
-/// Piece in which large files are read and written.
+/// Bytes that one step of reading and writing a large file takes.
 const PIECE: usize = 1 << 20;
-/// The indexes leave memory whenever so many objects were looked for in them.
+/// The pages of the indexes leave memory after this many lookups.
 const RELEASE: usize = 1 << 16;
 
 /// An object that was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Added {
-    /// The contents.
+    /// The id of the contents.
     pub object: ObjectId,
     /// Their length in bytes.
     pub size: u64,
-    /// Whether the store did not have them before.
+    /// Whether the store lacked the contents before.
     pub new: bool,
 }
 
@@ -51,15 +51,16 @@ pub struct Published {
     pub layer_id: LayerId,
     /// The layer without its mtimes.
     pub tree_id: TreeId,
-    /// Objects that the store did not have before.
+    /// Objects that the store lacked before.
     pub new_files: u64,
-    /// Their bytes.
+    /// Bytes of the new objects.
     pub new_bytes: u64,
     /// Whether the store had the layer already.
     pub existed: bool,
 }
 
-/// A large object and its outboard under their temporary names. Their files were given to the syncer.
+/// A large object and its outboard under their temporary names. Their files are queued in the
+/// syncer.
 #[derive(Debug)]
 struct Large {
     size: u64,
@@ -69,9 +70,10 @@ struct Large {
 
 type Loose = HashMap<ObjectId, Large>;
 
-/// Takes in the objects of one layer, from any number of threads, and then the layer. Dropping it without
-/// [`Ingest::finish`] leaves nothing. After a failure to write, every further call returns that same
-/// failure, as [`StoreError::Void`]; a failure to read what was handed in is not such a failure.
+/// Takes the objects of one layer, from any number of threads, and then the layer. Dropping it
+/// without [`Ingest::finish`] leaves nothing. After a failure to write, every further call returns
+/// that same failure, as [`StoreError::Void`]; a failure to read the caller's input does not have
+/// this effect.
 #[derive(Debug)]
 pub struct Ingest<'a> {
     store: Store,
@@ -82,15 +84,15 @@ pub struct Ingest<'a> {
     no_reflink: AtomicBool,
     /// The first failure to write.
     failed: Latch,
-    /// How often an object was looked for in the indexes.
+    /// Number of lookups in the indexes.
     looked: AtomicUsize,
-    /// How often packs had gone when the indexes were first asked.
+    /// How often packs had vanished at the first refresh of the indexes.
     losses: OnceLock<u64>,
-    /// Dropped last.
+    /// Last, so that it is dropped last.
     _open: OpenIngest<'a>,
 }
 
-/// An ingest that its lease says is open. Dropping it says that it is done.
+/// An ingest whose lease says that it is open. Dropping it ends that.
 #[derive(Debug)]
 struct OpenIngest<'a> {
     lease: &'a Lease,
@@ -166,8 +168,8 @@ impl Store {
     }
 }
 
-/// Writes `bytes` to `at` of the file, except for blocks of zeros. Returns where the last run ends, 0
-/// if there was none.
+/// Writes `bytes` to `at` of the file, except for blocks of zeros. Returns the end of the last run,
+/// 0 if `bytes` has none.
 fn write_runs(tmp: &TmpFile, bytes: &[u8], at: u64) -> Result<u64, StoreError> {
     let mut end = 0;
     for (start, run) in runs(bytes) {
@@ -180,7 +182,8 @@ fn write_runs(tmp: &TmpFile, bytes: &[u8], at: u64) -> Result<u64, StoreError> {
 
 impl<'a> Ingest<'a> {
     pub(crate) fn begin(store: &Store, lease: &'a Lease) -> Result<Self, StoreError> {
-        // First the word, then the look, which waits until there is a question: see `gc`.
+        // The lease says that the ingest is open before the indexes are refreshed, which waits
+        // until the first lookup: see `gc`.
         let number = lease.begin_ingest()?;
         let open = OpenIngest { lease, number };
         Ok(Self {
@@ -202,8 +205,8 @@ impl<'a> Ingest<'a> {
         &self.store
     }
 
-    /// Adds the whole contents of a file, whatever its position. What is stored is what was hashed, even if somebody
-    /// writes to the file meanwhile.
+    /// Adds the whole contents of a file, whatever its position. Stores exactly the bytes that it
+    /// hashes, even if another process writes to the file meanwhile.
     pub fn add_file(&self, file: &File) -> Result<Added, StoreError> {
         let size = file.metadata().map_err(StoreError::Input)?.len();
         if size >= LOOSE_MIN
@@ -215,8 +218,8 @@ impl<'a> Ingest<'a> {
         self.add_reader(&mut FromStart { file, at: 0 })
     }
 
-    /// As [`Ingest::add_file`], of a file that was `size` bytes long a moment ago. Of a small one it adds at most those:
-    /// the caller sees by its times whether it changed.
+    /// As [`Ingest::add_file`], for a file that was `size` bytes long a moment ago. Adds at most
+    /// that many bytes of a small file: the caller detects by its times whether the file changed.
     pub(crate) fn add_file_of(&self, file: &File, size: u64) -> Result<Added, StoreError> {
         if size >= LOOSE_MIN {
             return self.add_file(file);
@@ -228,7 +231,7 @@ impl<'a> Ingest<'a> {
         })
     }
 
-    /// Adds these bytes.
+    /// As [`Ingest::add_file`], for bytes in memory.
     pub fn add_bytes(&self, bytes: &[u8]) -> Result<Added, StoreError> {
         if bytes.len() as u64 >= LOOSE_MIN {
             let (head, mut rest) = bytes.split_at(LOOSE_MIN as usize);
@@ -237,7 +240,7 @@ impl<'a> Ingest<'a> {
         self.guard(|| self.add_small(bytes))
     }
 
-    /// Adds all bytes that `reader` gives. Holds at most one piece of them in memory.
+    /// Adds all bytes of `reader`. Holds at most one piece of them in memory.
     pub fn add_reader(&self, reader: &mut dyn Read) -> Result<Added, StoreError> {
         with_buffer(|buffer| {
             let len = read_full(reader, buffer)?;
@@ -249,7 +252,7 @@ impl<'a> Ingest<'a> {
         })
     }
 
-    /// Runs something that writes. Its failure is the last thing that the ingest does.
+    /// Runs `f`, which writes. If `f` fails to write, every later call of the ingest fails, too.
     fn guard<T>(&self, f: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
         self.failed.check()?;
         f().map_err(|err| match err {
@@ -258,18 +261,19 @@ impl<'a> Ingest<'a> {
         })
     }
 
-    /// Looks at the indexes, unless this ingest has. What is unchanged needs no look: it names no
-    /// object.
+    /// Refreshes the indexes, once in an ingest. Unchanged files need no refresh: they name no
+    /// object. Returns how often packs had vanished at that refresh.
     fn look(&self) -> Result<u64, StoreError> {
         if let Some(losses) = self.losses.get() {
             return Ok(*losses);
         }
         let losses = self.store.objects().refresh()?;
-        // Of two threads, the first to say it looked first, or at the same.
+        // Of two threads, the first to set its count refreshed first, or both found the same packs.
         Ok(*self.losses.get_or_init(|| losses))
     }
 
-    /// Whether the object is in a pack of the store. What so many of these questions brought into memory leaves it again.
+    /// Whether a pack of the store has the object. Every [`RELEASE`] calls, the pages that these
+    /// lookups brought into memory leave it.
     fn is_packed(&self, object: &ObjectId) -> Result<bool, StoreError> {
         self.look()?;
         let objects = self.store.objects();
@@ -289,7 +293,8 @@ impl<'a> Ingest<'a> {
         Ok(Added { object, size, new })
     }
 
-    /// Shares the file's blocks and hashes what was shared. Nothing where the filesystem cannot.
+    /// Shares the file's blocks and hashes the shared copy. `None` where the filesystem cannot
+    /// share.
     fn add_clone(&self, file: &File) -> Result<Option<Added>, StoreError> {
         self.guard(|| {
             let tmp = self.lease.tmp()?;
@@ -309,7 +314,7 @@ impl<'a> Ingest<'a> {
                     size += count as u64;
                 }
             })?;
-            // It may have been cut meanwhile; small objects live in packs.
+            // The file may have been truncated meanwhile; small objects live in packs.
             if size < LOOSE_MIN {
                 return Ok(None);
             }
@@ -337,7 +342,7 @@ impl<'a> Ingest<'a> {
                 size += count as u64;
             }
             if written < size {
-                // The file ends with a hole, and has its length all the same.
+                // A file that ends with a hole has its full length all the same.
                 tmp.write(&[0], size - 1)?;
             }
             self.keep_loose(hasher, size, tmp)
@@ -358,7 +363,7 @@ impl<'a> Ingest<'a> {
         };
         self.look()?;
         let objects = self.store.objects();
-        // A power cut may have left one of the two; then both are given their names again.
+        // A power cut may have left only one of the two files; then both get their names again.
         if objects.has_loose(&object, Some(size)) && objects.has_outboard(&object) {
             return Ok(known);
         }
@@ -380,7 +385,8 @@ impl<'a> Ingest<'a> {
         Ok(Added { new: true, ..known })
     }
 
-    /// Has a file synced while the next ones are read. [`Ingest::finish`] waits for it.
+    /// Queues a file to be synced while the next ones are read. [`Ingest::finish`] waits for the
+    /// sync.
     fn sync_soon(&self, file: Arc<File>, path: PathBuf) -> Result<(), StoreError> {
         let queue = {
             let mut syncer = lock(&self.syncer);
@@ -391,13 +397,13 @@ impl<'a> Ingest<'a> {
             return Ok(());
         }
         self.failed.check()?;
-        // Its thread panicked.
+        // The syncer's thread panicked.
         let ended = lock(&self.syncer).take();
         ended.map_or(Ok(()), Syncer::finish)
     }
 
-    /// Makes the layer of `tree` and everything in it durable, then visible. Every file's object must be in the store or
-    /// have been added.
+    /// Makes the layer of `tree` and everything in it durable, then visible. The object of every
+    /// file must be in the store or have been added.
     pub fn finish<S: Source>(mut self, tree: &S) -> Result<Published, StoreError> {
         self.failed.check()?;
         let syncer = self
@@ -415,7 +421,7 @@ impl<'a> Ingest<'a> {
         let plan = plan?;
         let in_files = complete?;
         let id = plan.layer_id;
-        // First the pin, then the question.
+        // Pins the layer before looking for it.
         self.lease.pin(&[id])?;
         let existed = self.store.has_layer(&id) && self.store.layer(&id).is_ok();
         let packed = pack.iter().flat_map(|pack| &pack.objects);
@@ -440,8 +446,9 @@ impl<'a> Ingest<'a> {
         Ok(published)
     }
 
-    /// Now that the layer has its name: is all that it needs still in its place? A collection that looked at the layers before may
-    /// have taken something out; what it takes out from now on it brings back itself.
+    /// Checks, after the layer has its name, that all objects it needs are still in place. A
+    /// collection that listed the layers before may have removed some; one that removes some from
+    /// now on brings them back itself.
     fn keep_objects<S: Source>(
         &self,
         tree: &S,
@@ -458,8 +465,8 @@ impl<'a> Ingest<'a> {
         tree::files(tree).try_for_each(|(id, _)| objects.require(&id))
     }
 
-    /// The publish order: bytes durable under temporary names, names of objects, durable names of objects, name of the
-    /// layer, durable name of the layer.
+    /// The order of publication: bytes durable under temporary names, names of objects, durable
+    /// names of objects, name of the layer, durable name of the layer.
     fn publish(
         &self,
         syncer: Option<Syncer>,
@@ -488,12 +495,12 @@ impl<'a> Ingest<'a> {
             large.object.publish(&places.loose(id))?;
         }
         if let (Some(pack), Some((id, index))) = (pack, &index) {
-            // A pack is there when its index is.
+            // A pack exists once its index does.
             pack.tmp.publish(&places.pack(id))?;
             index.publish(&places.index(id))?;
         }
-        // Even if nothing was added: what is reused may be of somebody who has named it but not synced that yet, and syncing
-        // names that are durable costs next to nothing.
+        // Even if nothing was added: another process may have named, but not yet synced, an object
+        // that this layer reuses. Syncing names that are durable costs next to nothing.
         for name in ["loose", "packs"] {
             let dir = dir.join(name);
             disk.sync_dir(&dir).at("syncing", &dir)?;
@@ -506,7 +513,8 @@ impl<'a> Ingest<'a> {
         Ok(index.map(|(id, _)| id))
     }
 
-    /// A layer must never name an object that is not there. Returns the objects that are files of their own.
+    /// Fails unless every object of `tree` is there: a layer must never name a missing object.
+    /// Returns the objects that are files of their own.
     fn check_objects<S: Source>(
         &self,
         tree: &S,

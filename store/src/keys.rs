@@ -1,15 +1,15 @@
 //! Keys: from the inputs of a recipe to the layers that it made, for any number of projects.
 //!
 //! ```text
-//! keys/<key>             JSON: prefixes, and a head for each record: what names the record, and the layer
+//! keys/<key>             JSON: prefixes, and a head for each record: its name, and its layer
 //! facts/<key>.<facts>    JSON: the facts of a record, unless it has none
 //! ```
 //!
 //! # Finding a record
 //!
 //! A record holds for a project if the looks of its facts find the same in that project. Comparing
-//! the facts of each record would read all of them, so a record is found in two phases, as a
-//! compiler cache does it:
+//! the facts of each record would read all of them, so a search has two phases, as in a compiler
+//! cache:
 //!
 //! 1. The file of the key has a *prefix* for each record: at most [`PREFIX`] of its looks, those
 //!    that tell projects apart best, and a digest of what they found. Records with equal looks
@@ -19,14 +19,14 @@
 //!    them are read, its looks are done, and the digest of what they find names the record of this
 //!    group that holds, if there is one.
 //!
-//! So a key with 1,000 records costs its file, and about one file of facts. The record that the
-//! caller's worker used last is tried first: a hint, on which no result depends.
+//! A search among 1,000 records thus reads the key's file and about one file of facts. The record
+//! that the caller's worker used last is tried first: a hint, on which no result depends.
 //!
 //! # Order
 //!
-//! A file of facts is durable before the file of the key names it, and goes after that. Both are
-//! written with the lock of the key's records held. Facts that no record names are what a crash
-//! left, and a collection removes them.
+//! A file of facts is durable before the file of the key names it, and is removed after that file
+//! no longer does. Both are written with the lock of the key's records held. A crash can leave
+//! facts that no record names; a collection removes them.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -48,31 +48,32 @@ use crate::tree::components;
 
 /// Most looks of a prefix.
 pub const PREFIX: usize = 8;
-/// Most looks of a prefix at contents and targets, and most at what directories hold; all other
-/// looks come after these.
+/// Most looks of a prefix at contents and targets, and most at the contents of directories; all
+/// other looks come after these.
 const PREFIX_OF: [usize; 2] = [5, 2];
-/// Most records of one key. Beyond it the oldest go whose layers no ref keeps.
+/// Most records of one key. Beyond it, the oldest whose layers no ref keeps are evicted.
 pub const MAX_RECORDS: usize = 1 << 14;
-/// Of a record's provenance: where it was fetched from, if it was not built here.
+/// The field of a record's provenance that has its origin, if the record was fetched.
 pub const ORIGIN: &str = "cache";
 /// Longest file of one key, or of the facts of one record, in bytes.
 pub(crate) const MAX_KEY_FILE: u64 = 256 << 20;
 
-/// One result of a recipe: what it looked at, and the layer it made.
+/// One result of a recipe: the facts that it read, and the layer it made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// What it saw of the project. The record holds for a project of which all of this is true.
+    /// The facts that the recipe read of the project. The record holds for each project in which
+    /// all of them are true.
     pub facts: Vec<Fact>,
     /// The layer.
     pub layer_id: LayerId,
     /// The layer without its mtimes.
     pub tree_id: TreeId,
-    /// For people: what kind of step, when, how long it took, why it ran.
+    /// For display only: the kind of step, its time, its duration, the reason it ran.
     pub provenance: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Record {
-    /// Where it was fetched from; nothing for what was built here.
+    /// The origin of a fetched record; nothing for one that was built here.
     pub fn origin(&self) -> Option<&str> {
         self.provenance.get(ORIGIN)?.as_str()
     }
@@ -91,26 +92,27 @@ pub struct RecordHead {
     pub tree_id: TreeId,
     /// See [`Record::provenance`].
     pub provenance: serde_json::Map<String, serde_json::Value>,
-    /// The id of its looks.
+    /// The id of the looks of its facts.
     looks: LooksId,
-    /// Which of the key's prefixes it has.
+    /// Index of its prefix among those of the key.
     prefix: usize,
-    /// What the looks of the prefix found.
+    /// The id of the facts that the looks of the prefix found.
     found: FactsId,
 }
 
 impl RecordHead {
-    /// Where the record was fetched from; nothing for what was built here.
+    /// The origin of a fetched record; nothing for one that was built here.
     pub fn origin(&self) -> Option<&str> {
         self.provenance.get(ORIGIN)?.as_str()
     }
 
-    /// Whether this one makes `old` useless. What was fetched never makes what was built here so.
+    /// Whether this record makes `old` useless. A fetched record never replaces one that was built
+    /// here.
     fn replaces(&self, old: &Self) -> bool {
         self.facts == old.facts && (self.origin().is_none() || self.origin() == old.origin())
     }
 
-    /// It as a record with these facts.
+    /// The record of this head, with these facts.
     #[must_use]
     pub fn with(self, facts: Vec<Fact>) -> Record {
         Record {
@@ -128,7 +130,7 @@ struct KeyFile {
     /// Looks that tell the records apart, each list once.
     #[serde(default)]
     prefixes: Vec<Vec<Look>>,
-    /// What was built here, the newest first, and then what was fetched, the newest first.
+    /// First the records that were built here, then the fetched ones; each kind the newest first.
     #[serde(default)]
     heads: Vec<RecordHead>,
     /// As earlier programs wrote them, facts included.
@@ -136,8 +138,8 @@ struct KeyFile {
     records: Vec<EarlierRecord>,
 }
 
-/// A record of an earlier program. One with facts holds for nothing: these said less, so its key is
-/// no more asked for either.
+/// A record of an earlier program. One with facts holds for no project: such facts said less than
+/// today's, so no search asks for its key any more.
 #[derive(Debug, Deserialize)]
 struct EarlierRecord {
     facts: Vec<IgnoredAny>,
@@ -169,7 +171,7 @@ impl KeyFile {
         }
     }
 
-    /// The head of a record, whose prefix is among those of the file from now on.
+    /// The head of a record. Adds the record's prefix to those of the file.
     fn head(&mut self, record: &Record) -> RecordHead {
         let prefix = prefix(&record.facts);
         let looks: Vec<Look> = prefix.iter().map(|fact| fact.look()).collect();
@@ -191,7 +193,7 @@ impl KeyFile {
         }
     }
 
-    /// Drops prefixes that no head has.
+    /// Drops prefixes that no head uses.
     fn tidy(&mut self) {
         let used: BTreeSet<usize> = self.heads.iter().map(|head| head.prefix).collect();
         let new: HashMap<usize, usize> = used
@@ -210,8 +212,8 @@ impl KeyFile {
     }
 }
 
-/// The facts that tell projects apart best: contents first, the shallowest first, then what
-/// directories hold, then the rest.
+/// The facts that tell projects apart best: contents first, the shallowest first, then the contents
+/// of directories, then the rest.
 fn prefix(facts: &[Fact]) -> Vec<&Fact> {
     let class = |fact: &Fact| match fact.seen.how() {
         How::Contents | How::Target => 0,
@@ -245,27 +247,27 @@ fn prefix(facts: &[Fact]) -> Vec<&Fact> {
     chosen
 }
 
-/// What finding a record took.
+/// The cost of a search.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SearchCost {
     /// Records of the key.
     pub records: usize,
-    /// Prefixes that were looked at.
+    /// Prefixes whose looks were done.
     pub prefixes: usize,
     /// Files of facts that were read.
     pub files: usize,
 }
 
-/// Told of a record and its facts; true ends the search.
+/// Called with a record and its facts; true ends the search.
 pub type TakeRecord<'a> = dyn FnMut(&RecordHead, &[Fact]) -> Result<bool, StoreError> + 'a;
 
 /// A search for a record of a key.
 pub struct Search<'a> {
     /// The facts of the record that the worker used last.
     pub last: Option<FactsId>,
-    /// Whether a record may be used at all.
+    /// Whether the caller accepts a record at all.
     pub trusts: &'a dyn Fn(&RecordHead) -> bool,
-    /// Told of each record that holds, the best one first.
+    /// Called with each record that holds, the best one first.
     pub take: &'a mut TakeRecord<'a>,
 }
 
@@ -278,9 +280,10 @@ impl Store {
         self.dir().join(FACTS_DIR).join(format!("{key}.{facts}"))
     }
 
-    /// The records of a key, those that were built here first, and each kind the newest first.
-    /// Their layers may be gone: pin, then look. A file that is damaged holds none: what it said
-    /// can be built anew, and [`Store::verify`] tells of it.
+    /// The records of a key: first those that were built here, then the fetched ones, each kind the
+    /// newest first. Their layers may be gone, so callers pin a layer before they look for it. A
+    /// damaged file holds no records: its layers can be built anew, and [`Store::verify`] reports
+    /// it.
     pub fn records(&self, key: &KeyId) -> Result<Vec<Record>, StoreError> {
         let mut records = Vec::new();
         for head in self.heads(key)? {
@@ -331,7 +334,8 @@ impl Store {
         Ok(self.checked_key_file(key)?.heads)
     }
 
-    /// The facts of a record; nothing if they are gone, as the record is by now.
+    /// The facts of a record; nothing if they are gone, in which case the record is gone by now,
+    /// too.
     pub(crate) fn checked_facts(
         &self,
         key: &KeyId,
@@ -353,7 +357,7 @@ impl Store {
     }
 
     /// Finds the records of a key that hold for a project: see the module's documentation. Their
-    /// layers may be gone: pin, then look.
+    /// layers may be gone, so callers pin a layer before they look for it.
     pub fn find_record(
         &self,
         key: &KeyId,
@@ -369,7 +373,7 @@ impl Store {
         };
         let Search { last, trusts, take } = search;
         let mut found: Vec<Option<FactsId>> = vec![None; prefixes.len()];
-        // What the looks of each group find.
+        // The facts that the looks of each group find in this project.
         let mut groups: HashMap<LooksId, (FactsId, Vec<Fact>)> = HashMap::new();
         let hint = heads.iter().filter(|head| Some(head.facts) == last);
         let mut tried = HashSet::new();
@@ -419,10 +423,10 @@ impl Store {
         FileLock::acquire(self.disk(), &lock, &|| {})
     }
 
-    /// Adds a record in front of the key's others, durably; one that was fetched, in front of the
-    /// others that were. It replaces one with the same facts, but what was fetched replaces only
-    /// what came from there, and is the first to go. Its layer must be in the store and pinned by
-    /// the caller. Returns the id of its facts.
+    /// Adds a record, durably: one that was built here before all others of the key, a fetched one
+    /// before the other fetched ones. A record replaces one with the same facts, but a fetched
+    /// record replaces only one of the same origin, and is the first to be evicted. Its layer must
+    /// be in the store and pinned by the caller. Returns the id of its facts.
     pub fn put_record(&self, key: &KeyId, mut record: Record) -> Result<FactsId, StoreError> {
         let lease = self.lease("record")?;
         self.require_layer(&record.layer_id)?;
@@ -457,7 +461,8 @@ impl Store {
         Ok(id)
     }
 
-    /// Takes out the oldest records that are too many, unless a ref keeps their layers.
+    /// Evicts the oldest records above the limit, except those whose layers a ref keeps. Returns
+    /// the ids of their facts.
     fn evict(&self, file: &mut KeyFile) -> Result<Vec<FactsId>, StoreError> {
         let mut dropped = Vec::new();
         if file.heads.len() <= MAX_RECORDS {
@@ -478,7 +483,8 @@ impl Store {
         Ok(dropped)
     }
 
-    /// Removes files of facts that none of `heads` names any more. Need not be durable.
+    /// Removes those of the `dropped` files of facts that none of `heads` names. Not durable, and
+    /// need not be.
     fn drop_facts(
         &self,
         key: &KeyId,
@@ -499,7 +505,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the records of a key that `go`, durably. Returns how many they were.
+    /// Removes the records of a key for which `go` is true, durably. Returns how many.
     pub(crate) fn drop_records(
         &self,
         lease: &Lease,
@@ -520,7 +526,7 @@ impl Store {
         Ok(count)
     }
 
-    /// Writes the file of a key, or removes it if there is nothing to say.
+    /// Writes the file of a key, or removes it if the key has no records.
     fn write_key(&self, lease: &Lease, key: &KeyId, file: &mut KeyFile) -> Result<(), StoreError> {
         let path = self.key_path(key);
         if file.heads.is_empty() {
@@ -532,8 +538,8 @@ impl Store {
         write_json_compact(self, lease, &path, file, MAX_KEY_FILE)
     }
 
-    /// Removes facts that no record names, which a crash left, and keys of earlier programs of
-    /// which no record holds.
+    /// Removes facts that no record names, which a crash left, and files of keys of which no record
+    /// holds, which earlier programs left.
     pub(crate) fn sweep_records(&self, lease: &Lease) -> Result<(), StoreError> {
         let mut by_key: HashMap<KeyId, Vec<FactsId>> = HashMap::new();
         for name in names(self.disk().as_ref(), &self.dir().join(FACTS_DIR))? {
@@ -553,7 +559,7 @@ impl Store {
                         .iter()
                         .any(|id| heads.iter().all(|head| head.facts != *id))
             };
-            // Most keys are as they should be, and need no lock.
+            // Most keys have nothing to remove, and need no lock.
             match self.checked_heads(&key) {
                 Ok(heads) if is_left(&heads) => {}
                 Ok(_) | Err(StoreError::Json { .. } | StoreError::Damaged { .. }) => continue,
@@ -570,7 +576,7 @@ impl Store {
     }
 }
 
-/// What the name of a file of facts says.
+/// The key and the facts that the name of a file of facts stands for.
 pub(crate) fn facts_name(name: &str) -> Option<(KeyId, FactsId)> {
     let (key, facts) = name.split_once('.')?;
     let parsed: (KeyId, FactsId) = (key.parse().ok()?, facts.parse().ok()?);

@@ -1,8 +1,8 @@
 //! Bytes of a published file: mapped, or held in memory.
 //!
 //! A kernel gives a process a limited number of mappings, 65,530 by default on Linux, and a store
-//! may have more files. So small files, which are the many, are read, and no more than
-//! [`MAX_MAPPED`] files are mapped at once.
+//! may have more files. So small files, the majority, are read, and at most [`MAX_MAPPED`] files
+//! are mapped at once.
 
 use std::fs::File;
 use std::io;
@@ -14,28 +14,28 @@ use memmap2::{Mmap, UncheckedAdvice};
 use crate::blob::read_exact;
 use crate::disk::Disk;
 
-/// A file of at most this many bytes is read and not mapped: that takes fewer system calls and no
+/// A file of at most this many bytes is read and not mapped, which takes fewer system calls and no
 /// address space.
 const MAX_READ: u64 = 64 << 10;
 /// Most files that this process has mapped at once, except for those longer than
 /// [`MAX_READ_INSTEAD`].
 pub(crate) const MAX_MAPPED: usize = 4096;
-/// Where no more files may be mapped, one of at most this many bytes is read.
+/// Once [`MAX_MAPPED`] files are mapped, a file of at most this many bytes is read.
 const MAX_READ_INSTEAD: u64 = 16 << 20;
 
-/// Files that are mapped now.
+/// Number of files that are mapped now.
 static MAPPED: AtomicUsize = AtomicUsize::new(0);
 
-/// What is read through once is read in pieces of so many bytes, each of which leaves memory before
-/// the next.
+/// A pass over a whole mapping reads it in pieces of this many bytes, each of which leaves memory
+/// before the next.
 const PIECE: usize = 16 << 20;
 
-/// A mapping that is counted.
+/// A mapping that [`MAPPED`] counts.
 #[derive(Debug)]
 pub(crate) struct Mapping(Mmap);
 
 impl Mapping {
-    /// Maps a file unless too many are.
+    /// Maps a file, unless too many are mapped.
     fn new(file: &File, len: u64) -> io::Result<Option<Self>> {
         if MAPPED.fetch_add(1, Ordering::Relaxed) >= MAX_MAPPED && len <= MAX_READ_INSTEAD {
             MAPPED.fetch_sub(1, Ordering::Relaxed);
@@ -78,14 +78,14 @@ impl Bytes {
         Ok(Self::Owned(bytes))
     }
 
-    /// Lets go of the pages that are in memory; they come back when they are read again. For who
-    /// looks at much of a mapping once.
+    /// Drops the pages that are in memory; the next read loads them again. For callers that read a
+    /// large part of a mapping once.
     pub(crate) fn release(&self) {
         if let Self::Mapped(map) = self {
             // SAFETY: the mapping is shared with its file and never written: nothing is lost with
             // its pages, and reading it again gives the same bytes.
             let advised = unsafe { map.0.unchecked_advise(UncheckedAdvice::DontNeed) };
-            // It is advice.
+            // The call is advice: its failure changes nothing.
             drop(advised);
         }
     }
@@ -133,7 +133,7 @@ mod tests {
             Bytes::Owned(_)
         ));
         file.set_len(MAX_READ + 1).unwrap();
-        // Other tests of this process may have some mapped, too.
+        // Other tests of this process may have files mapped, too.
         let all: Vec<Bytes> = (0..=MAX_MAPPED)
             .map(|_| Bytes::map(&RealDisk, &file).unwrap())
             .collect();

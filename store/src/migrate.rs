@@ -1,8 +1,9 @@
-//! Bringing a store of the layout before seals up to date: its JSON files are sealed, its loose
-//! objects get outboards, and last its format says so.
+//! Migration of a store of the layout before seals: its JSON files are sealed, its loose objects
+//! get outboards, and last its format says so.
 //!
-//! Whatever is cut short is done the next time; until the format is written, the store is of the
-//! earlier layout, in which nothing reads what is new. A store that an earlier program is using
+//! An interrupted migration is completed by the next one. Until the format is written, the store is
+//! of the earlier layout, and programs of that layout do not read the new files. A store that an
+//! earlier program is using cannot be migrated: that program would not know the new files.
 //! cannot be migrated: it would not know the new files.
 
 use std::path::{Path, PathBuf};
@@ -23,35 +24,35 @@ use crate::repair::write_outboard;
 use crate::seal;
 use crate::store::{DIRS, Format, Found, Store};
 
-/// What a migration did.
+/// The result of a migration.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Migration {
     /// JSON files that were sealed.
     pub sealed: u64,
     /// Outboards that were made.
     pub outboards: u64,
-    /// What was damaged before, relative to the store, and is left as it is: verification says what
-    /// it means.
+    /// Files that were damaged before, relative to the store. They are left as they are:
+    /// verification reports their effect.
     #[serde(serialize_with = "crate::path_json::all")]
     pub damaged: Vec<PathBuf>,
 }
 
-/// What a migration says while it runs.
+/// Progress of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MigrateEvent {
     /// A collection runs; the migration waits for it.
     Waiting,
-    /// So many files are done.
+    /// This many files are done.
     Done(u64),
 }
 
-/// Told how far a migration is.
+/// Called with the progress of a migration.
 pub type OnMigrate<'a> = &'a dyn Fn(MigrateEvent);
 
 impl Store {
-    /// Brings the store in `dir` up to date, in place, durably. It may be cut short anywhere and
-    /// run again; a store that is up to date is left as it is. While a living process holds a lease
-    /// it is [`StoreError::InUse`].
+    /// Migrates the store in `dir`, in place, durably. An interrupted migration may be run again; a
+    /// store that is up to date is left as it is. While another living process holds a lease, the
+    /// result is [`StoreError::InUse`].
     pub fn migrate(
         dir: &Path,
         disk: Arc<dyn Disk>,
@@ -88,8 +89,8 @@ impl Store {
             on_event,
             done: Migration::default(),
         };
-        // Once more, until there is nothing left: somebody may have come and gone who knew of no
-        // seals.
+        // Repeat until a pass finds nothing to do: an earlier program, which knows no seals, may
+        // have used the store during the last one.
         loop {
             let before = work.done.clone();
             work.done.damaged.clear();

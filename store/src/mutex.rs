@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What the mutexes of this crate guard is whole between any two statements that can panic.
+    // The data under each mutex of this crate is consistent between any two statements that can
+    // panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,15 +1,17 @@
-//! Outboards: what lets a part of a large object be checked without reading the rest.
+//! Outboards, which allow checking a part of a large object without reading the rest.
 //!
-//! BLAKE3 is a tree: the hash of an object follows from the chaining values of its groups of 64 KiB. They stand beside each
+//! BLAKE3 is a tree: the hash of an object follows from the chaining values of its groups of 64
+//! KiB. The file `loose/<object>.cv` beside each loose object holds them:
 //! loose object, in `loose/<object>.cv`:
 //!
 //! ```text
-//! header   32 bytes: magic `III-OUTB`; version, length of a group: u32; length of the object: u64; zeroes
+//! header   32 bytes: magic `III-OUTB`; version, length of a group: u32;
+//!          length of the object: u64; zeroes
 //! groups   one chaining value of 32 bytes for each group, the last of which may be short
 //! ```
 //!
-//! An outboard proves itself: the root that its values make is the object's id. One that is missing or damaged can be made
-//! again from the object.
+//! An outboard proves itself: the root of its values is the object's id. A missing or damaged
+//! outboard can be made again from the object.
 
 use blake3::hazmat::{
     ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root,
@@ -17,7 +19,7 @@ use blake3::hazmat::{
 
 use crate::id::ObjectId;
 
-/// Bytes in a group. A power of two of BLAKE3's chunks, so that every group is a subtree.
+/// Bytes in a group: a power of two of BLAKE3's chunks, so that every group is a subtree.
 pub(crate) const GROUP: usize = 64 << 10;
 
 const MAGIC: &[u8; 8] = b"III-OUTB";
@@ -40,7 +42,8 @@ fn header(len: u64) -> [u8; HEADER] {
     header
 }
 
-/// The largest power of two below `count`, which is at least 2: how many groups the left subtree has.
+/// The largest power of two below `count`, which is at least 2: the number of groups of the left
+/// subtree.
 fn split(count: usize) -> usize {
     count.div_ceil(2).next_power_of_two()
 }
@@ -56,13 +59,14 @@ fn merge(groups: &[ChainingValue]) -> ChainingValue {
 impl Outboard {
     /// The length of the file for an object of `len` bytes.
     pub(crate) fn file_len(len: u64) -> u64 {
-        // More than any file has is no length of one.
+        // No file is that long, so a length that overflows matches none.
         (len.div_ceil(GROUP as u64))
             .saturating_mul(32)
             .saturating_add(HEADER as u64)
     }
 
-    /// The id that the groups make. Nothing for an object of one group: it has no tree above it.
+    /// The id of the object, from its groups. Nothing for an object of one group, which has no tree
+    /// above it.
     pub fn root(&self) -> Option<ObjectId> {
         if self.groups.len() < 2 {
             return None;
@@ -71,7 +75,7 @@ impl Outboard {
         Some(merge_subtrees_root(&merge(left), &merge(right), Mode::Hash).into())
     }
 
-    /// The file.
+    /// The bytes of the file.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER + self.groups.len() * 32);
         out.extend(header(self.len));
@@ -79,12 +83,13 @@ impl Outboard {
         out
     }
 
-    /// Reads the outboard of the object `id`, which is `len` bytes long. Nothing unless every byte is as it was written.
+    /// Decodes the outboard of the object `id`, which is `len` bytes long. Nothing unless every
+    /// byte is right.
     pub(crate) fn decode(bytes: &[u8], id: &ObjectId, len: u64) -> Option<Self> {
         Self::parse(bytes, len).filter(|outboard| outboard.root() == Some(*id))
     }
 
-    /// Reads the outboard of some object of `len` bytes, whatever its id.
+    /// Decodes the outboard of an object of `len` bytes, whatever its id.
     pub fn parse(bytes: &[u8], len: u64) -> Option<Self> {
         let groups = bytes.strip_prefix(&header(len))?;
         if bytes.len() as u64 != Self::file_len(len) {
@@ -102,14 +107,14 @@ impl Outboard {
         self.groups.len()
     }
 
-    /// Where the group begins, and its length.
+    /// The start of the group, and its length.
     pub fn range(&self, group: usize) -> (u64, usize) {
         let start = group as u64 * GROUP as u64;
         let len = self.len.saturating_sub(start).min(GROUP as u64);
         (start, len as usize)
     }
 
-    /// Whether these are the bytes of the group.
+    /// Whether `bytes` are the bytes of the group.
     pub fn group_holds(&self, group: usize, bytes: &[u8]) -> bool {
         let (start, len) = self.range(group);
         len != 0
@@ -128,13 +133,13 @@ fn chaining_value(start: u64, bytes: &[u8]) -> ChainingValue {
 #[derive(Debug, Default)]
 pub struct OutboardHasher {
     groups: Vec<ChainingValue>,
-    /// The group under way, which is never full and empty only at the start.
+    /// The current group, which is never full, and empty only at the start.
     group: blake3::Hasher,
     len: u64,
 }
 
 impl OutboardHasher {
-    /// Takes in the next bytes.
+    /// Adds the next bytes.
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let filled = self.group.count() as usize;
@@ -227,7 +232,7 @@ mod tests {
         }
     }
 
-    /// The format: this may never change.
+    /// The format: these values may never change.
     #[test]
     fn golden() {
         let mut hasher = OutboardHasher::default();

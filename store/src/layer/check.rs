@@ -1,5 +1,5 @@
-//! What opening a layer does not prove: that the ids of its header are those of its nodes, and that
-//! every byte of the file is the one that [`encode`](super::encode) writes.
+//! The checks that opening a layer leaves out: that the ids of its header are those of its nodes,
+//! and that every byte of the file is the one that [`encode`](super::encode) writes.
 
 use rayon::prelude::*;
 
@@ -12,18 +12,19 @@ use crate::tree::{MAX_XATTR_NAME, MAX_XATTR_VALUE, MAX_XATTRS};
 
 /// Bytes that are hashed at once.
 const PIECE: usize = 64 << 10;
-/// Where the zeroes of the header begin.
+/// Start of the zeroes at the end of the header.
 const HEADER_END: usize = 152;
 
 impl Layer {
-    /// The compat and ro-compat features of the file; whoever does not know them may read it.
+    /// The compat and ro-compat features of the file. A program that does not know them may read
+    /// it.
     pub(crate) fn compat_features(&self) -> [u32; 2] {
         [le_u32(&self.bytes, 12), le_u32(&self.bytes, 16)]
     }
 
-    /// Whether the header says what follows from the nodes and the tree id. With the body, that is
-    /// every byte of the file but the compat features. Takes little more than one look at each
-    /// node.
+    /// Whether the header matches the nodes and the tree id. Together with the checksum of the
+    /// body, this covers every byte of the file but the compat features. Visits each node about
+    /// once.
     pub fn header_holds(&self) -> bool {
         let mut hasher = blake3::Hasher::new_derive_key(LAYER_CONTEXT);
         let mut bytes = Vec::with_capacity(PIECE + 12);
@@ -59,7 +60,7 @@ impl Layer {
             && self.bytes[HEADER_END..HEADER].iter().all(|&byte| byte == 0)
     }
 
-    /// Checks that the file is what [`encode`](super::encode) makes of its tree, byte by byte,
+    /// Checks that the file is the encoding of its tree by [`encode`](super::encode), byte by byte,
     /// hashes included, except for the compat features.
     pub fn check_all(&self) -> Result<(), LayerError> {
         use LayerError::Damaged;
@@ -93,7 +94,8 @@ impl Layer {
         }
     }
 
-    /// Checks that everything stands where it is written, and nothing else anywhere.
+    /// Checks that everything stands where `encode` writes it, and that the blob holds nothing
+    /// else.
     fn check_layout(&self) -> Result<(), LayerError> {
         use LayerError::Damaged;
         let mut blob = 0_u64;
@@ -151,7 +153,7 @@ impl NodeRef<'_> {
         super::array(&self.layer.bytes, self.at(64))
     }
 
-    /// Whether the fields that mean nothing for its kind are as they are written.
+    /// Whether the fields without a meaning for its kind are as `encode` writes them.
     fn is_canonical(self) -> bool {
         let bytes = &self.layer.bytes[self.at(0)..self.at(NODE)];
         let zero = |from: usize, to: usize| bytes[from..to].iter().all(|&byte| byte == 0);
@@ -189,7 +191,7 @@ impl NodeRef<'_> {
         (1..=MAX_XATTRS).contains(&count).then_some(len)
     }
 
-    /// What the hash of its directory says of it.
+    /// Appends the bytes of this entry that the hash of its directory covers.
     fn write_hashed(self, out: &mut Vec<u8>) {
         let file_size = match self.kind() {
             Kind::File => self.size(),

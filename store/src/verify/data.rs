@@ -18,7 +18,7 @@ const MAX_PER_PACK: usize = 100;
 /// Bytes of a pack that are read at once.
 const RUN: u64 = 4 << 20;
 
-/// A pack whose objects are hashed in the order in which they stand there.
+/// A pack whose objects are hashed in the order of their places in it.
 struct PackData<'a> {
     pass: &'a Pass<'a>,
     item: &'a Item,
@@ -27,7 +27,7 @@ struct PackData<'a> {
     /// By ascending offset.
     places: Vec<(ObjectId, Place)>,
     damaged: AtomicUsize,
-    /// Whether one of them could not be read.
+    /// Whether an object of the pack could not be read.
     unread: AtomicBool,
 }
 
@@ -36,7 +36,7 @@ fn end(place: &Place) -> u64 {
 }
 
 impl Pass<'_> {
-    /// Hashes every object of a pack, and looks at the zeroes between them.
+    /// Hashes every object of a pack, and checks the zeroes between them.
     pub(super) fn check_pack_data(&self, item: &Item, pack: &Pack, file: &File) {
         let mut data = PackData {
             pass: self,
@@ -70,15 +70,15 @@ impl PackData<'_> {
         }
     }
 
-    /// Reports an object that cannot be read, one for the whole pack.
+    /// Reports a failure to read, at most one for the whole pack.
     fn unread(&self, err: &io::Error) {
         if !self.unread.swap(true, Ordering::Relaxed) {
             self.pass.unchecked(self.item, &self.pack.path, err);
         }
     }
 
-    /// Sorts the objects, checks that their places make sense, and cuts them into what is read at
-    /// once.
+    /// Sorts the objects, checks that their places are consistent, and returns the ranges of
+    /// objects that are read at once.
     fn runs(&mut self) -> Vec<Range<usize>> {
         let count = self.places.len();
         self.places.retain(|(_, place)| place.len < LOOSE_MIN);
@@ -124,7 +124,7 @@ impl PackData<'_> {
         if len <= 2 * RUN && read_exact(self.pass.disk, self.file, buf, start).is_ok() {
             self.check_read(buf, start, places);
         } else {
-            // One by one, to see what can be read.
+            // Reads them one by one, to find those that can be read.
             for (object, place) in places {
                 let bytes = &mut buf[..place.len as usize];
                 match read_exact(self.pass.disk, self.file, bytes, place.offset) {
@@ -140,7 +140,7 @@ impl PackData<'_> {
             .progress(places.iter().map(|(_, place)| place.len).sum());
     }
 
-    /// Checks what was read from `start` on.
+    /// Checks `bytes`, which were read from `start` on.
     fn check_read(&self, buf: &[u8], start: u64, places: &[(ObjectId, Place)]) {
         let mut last = start;
         for (object, place) in places {
