@@ -337,6 +337,7 @@ impl<'a> Printer<'a> {
                 output.retain(|(kind, _), _| *kind != report.kind);
                 ui.step_line(report.kind, outcome(report));
             }
+            Event::OwnFiles(kind, files) => ui.note(format_args!("{kind} {files}")),
             Event::GaveWay(files) => ui.note(format_args!(
                 "{} that the worker had changed gave way to newer ones of its layers; \
                  `iii worker dev --fresh` forgets the rest",

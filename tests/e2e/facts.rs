@@ -251,3 +251,25 @@ fn explain_tells_of_the_record_that_holds_or_of_the_facts_that_differ() {
     );
     assert_eq!(install["reason"], home.build(&one, &[]).reason());
 }
+
+/// A line names the lock files and own files that install made or changed, once.
+#[test]
+fn an_install_that_writes_to_the_project_says_so_when_it_runs() {
+    let home = Home::with_busybox();
+    let install = "echo x > package-lock.json; chmod +x run.sh; touch same; cat edit > /dev/null; \
+                   mkdir node_modules; echo x > node_modules/yarn.lock; echo x > other";
+    let files = [("run.sh", "#!/bin/sh\n"), ("same", "1"), ("edit", "1")];
+    let project = project(install, &files);
+    let build = || home.run(&["worker", "build", project.arg()]).ok().stderr;
+    let line = "install made package-lock.json, changed run.sh; \
+                copy them into the project to keep them";
+    let told = build();
+    assert!(told.contains(line), "{told}");
+    let told = build();
+    assert!(!told.contains("copy"), "{told}");
+    project.write("package-lock.json", "x\n");
+    project.write("edit", "2");
+    let told = build();
+    let line = "install changed run.sh; copy it into the project to keep it";
+    assert!(told.contains(line), "{told}");
+}

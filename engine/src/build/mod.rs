@@ -11,6 +11,7 @@ pub mod explain;
 mod jobs;
 mod last;
 mod lent;
+pub mod own_files;
 mod pool;
 pub mod realise;
 mod running;
@@ -46,6 +47,7 @@ use crate::worker::supervise::Signals;
 use last::{LastBuild, LastStep};
 
 use lent::Lent;
+use own_files::OwnFiles;
 use running::RunningStep;
 pub use running::RunningSteps;
 
@@ -224,6 +226,8 @@ pub enum Event<'a> {
     Kernel(u64, u64),
     /// What sandboxes run in, where nobody said; and why in no microVM, where one could run.
     Chosen(&'a Isolation, Option<&'a (dyn std::error::Error + 'static)>),
+    /// A step that ran made or changed files among the project's own.
+    OwnFiles(Kind, &'a OwnFiles),
     /// A layer above the base is ready.
     Ready(&'a Report),
     /// The worker has taken a change of its project.
@@ -571,6 +575,12 @@ impl Builder<'_> {
             (self.events)(Event::Note(text));
         }
         let layer = self.store.layer(&published.layer_id)?;
+        if kind == Kind::Install {
+            let own = OwnFiles::of(&layer, project);
+            if !own.is_empty() {
+                (self.events)(Event::OwnFiles(kind, &own));
+            }
+        }
         let seconds = start.elapsed().as_secs_f64();
         let provenance = [
             ("kind", kind.to_string().into()),
