@@ -48,6 +48,20 @@ pub enum EditError {
         /// Where it is again.
         second: usize,
     },
+    /// The change is within brackets, where a text of one line may hold everything. Lines are
+    /// edited instead.
+    #[error(
+        "{path}:{line}: an entry in brackets is not edited; write each entry on lines of its own, \
+         `- name: {name}` and below it `  worker_path: DIRECTORY`, and try again"
+    )]
+    InBrackets {
+        /// The file.
+        path: String,
+        /// The line of the opening bracket.
+        line: usize,
+        /// The worker.
+        name: String,
+    },
     /// The entry is shared with others through an anchor, or written in a way that the change
     /// cannot be made in place.
     #[error("{path}: cannot be changed without changing more than {what}; do it by hand")]
@@ -217,6 +231,13 @@ pub fn edit(path: &Path, text: &str, change: &Change<'_>) -> Result<Option<Strin
     };
     if is_done {
         return Ok(None);
+    }
+    if let Some(at) = layout.bracket(text, change, named.first().copied()) {
+        return Err(EditError::InBrackets {
+            path: shown.clone(),
+            line: line_of(text, at),
+            name: change.name().to_owned(),
+        });
     }
     let (range, with) = layout
         .splice(text, change, named.first().copied())
@@ -425,9 +446,6 @@ impl Layout {
             let (head, tail) = (at.start..named.start, named.end..at.end);
             Some([text.get(head)?, &scalar(name), text.get(tail)?].concat())
         };
-        if let Workers::Flow(_) = self.workers {
-            return Some((end..end, format!(", {}", copy(source.at.clone())?)));
-        }
         let first = line_start(text, dash_before(text, source.at.start)?);
         let copied = copy(first..line_end(text, source.at.end))?;
         let end = line_end(text, end);
@@ -454,9 +472,34 @@ impl Layout {
                     String::new(),
                 ))
             }
-            Workers::Flow(_) => Some((with_comma(text, &item.at)?, String::new())),
-            Workers::Absent | Workers::Null { .. } => None,
+            Workers::Flow(_) | Workers::Absent | Workers::Null { .. } => None,
         }
+    }
+
+    /// The opening bracket of the collection that `change` would be made in, if there is one.
+    fn bracket(&self, text: &str, change: &Change<'_>, item: Option<&Item>) -> Option<usize> {
+        if let Workers::Flow(at) = &self.workers {
+            let inside = text.get(at.start + 1..at.end - 1).unwrap_or_default();
+            return (!inside.trim().is_empty()).then_some(at.start);
+        }
+        let is_inside = matches!(change, Change::Add { .. } | Change::DropConfig { .. });
+        let item = item.filter(|item| is_inside && item.is_flow)?;
+        Some(item.at.start)
+    }
+
+    /// [`splice`](Self::splice) of the first entry into a list that is written as `[]` or as null
+    /// at `at`. A comment behind it stays.
+    fn splice_first(
+        &self,
+        text: &str,
+        at: &Range<usize>,
+        lines: &str,
+    ) -> Option<(Range<usize>, String)> {
+        let start = text.get(..at.start)?.trim_end_matches(' ').len();
+        let end = line_end(text, at.end);
+        let rest = text.get(at.end..end)?.trim_end();
+        let is_last = rest.is_empty() || rest.trim_start().starts_with('#');
+        is_last.then(|| (start..end, format!("{rest}{}{lines}", self.newline)))
     }
 
     /// Replaces a range of the text.
@@ -485,7 +528,6 @@ impl Layout {
                     let pad = " ".repeat(indent);
                     format!("{pad}- {NAME}: {name}{newline}{pad}  {PATH}: {path}{newline}")
                 };
-                let flow = format!("{{{NAME}: {name}, {PATH}: {path}}}");
                 match &self.workers {
                     Workers::Absent => {
                         let gap = missing_newline(text, text.len(), newline);
@@ -498,28 +540,9 @@ impl Layout {
                             let gap = missing_newline(text, at, newline);
                             return Some((at..at, format!("{gap}{}", lines(2))));
                         }
-                        // `~` or `null`, and perhaps a comment behind it.
-                        Some((value.clone(), format!("[{flow}]")))
+                        self.splice_first(text, value, &lines(2))
                     }
-                    Workers::Flow(at) if self.items.is_empty() => {
-                        let inside = text.get(at.start + 1..at.end - 1)?;
-                        if inside.trim().is_empty()
-                            && line_of(text, at.start) == line_of(text, at.end)
-                        {
-                            // On lines of its own, unless more follows on this one.
-                            let end = line_end(text, at.end);
-                            let rest = text.get(at.end..end)?.trim_end();
-                            if rest.is_empty() {
-                                let start = text.get(..at.start)?.trim_end_matches(' ').len();
-                                return Some((start..end, format!("{newline}{}", lines(2))));
-                            }
-                        }
-                        Some((at.end - 1..at.end - 1, flow))
-                    }
-                    Workers::Flow(_) => {
-                        let end = self.items.last()?.at.end;
-                        Some((end..end, format!(", {flow}")))
-                    }
+                    Workers::Flow(at) => self.splice_first(text, at, &lines(2)),
                     Workers::Block { indent, .. } => {
                         let end = line_end(text, self.items.last()?.at.end);
                         let gap = missing_newline(text, end, newline);
@@ -534,9 +557,6 @@ impl Layout {
                     return Some((field.value.clone(), format!("{gap}{path}")));
                 }
                 let name = item.field(NAME)?;
-                if item.is_flow {
-                    return Some((name.at.end..name.at.end, format!(", {PATH}: {path}")));
-                }
                 let end = line_end(text, name.at.end);
                 let pad = " ".repeat(column(text, name.at.start));
                 let gap = missing_newline(text, end, newline);
@@ -544,9 +564,6 @@ impl Layout {
             }
             (Change::DropConfig { .. }, Some(item)) => {
                 let field = item.field(CONFIG)?;
-                if item.is_flow {
-                    return Some((with_comma(text, &field.at)?, String::new()));
-                }
                 let start = line_start(text, field.at.start);
                 // The first key stands behind the dash, which stays.
                 if !text.get(start..field.at.start)?.trim().is_empty() {
@@ -607,20 +624,6 @@ fn dash_before(text: &str, at: usize) -> Option<usize> {
         }
         end = start.checked_sub(1)?;
     }
-}
-
-/// An element of a flow collection with the comma that separates it from a neighbour.
-fn with_comma(text: &str, at: &Range<usize>) -> Option<Range<usize>> {
-    let after = text.get(at.end..)?;
-    let blank = after.len() - after.trim_start().len();
-    if after.trim_start().starts_with(',') {
-        let end = at.end + blank + 1;
-        let rest = text.get(end..)?;
-        return Some(at.start..end + rest.len() - rest.trim_start_matches(' ').len());
-    }
-    let before = text.get(..at.start)?.trim_end();
-    let start = before.strip_suffix(',').map_or(at.start, str::len);
-    Some(start..at.end)
 }
 
 fn item(tree: Tree) -> Item {
@@ -829,7 +832,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_added() {
-        let flow = "{name: new, worker_path: /srv/new}";
+        let commented = format!("{}port: 1", ENTRY.replace("workers:", "workers: # none"));
         check(
             add,
             &[
@@ -845,19 +848,9 @@ mod tests {
                         .replace("workers:", "workers:  # all of them")
                         .replace("/srv/new\n", "/srv/new\nport: 1\n"),
                 ),
-                ("workers: ~\n", &format!("workers: [{flow}]\n")),
-                (
-                    "workers: [] # none\n",
-                    &format!("workers: [{flow}] # none\n"),
-                ),
-                (
-                    "workers: [{name: a}]\n",
-                    &format!("workers: [{{name: a}}, {flow}]\n"),
-                ),
-                (
-                    "{workers: [\n  {name: a},\n]}\n",
-                    &format!("{{workers: [\n  {{name: a}}, {flow},\n]}}\n"),
-                ),
+                ("workers: ~\n", ENTRY),
+                ("workers: ~ # none\nport: 1", &commented),
+                ("workers: [] # none\nport: 1", &commented),
                 (
                     "workers:\n- name: a # first\n  config:\n    x: [1,\n      2]\n\n# the port\nport: 1\n",
                     "workers:\n- name: a # first\n  config:\n    x: [1,\n      2]\n- name: new\n  worker_path: /srv/new\n\n# the port\nport: 1\n",
@@ -877,10 +870,6 @@ mod tests {
                 (
                     "workers:\n  - config: {a: 1}\n    name: new",
                     "workers:\n  - config: {a: 1}\n    name: new\n    worker_path: /srv/new\n",
-                ),
-                (
-                    "workers: [{name: new}, {name: b}]",
-                    "workers: [{name: new, worker_path: /srv/new}, {name: b}]",
                 ),
                 (ENTRY, "as it was"),
             ],
@@ -903,10 +892,6 @@ mod tests {
             &[
                 ("", ENTRY),
                 (
-                    "workers: [{name: a}]",
-                    "workers: [{name: a}, {name: new, worker_path: /srv/new}]",
-                ),
-                (
                     "workers:\n  - name: old # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n  - name: b\n\n# end\n",
                     "workers:\n  - name: old # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n  - name: b\n  - name: new # mine\n    worker_path: ./old\n    config: {a: 1} # kept\n\n# end\n",
                 ),
@@ -915,8 +900,8 @@ mod tests {
                     "workers:\n  -\n    worker_path: /x\n    name: \"old\"\n  -\n    worker_path: /x\n    name: new\n",
                 ),
                 (
-                    "workers: [{name: old, worker_path: /x}, {name: b}]\n",
-                    "workers: [{name: old, worker_path: /x}, {name: b}, {name: new, worker_path: /x}]\n",
+                    "workers:\n  - {name: old, worker_path: /x}\n",
+                    "workers:\n  - {name: old, worker_path: /x}\n  - {name: new, worker_path: /x}\n",
                 ),
                 (ENTRY, "as it was"),
             ],
@@ -938,12 +923,10 @@ mod tests {
                     "workers:\n  - name: a\n  # one\n  -\n    name: old\n    config:\n      a: 1\n  - name: b\n",
                     "workers:\n  - name: a\n  # one\n  - name: b\n",
                 ),
-                ("workers: [{name: old}]", "workers: []"),
                 (
-                    "workers: [{name: a}, {name: old}, {name: b}]",
-                    "workers: [{name: a}, {name: b}]",
+                    "workers:\n  - {name: old}\n  - name: b\n",
+                    "workers:\n  - name: b\n",
                 ),
-                ("workers: [{name: a}, {name: old}]", "workers: [{name: a}]"),
                 (
                     "workers:\n  - name: a\n    config: &c {x: 1}\n  - name: old\n    config: *c\n",
                     "workers:\n  - name: a\n    config: &c {x: 1}\n",
@@ -973,12 +956,68 @@ mod tests {
                     "workers:\n  - config: {a: 1}\n    name: old\n",
                     "workers:\n  - name: old\n",
                 ),
-                (
-                    "workers: [{name: old, config: {a: 1}, worker_path: /x}]",
-                    "workers: [{name: old, worker_path: /x}]",
-                ),
             ],
         );
+    }
+
+    type Made<'a> = &'a dyn Fn(&str) -> String;
+
+    #[test]
+    fn brackets_are_refused() {
+        let refused = |line: usize, name: &str| {
+            format!(
+                "error: config.yaml:{line}: an entry in brackets is not edited; write each entry \
+                 on lines of its own, `- name: {name}` and below it `  worker_path: DIRECTORY`, \
+                 and try again"
+            )
+        };
+        let copy = |text: &str| {
+            let (name, from, worker_path) = ("new", "old", "/srv/new");
+            let change = Change::Copy {
+                name,
+                from,
+                worker_path,
+            };
+            made(text, &change)
+        };
+        for (make, name, text, line) in [
+            (&add as Made<'_>, "new", "workers: [{name: a}]\n", 1),
+            (&add, "new", "{workers: [\n  {name: a},\n]}\n", 1),
+            (&add, "new", "workers: [ # none\n  ]\n", 1),
+            (&add, "new", "workers: [{name: new}, {name: b}]", 1),
+            (&add, "new", "workers:\n  - name: a\n  - {name: new}\n", 3),
+            (&copy, "new", "workers: [{name: old, worker_path: /x}]\n", 1),
+            (
+                &remove,
+                "old",
+                "port: 1\nworkers: [{name: a}, {name: old}]",
+                2,
+            ),
+            (
+                &drop_config,
+                "old",
+                "workers: [{name: old, config: {a: 1}}]",
+                1,
+            ),
+            (
+                &drop_config,
+                "old",
+                "workers:\n  - {name: old, config: {a: 1}}",
+                2,
+            ),
+        ] {
+            assert_eq!(make(text), refused(line, name), "of\n{text}");
+        }
+        for (make, text) in [
+            (
+                &add as Made<'_>,
+                "workers: [{name: new, worker_path: /srv/new}]",
+            ),
+            (&remove, "workers: [{name: a}]"),
+            (&drop_config, "workers: [{name: old}]"),
+        ] {
+            assert_eq!(make(text), "as it was", "of\n{text}");
+        }
     }
 
     #[test]
