@@ -1,8 +1,9 @@
 //! Differences between two chains of layers, as a sandbox on them sees them.
 //!
-//! Both chains are walked at once, a directory at a time, and only where the layers that add to it
-//! are others: a directory to which equal trees add in the same order is equal. So the cost is that
-//! of the layers that differ, and of the directories that they share with the others.
+//! The walk visits both chains at once, a directory at a time, and enters a directory only where
+//! the layers that contribute to it differ: a directory that equal trees make up in the same order
+//! is equal. The cost is that of the layers that differ, and of the directories that they share
+//! with the others.
 
 use std::sync::Arc;
 
@@ -12,15 +13,16 @@ use iii_store::{Change, ChangeKind};
 
 /// An entry of a merged view.
 enum Entry<'a> {
-    /// Something that is no directory.
+    /// Any entry but a directory.
     Leaf(NodeRef<'a>),
-    /// The directories that add up to one, the topmost first.
+    /// The directories that merge into one, the topmost first.
     Dir(Vec<NodeRef<'a>>),
 }
 
-/// The paths that differ from `old` to `new`, chains from the bottom, each directory before what is
-/// in it. A directory that came or went is listed with everything in it. mtimes are no difference,
-/// nor is which names are hardlinks of one file.
+/// The paths that differ from `old` to `new`, both chains with the bottom layer first; each
+/// directory comes before its entries. An added or removed directory is listed with everything in
+/// it. A different mtime is no change, nor is a different set of names that are hardlinks of one
+/// file.
 pub(crate) fn differ(old: &[Arc<Layer>], new: &[Arc<Layer>]) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut pending = vec![(Vec::new(), Some(root(old)), Some(root(new)))];
@@ -43,7 +45,7 @@ pub(crate) fn differ(old: &[Arc<Layer>], new: &[Arc<Layer>]) -> Vec<Change> {
             _ => false,
         };
         if !equal {
-            // The next one is the last.
+            // The walk takes the last pending path next.
             let first = pending.len();
             for (name, old, new) in pairs(old, new) {
                 let path = if path.is_empty() {
@@ -71,7 +73,7 @@ fn root(layers: &[Arc<Layer>]) -> Entry<'_> {
     Entry::Dir(dirs)
 }
 
-/// The entries of the directories that add up to one, sorted by name.
+/// The entries of the directories that merge into one, sorted by name.
 fn children(entry: Option<Entry<'_>>) -> Vec<(&[u8], Entry<'_>)> {
     let Some(Entry::Dir(dirs)) = entry else {
         return Vec::new();
@@ -114,7 +116,7 @@ fn children(entry: Option<Entry<'_>>) -> Vec<(&[u8], Entry<'_>)> {
 
 type Pair<'a> = (&'a [u8], Option<Entry<'a>>, Option<Entry<'a>>);
 
-/// The entries of two directories by name; one that is no directory has none.
+/// The entries of two directories, paired by name. An entry that is no directory has none.
 fn pairs<'a>(old: Option<Entry<'a>>, new: Option<Entry<'a>>) -> Vec<Pair<'a>> {
     let mut olds = children(old).into_iter().peekable();
     let mut news = children(new).into_iter().peekable();
@@ -139,7 +141,7 @@ fn pairs<'a>(old: Option<Entry<'a>>, new: Option<Entry<'a>>) -> Vec<Pair<'a>> {
     }
 }
 
-/// The node whose metadata holds.
+/// The node that provides the metadata of the entry.
 fn meta<'a>(entry: &Entry<'a>) -> Option<NodeRef<'a>> {
     match entry {
         Entry::Leaf(node) => Some(*node),
@@ -150,7 +152,7 @@ fn meta<'a>(entry: &Entry<'a>) -> Option<NodeRef<'a>> {
     }
 }
 
-/// Whether two entries are equal, apart from what is in a directory.
+/// Whether two entries are equal, apart from the entries of a directory.
 fn same(old: &Entry<'_>, new: &Entry<'_>) -> bool {
     let (Some(old), Some(new)) = (meta(old), meta(new)) else {
         return false;
@@ -172,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// A layer of files that hold what they are given, or whiteouts where they are given nothing.
+    /// A layer of files with these contents; an empty text is a whiteout.
     fn layer(files: &[(&str, &str)]) -> Arc<Layer> {
         let mut tree = Tree::implicit();
         for (path, text) in files {
@@ -244,7 +246,7 @@ mod tests {
         let file = layer(&[("a/b", "1")]);
         assert_eq!(changes(&[&dir], &[&file]), "~a/b -a/b/c");
         assert_eq!(changes(&[&file], &[&dir]), "~a/b +a/b/c");
-        // Directories above a file add up without it.
+        // The directories above a file merge without it.
         assert_eq!(changes(&[&dir], &[&file, &dir]), "");
     }
 }

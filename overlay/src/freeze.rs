@@ -1,21 +1,21 @@
-//! An upper as a layer: what has to stand on the lower for it to look as the overlay does now.
+//! An upper as a layer: the tree that, laid on the lower, shows the overlay as it is now.
 //!
-//! The result depends on what is there, not on how it came to be: an entry that equals the lower's,
-//! mtime included, is left out; a whiteout stands only where the lower has the name, an opaque mark
-//! only on a directory where the lower has one. A directory that is only on the way to a change is
-//! implicit, and one of which nothing but the mtime changed is left out. A lower directory that was
-//! moved is written out in full at its new place, by object ids: no data is copied. All names of a
-//! hardlinked file are written out together if one is. Sockets are left out: nobody listens on them
-//! any more.
+//! The result depends on the contents of the overlay, not on their history. The result omits an
+//! entry that equals the lower's, mtime included. It has a whiteout only where the lower has the
+//! name, and an opaque mark only on a directory where the lower has one. A directory that is only
+//! on the way to a change is implicit, and a directory is omitted if nothing but its mtime changed.
+//! A lower directory that was moved is written out in full at its new place, by object ids: no data
+//! is copied. If one name of a hardlinked file is written out, all its names are. Sockets are
+//! omitted: no process listens on them any more.
 //!
 //! # While the sandbox runs
 //!
-//! The result is what the filesystem was at one moment: every request that was answered before it
-//! is in it, none that was answered after. What the guest's kernel or a program still holds back is
-//! not, as when a machine loses its power. Most of the data is read while the sandbox goes on; then
-//! writers wait until the files that were written to meanwhile have been read once more, and the
-//! tree was walked. They wait for at most [`HELD_BYTES`] of data; where more is written to all the
-//! time, there is no such moment.
+//! The result is the state of the filesystem at one moment: it has every request that was answered
+//! before that moment, and none that was answered after. Data that the guest's kernel or a program
+//! has not sent yet is missing, as after a power loss. Most of the data is read while the sandbox
+//! runs. Writers then wait until the files that were written to meanwhile have been read once more
+//! and the tree has been walked. They wait for at most [`HELD_BYTES`] of data; if the sandbox
+//! always writes to more than that, freezing fails.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -40,50 +40,51 @@ use crate::upper::record::{Body, Data, Record};
 use crate::upper::state::{self, State};
 use crate::view::Found;
 
-/// Stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
+/// Bytes of the stack of the thread that walks the tree, for [`MAX_DEPTH`] directories.
 const STACK: usize = 64 << 20;
 
 /// Most bytes of files that are read while the sandbox waits.
 pub const HELD_BYTES: u64 = 64 << 20;
-/// How often the files are read that were written to since they were read, before it is given up.
+/// Most rounds of reading the files that were written to since the last round, before freezing
+/// fails.
 const ROUNDS: usize = 8;
 
-/// Why an upper cannot be frozen.
+/// The reasons that an upper cannot be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
-    /// What it holds is too deep for a layer.
-    #[error("what was written cannot be a layer")]
+    /// The changes are too deep for a layer.
+    #[error("a layer cannot hold the changes")]
     Tree(#[from] TreeError),
     /// The layers below the result cannot be merged.
     #[error("the layers below cannot be composed")]
     Below(#[from] crate::merge::MergeError),
-    /// A file's data cannot be read.
+    /// The data of a file cannot be read.
     #[error("opening the data of a changed file failed")]
     Data(#[source] io::Error),
-    /// A file's data cannot be stored.
+    /// The data of a file cannot be stored.
     #[error("storing the changed files failed")]
     Store(#[from] Box<StoreError>),
     /// The upper contradicts itself.
     #[error("the upper is damaged")]
     Upper(#[source] Errno),
-    /// There is never a moment at which little enough is new.
-    #[error("files of more than {} MiB are written to all the time", HELD_BYTES >> 20)]
+    /// In no round were the new bytes few enough.
+    #[error("the sandbox never stops writing to more than {} MiB of files", HELD_BYTES >> 20)]
     Restless,
-    /// The walk could not be started.
+    /// The thread that walks the tree did not start.
     #[error("starting a thread failed")]
     Thread(#[source] io::Error),
 }
 
-/// What flat files hold, by their numbers.
+/// The contents of flat files, object and length in bytes, by their numbers.
 type Stored = HashMap<u64, (ObjectId, u64)>;
 
 struct Walk<'a> {
     overlay: &'a Overlay,
     state: &'a State,
     objects: Stored,
-    /// Lower directories with a change somewhere in them.
+    /// Lower directories with a change anywhere in them.
     touched: HashSet<Ino>,
-    /// Hardlinked lower files of which a name is written out although nothing changed them.
+    /// Unchanged hardlinked lower files, of which a name is written out.
     linked: HashSet<Ino>,
     /// Directories that are written out in full.
     seeds: HashSet<Ino>,
@@ -91,11 +92,11 @@ struct Walk<'a> {
 
 impl Overlay {
     /// The changes of the upper as a tree, with the data of its files stored through `ingest`, and
-    /// what they stand on. The sandbox may run meanwhile: see [`crate::freeze`]. Facts about what
-    /// of the project became part of the result are recorded, so ask for [`Overlay::facts`]
-    /// afterwards.
+    /// the footing of the upper. The sandbox may run meanwhile: see [`crate::freeze`]. This records
+    /// facts about the parts of the project that became part of the result, so call
+    /// [`Overlay::facts`] afterwards.
     pub fn freeze(&self, ingest: &Ingest<'_>) -> Result<(Tree, Footing), FreezeError> {
-        // What was never written to has no flat file, but is a file with contents all the same.
+        // A file without any write has no flat file, but the layer names its contents all the same.
         ingest.add_bytes(&[]).map_err(Box::new)?;
         let mut objects = Stored::new();
         let watch = self.upper.writers.watch();
@@ -123,7 +124,8 @@ impl Overlay {
         Err(FreezeError::Restless)
     }
 
-    /// Stores these flat files, as they are. One that is gone by now is in nothing any more.
+    /// Stores these flat files as they are. A flat file that is gone by now belongs to nothing any
+    /// more.
     fn store_flats(
         &self,
         flats: &[(u64, u64)],
@@ -212,7 +214,8 @@ impl Walk<'_> {
                 pending.push(lower.ino);
             }
         }
-        // What moved directories hold of hardlinked files brings their other names along.
+        // A moved directory may contain names of hardlinked files: their other names are written
+        // out too.
         while let Some(dir) = pending.pop() {
             for (_, _, child) in self.overlay.lower.children(dir, 0) {
                 if child.node.kind() == Kind::Dir {
@@ -233,8 +236,7 @@ impl Walk<'_> {
         })
     }
 
-    /// The directory `ino`, where the lower has `base` at the same path. None if there is nothing
-    /// to say of it.
+    /// The directory `ino`, where the lower has `base` at the same path. None if it has no change.
     fn dir(&self, ino: Ino, base: Option<Ino>, depth: usize) -> Result<Option<Dir>, FreezeError> {
         if depth > MAX_DEPTH {
             return Err(TreeError::Depth.into());
@@ -327,8 +329,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The entry that leads to `ino`, where the lower has `below` at the same path. None if there
-    /// is nothing to say.
+    /// The entry that leads to `ino`, where the lower has `below` at the same path. None if it has
+    /// no change.
     fn entry(
         &self,
         ino: Ino,
@@ -352,7 +354,7 @@ impl Walk<'_> {
             && self.overlay.lower.meta(below).meta() == meta
             && below.node.content().as_ref() == Some(&content)
         {
-            // Of a file with several names either all are written out or none is.
+            // Either all names of a file are written out, or no name.
             let names = self.overlay.lower.visible_paths(below);
             let all_there = || {
                 below.ino == ino
@@ -396,7 +398,7 @@ impl Walk<'_> {
             Body::Socket => Content::Socket,
             Body::Char(rdev) => Content::Char((*rdev).into()),
             Body::Block(rdev) => Content::Block((*rdev).into()),
-            // Its caller has taken directories out.
+            // The caller has handled directories.
             Body::Dir => Content::Whiteout,
         }
     }

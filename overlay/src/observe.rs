@@ -1,27 +1,27 @@
-//! What a build step saw of the project: the facts that decide later whether its result still
-//! holds.
+//! The view that a build step had of the project: the facts that decide later whether its result
+//! still holds.
 //!
-//! A fact speaks of the project's own layer, as far as the step saw that: what a layer above the
-//! project hides or replaces is in the step's key, and a name that the step itself has made,
-//! changed or removed says nothing of the project any more. A directory of the project that the
-//! step moved keeps speaking of where it was.
+//! A fact describes the project's own layer, as far as the step saw it. An entry that a layer above
+//! the project hides or replaces is in the step's key, and a name that the step itself has made,
+//! changed or removed tells nothing about the project any more. A directory of the project that the
+//! step moved still yields facts about its original path.
 //!
 //! | request | fact |
 //! |---|---|
 //! | lookup of a name that the project does not have | absent |
 //! | lookup of a regular file | its contents |
 //! | lookup of a symlink | its target |
-//! | lookup of a directory or anything else | its type |
+//! | lookup of a directory or any other entry | its type |
 //! | listing a directory, or removing it | its names and types |
 //! | moving a directory | everything in it |
 //!
-//! Every other request on a file comes after a lookup of its name, as the kernel knows no inode
-//! that it has not looked up. So stat, open, link, rename, unlink and writing over a file depend on
-//! its contents without a request of their own being looked at, and the kernel may keep attributes
-//! as long as it likes. A lookup that none of these follows (realpath, a failing `O_EXCL`) is taken
-//! for one: `access`, which programs use to ask whether a file exists, looks at its attributes in
-//! the kernel and cannot be told from stat. Only directories and symlinks are looked up on the way
-//! to something else.
+//! Every other request on a file follows a lookup of its name, as the kernel knows no inode that it
+//! has not looked up. So the observer ignores stat, open, link, rename, unlink and writes over a
+//! file: the lookup has recorded that the step depends on the contents, and the kernel may keep
+//! attributes for any time. A lookup without such a request after it (realpath, a failing `O_EXCL`)
+//! counts as one with it: `access`, which programs use to ask whether a file exists, reads the
+//! attributes in the kernel, and the observer cannot tell it from stat. Only directories and
+//! symlinks are looked up on the way to another entry.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,9 +38,9 @@ use crate::upper::record::{Body, Data};
 use crate::upper::state::State;
 use crate::view::Found;
 
-/// Most facts that are kept apart. A step that sees more depends on the whole project.
+/// Most facts that are kept apart. A step with more facts depends on the whole project.
 pub const MAX_FACTS: usize = 200_000;
-/// Most bytes of their paths, likewise.
+/// Most bytes of the paths of those facts; beyond it, the same holds.
 pub const MAX_FACT_BYTES: usize = 64 << 20;
 
 /// Records facts. Its lock is a leaf.
@@ -50,7 +50,7 @@ pub(crate) struct Observer {
     /// The layers above the project's.
     above: Vec<Arc<Layer>>,
     project: Project,
-    /// Directories of the project that seeds take the place of, from the project's root.
+    /// Directories of the project that seeds replace, as paths from the project's root.
     seeds: Vec<Vec<u8>>,
     facts: Mutex<Facts>,
 }
@@ -58,14 +58,14 @@ pub(crate) struct Observer {
 #[derive(Debug, Default)]
 struct Facts {
     all: HashSet<Fact>,
-    /// Bytes of their paths.
+    /// Bytes of the paths.
     bytes: usize,
     overflow: bool,
 }
 
 impl Observer {
-    /// For the project's layer in the chain `layers`; none if it is not there. `seeds` are paths
-    /// from the root: what lies in one says nothing of the project.
+    /// The observer of the project's layer in the chain `layers`; none if the chain ends below it.
+    /// `seeds` are paths from the root: an entry in one tells nothing about the project.
     pub(crate) fn new(layers: &[Arc<Layer>], project: Project, seeds: &[Vec<u8>]) -> Option<Self> {
         let (below, above) = layers.split_at_checked(project.slot + 1)?;
         let mut observer = Self {
@@ -92,7 +92,7 @@ impl Observer {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `path` from the project's root, if it is in the project.
+    /// `path` as seen from the project's root, if it is in the project.
     fn relative(&self, path: &[u8]) -> Option<Vec<u8>> {
         let mut path = components(path);
         for name in components(&self.project.path) {
@@ -108,7 +108,8 @@ impl Observer {
         components(relative).try_fold(root, NodeRef::child)
     }
 
-    /// Whether a layer above the project hides what the project has at `relative`, or would have.
+    /// Whether a layer above the project hides the entry that the project has at `relative`, or
+    /// would have.
     fn is_hidden(&self, relative: &[u8]) -> bool {
         !self.above.is_empty() && hide(&self.above, &self.in_chain(relative))
     }
@@ -139,14 +140,14 @@ impl Observer {
         }
     }
 
-    /// All that a lookup tells of what the project has at a path.
+    /// Adds all facts that a lookup reveals about the project's entry at a path.
     fn add_entry(&self, path: Vec<u8>) {
         let node = self.node(&path);
         let Some(node) = node.filter(|node| node.kind() == Kind::File) else {
             let how = node.map_or(How::Exists, |node| How::full(node.kind()));
             return self.add(path, how);
         };
-        // A name that is a hardlink is the file of another one, too.
+        // All names of a hardlinked file share its contents.
         for name in node.links() {
             if let Some(path) = self.relative(&name.path()) {
                 self.add(path, How::Contents);
@@ -155,7 +156,7 @@ impl Observer {
         self.add(path, How::Contents);
     }
 
-    /// Where the lower has what `ino` is, from the project's root.
+    /// The path of the lower inode of `ino`, from the project's root.
     fn origin(&self, state: &State, ino: Ino) -> Option<Vec<u8>> {
         match state.find(ino).ok()? {
             Found::Lower(lower) => self.relative(&lower.node.path()),
@@ -163,7 +164,7 @@ impl Observer {
         }
     }
 
-    /// `name` is looked up in `parent`.
+    /// Call it when `name` is looked up in `parent`.
     pub(crate) fn lookup(&self, state: &State, parent: Ino, name: &[u8]) {
         if let Ok(Found::Upper(_, node)) = state.find(parent) {
             let own = node.dir.as_ref().is_some_and(|d| d.get(name).is_some());
@@ -186,7 +187,7 @@ impl Observer {
         }
     }
 
-    /// `dir` is listed, or removed.
+    /// Call it when `dir` is listed or removed.
     pub(crate) fn listing(&self, state: &State, dir: Ino) {
         if let Some(path) = self.origin(state, dir)
             && !self.is_hidden(&path)
@@ -195,7 +196,7 @@ impl Observer {
         }
     }
 
-    /// `dir` is moved.
+    /// Call it when `dir` is moved.
     pub(crate) fn moved(&self, state: &State, dir: Ino) {
         if let Some(path) = self.origin(state, dir)
             && !self.is_hidden(&path)
@@ -204,7 +205,7 @@ impl Observer {
         }
     }
 
-    /// The contents of the file `ino`, or its target, become part of the result.
+    /// Call it when the contents of the file `ino`, or its target, become part of the result.
     pub(crate) fn contents(&self, state: &State, ino: Ino) {
         let lower = match state.find(ino) {
             Ok(Found::Lower(lower)) => Some(lower.ino),
@@ -226,7 +227,7 @@ impl Observer {
         }
     }
 
-    /// Everything in the directory `path` becomes part of the result.
+    /// Call it when everything in the directory `path` becomes part of the result.
     pub(crate) fn everything(&self, path: &[u8]) {
         if let Some(path) = self.relative(path)
             && !self.is_hidden(&path)
@@ -235,7 +236,8 @@ impl Observer {
         }
     }
 
-    /// The facts so far, in the order of [`facts::sort`].
+    /// The facts so far, in the order of [`facts::sort`]; a single fact about the whole project
+    /// after an overflow.
     pub(crate) fn facts(&self) -> Vec<Fact> {
         let known = self.lock();
         if known.overflow {

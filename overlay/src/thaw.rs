@@ -1,12 +1,13 @@
-//! A layer as an upper: what freezing made of an upper is made one again.
+//! Makes an upper of a layer that was frozen from an upper.
 //!
-//! The new upper shows over a chain what the chain and the layer, laid on top of it, show together.
-//! It is no layer of the chain, though: what it says gives way to changes of the project as what
-//! any upper says ([`crate::rebase`]), and the sandbox goes on writing to it. Files are records
-//! that refer to the layer's objects, so that it takes time and space for metadata alone, until one
-//! of them is written to. Of times, the layer has only mtimes: they stand for the others.
+//! Over a chain, the new upper shows the same as the chain with the layer on top. The layer is not
+//! part of the chain, though: its entries give way to changes of the project, as those of any upper
+//! do ([`crate::rebase`]), and the sandbox goes on writing to the upper. Files are records that
+//! refer to the layer's objects, so thawing costs time and space for metadata alone, until a file
+//! is written to. The layer has no times but mtimes: each stands for the other times of its entry
+//! too.
 //!
-//! Frozen again over the same chain, the upper is the same layer.
+//! Freezing the upper again over the same chain gives the same layer.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,11 +26,11 @@ use crate::upper::{Opened, io_error};
 use crate::{Footing, OpenError};
 
 /// Makes the directory `dir`, and in it an upper that stands on `footing`, whose layers are
-/// `layers`, and says what `frozen` does. It is durable when this returns, but for the name of
-/// `dir`; after an error, what is in `dir` is of no use.
+/// `layers`, with the contents of `frozen`. The upper is durable on return, except for the name of
+/// `dir`. After an error, the contents of `dir` are unusable.
 ///
-/// The upper holds contents of `frozen`: the caller keeps that for as long as the upper is there.
-/// What `footing` says of another layer that an upper was made from means nothing here.
+/// The upper refers to contents of `frozen`: the caller keeps that layer for as long as the upper
+/// exists. A layer that `footing` names as the origin of an upper has no meaning here.
 pub fn thaw(
     dir: &Path,
     footing: &Footing,
@@ -55,10 +56,10 @@ pub fn thaw(
     Ok(())
 }
 
-/// Has an empty state say what `frozen` does.
+/// Fills an empty state with the contents of `frozen`.
 fn fill(state: &mut State, frozen: &Layer) {
     let lower = Arc::clone(&state.lower);
-    // The numbers of files with several names, by the first of those.
+    // The numbers of files with several names, by the index of the first name.
     let mut links: HashMap<u32, u64> = HashMap::new();
     let root = frozen.root();
     if root.dir_kind() == DirKind::Implicit && root.children().next().is_none() {
@@ -111,7 +112,7 @@ fn fill(state: &mut State, frozen: &Layer) {
     }
 }
 
-/// A lower directory's record, with what the layer says of it.
+/// The record of a lower directory, with the metadata of the layer if the layer has any.
 fn described(record: Record, says: NodeRef<'_>) -> Record {
     if says.dir_kind() == DirKind::Implicit {
         return record;
@@ -122,7 +123,7 @@ fn described(record: Record, says: NodeRef<'_>) -> Record {
     }
 }
 
-/// The record of an inode of the upper's own that is like that of the layer.
+/// The record of an inode of the upper's own, equal to that of the layer.
 fn own(node: NodeRef<'_>, nlink: u32) -> Record {
     Record {
         origin: None,

@@ -1,4 +1,4 @@
-//! One operation's changes, gathered and then committed as one batch.
+//! The changes of one operation, collected and then committed as one batch.
 
 use std::collections::BTreeMap;
 
@@ -11,13 +11,13 @@ use crate::ino::Ino;
 use crate::merge::{Lower, Merged};
 use crate::posix::{Errno, Result, Time};
 
-/// The changes of one operation. Nothing has happened before [`Batch::commit`].
+/// The changes of one operation. Nothing changes before [`Batch::commit`].
 #[derive(Debug)]
 pub struct Batch<'a> {
     inner: &'a mut Inner,
     inodes: BTreeMap<u64, Change>,
     entries: Vec<Op>,
-    /// When the operation happens.
+    /// The time of the operation.
     pub now: Time,
 }
 
@@ -25,11 +25,11 @@ pub struct Batch<'a> {
 struct Change {
     record: Record,
     lower: Option<Ino>,
-    /// Whether the log knows it.
+    /// Whether the log has a record of the inode.
     logged: bool,
 }
 
-/// The record of a lower inode that the upper knows nothing of yet.
+/// The record of a lower inode that the upper has no record of yet.
 pub fn lower_record(lower: &Merged, entry: Lower<'_>) -> Record {
     let meta = lower.meta(entry);
     if entry.node.kind() == Kind::Dir {
@@ -125,12 +125,12 @@ impl<'a> Batch<'a> {
         Ok(number)
     }
 
-    /// `name` in `dir` leads to `to`.
+    /// Makes `name` in `dir` lead to `to`.
     pub fn set(&mut self, dir: u64, name: &[u8], to: u64) {
         self.entries.push(Op::Entry(dir, name.into(), Some(to)));
     }
 
-    /// `name` in `dir` leads nowhere.
+    /// Makes `name` in `dir` absent.
     pub fn unset(&mut self, dir: u64, name: &[u8]) {
         let lower = match self.inodes.get(&dir) {
             Some(change) => change.lower,
@@ -144,7 +144,7 @@ impl<'a> Batch<'a> {
         });
     }
 
-    /// Takes one name away from what `ino` is; a directory has no other.
+    /// Removes one name of `ino`; a directory has only one.
     pub fn unlink(&mut self, ino: Ino) -> Result<()> {
         let now = self.now;
         let (_, record) = self.inode(ino)?;
@@ -153,7 +153,7 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Logs and applies everything. On an error nothing has changed. An inode without names is not
+    /// Logs and applies all changes. On an error nothing has changed. An inode without names is not
     /// logged and stays in memory only, until the kernel forgets it.
     pub fn commit(self) -> Result<()> {
         let mut ops = Vec::with_capacity(self.inodes.len() + self.entries.len());

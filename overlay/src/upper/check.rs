@@ -1,4 +1,4 @@
-//! Looking at an upper without changing it.
+//! Checks an upper without changing it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,24 +9,23 @@ use super::state::{MAX_REPLAY_MEMORY, State};
 use super::{UpperError, log, read_log};
 use crate::merge::Merged;
 
-/// What an upper holds.
+/// The contents of an upper, in numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct UpperReport {
-    /// Inodes that it tells of.
+    /// Inodes that the log has records of.
     pub inodes: u64,
-    /// Files whose contents are its own, those that are missing included.
+    /// Files with contents of their own, missing ones included.
     pub files: u64,
-    /// Files of these that have contents no more. After a power cut these are files that no program
-    /// had made durable.
+    /// Those files whose contents are missing. After a power cut, no program had made them durable.
     pub missing: u64,
-    /// Bytes at the end of the log that do not hold: a process died, or the power was cut, before
+    /// Bytes at the end of the log that do not hold: the process died, or the power was cut, before
     /// they were durable.
     pub torn: u64,
 }
 
-/// Reads all of the log of the upper in `dir` and looks for the files that it names. Changes
-/// nothing and takes no lock: another process may have the upper open. Fails with
-/// [`UpperError::Damaged`] as opening it does.
+/// Reads the whole log of the upper in `dir` and looks for the files that it names. Changes nothing
+/// and takes no lock: another process may have the upper open. Fails with [`UpperError::Damaged`]
+/// where opening the upper does.
 pub fn check(dir: &Path) -> Result<UpperReport, UpperError> {
     let disk: Arc<dyn Disk> = Arc::new(HostDisk);
     let lower = Merged::new(Vec::new()).map_err(|_| UpperError::NotAnUpper(dir.into()))?;

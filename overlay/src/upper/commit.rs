@@ -1,34 +1,36 @@
-//! Making changes durable, with the promises of ext4's default options.
+//! Makes changes durable, with the promises of ext4's default options.
 //!
-//! The log and the flat files are files of the host, and the host writes them to disk when it
-//! likes. A *commit* puts that in order:
+//! The log and the flat files are files of the host, and the host writes them to disk at any time
+//! and in any order. A *commit* imposes an order:
 //!
-//! 1. Flat files whose contents *replace* others are synced, those that a batch before this moment
-//!    names.
-//! 2. [`Op::Commit`] is appended: everything before this moment is durable as far as it has to be.
+//! 1. The flat files whose contents *replace* others, and that a batch before this moment names,
+//!    are synced.
+//! 2. [`Op::Commit`] is appended: everything before that moment is as durable as it has to be.
 //! 3. The log is synced.
-//! 4. What the log said before, and says no more, is removed: flat files that were dropped.
+//! 4. Flat files that were dropped, because the log named them before and no longer does, are
+//!    removed.
 //!
-//! Contents replace others where a file is renamed over another, where a file that had contents was
+//! Contents replace others where a file is renamed over another, where a file with contents was
 //! emptied and is written again, and where the first write to a lower file copied it. So after a
-//! power cut there is the old or the new. A new file that nothing was replaced by, and whose
-//! program did not ask for more, may be empty or missing, as on ext4; opening an upper after a
-//! start of the host holds every length against the flat file, so that `stat` and `read` agree.
+//! power cut the file has the old or the new contents. A new file that replaces nothing, and that
+//! no program synced, may be empty or missing, as on ext4. When an upper is opened after a start of
+//! the host, the length of each record is checked against the flat file, so that `stat` and `read`
+//! agree.
 //!
-//! A commit happens where a program asks for it (`fsync`, `sync`), at the end, and [`INTERVAL`]
-//! after the first change that is in none, which is ext4's default too. All that wait for one share
-//! it. `fsync` of a file syncs its flat file and commits at the same time, so that the host can put
-//! both into one transaction of its own.
+//! A commit happens when a program asks for it (`fsync`, `sync`), at the end, and [`INTERVAL`]
+//! after the first uncommitted change, which is ext4's default too. All callers that wait for a
+//! commit share one. `fsync` of a file syncs its flat file and commits at the same time, so that
+//! the host can put both into one transaction of its own.
 //!
 //! # Invariants
 //!
 //! - The log that holds after a power cut ends at a commit, and names no flat file that has been
 //!   removed.
-//! - A flat file that a committed log may name is removed after a later commit that no longer names
-//!   it.
-//! - Commits, and what gives another log the name, take turns (`turn`), which is taken before the
-//!   lock of the state.
-//! - Nothing that can fail stands between giving a new log its name and appending to it.
+//! - A flat file that a committed log may name is removed only after a later commit that no longer
+//!   names it.
+//! - Commits, and every change of the log's name to another log, take turns (`turn`). The turn is
+//!   taken before the lock of the state.
+//! - No step that can fail stands between giving a new log its name and appending to it.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -51,30 +53,32 @@ use super::writers::Writers;
 use super::{CLOSED_FACTOR, Lock, SYNC_EACH, is_bulky, is_dirty};
 use crate::posix::{Errno, errno};
 
-/// How long a change is in no commit, if nothing asks for one: as ext4's `commit` option.
+/// Longest time that a change stays uncommitted if no program asks for a commit: that of ext4's
+/// `commit` option.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// Flat files that wait for a commit to be removed; of more, it comes at once.
+/// Most flat files that wait for a commit before they are removed; with more, the commit comes at
+/// once.
 const MAX_DOOMED: usize = 4096;
 
-/// State and log, changed together.
+/// State and log, which change together.
 #[derive(Debug)]
 pub struct Inner {
-    /// What the log says.
+    /// The state that the log describes.
     pub state: State,
     pub(super) log: Log,
-    /// A log that is being written in the place of that.
+    /// The log that will replace the current one.
     pub(super) compaction: Option<Compaction>,
-    /// The length of the log at which to ask again whether it is worth compacting.
+    /// The length of the log at which to check again whether it is worth compacting.
     pub(super) compact_at: u64,
     reserve: Reserve,
-    /// Number of batches so far, and of those that are in a commit.
+    /// Number of batches so far, and of those that are committed.
     batches: u64,
     committed: u64,
     /// Flat files that have to be durable before the log is.
     ordered: BTreeSet<u64>,
-    /// Flat files that the log named, and the number of batches with which it stopped to do so.
+    /// Dropped flat files, each after the number of batches at which the log stopped naming it.
     doomed: VecDeque<(u64, u64)>,
-    /// No flat file from this number on is named by a commit.
+    /// No commit names a flat file from this number on.
     unnamed: u64,
     /// Whether the log's name is durable.
     is_named: bool,
@@ -83,7 +87,7 @@ pub struct Inner {
     core: Arc<Shared>,
 }
 
-/// What an upper's lock does not guard.
+/// The parts that the lock of an upper does not guard.
 #[derive(Debug)]
 struct Shared {
     disk: Arc<dyn Disk>,
@@ -95,7 +99,7 @@ struct Shared {
 
 impl Inner {
     /// Logs a batch, then applies it. On an error nothing has changed. The `orphans`, inodes
-    /// without a name, are in memory from then on, whatever the batch says of them.
+    /// without a name, stay in memory from then on, even if the batch forgets them.
     pub fn commit(&mut self, ops: Vec<Op>, orphans: Vec<(u64, Record)>) -> Result<(), Errno> {
         if !ops.is_empty() {
             self.log(&ops).map_err(|error| errno(&error))?;
@@ -133,8 +137,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Has what was written to the inode's flat file be durable before anything that was logged so
-    /// far is.
+    /// Makes sure that the data of the inode's flat file becomes durable before any batch that was
+    /// logged so far.
     pub fn order(&mut self, number: u64) {
         let Some(node) = self.state.node_mut(number).filter(|node| !node.synced) else {
             return;
@@ -143,27 +147,27 @@ impl Inner {
             (Some(flat), _) if !self.core.volatile => {
                 self.ordered.insert(flat);
             }
-            // It is written next.
+            // The next write makes the flat file.
             (None, Body::File { size: 0, .. }) => node.replaces = true,
             _ => {}
         }
     }
 
-    /// Notes that the inode has another flat file, which is complete, instead of nothing or
-    /// `of_lower` contents.
+    /// Notes that the inode has another flat file, which is complete. If `is_new`, the inode had no
+    /// contents of its own before: it was empty or had those of the lower.
     pub fn switched(&mut self, number: u64, is_new: bool) {
         let Some(node) = self.state.node_mut(number).filter(|_| is_new) else {
             return;
         };
         node.synced = false;
-        // A lower file has contents that may be replaced; nothing but a new file has none.
+        // A lower file has contents that may be replaced; only a new file has none.
         if node.replaces || node.record.size() != 0 {
             node.replaces = false;
             self.order(number);
         }
     }
 
-    /// Notes that the inode has no contents any more, instead of `was`.
+    /// Notes that the inode is empty now, and had the contents `was` before.
     pub(crate) fn emptied(&mut self, number: u64, was: &Bytes) {
         if let Some(node) = self.state.node_mut(number) {
             node.replaces |= was.size != 0;
@@ -173,7 +177,8 @@ impl Inner {
         }
     }
 
-    /// Removes a flat file that the log names no more; not before that is durable, if it is to be.
+    /// Removes a flat file that the log no longer names, once that change is as durable as it has
+    /// to be.
     pub fn doom(&mut self, flat: u64) {
         self.ordered.remove(&flat);
         if self.core.volatile || flat >= self.unnamed {
@@ -191,14 +196,15 @@ impl Inner {
         Log::begin(Arc::clone(&core.disk), &core.dir, core.volatile)
     }
 
-    /// Gives up the log that is being written.
+    /// Discards the log that is being written.
     pub(super) fn abandon(&mut self) {
         if let Some(compaction) = self.compaction.take() {
             compaction.log.discard();
         }
     }
 
-    /// Gives the log of the compaction the name of the old one, and appends to it from then on.
+    /// Gives the compacted log the name of the old one; later batches are appended to the compacted
+    /// log.
     fn replace_log(&mut self) -> bool {
         let Some(compaction) = self.compaction.take() else {
             return false;
@@ -213,9 +219,9 @@ impl Inner {
         true
     }
 
-    /// Everything so far, as a commit has to make it durable.
+    /// All changes so far, as a commit has to make them durable.
     fn begin_commit(&mut self, to: u64) -> Commit {
-        // What is made from here on is named by a later one.
+        // Only a later commit names the files that are made from here on.
         self.unnamed = self.core.data.next();
         Commit {
             to,
@@ -224,7 +230,7 @@ impl Inner {
         }
     }
 
-    /// Notes that the commit is durable, and returns the flat files that can go.
+    /// Notes that the commit is durable, and returns the flat files that can be removed.
     fn end_commit(&mut self, commit: &Commit) -> Vec<u64> {
         self.committed = self.committed.max(commit.batches);
         let gone = self.doomed.iter();
@@ -234,16 +240,16 @@ impl Inner {
     }
 }
 
-/// A commit that is being made.
+/// A commit in progress.
 #[derive(Debug)]
 struct Commit {
-    /// The offset in the log before which everything is to be durable.
+    /// The offset in the log before which everything becomes durable.
     to: u64,
     batches: u64,
     ordered: BTreeSet<u64>,
 }
 
-/// Makes the flat files durable, and their names.
+/// Makes the flat files and their names durable.
 pub(super) fn sync_flats(
     data: &FlatFiles,
     flats: &BTreeSet<u64>,
@@ -257,7 +263,7 @@ pub(super) fn sync_flats(
     }
     for &flat in flats {
         match data.sync(flat, true) {
-            // It was removed meanwhile, so the log says so.
+            // The file was removed meanwhile, so the log records that.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             synced => synced?,
         }
@@ -265,8 +271,8 @@ pub(super) fn sync_flats(
     Ok(())
 }
 
-/// An open upper. Dropping it writes down what was left to be told by flat files, commits, and lets
-/// go of the lock.
+/// An open upper. Dropping it logs the length and mtime that only the flat files have, commits, and
+/// releases the lock.
 #[derive(Debug)]
 pub struct Upper {
     core: Arc<Core>,
@@ -274,17 +280,17 @@ pub struct Upper {
     _lock: Lock,
 }
 
-/// What the thread that commits shares with the rest.
+/// The part of an upper that the commit thread shares.
 #[derive(Debug)]
 pub struct Core {
     /// The flat files.
     pub data: Arc<FlatFiles>,
-    /// Who writes to them.
+    /// The writers to the flat files.
     pub writers: Writers,
     /// Whether nothing is ever synced.
     pub volatile: bool,
     shared: Arc<Shared>,
-    /// Held by those that commit.
+    /// Held during a commit or a replacement of the log; taken before `inner`.
     turn: Mutex<()>,
     inner: RwLock<Inner>,
 }
@@ -346,13 +352,13 @@ impl Upper {
         }
     }
 
-    /// To change.
+    /// Locks the state to change it.
     pub fn write(&self) -> RwLockWriteGuard<'_, Inner> {
         self.watch();
         self.core.lock()
     }
 
-    /// Starts the thread that commits, unless it runs or nothing is ever committed.
+    /// Starts the commit thread, unless it runs or the upper is volatile.
     fn watch(&self) {
         if self.volatile || self.shared.alarm.is_heard.load(Ordering::Relaxed) {
             return;
@@ -366,12 +372,12 @@ impl Upper {
         }
         let core = Arc::clone(&self.core);
         let thread = std::thread::Builder::new().name("iii-commit".into());
-        // Without a thread, commits come where they are asked for.
+        // Without a thread, commits happen only on request.
         *committer = thread.spawn(move || core.commit_in_time()).ok();
         self.shared.alarm.is_heard.store(true, Ordering::Relaxed);
     }
 
-    /// What to do when the snapshot of a compaction is complete.
+    /// Call it when the snapshot of a compaction is complete.
     pub(super) fn compacted(&self, inner: &mut Inner) {
         if self.volatile {
             inner.replace_log();
@@ -382,15 +388,15 @@ impl Upper {
 }
 
 impl Core {
-    /// Where it is.
+    /// The directory of the upper.
     pub fn dir(&self) -> &Path {
         &self.shared.dir
     }
 
-    /// To look.
+    /// Locks the state to read it.
     pub fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        // A panic under the lock leaves the log ahead of memory at worst, as a kill does; going on
-        // is no worse.
+        // A panic under the lock leaves the log at worst ahead of memory, as a kill does, so it is
+        // safe to continue.
         self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -407,14 +413,14 @@ impl Core {
         self.commit(false)
     }
 
-    /// Makes every change so far durable, and what was written to any flat file: by syncing the
-    /// whole filesystem of the host below, since there may be very many.
+    /// Makes every change so far durable, and the data of all flat files: it syncs the whole
+    /// filesystem of the host, since the flat files may be very many.
     pub fn sync_all(&self) -> Result<(), Errno> {
         self.commit(true)
     }
 
-    /// Makes every change so far durable, and what was written to the flat file of the inode with
-    /// this number.
+    /// Makes every change so far durable, and the data of the flat file of the inode with this
+    /// number.
     pub fn fsync(&self, number: u64, data_only: bool) -> Result<(), Errno> {
         if self.volatile {
             return Ok(());
@@ -427,9 +433,9 @@ impl Core {
             let flat = node
                 .filter(|node| !node.synced)
                 .and_then(|node| node.record.flat())
-                // The commit syncs it.
+                // The commit syncs this flat file.
                 .filter(|flat| !ordered.contains(flat));
-            // What is written from here on says otherwise again.
+            // A write after this moment clears the mark again.
             if flat.is_some()
                 && let Some(node) = inner.state.node_mut(number)
             {
@@ -466,7 +472,7 @@ impl Core {
         synced
     }
 
-    /// Commits everything so far; with `all`, everything on the host's filesystem is synced first.
+    /// Commits all changes so far; with `all`, syncs everything on the host's filesystem first.
     fn commit(&self, all: bool) -> Result<(), Errno> {
         if self.volatile {
             return Ok(());
@@ -519,16 +525,17 @@ impl Core {
         Ok(())
     }
 
-    /// Commits [`INTERVAL`] after a change, and finishes compactions, until it is told to stop.
+    /// Commits [`INTERVAL`] after a change, and finishes compactions, until the alarm stops.
     fn commit_in_time(&self) {
         while self.shared.alarm.wait() {
             self.finish_compaction();
-            // Programs that ask are told; others are as with any filesystem.
+            // Programs that ask for a commit get the error; the others get none, as on any
+            // filesystem.
             let _ = self.commit(false);
         }
     }
 
-    /// Gives a log that is complete the name of the old one.
+    /// Gives a complete log the name of the old one.
     fn finish_compaction(&self) {
         let whole = |inner: &Inner| {
             let compaction = inner.compaction.as_ref().filter(|c| c.is_whole);
@@ -537,12 +544,12 @@ impl Core {
         let Some(file) = whole(&self.read()) else {
             return;
         };
-        // Most of it, while nothing waits.
+        // Most of the bytes become durable here, while no operation waits.
         let early = self.shared.disk.sync(&file, true);
         let _turn = self.take_turn();
         let mut commit = {
             let mut inner = self.lock();
-            // Another may have been begun since.
+            // Another compaction may have begun since.
             let same = |is: &Arc<_>| Arc::ptr_eq(is, &file);
             if !whole(&inner).as_ref().is_some_and(same) {
                 return;
@@ -570,7 +577,7 @@ impl Core {
         }
         drop(inner);
         if self.shared.disk.sync_dir(&self.shared.dir).is_err() {
-            // The next commit tries again.
+            // The next commit syncs the directory again.
             return;
         }
         let gone = {
@@ -583,7 +590,7 @@ impl Core {
         }
     }
 
-    /// Makes space where an operation found none. True if there may be some now.
+    /// Makes space after an operation found none. True if there may be some now.
     pub fn relieve(&self, removes: bool) -> bool {
         let waits = |inner: &Inner| !inner.doomed.is_empty();
         if waits(&self.read()) && self.commit(false).is_ok() {
@@ -592,7 +599,7 @@ impl Core {
         removes && self.rewrite(true).is_ok()
     }
 
-    /// Rewrites the log at once; with `reserve`, into the space that is kept for that.
+    /// Rewrites the log at once; with `reserve`, into the reserved space.
     fn rewrite(&self, reserve: bool) -> io::Result<()> {
         let _turn = self.take_turn();
         let mut inner = self.lock();
@@ -621,7 +628,7 @@ impl Core {
             self.data.remove(flat);
         }
         if reserve {
-            // First for what is being removed. If another process took the rest, the next addition
+            // Removals get the space first. If another process took the rest, the next addition
             // fails.
             inner.log.make_room()?;
             let _ = inner.reserve.hold(inner.state.weight());
@@ -629,8 +636,8 @@ impl Core {
         Ok(())
     }
 
-    /// Writes down length and mtime of the files that were written to, so that the next opening
-    /// need not look.
+    /// Logs the length and mtime of the files that were written to, so that the next opening need
+    /// not read them from the flat files.
     fn settle(&self) -> Result<(), Errno> {
         let mut inner = self.lock();
         let mut ops = Vec::new();
@@ -655,7 +662,7 @@ impl Core {
     }
 
     fn close(&self) {
-        // What is not written down here is read from the flat files at the next opening.
+        // The next opening reads from the flat files whatever is not logged here.
         let _ = self.settle();
         let bulky = {
             let mut inner = self.lock();
@@ -682,12 +689,12 @@ impl Drop for Upper {
     }
 }
 
-/// Wakes the thread that commits.
+/// Wakes the commit thread.
 #[derive(Debug, Default)]
 struct Alarm {
-    /// Whether there is a thread.
+    /// Whether the commit thread was started.
     is_heard: AtomicBool,
-    /// Whether it has been told of a change, so that most changes need not.
+    /// Whether the thread already knows of a change, so that most changes skip the lock.
     is_raised: AtomicBool,
     state: Mutex<AlarmState>,
     changed: Condvar,
@@ -695,7 +702,7 @@ struct Alarm {
 
 #[derive(Debug, Default)]
 struct AlarmState {
-    /// When there was a change that is in no commit.
+    /// The time of the first uncommitted change.
     since: Option<Instant>,
     urgent: bool,
     stop: bool,
@@ -706,7 +713,7 @@ impl Alarm {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// There was a change; it is committed in time or, if that is urgent, at once.
+    /// Reports a change: the thread commits it after the interval or, if it is urgent, at once.
     fn raise(&self, urgent: bool) {
         if !urgent && self.is_raised.load(Ordering::Acquire) {
             return;
@@ -723,7 +730,7 @@ impl Alarm {
         self.changed.notify_one();
     }
 
-    /// Waits until it is time. False if it is time to stop.
+    /// Waits until a commit is due. False if the thread should exit.
     fn wait(&self) -> bool {
         let mut state = self.state();
         loop {
@@ -738,7 +745,8 @@ impl Alarm {
             if left == Some(Duration::ZERO) {
                 state.since = None;
                 state.urgent = false;
-                // Before the commit looks: a change that it misses raises the alarm again.
+                // Cleared before the commit looks: a change that the commit misses raises the alarm
+                // again.
                 self.is_raised.store(false, Ordering::Release);
                 return true;
             }
@@ -782,8 +790,8 @@ mod tests {
         }
     }
 
-    /// Targets, names and xattrs count in bytes; what was accepted is opened again, and can be
-    /// removed.
+    /// The limit counts bytes of targets, names and xattrs; an upper within it can be opened again,
+    /// and its files can be removed.
     #[test]
     fn what_is_accepted_is_bounded_in_bytes_and_opens_again() {
         const MOST: u64 = 1 << 20;

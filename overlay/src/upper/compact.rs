@@ -1,10 +1,10 @@
-//! Rewriting a log that is mostly what has been overwritten since, beside the operations.
+//! Rewrites a log of mostly overwritten changes, beside the operations.
 //!
-//! The new log begins as a snapshot, which each operation that changes something takes a bounded
-//! step further; and each batch that the old log gets goes to the new one as well. The order in
-//! which the new log has them makes the same state ([`State::snapshot_from`]). When the snapshot is
-//! complete, the thread that commits makes the new log durable and gives it the name of the old
-//! one.
+//! The new log begins as a snapshot. Each operation that changes something extends the snapshot by
+//! a bounded step, and each batch that is appended to the old log is appended to the new one as
+//! well. In the order of the new log, both make the same state ([`State::snapshot_from`]). When the
+//! snapshot is complete, the commit thread makes the new log durable and gives it the name of the
+//! old one.
 
 use super::Upper;
 use super::commit::Inner;
@@ -12,14 +12,14 @@ use super::log::Log;
 use super::record::Op;
 use super::state::SnapshotCursor;
 
-/// A log below this size is never compacted.
+/// Bytes of a log that is never compacted below this size.
 pub(super) const COMPACT_MIN: u64 = 2 << 20;
-/// A log is compacted while it is in use when it is this many times the size of what it says.
+/// A log in use is compacted when it is this many times as large as a snapshot of its state.
 const COMPACT_FACTOR: u64 = 4;
-/// Changes that an operation adds to the new log: well under a millisecond.
+/// Changes that one operation adds to the new log: well under a millisecond.
 const STEP: usize = 512;
 
-/// A log that is being written in the place of another.
+/// The log that will replace the current one.
 #[derive(Debug)]
 pub(super) struct Compaction {
     pub(super) log: Log,
@@ -29,14 +29,15 @@ pub(super) struct Compaction {
 }
 
 impl Compaction {
-    /// Adds a batch that the old log got. False if that failed, and the new log is of no use.
+    /// Appends a batch that was appended to the old log. False if that failed: discard the new log
+    /// then.
     pub(super) fn add(&mut self, ops: &[Op]) -> bool {
         self.log.fill(ops).is_ok()
     }
 }
 
 impl Upper {
-    /// Takes the making of a smaller log further, or begins it, if most of the log is garbage.
+    /// Extends the smaller log by one step, or begins one, if most of the log is garbage.
     pub fn compact(&self, inner: &mut Inner) {
         if inner.compaction.is_none() {
             if inner.log.size() < inner.compact_at {
@@ -46,7 +47,7 @@ impl Upper {
             if !super::is_bulky(inner.log.size(), &inner.state, COMPACT_FACTOR) {
                 return;
             }
-            // A failure leaves the old log, which says the same.
+            // A failure leaves the old log, which has the same state.
             let Ok(log) = inner.begin_log() else {
                 return;
             };

@@ -1,9 +1,9 @@
-//! The flat files that hold what the sandbox wrote, `data/<shard>/<number>`, and a bounded cache of
-//! their descriptors.
+//! The flat files with the data that the sandbox wrote, `data/<shard>/<number>`, and a bounded
+//! cache of their descriptors.
 //!
-//! Numbers go up and are never used again. The name of a flat file is durable when its shard has
-//! been synced since it was made. Where one is to be, a few more are made first, so that of the
-//! next files only the bytes have to be synced.
+//! Numbers only increase and are never reused. The name of a flat file is durable once its shard
+//! has been synced after the file was made. Before such a sync, a few more files are made, so that
+//! the next files need only their bytes synced.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::disk::{Access, Disk};
 use super::{UpperError, io_error};
 
-/// Flat files in one directory. Files that are made one after the other stand together, as the
-/// host's filesystem likes it.
+/// Flat files in one directory. Files that are made in sequence stay together, which suits the
+/// host's filesystem.
 const SHARD: u64 = 4096;
 
 /// Most descriptors kept open.
@@ -38,32 +38,32 @@ pub struct FlatFiles {
 /// Which flat files have durable names.
 #[derive(Debug, Default)]
 struct Names {
-    /// By shard: those below this number.
+    /// By shard: the names of files below this number are durable.
     durable: HashMap<u64, u64>,
-    /// Files that were made ahead, and are empty.
+    /// Empty files that were made ahead.
     pool: Vec<u64>,
 }
 
-/// What there was when the upper was opened.
+/// The flat files at the opening of the upper.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// The numbers of the flat files, in order.
+    /// The numbers of the flat files, in ascending order.
     numbers: Vec<u64>,
     strays: Vec<PathBuf>,
 }
 
 impl Found {
-    /// Whether there was one with this number.
+    /// Whether a flat file with this number existed.
     pub fn has(&self, number: u64) -> bool {
         self.numbers.binary_search(&number).is_ok()
     }
 
-    /// Whether there was nothing.
+    /// Whether no flat file existed.
     pub fn is_empty(&self) -> bool {
         self.numbers.is_empty()
     }
 
-    /// Their number.
+    /// Number of flat files.
     pub fn len(&self) -> usize {
         self.numbers.len()
     }
@@ -78,7 +78,7 @@ struct OpenFiles {
 impl OpenFiles {
     fn insert(&mut self, number: u64, file: &Arc<File>) {
         if self.files.len() >= MAX_OPEN {
-            // A scan of a few hundred, beside the open that made it necessary.
+            // This scans a few hundred entries, which is cheap next to the open before it.
             let oldest = self.files.iter().min_by_key(|(_, (_, used))| *used);
             if let Some(oldest) = oldest.map(|(&number, _)| number) {
                 self.files.remove(&oldest);
@@ -90,7 +90,7 @@ impl OpenFiles {
 }
 
 impl FlatFiles {
-    /// The flat files below `upper`, and what was found there.
+    /// The flat files below `upper`, and those that exist now.
     pub fn open(disk: Arc<dyn Disk>, upper: &Path) -> Result<(Self, Found), UpperError> {
         let dir = upper.join("data");
         disk.create_dirs(&dir).map_err(io_error("creating", &dir))?;
@@ -106,7 +106,7 @@ impl FlatFiles {
         Ok((files, found))
     }
 
-    /// What there is below `upper`.
+    /// The flat files that exist below `upper`.
     pub fn find(upper: &Path) -> Result<Found, UpperError> {
         let dir = upper.join("data");
         let mut found = Found::default();
@@ -123,7 +123,8 @@ impl FlatFiles {
         Ok(found)
     }
 
-    /// Removes what was found and is not in `live`, which is in order: a process that died left it.
+    /// Removes the found files that are not in `live`, which is sorted: a process that died left
+    /// them.
     pub fn sweep(&self, found: &Found, live: &[u64]) -> Result<(), UpperError> {
         let dead = found.numbers.iter();
         let dead = dead.filter(|number| live.binary_search(number).is_err());
@@ -136,8 +137,8 @@ impl FlatFiles {
         Ok(())
     }
 
-    /// The number that the next flat file has, unless one was made ahead: none that is made from
-    /// now on has one that was given away before.
+    /// The number of the next flat file, unless that was made ahead. Every file that is made from
+    /// now on has this number or a higher one, so no number is used twice.
     pub fn next(&self) -> u64 {
         self.next.load(Ordering::Relaxed)
     }
@@ -169,7 +170,7 @@ impl FlatFiles {
     }
 
     fn create_next(&self) -> io::Result<(u64, File)> {
-        // Under the lock, so that all files below the next number are there when it is not held.
+        // The lock makes sure that all files below the next number exist whenever it is not held.
         let _names = self.names();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.path(number);
@@ -207,13 +208,13 @@ impl FlatFiles {
         Ok(rustix::fs::lstat(self.path(number))?)
     }
 
-    /// Removes a flat file. What is left behind where that fails goes at the next opening.
+    /// Removes a flat file. After a failure, the next opening removes the rest.
     pub fn remove(&self, number: u64) {
         self.cache().files.remove(&number);
         let _ = self.disk.remove(&self.path(number));
     }
 
-    /// Makes a flat file durable, and its name.
+    /// Makes a flat file and its name durable.
     pub fn sync(&self, number: u64, data_only: bool) -> io::Result<()> {
         let file = self.get(number)?;
         self.disk.sync(&file, data_only)?;
@@ -227,7 +228,7 @@ impl FlatFiles {
             return Ok(());
         }
         let mut made = Vec::new();
-        // Where there is no space for more, the one that is needed is there.
+        // On a disk without space for more, the file to be synced still exists.
         while made.len() < POOL
             && let Ok((number, _)) = self.create_next()
         {
@@ -262,7 +263,7 @@ impl FlatFiles {
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, UpperError> {
     let list = || {
-        // Not where a link leads: what is found and not known is removed.
+        // This must not follow a link: unknown entries are removed.
         if !dir.symlink_metadata()?.is_dir() {
             return Err(io::ErrorKind::NotADirectory.into());
         }

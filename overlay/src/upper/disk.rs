@@ -1,8 +1,8 @@
 //! The seam between an upper and the host's filesystem: the calls that make, name, sync and remove
 //! its files go through [`Disk`].
 //!
-//! Tests stand in for it to fail any call, or to cut the power after it. Reads do not pass here,
-//! nor do writes to flat files, whose bytes a test can look at itself.
+//! Tests replace it to make any call fail, or to cut the power after it. Reads bypass it, and so do
+//! writes to flat files, whose bytes a test can read itself.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,28 +11,28 @@ use std::path::Path;
 
 use crate::posix::Allocate;
 
-/// An id that the host has from its start to its end.
+/// An id that is the same from one start of the host to the next.
 pub type Boot = [u8; 16];
 
-/// How a file of an upper is opened; always without following a symlink, and without waiting.
+/// How a file of an upper is opened; the open never follows a symlink and never waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// To read one that exists.
+    /// Read an existing file.
     Read,
-    /// To read and write one that exists.
+    /// Read and write an existing file.
     Write,
-    /// To read and write one, made when missing.
+    /// Read and write a file, made when missing.
     Make,
-    /// To read and write a new one.
+    /// Read and write a new file.
     New,
-    /// To read and write one that is empty, made when missing.
+    /// Read and write a file that is emptied, or made when missing.
     Empty,
 }
 
-/// The calls that an upper makes. Nothing is durable before one of those that sync returned: a
-/// file's bytes by [`Disk::sync_data`], a name by [`Disk::sync_dir`].
+/// The calls that an upper makes. Nothing is durable before a sync call has returned: a file's
+/// bytes by [`Disk::sync_data`], a name by [`Disk::sync_dir`].
 pub trait Disk: Send + Sync + std::fmt::Debug {
-    /// Makes a directory and those on the way, unless they exist.
+    /// Makes a directory and its missing parents, unless they exist.
     fn create_dirs(&self, path: &Path) -> io::Result<()>;
     /// Opens a file.
     fn open(&self, path: &Path, access: Access) -> io::Result<File>;
@@ -40,7 +40,7 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Sets the length in bytes.
     fn set_len(&self, file: &File, len: u64) -> io::Result<()>;
-    /// Makes sure that there is space for `len` bytes from `offset`, without changing the length.
+    /// Allocates space for `len` bytes from `offset`, without changing the length.
     fn allocate(&self, file: &File, offset: u64, len: u64) -> io::Result<()>;
     /// Returns when the file's bytes and length are durable; unless `data_only`, its times too.
     fn sync(&self, file: &File, data_only: bool) -> io::Result<()>;
@@ -48,12 +48,12 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Returns when everything on the filesystem of the directory is durable.
     fn sync_filesystem(&self, path: &Path) -> io::Result<()>;
-    /// Gives a file its name, replacing what had it.
+    /// Renames a file, replacing the file that had the new name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// The id of the host's running kernel, if it has one: as long as it is the same, what was
-    /// written and not synced is there.
+    /// The id of the host's running kernel, if it has one: as long as the id is the same, data that
+    /// was written but not synced is still there.
     fn boot(&self) -> Option<Boot>;
 }
 
@@ -68,7 +68,7 @@ impl Disk for HostDisk {
 
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         let mut options = OpenOptions::new();
-        // What wrote the upper before may have been a guest that had taken over its server.
+        // A guest that had taken over its server may have written the upper before.
         options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
         options.read(true).write(access != Access::Read);
         match access {

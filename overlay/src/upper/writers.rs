@@ -1,4 +1,4 @@
-//! Who writes to flat files, for whoever wants to read all of them as they are at one moment.
+//! Tracks writes to flat files, so that a reader can read all of them as they are at one moment.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -6,16 +6,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 /// The writers to an upper's flat files.
 #[derive(Debug, Default)]
 pub struct Writers {
-    /// Held shared while a request writes, exclusively by who wants the files to keep still.
+    /// Held shared while a request writes, exclusively by a reader that needs all files to stay the
+    /// same.
     gate: RwLock<()>,
-    /// The flat files that were written to since somebody watches.
+    /// The flat files that were written to since the watch began.
     written: Mutex<Option<HashSet<u64>>>,
-    /// Held by who watches.
+    /// Held by the watch.
     watcher: Mutex<()>,
 }
 
 impl Writers {
-    /// Before a request that may write to flat files, until it has noted that it did.
+    /// Take it before a request that may write to flat files, and hold it until the request has
+    /// noted its writes.
     pub fn enter(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -31,7 +33,7 @@ impl Writers {
         }
     }
 
-    /// Watches what is written to from now on, alone.
+    /// Begins to collect the flat files that are written to. Waits for the end of another watch.
     pub fn watch(&self) -> Watch<'_> {
         let alone = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
         *self.written() = Some(HashSet::new());
@@ -42,7 +44,7 @@ impl Writers {
     }
 }
 
-/// Somebody who watches the writers; no more when dropped.
+/// A watch of the writers; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Watch<'a> {
     writers: &'a Writers,
@@ -50,14 +52,14 @@ pub struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Waits until nobody writes, and keeps everybody from it.
+    /// Waits until no request writes, and holds up writes until the guard is dropped.
     pub fn still(&self) -> RwLockWriteGuard<'_, ()> {
         let gate = self.writers.gate.write();
         gate.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was written to since the last time. Whatever was read before it was written to is in
-    /// it, now or the next time.
+    /// The flat files that were written to since the last call. A flat file that was read before a
+    /// write to it is in the result of this call or of the next.
     pub fn take(&self) -> HashSet<u64> {
         let mut written = self.writers.written();
         written.as_mut().map(std::mem::take).unwrap_or_default()
