@@ -185,7 +185,7 @@ impl LooseFile {
         } else {
             let (found, outboard) = hash_file(disk.as_ref(), &file).at("reading", &path)?;
             if found != *id {
-                return Err(damaged(&path, "it is not the object that its name says"));
+                return Err(damaged(&path, "its bytes do not match its name"));
             }
             outboard
         };

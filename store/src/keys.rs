@@ -350,7 +350,7 @@ impl Store {
             return Ok(None);
         };
         if facts::facts_id(&facts) != head.facts {
-            let what = "they are not the facts that its name says";
+            let what = "its facts do not match its name";
             return Err(StoreError::Damaged { path, what });
         }
         Ok(Some(facts))

@@ -4,25 +4,27 @@
 //!
 //! ```text
 //! header   256 bytes
-//! nodes    node_count x 96 bytes, breadth first: the children of a directory are contiguous and sorted by name
+//! nodes    node_count x 96 bytes, breadth first: the children of a directory are contiguous and
+//!          sorted by name
 //! links    link_count x 8 bytes: (group, node), sorted; every group has at least two nodes
 //! blob     blob_len bytes: names, symlink targets, xattr sets
 //! ```
 //!
 //! ```text
-//! header   magic `III-LAYR`; version, compat, ro_compat, incompat: u32; node_count, link_count: u32; blob_len: u64;
-//!          logical_bytes: u64; file_count: u64; tree_id, layer_id, body: 32 bytes each; zeroes
-//! node     name_off: u32, name_len: u16, kind: u8, flags: u8; mode: u16, 0: u16, uid: u32; gid: u32, parent: u32;
-//!          mtime_sec: i64; mtime_nsec: u32, xattr_off: u32 (`!0`: none); size: u64; aux: u64; link: u32, 0: u32;
-//!          hash: 32 bytes
+//! header   magic `III-LAYR`; version, compat, ro_compat, incompat: u32;
+//!          node_count, link_count: u32; blob_len: u64; logical_bytes: u64; file_count: u64;
+//!          tree_id, layer_id, body: 32 bytes each; zeroes
+//! node     name_off: u32, name_len: u16, kind: u8, flags: u8; mode: u16, 0: u16, uid: u32;
+//!          gid: u32, parent: u32; mtime_sec: i64; mtime_nsec: u32,
+//!          xattr_off: u32 (`!0`: none); size: u64; aux: u64; link: u32, 0: u32; hash: 32 bytes
 //! link     group: u32, node: u32
 //! xattrs   count: u16, then per xattr, sorted by name: name_len: u16, value_len: u32, name, value
 //! ```
 //!
 //! `body` is the BLAKE3 of everything after the header. `size` is a file's length, a target's
 //! length or a directory's number of children; `aux` is a target's offset, the first child's index
-//! or a device's `major << 32 | minor`; `hash` is a file's object id or the [`TreeId`] of what a
-//! directory holds.
+//! or a device's `major << 32 | minor`; `hash` is a file's object id or the [`TreeId`] of the
+//! contents of a directory.
 //!
 //! # Hashes
 //!
@@ -30,8 +32,9 @@
 //! the number of entries (u32) and per entry
 //!
 //! ```text
-//! kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0), rdev: u64 (devices, else 0), link: u32,
-//! name_len: u16, name, target_len: u16, target, hash: 32 bytes, xattrs
+//! kind: u8, flags: u8, mode: u16, uid: u32, gid: u32, size: u64 (files, else 0),
+//! rdev: u64 (devices, else 0), link: u32, name_len: u16, name, target_len: u16, target,
+//! hash: 32 bytes, xattrs
 //! ```
 //!
 //! The [`TreeId`] of a layer is the same over one entry, its root, with an empty name. Equal
@@ -68,20 +71,19 @@ const LINK: usize = 8;
 const NO_XATTRS: u32 = u32::MAX;
 const FLAG_OPAQUE: u8 = 1;
 const FLAG_IMPLICIT: u8 = 2;
-/// While a large layer is checked, what was read of it leaves memory whenever so many nodes were
-/// looked at.
+/// During the check of a large layer, its pages leave memory after this many nodes.
 const RELEASE: usize = 1 << 16;
-/// What is hashed is gathered up to about this many bytes: one long update is several times faster
+/// Bytes to be hashed are gathered up to about this many: one long update is several times faster
 /// than many short ones.
 const HASHED: usize = 64 << 10;
 
-/// Why a file is not a layer this program can read.
+/// The reason that this program cannot read a file as a layer.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
     /// The file cannot be mapped.
     #[error("mapping the layer file failed")]
     Map(#[source] std::io::Error),
-    /// Not a layer file at all, or cut short.
+    /// Not a layer file, or truncated.
     #[error("not a layer file, or cut short")]
     NotALayer,
     /// Made by a newer version.
@@ -143,9 +145,9 @@ impl Kind {
 pub struct EncodedLayer {
     /// The whole layer file.
     pub bytes: Vec<u8>,
-    /// Its id without mtimes.
+    /// The id of the tree, without mtimes.
     pub tree_id: TreeId,
-    /// Its id.
+    /// The id of the layer.
     pub layer_id: LayerId,
     /// Entries, the root and whiteouts included.
     pub nodes: u32,
@@ -172,7 +174,7 @@ enum FlatNode<'a> {
     Leaf(Cow<'a, tree::Leaf>),
 }
 
-/// The metadata of an implicit directory, and of a whiteout: nobody's.
+/// The metadata of an implicit directory, and of a whiteout: owned by no user.
 static IMPLICIT_META: Meta = meta_of_mode(0o755);
 static WHITEOUT_META: Meta = meta_of_mode(0);
 
@@ -273,7 +275,7 @@ impl Flat<'_> {
         }
     }
 
-    /// What the hash of its directory says of it.
+    /// Appends the bytes of this entry that the hash of its directory covers.
     fn write_hashed(&self, out: &mut Vec<u8>) {
         let meta = self.meta();
         out.extend([self.kind() as u8, self.flags()]);
@@ -291,7 +293,7 @@ impl Flat<'_> {
         write_xattrs(&meta.xattrs, out);
     }
 
-    /// What the blob holds of it: how long its name, target and xattrs are there.
+    /// The lengths of its name, target and xattrs in the blob.
     fn text(&self) -> [usize; 3] {
         let xattrs = &self.meta().xattrs;
         let set: usize = xattrs
@@ -310,7 +312,7 @@ impl Flat<'_> {
         }
     }
 
-    /// Its record; `blob` is where its text begins.
+    /// Appends the node of the entry, whose text begins at `blob`.
     fn write_node(&self, blob: u32, out: &mut Vec<u8>) {
         let meta = self.meta();
         let [name, target, _] = self.text();
@@ -369,7 +371,7 @@ fn check_meta(meta: &Meta) -> Result<(), TreeError> {
     Ok(())
 }
 
-/// Where what is in a directory stands, and its hash once that is known.
+/// The place of a directory's children, and the hash of its contents once that is known.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     /// The directory's own index.
@@ -384,13 +386,13 @@ struct Place {
 struct PlannedDir<D> {
     dir: D,
     place: Place,
-    /// The first of its directories among all.
+    /// Index of its first child directory among all directories.
     first_dir: u32,
 }
 
-/// A tree laid out breadth first and hashed, ready to be written. It holds something of each
-/// directory and of each hardlink; everything else is read from the tree again when it is needed,
-/// so that the layer is never in memory as a whole.
+/// A tree laid out breadth first and hashed, ready to be written. Keeps in memory a small record of
+/// each directory and of each hardlink. Everything else is read from the tree again when it is
+/// needed, so that the layer is never in memory as a whole.
 #[derive(Debug)]
 pub(crate) struct Plan<'a, S: Source> {
     source: &'a S,
@@ -444,9 +446,9 @@ impl<'a, S: Source> Plan<'a, S> {
         let root = self.root();
         check_meta(root.meta())?;
         self.text = root.text().iter().sum();
-        // The names of each label that a leaf has.
+        // Number of names of each label.
         let mut labels: HashMap<u64, u32> = HashMap::new();
-        // Breadth first, one level ends where the directories of the one before it do.
+        // Breadth first, a level ends at the last directory of the level above.
         let (mut depth, mut level_end) = (1, 1);
         let mut at = 0;
         while at < self.dirs.len() {
@@ -534,8 +536,8 @@ impl<'a, S: Source> Plan<'a, S> {
 
     fn hash(&mut self) {
         let mut scratch = Vec::new();
-        // Children stand after their parent, so going backwards every child is hashed before its
-        // directory is.
+        // Children stand after their parent, so going backwards hashes every child before its
+        // directory.
         for ix in (0..self.dirs.len()).rev() {
             let dir = &self.dirs[ix];
             let children = self.children(dir);
@@ -602,12 +604,12 @@ impl<'a, S: Source> Plan<'a, S> {
             })
     }
 
-    /// All entries in the order in which they stand.
+    /// All entries in the order of the file.
     fn flats(&self) -> impl Iterator<Item = Flat<'a>> {
         std::iter::once(self.root()).chain(self.dirs.iter().flat_map(|dir| self.children(dir)))
     }
 
-    /// Hands the layer file out in pieces, its header last.
+    /// Passes the pieces of the layer file to the callback, the header last.
     pub(crate) fn write<'p, E>(&self, put: &'p mut Put<'p, E>) -> Result<(), E> {
         let mut pieces = Pieces::new(HEADER as u64, put);
         let mut blob = 0;
@@ -642,12 +644,12 @@ impl<'a, S: Source> Plan<'a, S> {
     }
 }
 
-/// The label by which a leaf may have other names.
+/// The label of a leaf that may have other names.
 fn label(leaf: &tree::Leaf) -> Option<u64> {
     leaf.link.filter(|_| leaf.content != Content::Whiteout)
 }
 
-/// Encodes `tree`. Deterministic: equal trees give equal bytes, whatever made them.
+/// Encodes `tree`. Deterministic: equal trees give equal bytes, whatever their `Source`.
 pub fn encode<S: Source>(tree: &S) -> Result<EncodedLayer, TreeError> {
     let plan = Plan::new(tree)?;
     let mut bytes = Vec::new();
@@ -662,7 +664,7 @@ pub fn encode<S: Source>(tree: &S) -> Result<EncodedLayer, TreeError> {
     })
 }
 
-/// The hash of what a directory holds. `scratch` is a buffer to be used again.
+/// The hash of the contents of a directory. `scratch` is a reusable buffer.
 fn hash_entries<'a>(
     count: u32,
     entries: impl Iterator<Item = Flat<'a>>,
@@ -681,8 +683,8 @@ fn hash_entries<'a>(
     *hasher.update(scratch).finalize().as_bytes()
 }
 
-/// A layer, read in place. Opening checks the whole structure once (not the hashes), so that
-/// reading afterwards can neither fail nor leave the file. Shared freely between threads.
+/// A layer, read in place. Opening checks the whole structure once (not the hashes), so that later
+/// reads can neither fail nor leave the file. Shared freely between threads.
 #[derive(Debug)]
 pub struct Layer {
     bytes: Bytes,
@@ -744,7 +746,7 @@ impl Layer {
         Ok(layer)
     }
 
-    /// Returns how many nodes say that they are in a hardlink group.
+    /// Returns how many nodes claim to be in a hardlink group.
     fn check_nodes(&self) -> Result<usize, LayerError> {
         use LayerError::Damaged;
         let root = self.node(0).ok_or(Damaged("no root"))?;
@@ -754,11 +756,11 @@ impl Layer {
         let blob = self.bytes.len() - self.blob;
         let within =
             |off: u64, len: u64| off.checked_add(len).is_some_and(|end| end <= blob as u64);
-        // Children stand in the order of their parents, each range beginning where the last one
-        // ended.
+        // Children stand in the order of their parents, each range beginning at the end of the one
+        // before.
         let mut next_child = 1_u64;
         let mut linked = 0;
-        // Breadth first, one level ends where the children of the one before it do.
+        // Breadth first, a level ends at the last child of the level above.
         let (mut depth, mut level_end) = (0, 1_u64);
         let mut steps = 0;
         let mut step = || {
@@ -871,12 +873,12 @@ impl Layer {
         reader.left == 0
     }
 
-    /// Its id, as its header says: see [`Layer::header_holds`].
+    /// Its id according to its header: see [`Layer::header_holds`].
     pub fn layer_id(&self) -> LayerId {
         LayerId::from_bytes(array(&self.bytes, 88))
     }
 
-    /// Its id without mtimes, as its header says.
+    /// Its id without mtimes, according to its header.
     pub fn tree_id(&self) -> TreeId {
         TreeId::from_bytes(array(&self.bytes, 56))
     }
@@ -901,7 +903,7 @@ impl Layer {
         NodeRef { layer: self, ix: 0 }
     }
 
-    /// The entry with this index, if there is one.
+    /// The entry with this index, if the layer has it.
     pub fn node(&self, ix: u32) -> Option<NodeRef<'_>> {
         ((ix as usize) < self.nodes).then_some(NodeRef { layer: self, ix })
     }
@@ -911,7 +913,7 @@ impl Layer {
         (0..self.nodes as u32).map(|ix| NodeRef { layer: self, ix })
     }
 
-    /// The contents of all regular files, as often as they are named.
+    /// The object of each regular file, once for each of its names.
     pub fn objects(&self) -> impl Iterator<Item = ObjectId> + '_ {
         self.nodes()
             .filter(|node| node.kind() == Kind::File)
@@ -924,17 +926,17 @@ impl Layer {
         tree::components(path).try_fold(self.root(), NodeRef::child)
     }
 
-    /// Whether the bytes after the header are those that were written.
+    /// Whether the bytes after the header match its checksum.
     pub fn body_holds(&self) -> bool {
         *self.bytes.hash(HEADER).as_bytes() == array(&self.bytes, 120)
     }
 
-    /// The tree that this layer encodes. What [`encode`] makes of it is this layer again.
+    /// The tree that this layer encodes; [`encode`] makes this layer of it again.
     pub fn to_tree(&self) -> Tree {
         let mut tree = Tree::default();
         let mut entries: Vec<Vec<(Box<[u8]>, Node)>> = Vec::new();
         entries.resize_with(self.nodes, Vec::new);
-        // Children stand after their parent: going backwards, a directory has all of its own when
+        // Children stand after their parent: going backwards, a directory has all its children when
         // it is moved.
         for ix in (0..self.nodes as u32).rev() {
             let node = NodeRef { layer: self, ix };
@@ -1000,7 +1002,7 @@ impl<'a> NodeRef<'a> {
         self.layer.bytes[self.at(7)]
     }
 
-    /// The layer it stands in.
+    /// The layer of the entry.
     pub fn layer(self) -> &'a Layer {
         self.layer
     }
@@ -1016,13 +1018,12 @@ impl<'a> NodeRef<'a> {
         &self.layer.blob()[off..off + self.u16(4) as usize]
     }
 
-    /// What it is.
+    /// Its type.
     pub fn kind(self) -> Kind {
         self.raw_kind().unwrap_or(Kind::Whiteout)
     }
 
-    /// How this directory combines with those below. [`DirKind::Merged`] for what is not a
-    /// directory.
+    /// How this directory combines with those below; [`DirKind::Merged`] for other entries.
     pub fn dir_kind(self) -> DirKind {
         if self.flags() & FLAG_OPAQUE != 0 {
             DirKind::Opaque
@@ -1056,7 +1057,7 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// A file's or a symlink's length in bytes; 0 for what has none.
+    /// A file's or a symlink's length in bytes; 0 for other entries.
     pub fn size(self) -> u64 {
         match self.kind() {
             Kind::File | Kind::Symlink => self.u64(40),
@@ -1075,18 +1076,18 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// A file's contents. Meaningless for anything else.
+    /// The object of a file. Meaningless for other entries.
     pub fn object(self) -> ObjectId {
         ObjectId::from_bytes(array(&self.layer.bytes, self.at(64)))
     }
 
-    /// The id of what a directory holds: equal ids mean equal subtrees, mtimes apart. Meaningless
-    /// for anything else.
+    /// The id of the contents of a directory: equal ids mean equal subtrees, mtimes apart.
+    /// Meaningless for other entries.
     pub fn subtree(self) -> TreeId {
         TreeId::from_bytes(array(&self.layer.bytes, self.at(64)))
     }
 
-    /// A symlink's target; empty for anything else.
+    /// A symlink's target; empty for other entries.
     pub fn target(self) -> &'a [u8] {
         if self.kind() != Kind::Symlink {
             return &[];
@@ -1095,7 +1096,7 @@ impl<'a> NodeRef<'a> {
         &self.layer.blob()[off..off + self.u64(40) as usize]
     }
 
-    /// The directory that it stands in; the root's is itself.
+    /// The directory of the entry; the root is its own parent.
     #[must_use]
     pub fn parent(self) -> NodeRef<'a> {
         NodeRef {
@@ -1125,7 +1126,7 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// A directory's entries in the order of their names; none for anything else.
+    /// A directory's entries in the order of their names; none for other entries.
     pub fn children(self) -> impl ExactSizeIterator<Item = NodeRef<'a>> + use<'a> {
         let layer = self.layer;
         self.child_range().map(move |ix| NodeRef { layer, ix })
@@ -1163,8 +1164,8 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// The entries that are the same file as this one, this one included, in order; empty if it has
-    /// one name only.
+    /// The entries that are the same file as this one, this one included, in order; empty if the
+    /// file has one name only.
     pub fn links(self) -> impl Iterator<Item = NodeRef<'a>> + use<'a> {
         let layer = self.layer;
         let group = self.u32(56);
@@ -1199,7 +1200,7 @@ impl<'a> NodeRef<'a> {
         }
     }
 
-    /// What it is, unless it is a directory.
+    /// The content of the entry; nothing for a directory.
     pub fn content(self) -> Option<Content> {
         Some(match self.kind() {
             Kind::Dir => return None,
@@ -1233,7 +1234,8 @@ impl<'a> XattrIter<'a> {
                 set,
                 left: u16::from_le_bytes(*count),
             },
-            // One left that is not there: the check at opening sees it.
+            // A damaged set: it claims one xattr but has no bytes for it, and the check at opening
+            // fails.
             None => Self { set: &[], left: 1 },
         }
     }
@@ -1283,7 +1285,7 @@ mod tests {
         })
     }
 
-    /// One of everything.
+    /// One entry of each kind.
     fn sample() -> Tree {
         let mut tree = Tree::default();
         tree.meta.mode = 0o755;
@@ -1379,7 +1381,7 @@ mod tests {
         let touched = encode(&tree).unwrap();
         assert_eq!(base.tree_id, touched.tree_id);
         assert_ne!(base.layer_id, touched.layer_id);
-        // The metadata of an implicit directory is nobody's.
+        // The metadata of an implicit directory belongs to no user.
         let mut tree = sample();
         tree.dir_at(b"usr").unwrap().meta.mtime.sec = 9;
         assert_eq!(encode(&tree).unwrap().layer_id, base.layer_id);
@@ -1400,7 +1402,7 @@ mod tests {
         assert_ne!(id(b"a"), id(b"deep"));
     }
 
-    /// What walks a layer recurses; a thread's stack is enough for the deepest that there can be.
+    /// The functions that walk a layer recurse; a thread's stack is enough for the deepest tree.
     #[test]
     fn the_deepest_tree() {
         let path = |depth: usize| vec![b"d".as_slice(); depth].join(&b'/');
@@ -1416,8 +1418,8 @@ mod tests {
         assert_eq!(crate::diff(&layer, &empty).len(), MAX_DEPTH);
     }
 
-    /// No byte of a layer file can be changed unseen, but for the compat features, which change
-    /// nothing.
+    /// No byte of a layer file can change undetected, except for the compat features, whose change
+    /// has no effect.
     #[test]
     fn every_flipped_byte_is_found_and_none_panics() {
         let encoded = encode(&sample()).unwrap();
@@ -1432,7 +1434,7 @@ mod tests {
             assert_eq!(layer.compat_features() == [0, 0], told, "byte {at}");
             assert_eq!(layer.check_all().is_err(), told, "byte {at}");
         }
-        // With a checksum that holds, the hashes and the layout tell.
+        // With a matching checksum, the hashes and the layout reveal the change.
         for at in HEADER..encoded.bytes.len() {
             let mut bytes = encoded.bytes.clone();
             bytes[at] ^= 0x41;

@@ -64,7 +64,7 @@ impl Store {
             Found::Nothing => {
                 return Err(StoreError::Damaged {
                     path: dir.join("format"),
-                    what: "it is missing: this is no store",
+                    what: "it is missing: this directory is not a store",
                 });
             }
         };

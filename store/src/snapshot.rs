@@ -1,8 +1,9 @@
 //! Snapshots: a project directory as a layer.
 //!
-//! Modes and mtimes of the project are kept; owners are what the caller says; xattrs are not taken
-//! (they are the host's: labels, quarantine marks), and names that are hardlinks of one file become
-//! files of their own. Symlinks are kept and never followed. Sockets, fifos and devices are left
+//! A snapshot keeps the modes and mtimes of the project. The caller sets the owners. Xattrs are
+//! left out (they are the host's: labels, quarantine marks), and names that are hardlinks of one
+//! file become files of their own. Symlinks are kept and never followed. Sockets, fifos and devices
+//! are left out and reported. Mount points are crossed as they are.
 //! out and reported. Mount points are crossed as they are.
 
 use std::borrow::Cow;
@@ -38,20 +39,20 @@ use crate::tree::{
     TreeError, Xattrs,
 };
 
-/// How often a file that changes while it is read is read again.
+/// How often a file that changes during the read is read again.
 const MAX_ATTEMPTS: u32 = 8;
 /// Most files, and most bytes, that one task reads.
 const BATCH_FILES: usize = 64;
 const BATCH_BYTES: u64 = 1 << 20;
 /// Directories that one task enters, one after the other.
 const BATCH_DIRS: usize = 8;
-/// The stat cache leaves memory whenever this many entries were looked at.
+/// The pages of the stat cache leave memory after this many entries.
 const RELEASE: usize = 1 << 14;
-/// What is hashed is gathered up to about this many bytes.
+/// Bytes to be hashed are gathered up to about this many.
 const HASHED: usize = 64 << 10;
-/// What a file held that the stat cache does not know: no contents have this id.
+/// The object of a file that the stat cache does not know: no contents have this id.
 const UNKNOWN: ObjectId = ObjectId::from_bytes([0; 32]);
-/// Buffer for the entries of a directory.
+/// Bytes of the buffer for the entries of a directory.
 #[cfg(target_os = "linux")]
 const LISTING: usize = 32 << 10;
 
@@ -61,20 +62,20 @@ pub enum SnapshotError {
     /// A file or directory of the project cannot be read.
     #[error("{op} {} failed", path.display())]
     Read {
-        /// What was being done: a verb such as "reading".
+        /// The operation: a verb such as "reading".
         op: &'static str,
         /// The file or directory.
         path: PathBuf,
         /// The cause.
         source: io::Error,
     },
-    /// A file or directory that never stood still.
-    #[error("{} changes all the time while it is read; stop what writes to it, or try again", .0.display())]
+    /// A file or directory changed during each attempt to read it.
+    #[error("{} changed during each attempt to read it; stop the process that writes to it, or try again", .0.display())]
     Changing(PathBuf),
     /// The project is too deep or too large.
-    #[error("{} cannot be taken in", path.display())]
+    #[error("{} cannot be stored in a layer", path.display())]
     Tree {
-        /// Where.
+        /// The directory or file beyond the limit.
         path: PathBuf,
         /// The cause.
         source: TreeError,
@@ -82,7 +83,7 @@ pub enum SnapshotError {
     /// The store failed.
     #[error("storing {} failed", path.display())]
     Store {
-        /// What was being stored.
+        /// The file or directory that was being stored.
         path: PathBuf,
         /// The cause.
         source: StoreError,
@@ -92,10 +93,10 @@ pub enum SnapshotError {
 /// How a directory becomes a layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Options<'a> {
-    /// Names the stat cache: one name per project directory.
+    /// Name of the stat cache: one per project directory.
     pub name: &'a str,
-    /// Where the directory stands in the layer, `workspace` say. The directories on the way to it
-    /// are implicit.
+    /// The place of the directory in the layer, `workspace` for example. The directories on the way
+    /// to it are implicit.
     pub at: &'a [u8],
     /// Names that are left out at any depth, whatever their type.
     pub excludes: &'a [&'a [u8]],
@@ -105,19 +106,19 @@ pub struct Options<'a> {
     pub gid: u32,
 }
 
-/// Something that has no place in a layer.
+/// A file of a type that is left out of layers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Skipped {
     /// Relative to the project.
     pub path: Vec<u8>,
-    /// What it is.
+    /// The type of the file.
     pub what: &'static str,
 }
 
-/// A directory that became a layer.
+/// The result of a snapshot.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// What was stored.
+    /// The layer as it was stored.
     pub published: Published,
     /// The layer.
     pub layer: Arc<Layer>,
@@ -127,15 +128,15 @@ pub struct Snapshot {
     pub read: u64,
     /// Files that are new or have other contents than at the last snapshot.
     pub changed: u64,
-    /// Files that were there at the last snapshot and are not any more.
+    /// Files of the last snapshot that no longer exist.
     pub removed: u64,
-    /// What was left out because of its type, sorted.
+    /// Files that were left out because of their type, sorted.
     pub skipped: Vec<Skipped>,
 }
 
-/// Takes in `dir`, reading only what changed since the last snapshot of this name. The layer is in
-/// the store, and pinned in `lease`, when this returns. A file that cannot be read is an error that
-/// names it.
+/// Stores `dir` as a layer, reading only files that changed since the last snapshot of this name.
+/// The layer is in the store, and pinned in `lease`, on return. A file that cannot be read is an
+/// error that names it.
 pub fn snapshot(
     store: &Store,
     lease: &Lease,
@@ -149,7 +150,7 @@ pub fn snapshot(
         |file| StatCache::open(disk, &file),
     );
     match attempt(store, lease, dir, options, &cache) {
-        // The cache names contents that the store has not any more: everything is read.
+        // The cache names contents that the store no longer has: read everything.
         Err(SnapshotError::Store {
             source: StoreError::MissingObject(_),
             ..
@@ -174,7 +175,7 @@ fn attempt(
         source,
     };
     let ingest = store.ingest(lease).map_err(stored)?;
-    // Before anything is looked at: the racy rule counts from here.
+    // Before the first stat of a file: the racy rule counts from here.
     let stamp = now();
     let walk = Walk {
         root: dir,
@@ -197,16 +198,16 @@ fn attempt(
     let taken = walk.finish()?;
 
     let fingerprint = fingerprint(&taken.dirs, options);
-    // Something that the store lacked is not in a layer that it has, whatever the cache says.
+    // A layer of the store cannot contain an object that the store lacked, whatever the cache says.
     let same = cache
         .outcome()
         .filter(|last| last.fingerprint == fingerprint && !taken.fresh);
     if let Some(last) = same {
-        // First the pin, then the question. A layer that does not hold is made anew.
+        // Pins the layer before looking for it. A damaged layer is made anew.
         lease.pin(&[last.layer_id]).map_err(stored)?;
         if let Ok(layer) = store.layer(&last.layer_id) {
             store.sync_layers().map_err(stored)?;
-            // What was read because it was young need not be read again.
+            // The files that were read because they were young need not be read again.
             if taken.read > 0 {
                 remember(store, lease, options, stamp, &last, &taken).map_err(stored)?;
             }
@@ -261,13 +262,13 @@ fn remember(
         tmp.write(piece, at)
     })?;
     if fits {
-        // Not synced: a crash may lose or cut it, and its reader checks it.
+        // Not synced: a crash may lose or truncate the cache, and its reader checks it.
         tmp.publish(&cache_path(store, options))?;
     }
     Ok(())
 }
 
-/// A hash of all that goes into the layer.
+/// A hash of everything that goes into the layer.
 fn fingerprint(dirs: &[Found], options: &Options<'_>) -> [u8; 32] {
     let parts: Vec<[u8; 32]> = dirs.par_iter().map(Found::fingerprint).collect();
     let mut order: Vec<usize> = (0..dirs.len()).collect();
@@ -283,9 +284,9 @@ fn fingerprint(dirs: &[Found], options: &Options<'_>) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// The directories that were found, as a tree below the directory where they are to stand.
+/// The directories of the walk, as a tree below their place in the layer.
 struct Layout<'a> {
-    /// The directories on the way, which come first.
+    /// The directories on the way to that place, outermost first.
     above: Vec<&'a [u8]>,
     dirs: &'a [Found],
     options: &'a Options<'a>,
@@ -338,7 +339,7 @@ impl Layout<'_> {
     }
 }
 
-/// Two sequences that are sorted by name as one.
+/// Merges two sequences that are sorted by name.
 fn merge<'a, T>(
     a: impl Iterator<Item = (&'a [u8], T)>,
     b: impl Iterator<Item = (&'a [u8], T)>,
@@ -378,7 +379,7 @@ impl Source for Layout<'_> {
     }
 }
 
-/// What the next stat cache says.
+/// The entries of the next stat cache.
 fn entries(dirs: &[Found]) -> Vec<DirEntries<'_>> {
     let mut entries: Vec<_> = dirs
         .iter()
@@ -392,7 +393,7 @@ fn entries(dirs: &[Found]) -> Vec<DirEntries<'_>> {
     entries
 }
 
-/// The clock that the kernel stamps files with.
+/// The clock by which the kernel stamps files.
 fn now() -> Time {
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::RealtimeCoarse;
@@ -431,8 +432,8 @@ fn file_type(mode: u32) -> FileType {
     FileType::from_raw_mode(mode as RawMode)
 }
 
-/// Shows `see` what is in a directory, with its type where the directory tells it, in no order,
-/// until that fails.
+/// Calls `see` with each entry of a directory, in no order, with its type where the directory has
+/// it. Stops at the first error of `see`.
 #[cfg(target_os = "linux")]
 fn each_entry<E>(
     dir: &OwnedFd,
@@ -447,8 +448,8 @@ fn each_entry<E>(
     Ok(())
 }
 
-/// Shows `see` what is in a directory, with its type where the directory tells it, in no order,
-/// until that fails.
+/// Calls `see` with each entry of a directory, in no order, with its type where the directory has
+/// it. Stops at the first error of `see`.
 #[cfg(not(target_os = "linux"))]
 fn each_entry<E>(
     dir: &OwnedFd,
@@ -463,17 +464,18 @@ fn each_entry<E>(
     }
 }
 
-/// A directory that was found.
+/// A directory of the project.
 #[derive(Debug, Default)]
 struct Found {
     path: Arc<[u8]>,
-    /// Mode and mtime. Nothing if it went before it could be opened.
+    /// Mode and mtime. Nothing if the directory was removed before it could be opened.
     stat: Option<(u32, Time)>,
-    /// The directories in it, sorted by name.
+    /// Names of its directories, sorted.
     dirs: Range<usize>,
     /// Sorted by name.
     links: Vec<LinkEntry>,
-    /// Sorted by name once all of them were read. One that went has lost its name.
+    /// Sorted by name once all of them were read. A file that was removed meanwhile has an empty
+    /// name.
     files: Vec<FileEntry>,
 }
 
@@ -486,7 +488,7 @@ impl Found {
         &self.path[slash.map_or(0, |slash| slash + 1)..]
     }
 
-    /// A hash of all of it that goes into the layer.
+    /// A hash of every part of it that goes into the layer.
     fn fingerprint(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         let mut bytes = Vec::new();
@@ -505,7 +507,7 @@ impl Found {
             }
         };
         if let Some((mode, mtime)) = self.stat {
-            // The length of a directory is the filesystem's own affair.
+            // The length of a directory depends on the filesystem.
             put(&self.path, mode, mtime, 0, b"");
         }
         for (name, stat, target) in &self.links {
@@ -518,15 +520,15 @@ impl Found {
     }
 }
 
-/// What is in one directory.
+/// The entries of one directory.
 struct Listing<'a> {
     path: &'a [u8],
     cached: CachedDir<'a>,
     links: Vec<LinkEntry>,
-    /// What the cache knows to be unchanged.
+    /// Files that the cache proves unchanged.
     files: Vec<FileEntry>,
     dirs: Vec<Box<[u8]>>,
-    /// What has to be read, with what it held at the last snapshot.
+    /// Files to be read, each with its object of the last snapshot.
     stale: Vec<FileEntry>,
 }
 
@@ -535,15 +537,15 @@ struct Walk<'a> {
     options: &'a Options<'a>,
     ingest: &'a Ingest<'a>,
     cache: &'a StatCache,
-    /// A directory always stands after the one it is in.
+    /// A directory always stands after its parent.
     dirs: Mutex<Vec<Found>>,
     nodes: AtomicUsize,
     /// Bytes of the paths of all directories.
     text: AtomicUsize,
     read: AtomicU64,
-    /// Whether anything was read that the store did not have.
+    /// Whether an object was read that the store lacked.
     fresh: AtomicBool,
-    /// Files that the cache knows, whether or not they changed.
+    /// Files of the cache, whether or not they changed.
     known: AtomicU64,
     changed: AtomicU64,
     skipped: Mutex<Vec<Skipped>>,
@@ -551,9 +553,9 @@ struct Walk<'a> {
     error: Mutex<Option<SnapshotError>>,
 }
 
-/// What the walk found.
+/// The result of the walk.
 struct Taken {
-    /// A directory always stands after the one it is in.
+    /// A directory always stands after its parent.
     dirs: Vec<Found>,
     read: u64,
     fresh: bool,
@@ -581,7 +583,7 @@ impl Taken {
 const OPEN_DIR: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);
-/// Opening a fifo that took a file's place must not block.
+/// Opening a fifo that replaced a file must not block.
 const OPEN_FILE: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::NONBLOCK)
@@ -598,7 +600,7 @@ fn join(path: &[u8], name: &[u8]) -> Vec<u8> {
     joined
 }
 
-/// Splits what has to be read, the files from `first` on, into what one task reads.
+/// Splits the files to be read, those from `first` on, into one batch for each task.
 fn batches(files: &[FileEntry], first: usize) -> Vec<Range<usize>> {
     let mut batches: Vec<Range<usize>> = Vec::new();
     let mut bytes = 0_u64;
@@ -640,7 +642,7 @@ impl Walk<'_> {
             .map_err(|err| self.error("opening the directory", b"", err))
     }
 
-    /// Runs a task, unless one failed. The first error is the one that is reported.
+    /// Runs a task, unless one failed before. Keeps the first error, which the snapshot returns.
     fn run(&self, task: impl FnOnce() -> Result<(), SnapshotError>) {
         if self.failed.load(Ordering::Relaxed) {
             return;
@@ -651,7 +653,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Takes in an open directory and spawns tasks for what is in it.
+    /// Reads an open directory and spawns tasks for its entries.
     fn visit<'s>(
         &'s self,
         scope: &Scope<'s>,
@@ -720,7 +722,7 @@ impl Walk<'_> {
             }
             subdirs
         };
-        // Shared by the tasks that open what is in it.
+        // Shared by the tasks that open its entries.
         let fd = Arc::new(fd);
         for first in subdirs.clone().step_by(BATCH_DIRS) {
             let fd = Arc::clone(&fd);
@@ -731,8 +733,7 @@ impl Walk<'_> {
                 }
             });
         }
-        // After the directories: a thread takes what was spawned last first, so few directories
-        // stay open.
+        // After the directories: a thread runs the last task first, so few directories stay open.
         for batch in batches {
             let fd = Arc::clone(&fd);
             scope.spawn(move |_| self.run(|| self.read_batch(ix, &fd, batch)));
@@ -755,7 +756,7 @@ impl Walk<'_> {
         let flags = OPEN_DIR | OFlags::NOFOLLOW;
         match rustix::fs::openat(parent, name, flags, Mode::empty()) {
             Ok(fd) => self.visit(scope, ix, fd, &path, depth),
-            // It is gone: then it is not in the layer.
+            // The directory was removed, so it is not in the layer.
             Err(Errno::NOENT) => Ok(()),
             Err(Errno::NOTDIR | Errno::LOOP) => Err(SnapshotError::Changing(self.path(&path))),
             Err(err) => Err(self.error("opening the directory", &path, err)),
@@ -776,7 +777,7 @@ impl Walk<'_> {
             }
             match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => self.entry(dir, listing, name, file_stat(&stat)),
-                // Deleted since.
+                // Removed since the listing.
                 Err(Errno::NOENT) => Ok(()),
                 Err(err) => Err(self.error("looking at", &join(path, bytes), err)),
             }
@@ -841,7 +842,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Reads some of the files of a directory.
+    /// Reads a batch of the files of a directory.
     fn read_batch(
         &self,
         ix: usize,
@@ -879,7 +880,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Reads a file until it looks the same after as before. Nothing if it is gone.
+    /// Reads a file until its stat is the same before and after. Nothing if the file was removed.
     fn read_file(
         &self,
         dir: &OwnedFd,
@@ -918,7 +919,7 @@ impl Walk<'_> {
         Err(self.changing(path, name))
     }
 
-    /// Gathers what the tasks found.
+    /// Gathers the results of the tasks, or their first error.
     fn finish(self) -> Result<Taken, SnapshotError> {
         fn inner<T>(mutex: Mutex<T>) -> T {
             mutex.into_inner().unwrap_or_else(PoisonError::into_inner)

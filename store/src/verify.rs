@@ -1,17 +1,17 @@
-//! Verifying: whether everything in the store is what its name says.
+//! Verification: whether every file of the store matches its name.
 //!
-//! The structure is looked at in any case: the format, every index and the pack beside it, the
+//! Every verification checks the structure: the format, every index and the pack beside it, the
 //! outboards, every layer file byte by byte, every object that a layer names, keys, refs and stat
-//! caches. With [`VerifyOptions::data`], every byte of every object is hashed, too.
+//! caches. With [`VerifyOptions::data`], it hashes every byte of every object, too.
 //!
-//! A failed system call is no damage: nothing is known of a file that cannot be opened, mapped or
-//! read, because the process has too many files open, too little memory or no permission, or
-//! because its disk fails. Such a file is [`Finding::Unchecked`], and so is a layer that names
+//! A failed system call is no damage: the state of a file is unknown if the file cannot be opened,
+//! mapped or read, because the process has too many files open, too little memory or no permission,
+//! or because its disk fails. Such a file is [`Finding::Unchecked`], and so is a layer that names
 //! objects which may be in it. [`crate::repair`] leaves both as they are.
 //!
-//! It runs beside builds and gc. What appears meanwhile need not be looked at; what vanishes is no
-//! problem, since whatever names it is removed first. What looks wrong is looked at again while gc
-//! is kept from running, and only what still looks wrong is reported.
+//! Verification runs beside builds and gc. It may skip files that appear meanwhile; a file that
+//! vanishes is no problem, since every file that names it is removed first. Problems are checked
+//! again while gc is kept from running, and only those that remain are reported.
 
 mod data;
 
@@ -42,19 +42,19 @@ use crate::stat_cache::StatCache;
 use crate::store::{Format, Found, Store, is_known_name};
 use crate::trash::{self, TrashedLayer};
 
-/// Piece in which files that are to be mapped are read, in bytes.
+/// Bytes of one read of a file that is to be mapped.
 const PIECE: usize = 1 << 20;
 /// Most problems of one report.
 const MAX_PROBLEMS: usize = 10_000;
 
-/// What to look at.
+/// The extent of a verification.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VerifyOptions {
     /// Whether to hash every object.
     pub data: bool,
 }
 
-/// How far verification is.
+/// Progress of a verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VerifyEvent {
     /// Objects are being hashed.
@@ -70,17 +70,17 @@ pub enum VerifyEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Severity {
-    /// Nothing is wrong; good to know.
+    /// Nothing is wrong; the fact is reported for information.
     Note,
-    /// Nothing is lost: it is made again, or it is not the store's.
+    /// Nothing is lost: the file is made again, or does not belong to the store.
     Warning,
-    /// A failed system call kept it from being checked: it may be whole or damaged.
+    /// A failed system call prevented the check: the file may be whole or damaged.
     Unchecked,
-    /// Something that was stored is lost.
+    /// Stored data is lost.
     Damage,
 }
 
-/// What is wrong, and with what.
+/// A kind of problem, and the part of the store that has it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -91,22 +91,21 @@ pub enum Finding {
     Directory,
     /// A file has compat features that this program does not know.
     UnknownFeatures,
-    /// The index of a pack is damaged: nothing finds the objects in the pack.
+    /// The index of a pack is damaged: no lookup finds the objects in the pack.
     Index {
         /// The pack.
         pack: PackId,
     },
-    /// A pack is damaged apart from its objects: its length, its header, the zeroes between
-    /// objects.
+    /// A pack is damaged outside its objects: its length, its header, the zeroes between objects.
     Pack {
         /// The pack.
         pack: PackId,
     },
-    /// A pack has no index: an ingest is giving them their names, or was cut short while it did. Gc
-    /// removes it.
+    /// A pack has no index: an ingest is giving both their names, or was interrupted. Gc removes
+    /// it.
     PackWithoutIndex,
-    /// An index has no pack, of which a power cut may leave only the index. If a layer needs the
-    /// pack, it is [`Finding::Incomplete`].
+    /// An index has no pack; a power cut may leave only the index. If a layer needs the pack, that
+    /// is [`Finding::Incomplete`].
     IndexWithoutPack {
         /// The pack.
         pack: PackId,
@@ -115,16 +114,16 @@ pub enum Finding {
     Object {
         /// The object.
         object: ObjectId,
-        /// The pack it stands in; none for a loose one.
+        /// The pack of the object; none for a loose one.
         pack: Option<PackId>,
     },
-    /// The outboard of a loose object is damaged: reading the object begins by reading all of it.
+    /// The outboard of a loose object is damaged: the first read of the object reads all of it.
     Outboard {
         /// The object.
         object: ObjectId,
     },
-    /// A loose object has no outboard, which a power cut may leave: reading it begins by reading
-    /// all of it.
+    /// A loose object has no outboard, which a power cut may leave: the first read of the object
+    /// reads all of it.
     NoOutboard {
         /// The object.
         object: ObjectId,
@@ -139,13 +138,13 @@ pub enum Finding {
         /// The layer.
         layer: LayerId,
     },
-    /// A layer names objects that are not there, are damaged, or have other lengths.
+    /// A layer names objects that are missing, are damaged, or have other lengths.
     Incomplete {
         /// The layer.
         layer: LayerId,
         /// The first of the objects.
         object: ObjectId,
-        /// How many files of the layer are concerned.
+        /// Number of files of the layer whose objects these are.
         files: u64,
     },
     /// The file of a key is damaged: the key is built again.
@@ -153,7 +152,7 @@ pub enum Finding {
         /// The key.
         key: KeyId,
     },
-    /// A key has a record of a layer that is not there: the key is built again.
+    /// A key has a record of a layer that is missing: the key is built again.
     KeyLayer {
         /// The key.
         key: KeyId,
@@ -162,24 +161,24 @@ pub enum Finding {
     },
     /// The file of a ref is damaged.
     Ref {
-        /// What the name stands for.
+        /// The kind of the ref.
         ref_kind: RefKind,
     },
-    /// A ref names a layer that is not there. The ref keeps its other layers, and is whole again
-    /// once this one is stored again.
+    /// A ref names a layer that is missing. The ref keeps its other layers, and is whole again once
+    /// this one is stored again.
     RefLayer {
-        /// What the name stands for.
+        /// The kind of the ref.
         ref_kind: RefKind,
-        /// The name.
+        /// The name of the ref.
         name: String,
         /// The layer.
         layer: LayerId,
     },
-    /// A stat cache does not hold, which a power cut may leave: the project's files are read again.
+    /// A stat cache is damaged, which a power cut may leave: the project's files are read again.
     StatCache,
-    /// Something that is not the store's.
+    /// A file that does not belong to the store.
     Foreign,
-    /// A system call failed on it, so that nothing is known of it.
+    /// A system call on the file failed, so its state is unknown.
     Unchecked,
 }
 
@@ -210,11 +209,11 @@ impl Finding {
         }
     }
 
-    /// What follows from it, in a few words.
+    /// The consequence, as a short sentence for the user.
     pub fn meaning(&self) -> &'static str {
         match self {
             Self::Format => "the store cannot be opened",
-            Self::Directory => "what belongs there is gone",
+            Self::Directory => "the files that it held are gone",
             Self::UnknownFeatures => "a newer iii wrote it; it can be read all the same",
             Self::Index { .. } => "the objects in its pack cannot be found",
             Self::Pack { .. } => "objects in it may be lost",
@@ -228,7 +227,7 @@ impl Finding {
             Self::Layer { .. } => "the layer cannot be used",
             Self::Incomplete { .. } => "some files of the layer cannot be read",
             Self::Key { .. } | Self::KeyLayer { .. } => "the step is run again when it is needed",
-            Self::Ref { .. } => "nobody knows what it kept; gc does not run",
+            Self::Ref { .. } => "the layers that it kept are unknown; gc does not run",
             Self::RefLayer {
                 ref_kind: RefKind::Image,
                 ..
@@ -245,27 +244,27 @@ impl Finding {
     }
 }
 
-/// Something that is not as it should be.
+/// One problem of a store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Problem {
     /// How bad it is.
     pub severity: Severity,
-    /// What is wrong.
+    /// The kind of problem.
     #[serde(flatten)]
     pub finding: Finding,
     /// The file or directory, relative to the store.
     #[serde(serialize_with = "crate::path_json::one")]
     pub path: PathBuf,
-    /// For people: what contradicts what.
+    /// For display: the contradiction that was found.
     pub what: String,
 }
 
-/// What a verification looked at, and what it found.
+/// The result of a verification.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     /// Worst first.
     pub problems: Vec<Problem>,
-    /// How many problems more there are than fit.
+    /// Number of further problems, which do not fit.
     pub omitted: u64,
     /// Packs.
     pub packs: u64,
@@ -284,13 +283,13 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether there is nothing but notes.
+    /// Whether the report has only notes.
     pub fn is_clean(&self) -> bool {
         self.worst() <= Some(Severity::Note) && self.omitted == 0
     }
 
-    /// Whether there is nothing that a repair mends: but for notes, only names whose layers must be
-    /// stored again.
+    /// Whether a repair has nothing to do: apart from notes, the report has only refs whose layers
+    /// must be stored again.
     pub fn is_mended(&self) -> bool {
         let is_left = |problem: &Problem| {
             problem.severity == Severity::Note
@@ -299,13 +298,13 @@ impl Report {
         self.problems.iter().all(is_left) && self.omitted == 0
     }
 
-    /// How bad the worst problem is.
+    /// The severity of the worst problem.
     pub fn worst(&self) -> Option<Severity> {
         self.problems.iter().map(|problem| problem.severity).max()
     }
 }
 
-/// One thing to look at.
+/// One thing to check.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Item {
     Format,
@@ -314,7 +313,7 @@ enum Item {
     Pack(PackId),
     Loose(ObjectId),
     Layer(LayerId),
-    /// A layer in the trash, which may be taken back, by its file.
+    /// A layer in the trash, which may be brought back, by its file.
     Trashed(LayerId, PathBuf),
     Key(KeyId),
     Ref(RefKind, String),
@@ -325,10 +324,9 @@ enum Item {
 pub type OnVerify<'a> = &'a (dyn Fn(VerifyEvent) + Sync);
 
 impl Store {
-    /// Looks at everything in the store: see [`crate::verify`]. Nothing is changed. An error means
-    /// that it could not be looked at; whatever is wrong with what was looked at is in the report.
-    /// Holds some MiB for each thread, the indexes, and at most a bounded number of problems in
-    /// memory.
+    /// Checks everything in the store: see [`crate::verify`]. Changes nothing. An error means that
+    /// the store could not be checked; every problem of a part that was checked is in the report.
+    /// Holds in memory some MiB for each thread, the indexes, and a bounded number of problems.
     pub fn verify(
         &self,
         options: VerifyOptions,
@@ -349,7 +347,7 @@ impl Store {
             .collect();
         let mut omitted = 0;
         if !doubtful.is_empty() {
-            // A store that cannot be written is one in which nothing can be collected either.
+            // No collection can run in a read-only store either, so no lock is needed.
             let gc = (!self.is_read_only())
                 .then(|| FileLock::acquire(self.disk(), &self.gc_lock(), &|| {}))
                 .transpose()?;
@@ -358,7 +356,7 @@ impl Store {
             drop(gc);
             let (checked, found) = again.into_report();
             omitted = checked.omitted;
-            // Loading looks at every index, so it may tell of what is not in doubt.
+            // Loading reads every index, so it may report items that are not in doubt.
             let found = found
                 .into_iter()
                 .filter(|(item, _)| doubtful.contains(item));
@@ -373,7 +371,7 @@ impl Store {
     }
 }
 
-/// One look at the store, or at some things in it.
+/// One pass over the store, or over some items of it.
 pub(crate) struct Pass<'a> {
     store: &'a Store,
     disk: &'a dyn Disk,
@@ -382,9 +380,9 @@ pub(crate) struct Pass<'a> {
     on_event: OnVerify<'a>,
     found: Mutex<Vec<(Item, Problem)>>,
     omitted: AtomicU64,
-    /// The packs whose index holds.
+    /// The packs whose index is whole.
     packs: HashMap<PackId, Arc<Pack>>,
-    /// Those that are there.
+    /// The packs that exist.
     set: PackSet,
     /// The lengths of the loose objects.
     loose: HashMap<ObjectId, u64>,
@@ -392,11 +390,11 @@ pub(crate) struct Pass<'a> {
     loaded: bool,
     /// Whether objects may be in an index or a directory that could not be read.
     blind: AtomicBool,
-    /// Objects that were read and are not what their ids say.
+    /// Objects that were read and do not match their ids.
     lost: RwLock<HashSet<ObjectId>>,
-    /// The objects in the trash, as of when one was first looked for there.
+    /// The objects in the trash, as of the first lookup there.
     trash: OnceLock<(PackSet, HashMap<ObjectId, u64>)>,
-    /// The trees of the layers that hold, as of when one was first looked for.
+    /// The trees of the layers that are whole, as of the first lookup.
     trees: OnceLock<HashSet<TreeId>>,
     hashed: AtomicU64,
     total: u64,
@@ -430,7 +428,7 @@ impl<'a> Pass<'a> {
         pass
     }
 
-    /// A pass for which these packs and loose objects are not there.
+    /// A pass that treats these packs and loose objects as missing.
     pub(crate) fn without(
         store: &'a Store,
         packs: &BTreeSet<PackId>,
@@ -447,8 +445,8 @@ impl<'a> Pass<'a> {
         pass
     }
 
-    /// The files of layers, in the trash, too, that are damaged or name objects that are not there.
-    /// Those of which that is not known are not among them.
+    /// The files of layers, in the trash, too, that are damaged or name missing objects. A layer
+    /// whose state is unknown is not among them.
     pub(crate) fn broken_layers(&self) -> Vec<(LayerId, PathBuf)> {
         lock(&self.found).clear();
         let layers = self.list("layers", is_id::<LayerId>);
@@ -494,11 +492,11 @@ impl<'a> Pass<'a> {
         found.push((item.clone(), problem));
     }
 
-    /// Reports that a failed system call leaves open what something holds.
+    /// Reports that a failed system call leaves the content of a file unknown.
     fn unchecked(&self, item: &Item, path: &Path, err: &io::Error) {
         let holds_objects = match item {
             Item::Names(name) => ["packs", "loose", "trash"].contains(name),
-            // Later, what cannot be read is known to be there.
+            // Once loading is done, a file that cannot be read is known to exist.
             Item::Pack(_) | Item::Loose(_) => !self.loaded,
             _ => false,
         };
@@ -520,7 +518,7 @@ impl<'a> Pass<'a> {
         self.report(item, Finding::Unchecked, path, what);
     }
 
-    /// Reports what an error says: damage, or that a failed system call leaves that open.
+    /// Reports an error: as damage, or as a failed system call that leaves the state unknown.
     fn failed(&self, item: &Item, finding: Finding, path: &Path, err: &StoreError) {
         match err {
             StoreError::Io { source, .. } => self.unchecked(item, path, source),
@@ -528,7 +526,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Reports what a read came to, unless it came to something or the file is gone.
+    /// Reports the error of a read, unless the file is gone.
     fn read<T>(&self, item: &Item, path: &Path, read: io::Result<T>) -> Option<T> {
         match read {
             Ok(value) => Some(value),
@@ -540,15 +538,15 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Opens a file that is to be mapped, and reads it once: a disk that fails gives an error here,
-    /// and ends the process when a mapping meets with it.
+    /// Opens a file that is to be mapped, and reads it once: a failing disk is an error here, but
+    /// would end the process in a read through the mapping.
     fn open(&self, item: &Item, path: &Path) -> Option<File> {
         let file = self.read(item, path, self.disk.open(path))?;
         self.read(item, path, read_through(self.disk, &file))?;
         Some(file)
     }
 
-    /// The names in a directory that `known` takes, and reports the others.
+    /// Returns the names in a directory that `known` accepts, and reports the others.
     fn list(&self, name: &'static str, known: impl Fn(&str) -> bool) -> Vec<String> {
         let (item, dir) = (Item::Names(name), self.dir.join(name));
         let mut ours = Vec::new();
@@ -572,7 +570,7 @@ impl<'a> Pass<'a> {
         ours
     }
 
-    /// Reads what everything else is looked up in: indexes, and the names of loose objects.
+    /// Loads everything that later lookups need: indexes, and the names of loose objects.
     fn load(&mut self) {
         let pack_file = |name: &str| {
             let id = name.strip_suffix(".idx").or(name.strip_suffix(".pack"));
@@ -672,12 +670,12 @@ impl<'a> Pass<'a> {
         self.report(item, Finding::UnknownFeatures, path, what);
     }
 
-    /// Looks at everything.
+    /// Checks everything.
     fn run(&mut self) {
         let mut items = vec![Item::Format, Item::Names("")];
         let loaded = self.packs.keys().map(|id| Item::Pack(*id));
         items.extend(loaded.chain(self.loose.keys().map(|id| Item::Loose(*id))));
-        // Records and refs before layers: what they name is there as long as they are.
+        // Records and refs before layers: the layers that they name exist as long as they do.
         let keys = self.list("keys", is_id::<KeyId>);
         items.extend(
             keys.iter()
@@ -709,7 +707,7 @@ impl<'a> Pass<'a> {
         self.check(&items);
     }
 
-    /// Looks at these again.
+    /// Checks these items again.
     fn run_on(&self, items: &BTreeSet<Item>) {
         for item in items {
             match item {
@@ -718,7 +716,7 @@ impl<'a> Pass<'a> {
                     drop(self.list(FACTS_DIR, |name| facts_name(name).is_some()));
                 }
                 Item::Names("layers") => drop(self.list("layers", is_id::<LayerId>)),
-                // Looked at when loading, or as an item.
+                // Checked by loading, or as an item.
                 Item::Names("packs" | "loose" | "" | "refs") => {}
                 Item::Names(name) => drop(self.list(name, |_| true)),
                 _ => {}
@@ -728,7 +726,7 @@ impl<'a> Pass<'a> {
     }
 
     fn check(&self, items: &[Item]) {
-        // Objects first: layers are told which of them are lost.
+        // Objects first: the check of layers needs to know which objects are lost.
         let (objects, rest): (Vec<_>, Vec<_>) = items
             .iter()
             .partition(|item| matches!(item, Item::Pack(_) | Item::Loose(_)));
@@ -801,7 +799,7 @@ impl<'a> Pass<'a> {
         let file = match self.disk.open(path) {
             Ok(file) => file,
             Err(err) if err.kind() == io::ErrorKind::NotFound => {
-                // Removed after its index, unless the index is there still.
+                // A pack is removed after its index, unless the index still exists.
                 let index = self.store.places().index(&pack.id);
                 if self.disk.metadata(&index).is_ok() {
                     let finding = Finding::IndexWithoutPack { pack: pack.id };
@@ -830,7 +828,7 @@ impl<'a> Pass<'a> {
                     self.features(item, path, &features);
                 }
             }
-            // Its length told.
+            // The length was reported already.
             Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => {}
             Err(err) => self.unchecked(item, path, &err),
         }
@@ -891,7 +889,7 @@ impl<'a> Pass<'a> {
             Err(StoreError::Io { source, .. }) => return self.unchecked(item, &path, &source),
             Ok(Some(_)) | Err(_) => (Finding::Outboard { object: *id }, "it is damaged"),
         };
-        // Else both are gone.
+        // Without the object, a missing outboard is no problem.
         if self.disk.metadata(&self.store.places().loose(id)).is_ok() {
             self.report(item, finding, &path, what);
         }
@@ -912,7 +910,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// The length of an object, if it is there.
+    /// The length of an object, if it exists.
     fn len_of(&self, object: &ObjectId) -> Option<u64> {
         let packed = self
             .set
@@ -922,7 +920,7 @@ impl<'a> Pass<'a> {
         len.or_else(|| self.in_trash(object))
     }
 
-    /// The length of an object in the trash: looking for it takes it back.
+    /// The length of an object in the trash, from which a lookup of the store would bring it back.
     fn in_trash(&self, object: &ObjectId) -> Option<u64> {
         let (set, loose) = self.trash.get_or_init(|| self.load_trash());
         let packed = set.find(object).map(|(pack, ix)| pack.index.place(ix).len);
@@ -972,7 +970,7 @@ impl<'a> Pass<'a> {
                 self.unchecked(&item, path, &err);
                 None
             }
-            // What it named is gone.
+            // The objects that it named are gone.
             Err(_) => None,
         }
     }
@@ -986,7 +984,9 @@ impl<'a> Pass<'a> {
             .and_then(|layer| layer.check_all().map(|()| layer))
         {
             Ok(layer) if layer.layer_id() == *id => layer,
-            Ok(_) => return self.report(item, finding(), path, "it is another layer"),
+            Ok(_) => {
+                return self.report(item, finding(), path, "its contents do not match its name");
+            }
             Err(LayerError::Map(err)) => return self.unchecked(item, path, &err),
             Err(err) => return self.report(item, finding(), path, err.to_string()),
         };
@@ -1008,14 +1008,14 @@ impl<'a> Pass<'a> {
         let Some((object, len, damaged, node)) = first else {
             return;
         };
-        // Gone with its objects.
+        // The layer was removed with its objects.
         if self.disk.metadata(path).is_err() {
             return;
         }
         let why = match len {
             _ if damaged => "is damaged".to_owned(),
             None => "is not there".to_owned(),
-            Some(len) => format!("has {len} bytes, not {}", node.size()),
+            Some(len) => format!("is {len} bytes long, not {}", node.size()),
         };
         let name = String::from_utf8_lossy(&node.path()).into_owned();
         if len.is_none() && !damaged && self.blind.load(Ordering::Relaxed) {
@@ -1032,7 +1032,7 @@ impl<'a> Pass<'a> {
         self.report(item, finding, path, what);
     }
 
-    /// Whether a layer is there. An I/O error is reported, and no answer.
+    /// Whether a layer is missing. An I/O error is reported, and then the result is false.
     fn lacks_layer(&self, item: &Item, id: &LayerId) -> bool {
         let path = self.store.places().layer(id);
         match self.disk.metadata(&path) {
@@ -1045,8 +1045,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Whether a layer of the same tree serves in place of one that is not there, as it does for
-    /// the upper of a worker.
+    /// Whether a layer of the same tree serves in place of a missing one, as for the upper of a
+    /// worker.
     fn is_served(&self, kind: RefKind, id: &LayerId) -> bool {
         if matches!(kind, RefKind::Image | RefKind::Volume) {
             return false;
@@ -1063,8 +1063,7 @@ impl<'a> Pass<'a> {
         tree.is_some_and(|tree| trees.contains(&tree))
     }
 
-    /// Whether a layer was set aside and is whole again, so that the next look for it takes it
-    /// back.
+    /// Whether a layer was set aside and is whole again, so that the next lookup brings it back.
     fn is_restorable(&self, id: &LayerId) -> bool {
         let Ok(Some((_, layer))) = self.store.aside_layer(id) else {
             return false;
@@ -1143,7 +1142,7 @@ fn read_through(disk: &dyn Disk, file: &File) -> io::Result<()> {
     }
 }
 
-/// Whether a file's name is an id as it is written.
+/// Whether a file's name is an id in its canonical form.
 fn is_id<T: std::str::FromStr + ToString>(name: &str) -> bool {
     name.parse::<T>().is_ok_and(|id| id.to_string() == name)
 }

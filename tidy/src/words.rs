@@ -33,9 +33,6 @@ const TO_DO: &[&str] = &[
     "overlay/src/upper/record.rs",
     "overlay/src/upper/state.rs",
     "overlay/tests/",
-    "store/src/layer.rs",
-    "store/src/snapshot.rs",
-    "store/src/verify.rs",
     "store/tests/",
 ];
 
