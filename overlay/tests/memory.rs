@@ -1,5 +1,5 @@
-//! What an upper takes of memory: each allocation is counted, so nothing else may run in this
-//! process.
+//! The memory that an upper takes. The test counts each allocation, so no other test may run in
+//! this process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -19,7 +19,7 @@ struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call goes unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let live = LIVE.fetch_add(layout.size(), Relaxed) + layout.size();
@@ -56,14 +56,14 @@ fn open(upper: &Path) -> Overlay {
     Overlay::open_with(Arc::new(Nothing), Vec::new(), &none, upper, options).unwrap()
 }
 
-/// Bytes per file: of an upper that is in use, and at most while one is opened.
+/// Bytes per file: of an upper in use, and at most while an upper is opened.
 fn measure(files: usize) -> (usize, usize) {
     let dir = tempfile::tempdir().unwrap();
     let upper = dir.path().join("upper");
     let overlay = open(&upper);
     let before = LIVE.load(Relaxed);
     for n in 0..files {
-        // In directories of a thousand, as in a package.
+        // A directory holds a thousand files, as a package does.
         let parent = if n % 1000 == 0 {
             let name = format!("d{}", n / 1000);
             overlay.mkdir(Caller::default(), ROOT, name.as_bytes(), 0o755)
@@ -87,15 +87,15 @@ fn measure(files: usize) -> (usize, usize) {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let overlay = open(&upper);
-    // The buffers through which a log is read and written do not grow with it.
+    // The buffers for reading and writing a log do not grow with it.
     let buffers = 8 << 20;
     let peak = (PEAK.load(Relaxed) - before).saturating_sub(buffers) / files;
     drop(overlay);
     (used, peak)
 }
 
-/// What is counted against the limit of an upper is what it takes, and opening it takes little
-/// more, however large it is.
+/// An upper takes no more memory than its limit counts, and opening it takes little more, at any
+/// size.
 #[test]
 fn memory_is_what_is_counted_and_linear() {
     const NAME: usize = 13;

@@ -28,11 +28,8 @@ const TO_DO: &[&str] = &[
     "engine/src/worker/session.rs",
     "engine/src/worker/snapshot.rs",
     "overlay/src/rebase.rs",
-    "overlay/src/upper/log.rs",
-    "overlay/src/upper/mod.rs",
-    "overlay/src/upper/record.rs",
-    "overlay/src/upper/state.rs",
-    "overlay/tests/",
+    "overlay/tests/overlay/kernel.rs",
+    "overlay/tests/overlay/rebase.rs",
     "store/tests/",
 ];
 

@@ -1,59 +1,62 @@
 //! The upper's log: an append-only file of batches, each applied whole or not at all.
 //!
 //! ```text
-//! header   magic `III-UPPR`, version: u32, 0: u32, boot: 16 bytes, acknowledged: u64, checksum: 8 bytes
+//! header   magic `III-UPPR`, version: u32, 0: u32, boot: 16 bytes, acknowledged: u64,
+//!          checksum: 8 bytes
 //! frame    length: u32, checksum: 8 bytes, payload
 //! ```
 //!
 //! Numbers are little-endian. The payload is a postcard-encoded list of [`Op`]s. A frame's checksum
-//! is the first 8 bytes of the BLAKE3 of the checksum of the frame before it (zeroes, for the
-//! first) and the payload; the header's is that of the header before it. Zeroes may follow the last
-//! frame: space that is written ahead, so that syncing the log need not sync where its blocks are.
+//! is the first 8 bytes of the BLAKE3 of the previous frame's checksum (zeroes, for the first
+//! frame) and the payload. The header's checksum is that of the header before the checksum. Zeroes
+//! may follow the last frame: space that is written ahead, so that a sync of the log need not sync
+//! the location of its blocks.
 //!
 //! # Invariants
 //!
 //! - A batch is one `write`, so it is in the page cache when the operation returns and survives the
 //!   death of the process.
-//! - [`Op::Commit`] says of an offset that everything before it is durable, and so are the contents
-//!   that must not be missing where it names them (see [`super::commit`]). It is written when those
-//!   are, and synced with the log before anything is answered that depends on it.
+//! - [`Op::Commit`] has an offset: everything before it is durable, and so are the contents that
+//!   must not be missing where the log names them (see [`super::commit`]). The commit is appended
+//!   once they are durable, and synced with the log before any reply that depends on it.
 //! - `acknowledged` is written after that sync, and not synced itself: everything before it has
-//!   been durable at some time, and may have been told to be so.
+//!   been durable at some time, and a program may have been told so.
 //! - `boot` is the host's boot id ([`super::disk::Disk::boot`]) of the process that has the log
 //!   open.
-//! - The name of the log leads to a whole log: one is written under another name, synced, and
+//! - The name of the log leads to a whole log: a new log is written under another name, synced, and
 //!   renamed.
 //!
 //! # Reading
 //!
-//! Frames are read until the end, zeroes, or one that is cut short or does not match its checksum.
+//! Frames are read up to the end of the file, zeroes, or a frame that is cut short or does not
+//! match its checksum.
 //!
-//! - That happens before `acknowledged`, or a frame with the right checksum makes no sense, or the
-//!   header does not match its checksum: the log is *damaged*. It is not opened, and nothing is
-//!   removed or changed.
-//! - The host has been running since the log was opened last: all frames hold. The rest is cut off:
-//!   it is half of a batch that a dying process was writing.
-//! - The host was started since: what is before the last commit, or `acknowledged`, holds. The rest
-//!   is cut off: the power may have been cut, and then frames may have survived without the
-//!   contents that they name.
+//! - If reading ends before `acknowledged`, or a frame with the right checksum cannot be decoded,
+//!   or the header does not match its checksum, the log is *damaged*. It is not opened, and nothing
+//!   is removed or changed.
+//! - If the host has been running since the log was last opened, all frames hold. The rest is cut
+//!   off: it is half of a batch that a dying process was writing.
+//! - If the host was started since, everything before the last commit, or before `acknowledged`,
+//!   holds. The rest is cut off: the power may have been cut, and then frames may have survived
+//!   without the contents that they name.
 //!
-//! The assumption about media: what was synced is there and, after a power cut, so is a prefix of
-//! what was written since, or any other part of it, but no other bytes than these and zeroes; 48
-//! bytes at the start of a file change at once. A header that rots together with a power cut is not
-//! told from other damage.
+//! The assumption about media: after a power cut, synced bytes are there, and so is a prefix or any
+//! other part of the bytes written since, but no other bytes than these and zeroes; 48 bytes at the
+//! start of a file change at once. A header that rots together with a power cut cannot be told from
+//! other damage.
 //!
 //! # Space
 //!
-//! Space is allocated ahead of the end, and the last of it is kept for batches that remove
-//! something. Beside the log, [`Reserve`] holds as much space as a rewritten log would take. So on
-//! a full disk the log can always be rewritten, and what is removed goes on being removed.
+//! Space is allocated ahead of the end, and the last part of it is kept for batches that remove
+//! something. In addition to the log, [`Reserve`] holds as much space as a rewritten log would
+//! take. So on a full disk the log can always be rewritten, and removals keep working.
 //!
 //! # Versions
 //!
 //! Versions 1 to 3 had a header of 16 bytes, frames whose checksum was the payload's alone, and
-//! neither [`Op::Update`] nor [`Op::Commit`]; version 2 no [`Op::Thawed`], version 1 no
-//! [`Op::Applied`] either. They are read to the first frame that does not match, and become logs of
-//! this version.
+//! neither [`Op::Update`] nor [`Op::Commit`]; version 2 had no [`Op::Thawed`], version 1 no
+//! [`Op::Applied`] either. They are read up to the first frame that does not match, and become logs
+//! of this version.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -66,33 +69,33 @@ use super::state::State;
 use super::{UpperError, io_error};
 use crate::posix::{Errno, errno};
 
-/// Version of the format described above and of the records in it.
+/// Version of the format described above and of its records.
 pub const VERSION: u32 = 4;
-/// Longest payload. Three inodes with all the xattrs they may have fit many times over.
+/// Most bytes of a payload. Three inodes with all their possible xattrs fit many times over.
 pub const MAX_PAYLOAD: usize = 64 << 20;
 
-/// How far ahead space is allocated.
+/// Bytes of space that are allocated ahead.
 const AHEAD: u64 = 1 << 20;
-/// How much of it only batches that remove something may use.
+/// Bytes of that space that only batches that remove something may use.
 const SPARE: u64 = 256 << 10;
-/// How much of it only commits may use.
+/// Bytes of that space that only commits may use.
 const COMMITS: u64 = 4 << 10;
-/// How far ahead space is allocated for batches that remove something on a disk that has no more.
+/// Bytes that are allocated ahead for batches that remove something, on a disk with no more space.
 const NEARLY_FULL: u64 = 16 << 10;
-/// A reserve grows by this many bytes.
+/// Bytes by which a reserve grows.
 const RESERVE_STEP: u64 = 1 << 20;
 
 const MAGIC: &[u8; 8] = b"III-UPPR";
-/// Length of the header.
+/// Bytes of the header.
 pub const HEADER: u64 = 48;
-/// Length of the headers of versions 1 to 3.
+/// Bytes of the headers of versions 1 to 3.
 const OLD_HEADER: u64 = 16;
 const FRAME: usize = 12;
 /// Bytes of the log that are read at once.
 const READ: usize = 1 << 20;
 /// Name of the log in the upper's directory.
 pub const NAME: &str = "log";
-/// Name of the log that is being written in its place.
+/// Name of the log that will replace it.
 pub const NEW_NAME: &str = "log.new";
 /// Name of the [`Reserve`].
 pub const RESERVE_NAME: &str = "log.reserve";
@@ -108,7 +111,6 @@ fn checksum(before: &[u8], bytes: &[u8]) -> Checksum {
     sum
 }
 
-/// The header of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Header {
     version: u32,
@@ -136,7 +138,7 @@ impl Header {
         bytes
     }
 
-    /// The header at the start of a log; none if that is empty or holds zeroes alone.
+    /// The header at the start of a log; none if the log is empty or has only zeroes.
     fn read(file: &mut impl Read, path: &Path) -> Result<Option<Self>, UpperError> {
         let fail = io_error("reading", path);
         let mut bytes = Vec::new();
@@ -218,22 +220,22 @@ impl Iterator for Ops<'_> {
     }
 }
 
-/// A frame, or why there is none.
+/// The outcome of reading a frame.
 enum Next {
     /// The payload is in the buffer.
     Frame,
-    /// Nothing follows but zeroes.
+    /// Only zeroes follow.
     End,
-    /// Something else follows.
+    /// Other bytes follow.
     Torn,
 }
 
 /// Reads the frames of a log, one in memory at a time.
 struct Frames<R> {
     from: BufReader<R>,
-    /// Where the next frame begins.
+    /// The offset of the next frame.
     at: u64,
-    /// The checksum of the last frame; none in versions that had each for itself.
+    /// The checksum of the last frame; none in versions whose frames are not chained.
     chain: Option<Checksum>,
     payload: Vec<u8>,
 }
@@ -285,30 +287,30 @@ impl<R: Read> Frames<R> {
     }
 }
 
-/// What is known of a log that was read.
+/// The facts about a log that was read. Positions are offsets in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogFacts {
-    /// Version of its format.
+    /// Version of the format.
     pub version: u32,
-    /// Where its whole frames end.
+    /// The end of the whole frames.
     pub end: u64,
-    /// Whether something other than zeroes follows them.
+    /// Whether bytes other than zeroes follow the whole frames.
     pub torn: bool,
-    /// Where what holds ends; what follows is cut off when the upper is opened.
+    /// The end of the part that holds; opening the upper cuts off the rest.
     pub holds: u64,
-    /// Where what is known to be durable ends.
+    /// The end of the part that is known to be durable.
     pub durable: u64,
     /// The length of the file.
     pub len: u64,
-    /// Whether the host was started since the log was opened last, or may have been.
+    /// Whether the host was started since the log was last opened, or may have been.
     pub rebooted: bool,
     /// Number of batches that hold.
     pub batches: u64,
     chain: Checksum,
 }
 
-/// Reads a log and hands what holds to `each`, with what is known so far and the offset of the
-/// batch. Nothing is changed. None if the log is empty or holds zeroes alone.
+/// Reads a log and passes each change that holds to `each`, with the facts so far and the offset of
+/// the batch. Changes nothing. None if the log is empty or has only zeroes.
 pub fn read(
     file: &File,
     path: &Path,
@@ -340,10 +342,10 @@ pub fn read(
         batches: 0,
         chain: Checksum::default(),
     };
-    // After a start of the host it has to be known first how far what is read may be believed.
+    // After a start of the host, a first pass finds how far the log can be trusted.
     let twice = rebooted && !old;
     let scan = pass(&mut facts, file, path, header, &mut |facts, payload, at| {
-        // A commit stands alone in a batch of a few bytes.
+        // A commit is the only change of its batch, which is a few bytes long.
         const COMMIT: usize = 16;
         if payload.len() <= COMMIT || !twice {
             for op in Ops::new(payload).map_err(|_| UpperError::damaged(path, at))? {
@@ -383,11 +385,11 @@ pub fn read(
     Ok(Some(facts))
 }
 
-/// What is done with a payload and its offset; whether to go on.
+/// Handles a payload at its offset; returns whether to go on.
 type EachFrame<'a> = dyn FnMut(&mut LogFacts, &[u8], u64) -> Result<bool, UpperError> + 'a;
 
-/// Goes through the frames of a log until `each` returns false, and notes in the facts where that
-/// was.
+/// Visits the frames of a log until `each` returns false, and records in the facts where the visit
+/// ended.
 fn pass(
     facts: &mut LogFacts,
     file: &File,
@@ -424,8 +426,8 @@ fn pass(
     }
 }
 
-/// The first batch of the log in `dir`, which another process may have open; none if there is no
-/// log, or none that is whole.
+/// The first batch of the log in `dir`, which another process may have open; none if the log or its
+/// first whole batch is missing.
 pub fn first(dir: &Path, disk: &dyn Disk) -> Result<Option<Vec<Op>>, UpperError> {
     let path = dir.join(NAME);
     let file = match disk.open(&path, Access::Read) {
@@ -468,26 +470,27 @@ fn frame(before: Checksum, ops: &[Op]) -> io::Result<(Vec<u8>, Checksum)> {
     Ok((frame, sum))
 }
 
-/// A log that is written.
+/// A log that is open for appending.
 #[derive(Debug)]
 pub struct Log {
     disk: Arc<dyn Disk>,
     file: Arc<File>,
-    /// The directory that holds it.
+    /// The directory of the log.
     dir: PathBuf,
     boot: Boot,
     len: u64,
-    /// Space is allocated up to here.
+    /// The end of the allocated space.
     allocated: u64,
     chain: Checksum,
     acknowledged: u64,
-    /// Whether space is written ahead: it is not if nothing is ever synced.
+    /// Whether space is written ahead: false if nothing is ever synced.
     ahead: bool,
     broken: bool,
 }
 
 impl Log {
-    /// The log of `dir` that was read, from where what holds ends. What follows is cut off.
+    /// The log of `dir` that was read, to be continued where the part that holds ends. Cuts off the
+    /// rest.
     pub fn go_on(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -512,8 +515,8 @@ impl Log {
         })
     }
 
-    /// Notes that the log is of this start of the host from now on: everything that another start
-    /// made doubtful has been looked at, and what was found is written down.
+    /// Marks the log as one of this start of the host. Call it once everything that another start
+    /// made doubtful has been checked, and the corrections are logged.
     pub fn settle(&mut self) -> io::Result<()> {
         self.write_header()
     }
@@ -554,7 +557,7 @@ impl Log {
         }
         let (frame, sum) = frame(self.chain, ops)?;
         match ops {
-            // It has the last of the space.
+            // A commit may use the last of the space.
             [Op::Commit(_)] if self.len + frame.len() as u64 <= self.allocated => {}
             ops => self.allocate(frame.len() as u64, !ops.iter().any(Op::removes))?,
         }
@@ -568,7 +571,7 @@ impl Log {
         Ok(())
     }
 
-    /// Appends a batch of a log that is being made: nothing is allocated for it.
+    /// Appends a batch to a log that has no name yet: allocates nothing ahead.
     pub fn fill(&mut self, ops: &[Op]) -> io::Result<()> {
         let (frame, sum) = frame(self.chain, ops)?;
         self.disk.write_at(&self.file, &frame, self.len)?;
@@ -578,23 +581,23 @@ impl Log {
         Ok(())
     }
 
-    /// Appends that everything before `to`, an offset, is durable. It is when the log has been
-    /// synced after that.
+    /// Appends the record that everything before the offset `to` is durable. That becomes true with
+    /// the next sync of the log.
     pub fn commit(&mut self, to: u64) -> io::Result<()> {
         self.append(&[Op::Commit(to)])
     }
 
-    /// Notes that everything before `to` is durable.
+    /// Notes in the header that everything before `to` is durable.
     pub fn acknowledge(&mut self, to: u64) {
         if to > self.acknowledged {
             self.acknowledged = to;
-            // It says more than the commit that it follows only if that rots.
+            // A failure is harmless: the commit in the log says the same, unless it rots.
             let _ = self.write_header();
         }
     }
 
-    /// Makes sure that there is room for `len` more bytes, and with `spare` for what removes
-    /// something after them.
+    /// Allocates room for `len` more bytes and, with `spare`, for later batches that remove
+    /// something.
     fn allocate(&mut self, len: u64, spare: bool) -> io::Result<()> {
         let end = self.len + len;
         let keep = if spare { SPARE } else { COMMITS };
@@ -609,15 +612,15 @@ impl Log {
                 Ok(()) => {
                     self.allocated = to;
                     if self.ahead {
-                        // Syncing then has no blocks to note: half the price, and nothing if it
-                        // fails.
+                        // A sync then has no new blocks to record, which halves its cost. A failure
+                        // is harmless.
                         let zeroes = vec![0; (to - from) as usize];
                         let _ = self.disk.write_at(&self.file, &zeroes, from);
                     }
                     return Ok(());
                 }
                 Err(error) if is_full(&error) => full = Some(error),
-                // A filesystem that cannot promise space.
+                // This filesystem cannot promise space.
                 Err(_) => {
                     self.allocated = u64::MAX;
                     return Ok(());
@@ -627,32 +630,32 @@ impl Log {
         full.map_or(Ok(()), Err)
     }
 
-    /// Makes sure that there is room for batches that remove something.
+    /// Allocates room for batches that remove something.
     pub fn make_room(&mut self) -> io::Result<()> {
         self.allocate(0, true)
     }
 
-    /// Takes nothing more: syncing failed, so what is on disk is unknown.
+    /// Refuses all further appends: a sync failed, so the bytes on disk are unknown.
     pub fn break_off(&mut self) {
         self.broken = true;
     }
 
-    /// The file, to sync it without holding up appends.
+    /// The file, for a sync that does not hold up appends.
     pub fn file(&self) -> Arc<File> {
         Arc::clone(&self.file)
     }
 
-    /// Its length in bytes.
+    /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.len
     }
 
-    /// Whether everything in it is durable.
+    /// Whether the whole log is known to be durable.
     pub fn is_durable(&self) -> bool {
         self.acknowledged >= self.len
     }
 
-    /// Gives space that was allocated ahead back.
+    /// Frees the space that was allocated ahead.
     pub fn trim(&mut self) {
         if self.allocated != self.len && !self.broken {
             let _ = self.disk.set_len(&self.file, self.len);
@@ -660,25 +663,25 @@ impl Log {
         }
     }
 
-    /// Gives a log that was begun its name. It has to be synced, if it is to survive the machine;
-    /// its name does when the directory has been synced. On an error the name is as it was.
+    /// Gives a new log its name. To survive a power cut, the log has to be synced before, and its
+    /// directory after. On an error the name is unchanged.
     pub fn publish(&self) -> io::Result<()> {
         let (from, to) = (self.dir.join(NEW_NAME), self.dir.join(NAME));
         self.disk.rename(&from, &to)
     }
 
-    /// Removes a log that was begun.
+    /// Removes a new log that has no name yet.
     pub fn discard(&self) {
         let _ = self.disk.remove(&self.dir.join(NEW_NAME));
     }
 }
 
-/// Whether there is no space for what was to be written.
+/// Whether a write failed for lack of space.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(errno(error), Errno::NOSPC | Errno::DQUOT)
 }
 
-/// Space that is kept for the log that a full disk makes necessary.
+/// Space that is kept for rewriting the log on a full disk.
 #[derive(Debug)]
 pub struct Reserve {
     disk: Arc<dyn Disk>,
@@ -688,7 +691,7 @@ pub struct Reserve {
 }
 
 impl Reserve {
-    /// That of the upper in `dir`.
+    /// The reserve of the upper in `dir`; it holds nothing yet.
     pub fn new(disk: Arc<dyn Disk>, dir: &Path) -> Self {
         Self {
             disk,
@@ -698,8 +701,8 @@ impl Reserve {
         }
     }
 
-    /// Makes sure that it holds space for a log of `len` bytes and what removes something after
-    /// them.
+    /// Makes the reserve hold space for a log of `len` bytes and for later batches that remove
+    /// something.
     pub fn hold(&mut self, len: u64) -> io::Result<()> {
         let wanted = len + HEADER + 2 * SPARE;
         if wanted <= self.size {
@@ -714,13 +717,13 @@ impl Reserve {
         match self.disk.allocate(file, 0, size) {
             Ok(()) => self.size = size,
             Err(error) if is_full(&error) => return Err(error),
-            // Nothing can be kept here, and nothing has to be asked again.
+            // This filesystem cannot promise space: hold nothing, and do not ask again.
             Err(_) => self.size = u64::MAX,
         }
         Ok(())
     }
 
-    /// Gives the space to the next that asks for it.
+    /// Frees the space for the next write.
     pub fn release(&mut self) {
         self.file = None;
         self.size = 0;
@@ -728,8 +731,8 @@ impl Reserve {
     }
 }
 
-/// A log under the name that [`Log::publish`] changes, which says just this state; durable, unless
-/// `volatile`. On an error nothing of it is left.
+/// A log of exactly this state, under the name that [`Log::publish`] changes; durable, unless
+/// `volatile`. After an error no file is left.
 pub fn write_whole(
     disk: &Arc<dyn Disk>,
     dir: &Path,
@@ -846,7 +849,7 @@ mod tests {
         bytes
     }
 
-    /// What a log holds that has these bytes.
+    /// The changes and facts of a log of these bytes.
     fn read_back(
         bytes: &[u8],
         boot: Option<Boot>,
@@ -867,7 +870,7 @@ mod tests {
         (facts.holds, ops)
     }
 
-    /// Where the log is said to be damaged.
+    /// The offset of the reported damage.
     fn damage(bytes: &[u8]) -> u64 {
         match read_back(bytes, Some(BOOT)) {
             Err(UpperError::Damaged { offset, .. }) => offset,
@@ -896,7 +899,7 @@ mod tests {
         ));
     }
 
-    /// The format: these values may never change.
+    /// Pins the format: these values must never change.
     #[test]
     fn golden() {
         let bytes = frames(&sample());
@@ -951,7 +954,7 @@ mod tests {
             let end = OLD_HEADER + frame.len() as u64;
             assert_eq!((facts.holds, facts.torn, facts.rebooted), (end, true, true));
         }
-        // A power cut could leave less than the header of these.
+        // A power cut could leave less than the header of those versions.
         assert_eq!(read_back(b"III-UP", None).unwrap(), None);
         assert_eq!(read_back(b"", None).unwrap(), None);
     }
@@ -981,7 +984,8 @@ mod tests {
         long[..4].copy_from_slice(&u32::MAX.to_le_bytes());
         let zeroes = [0; 4096];
         let late = [&zeroes[..], b"x"].concat();
-        // A frame does not hold at another place: its checksum is made with that of the one before.
+        // A frame does not hold at another place: its checksum depends on that of the previous
+        // frame.
         let moved = &frames(one)[..];
         for end in [&long[..], moved, b"", b"\0", &zeroes, &late, &long[..20]] {
             let bytes = [&good, end].concat();
@@ -1022,7 +1026,7 @@ mod tests {
                 other => panic!("bit {bit}: {other:?}"),
             }
         }
-        // So is a log that is cut short.
+        // A log that is cut short is damaged, too.
         assert_eq!(damage(&good[..ends[1] as usize - 1]), ends[0]);
         assert_eq!(damage(&good[..20]), 0);
     }
@@ -1051,7 +1055,7 @@ mod tests {
         }
         let other = Some([2; 16]);
         assert_eq!(holds(&bytes, other), (committed, early.clone()));
-        // The acknowledgement is as good as a commit, which may be what is damaged.
+        // The acknowledgement counts like a commit, and the commit may be the damaged part.
         let mut bytes = [header(committed), frames(&batches)].concat();
         bytes[committed as usize] ^= 1;
         assert_eq!(holds(&bytes, other), (committed, early));

@@ -1,32 +1,32 @@
-//! The writable upper: what the sandbox changed, keyed by inode number, never by path.
+//! The writable upper: the changes of the sandbox, keyed by inode number, never by path.
 //!
 //! ```text
 //! lock          held (flock) by the process that has the upper open
 //! log           every change of metadata: see [`log`]
 //! log.reserve   space for a log that is rewritten on a full disk
-//! data/s/n      what was written into files: see [`data`]
+//! data/s/n      the data written into files: see [`data`]
 //! ```
 //!
 //! # Model
 //!
-//! An inode of the upper is a [`Record`]; a directory's record comes with entries that say of a
-//! name which inode it leads to, or that it is absent (a whiteout). A record with an `origin` *is*
-//! the lower inode at that path: every name that the lower has for that inode leads to the record,
-//! so the first change of a lower inode makes a record and touches nothing else, neither its
-//! parents nor its other names. Entries of a lower directory show through its record wherever that
-//! record is; renaming one is an entry at the new place and a whiteout at the old.
+//! An inode of the upper is a [`Record`]. The record of a directory comes with entries: each maps a
+//! name to an inode, or marks it as absent (a whiteout). A record with an `origin` *is* the lower
+//! inode at that path: every name that the lower has for that inode leads to the record, so the
+//! first change of a lower inode makes a record and touches nothing else, neither its parents nor
+//! its other names. Entries of a lower directory show through its record at any place of that
+//! record; a rename of such a directory is an entry at the new place and a whiteout at the old.
 //!
-//! Only the sandbox's changes are in memory, and all of them: about 400 bytes for a file and its
-//! name, and what its xattrs and target take ([`state::MAX_MEMORY`]).
+//! The upper keeps in memory only the sandbox's changes, and all of them: about 400 bytes for a
+//! file and its name, plus its xattrs and target ([`state::MAX_MEMORY`]).
 //!
 //! # Durability
 //!
 //! Every operation appends one batch to the log before memory changes, so memory is never ahead of
-//! the log, and a process that dies loses nothing that it had answered. Writing to a file marks its
-//! record `dirty` once; from then on the flat file's own length and mtime are the truth, until the
+//! the log, and a process that dies loses no change that it had answered. A write to a file marks
+//! its record `dirty` once; from then on the flat file's own length and mtime are true, until the
 //! record is written again. `fsync` makes the flat file and the log durable; a volatile upper,
-//! which is thrown away if its process dies, never syncs. What holds after a power cut is what ext4
-//! promises with its default options: [`commit`].
+//! which is discarded if its process dies, never syncs. After a power cut, the promises of ext4's
+//! default options hold: [`commit`].
 
 pub mod batch;
 mod check;
@@ -58,38 +58,39 @@ use log::{Log, LogFacts, Reserve};
 use record::{Body, Chain, Data, Op, Record};
 use state::State;
 
-/// A log that is closed, with time to spare, or opened is brought down to less than this many times
-/// the size of what it says, so that opening it is quick.
+/// When a log is opened, or closed with time to spare, it is compacted to less than this many times
+/// the size of its state, so that opening it is quick.
 const CLOSED_FACTOR: u64 = 2;
-/// Flat files that are synced one by one; of more, the whole filesystem of the host is.
+/// Most flat files that are synced one by one; for more, the whole filesystem of the host is
+/// synced.
 const SYNC_EACH: usize = 64;
 
-/// Why an upper cannot be used.
+/// The reasons that an upper cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum UpperError {
-    /// Another process has it open.
+    /// Another process has the upper open.
     #[error("{} is in use by another process", .0.display())]
     Busy(PathBuf),
-    /// Its log is not one.
+    /// The log has another format.
     #[error("{} is not the log of an upper", .0.display())]
     NotAnUpper(PathBuf),
-    /// Its log is damaged before what is known to be durable.
+    /// The log is damaged before the end of the part that is known to be durable.
     #[error(
-        "{} is damaged at byte {offset}: changes that were stored behind that cannot be told", path.display()
+        "{} is damaged at byte {offset}, so the changes stored after it are unknown", path.display()
     )]
     Damaged {
         /// The log.
         path: PathBuf,
-        /// Where the damage begins.
+        /// The offset in bytes where the damage begins.
         offset: u64,
     },
-    /// Its log says more than an upper can hold.
-    #[error("{} says more than {} MiB of memory hold", path.display(), state::MAX_REPLAY_MEMORY >> 20)]
+    /// The log exceeds the memory limit of an upper.
+    #[error("the changes in {} need more than {} MiB of memory", path.display(), state::MAX_REPLAY_MEMORY >> 20)]
     TooLarge {
         /// The log.
         path: PathBuf,
     },
-    /// A newer version wrote it.
+    /// A newer version wrote the log.
     #[error("{} has format version {version}: a newer iii wrote it", path.display())]
     Version {
         /// The log.
@@ -97,32 +98,32 @@ pub enum UpperError {
         /// The version found.
         version: u32,
     },
-    /// It stands on other layers, and those are not at hand to carry its changes over.
-    #[error("the layers that {} stands on cannot be read, so its changes cannot be carried over", path.display())]
+    /// The upper stands on other layers, and those cannot be read to carry its changes over.
+    #[error("cannot read the layers that {} stands on, so its changes cannot be carried over", path.display())]
     Chain {
         /// The upper.
         path: PathBuf,
-        /// Why.
+        /// The error of reading them.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// It was made from a layer that cannot be read, and holds contents of it.
-    #[error("the snapshot that {} was made from cannot be read", path.display())]
+    /// The upper was made from a layer that cannot be read, and holds contents of it.
+    #[error("cannot read the snapshot that {} was made from", path.display())]
     Thawed {
         /// The upper.
         path: PathBuf,
-        /// Why.
+        /// The error of reading it.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The operating system refused.
+    /// An operation of the operating system failed.
     #[error("{what} {} failed", path.display())]
     Io {
-        /// What was being done.
+        /// The operation, as a participle.
         what: &'static str,
-        /// To what.
+        /// The path that it was done to.
         path: PathBuf,
-        /// Why it failed.
+        /// The error of the operation.
         #[source]
         source: io::Error,
     },
@@ -152,30 +153,30 @@ struct Lock(File);
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // A process that another thread is starting has the file open, too, until it runs its
+        // A process that another thread is starting also has the file open, until it executes its
         // program.
         let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
 
-/// What opening found, before it is known whether the chain is the same. Nothing has been changed.
+/// An upper that was read, before its chain was compared. Nothing has been changed.
 #[derive(Debug)]
 pub struct Opened {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     lock: Lock,
     log: Option<LogFacts>,
-    /// What the log says; not over any lower.
+    /// The state of the log, not bound to any lower.
     state: State,
     known: bool,
     data: FlatFiles,
     found: Found,
-    /// Inodes of which the log tells behind what is known to be durable.
+    /// Inodes that the log describes after the part that is known to be durable.
     tail: BTreeSet<u64>,
     has_tail: bool,
     /// Flat files that have to be durable before the log is.
     ordered: BTreeSet<u64>,
-    /// What the log says and is not so any more.
+    /// Changes of the state that the log does not have yet.
     corrections: Vec<Op>,
 }
 
@@ -185,7 +186,7 @@ impl Opened {
         Self::new_on(Arc::new(HostDisk), dir)
     }
 
-    /// [`Opened::new`], with `disk` for what it makes and syncs.
+    /// [`Opened::new`], which makes and syncs files through `disk`.
     pub fn new_on(disk: Arc<dyn Disk>, dir: &Path) -> Result<Self, UpperError> {
         disk.create_dirs(dir).map_err(io_error("creating", dir))?;
         let path = dir.join("lock");
@@ -201,7 +202,7 @@ impl Opened {
         let lower = Merged::new(Vec::new()).map_err(|_| UpperError::NotAnUpper(dir.into()))?;
         let mut state = State::new(Arc::new(lower));
         let mut known = false;
-        // Those that are not known to be durable: few, as a log that is in use is committed often.
+        // The changes that are not known to be durable: few, as a log in use is committed often.
         let mut changes: VecDeque<(u64, u64)> = VecDeque::new();
         let mut last = 0;
         let log = read_log(&*disk, dir, &mut |facts, at, op| {
@@ -228,7 +229,8 @@ impl Opened {
                 let late = changes.iter().filter(|(at, _)| *at >= log.durable);
                 tail.extend(late.map(|(_, number)| number));
             }
-            // A log has its name when it is durable, and so is that, before it names a file.
+            // A log gets its name only once it is durable, and the name is durable before the log
+            // names a flat file.
             None if !found.is_empty() && dir.join(log::NAME).exists() => {
                 return Err(UpperError::damaged(&dir.join(log::NAME), 0));
             }
@@ -250,43 +252,43 @@ impl Opened {
         })
     }
 
-    /// Where it is.
+    /// The directory of the upper.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Its flat files.
+    /// The flat files of the upper.
     pub fn data(&self) -> &FlatFiles {
         &self.data
     }
 
-    /// The chain that it stood on last; none if it is new.
+    /// The chain that the upper stood on last; none if it is new.
     pub fn chain(&self) -> Option<&Chain> {
         self.known.then_some(&self.state.chain)
     }
 
-    /// The layers of the project whose changes it has taken over since.
+    /// The layers of the project whose changes the upper has taken over since.
     pub fn applied(&self) -> &[[u8; ID_LEN]] {
         &self.state.applied
     }
 
-    /// The layer that it was made from.
+    /// The layer that the upper was made from.
     pub fn thawed(&self) -> Option<[u8; ID_LEN]> {
         self.state.thawed
     }
 
-    /// Has a flat file that was made durable before anything names it.
+    /// Makes sure that a flat file becomes durable before the log names it.
     pub fn order(&mut self, flat: u64) {
         self.ordered.insert(flat);
     }
 
-    /// What the log says, over the chain that it stood on; with the true length and mtime of what
-    /// was written to last.
+    /// The state of the log, over the chain that it stood on, with the true length and mtime of the
+    /// files that were written to last.
     pub fn replay(&mut self, lower: Arc<Merged>) -> Result<State, UpperError> {
         let empty = State::new(Arc::clone(&lower));
         let mut state = std::mem::replace(&mut self.state, empty);
         state.bind(lower);
-        // After a power cut a record may tell of a length whose bytes did not survive.
+        // After a power cut, a record may have a length whose bytes did not survive.
         let doubted = self.log.is_some_and(|log| log.rebooted);
         let mut corrected = Vec::new();
         for (number, node) in state.nodes() {
@@ -297,12 +299,11 @@ impl Opened {
                 self.ordered.insert(flat);
             }
             if !self.found.has(flat) {
-                // The machine went down before the file, of which nobody had asked that it be
-                // durable, was.
+                // The power was cut before the file was durable, and no program had synced it.
                 corrected.push((number, None));
             } else if doubted || is_dirty(&node.record) {
                 let stat = self.data.stat(flat);
-                let stat = stat.map_err(io_error("looking at a file of", &self.dir))?;
+                let stat = stat.map_err(io_error("reading metadata of a file in", &self.dir))?;
                 if is_dirty(&node.record) || stat.st_size as u64 != node.record.size() {
                     corrected.push((number, Some(stat)));
                 }
@@ -332,7 +333,8 @@ impl Opened {
         Ok(state)
     }
 
-    /// The upper with this state, which is written down unless the log says it already.
+    /// The upper with this state. Writes the state down unless it is `written`: the log has it
+    /// already.
     pub fn start(self, state: State, written: bool, volatile: bool) -> Result<Upper, UpperError> {
         let dir = self.dir.clone();
         let fail = io_error("writing the log in", &dir);
@@ -356,7 +358,7 @@ impl Opened {
             }
             log.map_err(&fail)?
         };
-        // Only now does nothing name the others any more.
+        // From here on, no log names the other flat files.
         let mut live: Vec<u64> = state.nodes().filter_map(|(_, n)| n.record.flat()).collect();
         live.sort_unstable();
         self.data.sweep(&self.found, &live)?;
@@ -365,14 +367,15 @@ impl Opened {
         ))
     }
 
-    /// The log as it is, without what does not hold, and with what was corrected.
+    /// Continues the log: cuts off the part that does not hold, and appends the corrections.
     fn go_on(&self, facts: &LogFacts, volatile: bool) -> io::Result<Log> {
         let mut log = Log::go_on(Arc::clone(&self.disk), &self.dir, facts, volatile)?;
         for ops in self.corrections.chunks(state::BATCH) {
             log.append(ops)?;
         }
         if !volatile && (self.has_tail || !self.corrections.is_empty()) {
-            // What the tail no longer names is removed next, so it has to be durable.
+            // The flat files that the tail no longer names are removed next, so the tail has to be
+            // durable.
             let to = log.size();
             log.commit(to)?;
             self.disk.sync(&log.file(), true)?;
@@ -383,20 +386,20 @@ impl Opened {
         Ok(log)
     }
 
-    /// A log that says just this state, in the place of what there was.
+    /// Replaces the log by one of exactly this state.
     fn rewrite(&self, state: &State, volatile: bool) -> io::Result<Log> {
         let log = log::write_whole(&self.disk, &self.dir, state, volatile)?;
         log.publish().inspect_err(|_| log.discard())?;
         if !volatile && !state.says_nothing() {
             self.disk.sync_dir(&self.dir)?;
-            // The name of a new upper, as far as this process may see where that is.
+            // Makes the name of a new upper durable, if this process may open the parent.
             let _ = self.dir.parent().map(|parent| self.disk.sync_dir(parent));
         }
         Ok(log)
     }
 }
 
-/// Reads the log in `dir`, if there is one.
+/// Reads the log in `dir`; none if it is missing.
 fn read_log(
     disk: &dyn Disk,
     dir: &Path,
@@ -410,7 +413,7 @@ fn read_log(
     log::read(&file, &path, disk.boot(), each)
 }
 
-/// What the first batch of a log says of the layer that the upper was made from.
+/// The layer that the upper was made from, by the first batch of its log.
 pub(crate) fn thawed(first: &[Op]) -> Option<[u8; ID_LEN]> {
     first.iter().find_map(|op| match op {
         Op::Thawed(layer) => Some(*layer),
@@ -432,7 +435,7 @@ fn is_dirty(record: &Record) -> bool {
     )
 }
 
-/// Takes length and mtime of a file from its flat file.
+/// Copies length and mtime of a file from its flat file.
 fn settle(record: &mut Record, stat: &rustix::fs::Stat) {
     if let Body::File { size, .. } = &mut record.body {
         *size = stat.st_size as u64;

@@ -1,4 +1,4 @@
-//! What the upper knows of an inode, and the changes that its log is made of.
+//! The record of an inode in the upper, and the changes that make up its log.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,19 +39,19 @@ impl From<Device> for Rdev {
     }
 }
 
-/// Where a file's bytes are.
+/// The location of a file's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Data {
-    /// Nowhere: it is empty.
+    /// Nowhere: the file is empty.
     Empty,
-    /// In the store, unchanged.
+    /// In the store, unchanged, as the object with this id.
     Lower([u8; ID_LEN]),
-    /// In the flat file with this number. When `dirty`, it has been written to since this record
-    /// was, and its own length and mtime are the true ones.
+    /// In the flat file with this number. When `dirty`, the flat file was written to after this
+    /// record, and its own length and mtime are the true ones.
     Flat {
         /// The flat file's number.
         number: u64,
-        /// See above.
+        /// See [`Data::Flat`].
         dirty: bool,
     },
 }
@@ -63,14 +63,14 @@ impl Data {
     }
 }
 
-/// Where a file's bytes are, and how many.
+/// The location of a file's bytes, and their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Bytes {
     pub(crate) data: Data,
     pub(crate) size: u64,
 }
 
-/// What an inode is.
+/// The type of an inode, with the parts that depend on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Body {
     /// A directory. If it has an origin, the entries of the merged lower directory there show
@@ -78,9 +78,9 @@ pub enum Body {
     Dir,
     /// A regular file.
     File {
-        /// Where its bytes are.
+        /// The location of the bytes.
         data: Data,
-        /// Its length.
+        /// Length in bytes.
         size: u64,
     },
     /// A symlink and its target.
@@ -95,7 +95,7 @@ pub enum Body {
     Block(Device),
 }
 
-/// Bytes that several records share, written as a list of bytes.
+/// Bytes that several records share, serialized as a list of bytes.
 mod shared {
     use super::{Arc, Deserialize, Deserializer, Serialize, Serializer};
 
@@ -108,7 +108,7 @@ mod shared {
     }
 }
 
-/// [`shared`], or nothing.
+/// [`shared`], or none.
 mod shared_option {
     use super::{Arc, Deserialize, Deserializer, Serialize, Serializer};
 
@@ -128,7 +128,7 @@ mod shared_option {
 }
 
 /// Extended attributes, by name. Clones share one map until one of them changes: most operations
-/// copy a record and leave these as they are.
+/// copy a record and leave its attributes unchanged.
 #[derive(Debug, Clone, Default)]
 pub struct RecordXattrs(Option<Arc<XattrMap>>);
 
@@ -140,19 +140,19 @@ impl RecordXattrs {
         self.0.as_ref()?.get(name).map(|value| &**value)
     }
 
-    /// Whether there is one called `name`.
+    /// Whether an attribute is called `name`.
     pub fn contains_key(&self, name: &[u8]) -> bool {
         self.get(name).is_some()
     }
 
-    /// Sets one.
+    /// Sets an attribute.
     pub fn insert(&mut self, name: Box<[u8]>, value: Box<[u8]>) {
         Arc::make_mut(self.0.get_or_insert_default()).insert(name, value);
     }
 
-    /// Removes one, and returns its value.
+    /// Removes an attribute, and returns its value.
     pub fn remove(&mut self, name: &[u8]) -> Option<Box<[u8]>> {
-        // Without the question, a map that is shared would be copied for nothing.
+        // Without this check, a shared map would be copied for nothing.
         self.get(name)?;
         let map = Arc::make_mut(self.0.as_mut()?);
         let value = map.remove(name);
@@ -162,33 +162,33 @@ impl RecordXattrs {
         value
     }
 
-    /// All of them, by name.
+    /// All attributes, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let map = self.0.iter().flat_map(|map| map.iter());
         map.map(|(name, value)| (&**name, &**value))
     }
 
-    /// Their names, in order.
+    /// The names, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &[u8]> {
         self.iter().map(|(name, _)| name)
     }
 
-    /// Their number.
+    /// Number of attributes.
     pub fn len(&self) -> usize {
         self.0.as_ref().map_or(0, |map| map.len())
     }
 
-    /// Whether there are none.
+    /// Whether the inode has no attributes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Bytes of their names and values.
+    /// Bytes of all names and values.
     pub fn bytes(&self) -> usize {
         self.iter().map(|(n, v)| n.len() + v.len()).sum()
     }
 
-    /// As a map of their own.
+    /// A copy as a map of its own.
     pub fn to_map(&self) -> iii_store::tree::Xattrs {
         self.0.as_deref().cloned().unwrap_or_default()
     }
@@ -219,7 +219,7 @@ impl FromIterator<(Box<[u8]>, Box<[u8]>)> for RecordXattrs {
 
 impl Serialize for RecordXattrs {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        // The format wants their number first.
+        // The format needs the number of entries first.
         let mut map = to.serialize_map(Some(self.len()))?;
         for (name, value) in self.iter() {
             map.serialize_entry(name, value)?;
@@ -243,7 +243,7 @@ pub struct Record {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Number of names. A directory has one; what it reports is counted from its entries.
+    /// Number of names. A directory has one; the count that it reports comes from its entries.
     pub nlink: u32,
     /// Last access.
     pub atime: Time,
@@ -255,11 +255,11 @@ pub struct Record {
     pub btime: Time,
     /// Extended attributes.
     pub xattrs: RecordXattrs,
-    /// The path of the lower inode that this one is, and that every lower name of it leads to; none
-    /// for an inode of the upper's own.
+    /// The path of the lower inode that this record stands for: every lower name of that inode
+    /// leads to this record. None for an inode of the upper's own.
     #[serde(with = "shared_option")]
     pub origin: Option<Arc<[u8]>>,
-    /// What it is.
+    /// The type of the inode.
     pub body: Body,
 }
 
@@ -302,7 +302,7 @@ impl Record {
         }
     }
 
-    /// What it is.
+    /// The type of the inode, as layers have it.
     pub fn kind(&self) -> Kind {
         match self.body {
             Body::Dir => Kind::Dir,
@@ -315,12 +315,12 @@ impl Record {
         }
     }
 
-    /// Whether it is a directory.
+    /// Whether the inode is a directory.
     pub fn is_dir(&self) -> bool {
         matches!(self.body, Body::Dir)
     }
 
-    /// Length in bytes, as `stat` tells it.
+    /// Length in bytes, as `stat` reports it.
     pub fn size(&self) -> u64 {
         match &self.body {
             Body::File { size, .. } => *size,
@@ -329,7 +329,7 @@ impl Record {
         }
     }
 
-    /// Bytes of what has no fixed length: xattrs, the target and the path of the origin.
+    /// Bytes of the parts of variable length: xattrs, the target and the path of the origin.
     pub fn bytes(&self) -> u64 {
         let target = match &self.body {
             Body::Symlink(target) => target.len(),
@@ -339,8 +339,8 @@ impl Record {
         (self.xattrs.bytes() + target + origin) as u64
     }
 
-    /// What differs from `was`, if that is all within an [`Update`]. It looks at no bytes of xattrs
-    /// or paths: a record that was changed shares those that it kept.
+    /// The differences from `was`, if an [`Update`] can hold them all. This compares no bytes of
+    /// xattrs or paths: a changed record shares the unchanged ones with `was`.
     pub fn update_of(&self, was: &Self) -> Option<Update> {
         let shared = |one: &Option<Arc<[u8]>>, other: &Option<Arc<[u8]>>| match (one, other) {
             (None, None) => true,
@@ -368,7 +368,7 @@ impl Record {
         })
     }
 
-    /// Takes an update over.
+    /// Applies an update.
     pub fn update(&mut self, update: &Update) {
         self.mode = update.mode;
         self.uid = update.uid;
@@ -382,7 +382,7 @@ impl Record {
         }
     }
 
-    /// The number of its flat file.
+    /// The number of the flat file with the contents; none if the upper has none for this inode.
     pub fn flat(&self) -> Option<u64> {
         match self.body {
             Body::File {
@@ -394,7 +394,7 @@ impl Record {
     }
 }
 
-/// What operations change of an inode time and again, without what can be long.
+/// The parts of an inode that operations change often, without the parts that can be long.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
     /// See [`Record::mode`].
@@ -411,41 +411,43 @@ pub struct Update {
     pub mtime: Time,
     /// Last change of the inode.
     pub ctime: Time,
-    /// Of a regular file, where its bytes are, and their number.
+    /// Of a regular file, the location of its bytes, and their number.
     pub file: Option<(Data, u64)>,
 }
 
-/// Which layers an upper stands on.
+/// The layers that an upper stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Chain {
-    /// Their ids, bottom first.
+    /// The ids of the layers, bottom first.
     pub layers: Vec<[u8; ID_LEN]>,
-    /// Which of them is the project's.
+    /// The index of the project's layer.
     pub project: Option<u32>,
 }
 
-/// One change. A batch of them is what the log appends at once, whole or not at all.
+/// One change. The log appends the changes of a batch at once: all of them or none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Op {
     /// The upper stands on this chain from now on.
     Chain(Chain),
-    /// The inode with this number is now this. Comes before the entries that name it.
+    /// The inode with this number has this record now. It comes before the entries that name the
+    /// inode.
     Inode(u64, Box<Record>),
-    /// The inode with this number is gone, and all entries in it.
+    /// The inode with this number is gone, with all its entries.
     Forget(u64),
-    /// In the directory with this number, the name leads to the inode with that one; or, with none,
-    /// to nothing.
+    /// In the directory with the first number, the name leads to the inode with the second number;
+    /// with none, the name is absent.
     Entry(u64, Box<[u8]>, Option<u64>),
-    /// In the directory with this number, the name is as the lower has it.
+    /// In the directory with this number, the upper has no entry of this name any more: the name is
+    /// as the lower has it.
     Clear(u64, Box<[u8]>),
-    /// What changed in the project since the chain's layer of it was taken over from these, of
-    /// which the last is the newest. Since version 2 of the log.
+    /// The upper has taken over the changes of the project from the chain's project layer to these
+    /// layers, of which the last is the newest. Since version 2 of the log.
     Applied(Vec<[u8; ID_LEN]>),
-    /// The upper was made from this layer (see [`crate::thaw`]), which holds contents that its
-    /// files still refer to. Since version 3 of the log; the first batch of a log tells, or none
-    /// does.
+    /// The upper was made from this layer (see [`crate::thaw`]), and its files still refer to
+    /// contents of the layer. Since version 3 of the log; only the first batch of a log may have
+    /// it.
     Thawed([u8; ID_LEN]),
-    /// Of the inode with this number, these things are now so. Since version 4 of the log.
+    /// The inode with this number has these values now. Since version 4 of the log.
     Update(u64, Box<Update>),
     /// Everything in the log before this offset is whole on disk, file data included. Since version
     /// 4 of the log: see [`super::log`].
@@ -453,7 +455,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// Whether it belongs to what removes something.
+    /// Whether the change belongs to the removal of an entry.
     pub fn removes(&self) -> bool {
         matches!(
             self,
@@ -461,7 +463,7 @@ impl Op {
         )
     }
 
-    /// The inode that it tells of or leads to.
+    /// The inode that the change describes or leads to.
     pub fn inode(&self) -> Option<u64> {
         match *self {
             Self::Inode(number, _) | Self::Update(number, _) => Some(number),

@@ -1,4 +1,4 @@
-//! The upper in memory: what the log says, applied.
+//! The upper in memory: the log, applied.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -10,69 +10,69 @@ use super::record::{Chain, Op, Record};
 use crate::ino::{Ino, InoMap};
 use crate::merge::Merged;
 
-/// Positions of the upper's own names in a listing end here, and those of the lower's begin. A name
-/// that comes gets the position before those of all that are there: a listing that has begun is
-/// past it, so each listing ends, whatever is renamed or made meanwhile. The last position is below
+/// In a listing, positions of the upper's own names are below this; those of the lower's names
+/// begin here. A new name gets the position before all existing ones: a listing in progress is past
+/// it, so each listing ends, even while names are made and renamed. The last position is below
 /// 2^31, as a 32-bit program without large-file support needs it.
 pub const OWN_END: u64 = (1 << 30) - (1 << 20);
 
-/// Most changes that are written as one batch where there are many.
+/// Most changes that are written as one batch.
 pub const BATCH: usize = 4096;
-/// Inodes are looked at, this many times as many as changes are told at once.
+/// A step of a snapshot looks at no more than this many inodes for each change that it may return.
 const STEPS: usize = 8;
-/// A batch of many changes ends when names, xattrs and targets in it come to this many bytes.
+/// A batch of a snapshot ends when names, xattrs and targets in it come to this many bytes.
 const BATCH_BYTES: u64 = 4 << 20;
 
 /// Most bytes of memory that the inodes, names, xattrs and targets of one upper may take, as
-/// [`State::memory`] counts them: about ten million files. Operations that would take it further
-/// fail with ENOSPC, so that an upper that was written can be opened again.
+/// [`State::memory`] counts them: about ten million files. An operation that would exceed it fails
+/// with ENOSPC, so that an upper that was written can be opened again.
 pub const MAX_MEMORY: u64 = 4 << 30;
-/// What only operations that remove something may take beyond that: they need records of their own
-/// where they hide what the lower has.
+/// More bytes that only operations that remove something may take: they need records of their own
+/// to hide names of the lower.
 pub const REMOVAL_MEMORY: u64 = MAX_MEMORY / 16;
-/// Most memory that a log is given when it is read. An upper that was carried over to other layers
-/// may say more than it could have been told, since a directory that was renamed is one record and
-/// becomes many; a log that says more than this lies.
+/// Most bytes of memory of a log that is read. An upper that was carried over to other layers may
+/// exceed [`MAX_MEMORY`], since a directory that was renamed is one record and becomes many; a log
+/// that exceeds this limit was not written by this program.
 pub const MAX_REPLAY_MEMORY: u64 = 2 * MAX_MEMORY;
 
-/// Memory of an inode without what has no fixed length, measured: see the test of its size.
+/// Bytes of memory of an inode without its parts of variable length. A test measures it.
 pub const INODE_MEMORY: u64 = 256;
-/// Memory of a name in a directory, but for its bytes.
+/// Bytes of memory of a name in a directory, without the bytes of the name.
 pub const ENTRY_MEMORY: u64 = 160;
-/// Bytes of an inode in the log, at most, without what has no fixed length.
+/// Most bytes of an inode in the log, without its parts of variable length.
 const INODE_LOGGED: u64 = 100;
-/// Bytes of a name in the log, at most, but for its own.
+/// Most bytes of a name in the log, without the bytes of the name.
 const ENTRY_LOGGED: u64 = 24;
 
 /// An inode of the upper.
 #[derive(Debug)]
 pub struct Node {
-    /// What is known of it.
+    /// The metadata and the location of the contents.
     pub record: Record,
-    /// The lower inode that it is, by its origin in the lower of this mount.
+    /// The lower inode that this one stands for, by its origin in the lower of this mount.
     pub lower: Option<Ino>,
-    /// Its entries, if it is a directory.
+    /// The entries of a directory; none for other inodes.
     pub dir: Option<Box<Dir>>,
     /// Whether its flat file has a durable name.
     pub flat_named: bool,
-    /// Whether nothing was written to its flat file since that was synced.
+    /// Whether the flat file has had no write since it was synced.
     pub synced: bool,
-    /// Whether its contents replace others that may be durable, so that they have to be durable
-    /// before the log says so.
+    /// Whether the contents replace others that may be durable, so that the contents have to be
+    /// durable before the log names them.
     pub replaces: bool,
 }
 
-/// The upper's say over a directory.
+/// The entries that the upper sets in a directory.
 #[derive(Debug, Default)]
 pub struct Dir {
     names: BTreeMap<Arc<[u8]>, Slot>,
-    /// The names that the lower does not have, by position; the last that came is the first.
+    /// The names that the lower does not have, by position; the newest comes first.
     own: BTreeMap<u64, Arc<[u8]>>,
-    /// The position of the last name that came.
+    /// The position of the newest name.
     last: u64,
-    /// Directories in it, the lower's included.
+    /// Number of subdirectories, the lower's included.
     pub subdirs: u32,
-    /// The directory it stands in, by number, once that is not the lower's.
+    /// The directory that contains this one, by number; none while it is the lower's.
     pub parent: Option<u64>,
 }
 
@@ -83,12 +83,12 @@ struct Slot {
 }
 
 impl Dir {
-    /// What the upper says of `name`: nothing, that it is absent, or which inode it leads to.
+    /// The entry of the upper for `name`: none, absent, or the number of an inode.
     pub fn get(&self, name: &[u8]) -> Option<Option<u64>> {
         self.names.get(name).map(|slot| slot.to)
     }
 
-    /// All names that the upper has a say over.
+    /// All entries of the upper, absent names included.
     pub fn entries(&self) -> impl Iterator<Item = (&[u8], Option<u64>)> {
         self.names.iter().map(|(name, slot)| (&**name, slot.to))
     }
@@ -101,7 +101,7 @@ impl Dir {
         })
     }
 
-    /// Whether the name is new here.
+    /// Sets an entry. True if the upper had no entry of that name.
     fn set(&mut self, name: &[u8], to: Option<u64>, in_lower: bool) -> bool {
         if let Some(slot) = self.names.get_mut(name) {
             slot.to = to;
@@ -116,7 +116,7 @@ impl Dir {
         true
     }
 
-    /// The position for a name that comes.
+    /// The position for a new name.
     fn position(&mut self) -> u64 {
         if self.last == 0 {
             self.renumber();
@@ -125,8 +125,8 @@ impl Dir {
         self.last
     }
 
-    /// Moves the names to the last positions, in their order. A listing that goes on meanwhile may
-    /// miss names: a directory comes to this once in 2^30 names.
+    /// Moves the names to the last positions, in their order. A listing in progress may miss names:
+    /// a directory needs this once in 2^30 names.
     fn renumber(&mut self) {
         self.last = OWN_END.saturating_sub(self.own.len() as u64);
         for (position, (_, name)) in (self.last..).zip(std::mem::take(&mut self.own)) {
@@ -137,7 +137,7 @@ impl Dir {
         }
     }
 
-    /// Whether the name was here.
+    /// Removes an entry. True if the upper had one of that name.
     fn clear(&mut self, name: &[u8]) -> bool {
         let Some(slot) = self.names.remove(name) else {
             return false;
@@ -153,7 +153,7 @@ impl Dir {
         self.names.keys().map(|name| name.len() as u64).sum()
     }
 
-    /// Gives positions to names that were set before it was known which of them the lower has.
+    /// Gives positions to names that were set before the lower was known.
     fn place(&mut self, in_lower: impl Fn(&[u8]) -> bool) {
         for (name, to) in std::mem::take(&mut self.names) {
             self.set(&name, to.to, in_lower(&name));
@@ -161,40 +161,40 @@ impl Dir {
     }
 }
 
-/// The upper in memory.
+/// The state of an upper in memory.
 #[derive(Debug)]
 pub struct State {
-    /// The layers that it stands on.
+    /// The merged layers that the upper stands on.
     pub lower: Arc<Merged>,
-    /// What the log says of them.
+    /// The layers of `lower`, as the log names them.
     pub chain: Chain,
-    /// The layers of the project whose changes it has taken over: see [`Op::Applied`].
+    /// The layers of the project whose changes the upper has taken over: see [`Op::Applied`].
     pub applied: Vec<[u8; ID_LEN]>,
-    /// The layer that it was made from: see [`Op::Thawed`].
+    /// The layer that the upper was made from: see [`Op::Thawed`].
     pub thawed: Option<[u8; ID_LEN]>,
     /// Boxed, so that growing the table moves pointers.
     nodes: InoMap<Box<Node>>,
     by_lower: InoMap<u64>,
     next: u64,
-    /// Names in all directories.
+    /// Number of names in all directories.
     entries: u64,
     /// Bytes of names, xattrs, targets and origins.
     bytes: u64,
 }
 
-/// What is said of a name from now on.
+/// The new entry for a name.
 #[derive(Debug, Clone, Copy)]
 enum Say {
-    /// It leads to this inode, or to nothing.
+    /// The name leads to this inode or, with none, is absent.
     Leads(Option<u64>),
-    /// It is as the lower has it.
+    /// The upper has no entry, so the name is as the lower has it.
     Nothing,
 }
 
-/// How far [`State::snapshot_from`] has come.
+/// The progress of [`State::snapshot_from`].
 #[derive(Debug, Default)]
 pub struct SnapshotCursor {
-    /// The inodes to go through, and the place in them.
+    /// The inodes to visit, and the index of the next.
     numbers: Vec<u64>,
     at: usize,
     phase: Phase,
@@ -205,7 +205,7 @@ enum Phase {
     #[default]
     Head,
     Inodes,
-    /// The names, in the current directory after this one.
+    /// The names of the current directory, after this one.
     Entries(Option<Arc<[u8]>>),
     Done,
 }
@@ -233,7 +233,7 @@ impl State {
         number
     }
 
-    /// The upper's number for an inode that it knows.
+    /// The upper's number of an inode; none if the upper has no record of it.
     pub fn number(&self, ino: Ino) -> Option<u64> {
         if ino < self.lower.end() {
             return self.by_lower.get(&ino).copied();
@@ -247,22 +247,23 @@ impl State {
         self.nodes.get(&number).map(|node| &**node)
     }
 
-    /// The inode with this number. Nothing of its record may change that has no fixed length.
+    /// The inode with this number. The caller must not change parts of the record that have no
+    /// fixed length.
     pub fn node_mut(&mut self, number: u64) -> Option<&mut Node> {
         self.nodes.get_mut(&number).map(|node| &mut **node)
     }
 
-    /// All inodes; as [`State::node_mut`].
+    /// All inodes; the rule of [`State::node_mut`] holds.
     pub fn nodes_mut(&mut self) -> impl Iterator<Item = &mut Node> {
         self.nodes.values_mut().map(|node| &mut **node)
     }
 
-    /// Whether it says nothing.
+    /// Whether the upper has no content at all.
     pub fn says_nothing(&self) -> bool {
         self.nodes.is_empty() && self.applied.is_empty() && self.thawed.is_none()
     }
 
-    /// Bytes of memory that the inodes and names take.
+    /// Bytes of memory that the inodes and names take, as the limits count them.
     pub fn memory(&self) -> u64 {
         INODE_MEMORY * self.nodes.len() as u64 + ENTRY_MEMORY * self.entries + self.bytes
     }
@@ -272,7 +273,7 @@ impl State {
         self.nodes.len() as u64
     }
 
-    /// Number of inodes, each with a name of ordinary length, for which there is memory.
+    /// Number of inodes, each with a name of ordinary length, that the memory limit still allows.
     pub fn free_inodes(&self) -> u64 {
         const NAME: u64 = 32;
         MAX_MEMORY.saturating_sub(self.memory()) / (INODE_MEMORY + ENTRY_MEMORY + NAME)
@@ -283,7 +284,7 @@ impl State {
         self.nodes.iter().map(|(&number, node)| (number, &**node))
     }
 
-    /// By how much memory the changes would let the state grow, at most.
+    /// Most bytes of memory by which the changes make the state grow.
     pub fn growth(&self, ops: &[Op]) -> u64 {
         let of = |op: &Op| match op {
             Op::Inode(number, record) => match self.nodes.get(number) {
@@ -296,7 +297,7 @@ impl State {
         ops.iter().map(of).sum()
     }
 
-    /// The number by which the sandbox knows the inode.
+    /// The inode number that the sandbox sees.
     pub fn ino(&self, number: u64) -> Ino {
         self.nodes
             .get(&number)
@@ -347,7 +348,7 @@ impl State {
         }
     }
 
-    /// Changes what the upper says of `name` in `dir`, and counts directories anew.
+    /// Changes the upper's entry for `name` in `dir`, and updates the count of subdirectories.
     fn change(&mut self, dir: u64, name: &[u8], say: Say) {
         let (was_dir, in_lower) = self.look(dir, name);
         self.put(dir, name, say, in_lower);
@@ -358,7 +359,7 @@ impl State {
         }
     }
 
-    /// Sets or clears a name, and counts it.
+    /// Sets or clears a name, and updates the counts of names and bytes.
     fn put(&mut self, dir: u64, name: &[u8], say: Say, in_lower: bool) {
         let Some(entries) = self.dir_mut(dir) else {
             return;
@@ -377,9 +378,9 @@ impl State {
         }
     }
 
-    /// Applies one change of a log that is being read. What depends on the lower and on other
-    /// inodes comes with [`State::bind`], since a log may tell of a name before it tells of the
-    /// inode or the directory.
+    /// Applies one change of a log that is being read. The parts that depend on the lower or on
+    /// other inodes follow in [`State::bind`], since a log may have a name before it has the inode
+    /// or the directory.
     pub fn replay(&mut self, op: Op) {
         match op {
             Op::Inode(number, record) => self.insert(number, *record, None),
@@ -389,7 +390,7 @@ impl State {
         }
     }
 
-    /// Puts what was replayed over `lower`.
+    /// Binds the replayed state to `lower`.
     pub fn bind(&mut self, lower: Arc<Merged>) {
         self.lower = lower;
         let mut dirs = Vec::new();
@@ -424,7 +425,7 @@ impl State {
                 node.dir = Some(entries);
             }
             for child in children {
-                // A directory whose own turn is still to come keeps what it is told here.
+                // The parent stays set when the turn of the child comes later.
                 if let Some(entries) = self.dir_mut(child) {
                     entries.parent = Some(number);
                 }
@@ -457,7 +458,8 @@ impl State {
             if is_dir == node.dir.is_some() {
                 return;
             }
-            // No operation makes a directory of a file or the other way round: the log lies.
+            // No operation turns a directory into a file or a file into a directory: the log is
+            // wrong.
             let dir = node.dir.take();
             self.entries -= dir.as_ref().map_or(0, |dir| dir.names.len() as u64);
             self.bytes -= dir.as_ref().map_or(0, |dir| dir.name_bytes());
@@ -481,7 +483,7 @@ impl State {
         self.nodes.insert(number, Box::new(node));
     }
 
-    /// Forgets an inode.
+    /// Removes an inode and its entries.
     pub fn remove(&mut self, number: u64) {
         self.next = self.next.max(number.saturating_add(1));
         if let Some(node) = self.nodes.remove(&number) {
@@ -494,15 +496,15 @@ impl State {
         }
     }
 
-    /// The changes that make this state out of nothing, in batches of bounded size.
+    /// The changes that make this state from an empty one, in batches of bounded size.
     pub fn snapshot(&self) -> impl Iterator<Item = Vec<Op>> {
         let mut cursor = SnapshotCursor::default();
         std::iter::from_fn(move || self.snapshot_from(&mut cursor, BATCH)).filter(|b| !b.is_empty())
     }
 
-    /// The next changes, about `most` or none yet, that make this state out of nothing; none at the
-    /// end. The state may change between two calls, if what is changed is told as well: these and
-    /// the changes, in the order in which they came, make the state as it is at the end.
+    /// The next changes that make this state from an empty one: about `most`, or an empty list;
+    /// none at the end. The state may change between two calls, if the caller records these changes
+    /// too: both, in the order in which they came, make the state as it is at the end.
     pub fn snapshot_from(&self, cursor: &mut SnapshotCursor, most: usize) -> Option<Vec<Op>> {
         let mut ops = Vec::new();
         let mut bytes = 0;
@@ -565,13 +567,13 @@ impl State {
         }
     }
 
-    /// Roughly what [`State::snapshot`] takes as bytes.
+    /// Approximate bytes of a log that holds [`State::snapshot`].
     pub fn weight(&self) -> u64 {
         INODE_LOGGED * self.nodes.len() as u64 + ENTRY_LOGGED * self.entries + self.bytes
     }
 }
 
-/// The inode of the lower that the record is.
+/// The lower inode that the record stands for.
 fn of_origin(lower: &Merged, record: &Record) -> Option<Ino> {
     let found = lower.lookup_path(record.origin.as_ref()?)?;
     (found.node.kind() == record.kind()).then_some(found.ino)
@@ -607,7 +609,7 @@ mod tests {
         }
     }
 
-    /// Everything that a state says, in order.
+    /// The whole content of a state, in order.
     fn says(state: &State) -> Vec<String> {
         let mut all: Vec<String> = Vec::new();
         for (number, node) in state.nodes().filter(|(_, node)| node.record.nlink != 0) {
@@ -622,8 +624,8 @@ mod tests {
         all
     }
 
-    /// A snapshot that is taken bit by bit, with what changes meanwhile told as well, makes the
-    /// state that is there at its end, whatever changes and when.
+    /// A snapshot that is taken in steps, with the concurrent changes recorded too, makes the state
+    /// that exists at its end.
     #[test]
     fn a_snapshot_taken_beside_changes_is_the_state_at_its_end() {
         for seed in 0..200_u64 {
@@ -640,7 +642,8 @@ mod tests {
             let mut cursor = SnapshotCursor::default();
             let mut begun = false;
             for step in 0.. {
-                // As operations do: directories, files and names, made, moved, changed and removed.
+                // As operations do: directories, files and names are made, moved, changed and
+                // removed.
                 let dirs: Vec<u64> = live
                     .nodes()
                     .filter(|(_, n)| n.dir.is_some())

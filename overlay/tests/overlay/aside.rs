@@ -1,4 +1,5 @@
-//! Volumes, scratch and seeds: what is cut off a step's result, and where a volume ends.
+//! Volumes, scratch and seeds: the parts that are cut off a step's result, and the edges of a
+//! volume.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use crate::support::{Home, put};
 const CACHE: &str = "root/.npm/_cacache";
 const SEED: &str = "w/target";
 
-/// What a step does, one operation a word: `mkdir:PATH`, `write:PATH=TEXT`, `rm:PATH`,
+/// Runs the operations of a step, one a word: `mkdir:PATH`, `write:PATH=TEXT`, `rm:PATH`,
 /// `chmod:PATH`.
 fn run(fs: &Overlay, script: &str) {
     for word in script.split_whitespace() {
@@ -83,8 +84,8 @@ fn create(fs: &Overlay, dir: Ino, name: &[u8]) -> Ino {
         .ino
 }
 
-/// `d` a directory, `i` one that is on the way, `o` one that hides, `w` a whiteout, else a file
-/// with the start of its id.
+/// Shows a tree: `d` for a directory, `i` for an implicit one, `o` for an opaque one, `w` for a
+/// whiteout, or else the start of a file's id.
 fn text(tree: &Dir) -> String {
     fn add(dir: &Dir, path: &str, lines: &mut Vec<String>) {
         for (name, node) in dir.entries.iter() {
@@ -191,7 +192,7 @@ fn the_result_says_nothing_of_a_volume() {
             "d/etc /etc/b=new",
             "d/root/.npm/_cacache /root/.npm/_cacache/n=new",
         ),
-        // A deletion there is one of the step's own view.
+        // A deletion in the volume is one in the step's view only.
         (
             &[],
             &["root/.npm/_cacache/o=old"],
@@ -199,7 +200,7 @@ fn the_result_says_nothing_of_a_volume() {
             "",
             "d/root/.npm/_cacache w/root/.npm/_cacache/o",
         ),
-        // The cache goes with its parent; nothing but the cache was there.
+        // The cache is removed with its parent, which has no other entry.
         (&[], &["root/.npm/_cacache/o=old"], "rm:root/.npm", "", ""),
         (
             &["root/.npm/rc=kept"],
@@ -208,7 +209,7 @@ fn the_result_says_nothing_of_a_volume() {
             "d/root w/root/.npm",
             "",
         ),
-        // Made anew, it hides what the base has, and nothing where the base has nothing.
+        // A new directory hides the entries of the base, and is no change where the base has none.
         (
             &[],
             &["root/.npm/_cacache/o=old"],
@@ -223,7 +224,7 @@ fn the_result_says_nothing_of_a_volume() {
             "d/root o/root/.npm",
             "d/root/.npm/_cacache /root/.npm/_cacache/n=new",
         ),
-        // Something beside it came and went.
+        // The step adds and removes an entry beside the volume.
         (
             &[],
             &[],
@@ -251,7 +252,7 @@ fn the_result_says_nothing_of_a_volume() {
     }
 }
 
-/// A cache may vanish at any time without changing any result.
+/// A cache may disappear at any time without a change of any result.
 #[test]
 fn the_result_is_the_same_with_a_cold_and_a_warm_cache() {
     let scripts = [
@@ -315,7 +316,7 @@ fn a_seed_is_in_the_result_as_a_whole() {
         let step = Step::new(base, &[], &seed);
         run(&step.overlay, script);
         assert_eq!(text(&step.frozen().0), result, "{script}");
-        // It took the place of what the project might have there.
+        // It replaces anything that the project might have there.
         let facts = step.overlay.facts();
         let inside = |path: &[u8]| path.starts_with(b"target/") && path != b"target/below";
         assert!(!facts.iter().any(|fact| inside(&fact.path)), "{facts:?}");
@@ -362,7 +363,7 @@ fn a_volume_ends_at_its_root() {
     assert_eq!(rename(npm, b"_cacache", npm, b"other"), Err(Errno::BUSY));
     assert_eq!(rename(home, b".npm", home, b"other"), Err(Errno::BUSY));
     assert_eq!(rename(root, b"root", root, b"other"), Err(Errno::BUSY));
-    // Inside, everything is as in any directory.
+    // Inside the volume, the rules of any directory hold.
     rename(cache, b"n", below, b"n").unwrap();
     rename(cache, b"o", below, b"q").unwrap();
     rename(cache, b"d", cache, b"e").unwrap();
@@ -374,7 +375,7 @@ fn a_volume_ends_at_its_root() {
         )
         .unwrap();
     }
-    // A file without a name may have its first one on either side, and stays there.
+    // A file without a name may get its first name on either side, and stays on that side.
     for (dir, other) in [(cache, w), (w, cache)] {
         let file = fs.tmpfile(Caller::default(), w, 0o644).unwrap().ino;
         fs.link(file, dir, b"first").unwrap();

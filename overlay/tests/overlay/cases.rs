@@ -69,8 +69,8 @@ fn a_second_opener_is_told_that_the_upper_is_busy() {
     open().unwrap();
 }
 
-/// Whatever is cut off the end of the log of a process that was killed, what is left opens, and
-/// says what was true at some time.
+/// After any cut at the end of the log of a killed process, the rest opens, and shows a state that
+/// once existed.
 #[test]
 fn a_log_torn_anywhere_opens_at_an_earlier_state() {
     let home = Home::new();
@@ -94,7 +94,7 @@ fn a_log_torn_anywhere_opens_at_an_earlier_state() {
     let log = home.upper().join("log");
     let mut bytes = std::fs::read(&log).unwrap();
     let end = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-    // With some of what is written ahead.
+    // This cut keeps a part of the space that is written ahead.
     bytes.truncate(end + 20);
     let killed = home.dir.path().join("killed");
     std::fs::create_dir(&killed).unwrap();
@@ -103,7 +103,7 @@ fn a_log_torn_anywhere_opens_at_an_earlier_state() {
         home.try_open(&layers, &killed, OverlayOptions::default())
     };
     let mut seen = BTreeSet::new();
-    // The header and the first batches, which were synced before the log had its name.
+    // The header and the first batches were synced before the log had its name.
     let durable = 48 + 12 + 100;
     for len in 0..=bytes.len() {
         let Ok(opened) = open(&bytes[..len]) else {
@@ -125,7 +125,7 @@ fn a_log_torn_anywhere_opens_at_an_earlier_state() {
     }
 }
 
-/// What a killed process leaves: no clean end, and data that nobody names.
+/// A killed process leaves no clean end, and data that no record names.
 #[test]
 fn a_kill_loses_nothing_that_was_answered() {
     let home = Home::new();
@@ -340,7 +340,7 @@ fn ranges() {
     assert_eq!(overlay.statfs().unwrap().name_max, 255);
 }
 
-/// Every change of metadata alone leaves the data where it is.
+/// Changes of metadata alone leave the data in its place.
 #[test]
 fn metadata_is_changed_without_copying_data() {
     let home = Home::new();
@@ -386,7 +386,7 @@ fn requests_are_counted() {
     assert_eq!(counts, [("lookup", 1), ("mknod", 1)]);
 }
 
-/// With a real store: what a build step wrote becomes a layer that shows the same.
+/// With a real store, the changes of a build step become a layer that shows the same.
 #[test]
 fn a_frozen_upper_is_a_layer_of_the_store() {
     let home = Home::new();
@@ -421,7 +421,7 @@ fn a_frozen_upper_is_a_layer_of_the_store() {
     assert_eq!(view(&composed), view(&overlay));
 }
 
-/// A log is mostly what has been overwritten since; it is brought down to what it says.
+/// A log of mostly overwritten changes is compacted to those that still hold.
 #[test]
 fn a_log_does_not_grow_without_end() {
     let home = Home::new();

@@ -8,7 +8,7 @@ use iii_test_support::{check_seeds, mutate};
 
 /// Variants of each seed.
 const VARIANTS: u64 = 3000;
-/// So many of them share a filesystem.
+/// Variants that share a filesystem.
 const SHARING: u64 = 250;
 
 fn corpus() -> PathBuf {
@@ -44,7 +44,7 @@ fn no_message_of_the_corpus_makes_it_stumble() {
 struct Session(Vec<u8>);
 
 impl Session {
-    /// Begun by a kernel that offers these features.
+    /// A session of a kernel that offers these features.
     fn new(flags: u32) -> Self {
         let mut session = Self(Vec::new());
         let init = [7_u32, 38, 1 << 17, flags];
@@ -66,7 +66,7 @@ impl Session {
         frame(&mut self.0, room, &message);
     }
 
-    /// The node is an index into what replies have told of; 0 is the root.
+    /// Adds a message. The node is an index into the inodes that replies have named; 0 is the root.
     fn add(&mut self, opcode: u32, node: u64, body: &[u8]) {
         self.add_with_room(4096, opcode, node, body);
     }
@@ -80,7 +80,7 @@ fn bytes(words: &[u64]) -> Vec<u8> {
     words.iter().copied().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Two numbers of 32 bits.
+/// Packs two numbers of 32 bits.
 fn pair(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
@@ -200,7 +200,7 @@ fn contents() -> Vec<u8> {
     s.0
 }
 
-/// What no kernel sends.
+/// Messages that no kernel sends.
 fn nonsense() -> Vec<u8> {
     let mut s = Session::new(u32::MAX);
     let long = [vec![b'n'; 300], vec![0]].concat();
@@ -259,7 +259,7 @@ fn nonsense() -> Vec<u8> {
     s.0
 }
 
-/// The seeds are what is written here.
+/// The committed seeds equal the messages above.
 #[test]
 fn seeds_are_current() {
     check_seeds(&corpus(), &seeds());

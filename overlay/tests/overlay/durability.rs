@@ -35,7 +35,7 @@ fn read(overlay: &Overlay, name: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// All files below a directory and what they hold.
+/// All files below a directory with their contents.
 fn everything(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
@@ -51,8 +51,8 @@ fn everything(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     found
 }
 
-/// Of files that were synced, a flipped bit of the log takes none, or the upper is not opened and
-/// nothing of it is changed.
+/// After a flipped bit of the log, no synced file is lost, or the upper does not open and nothing
+/// in it is changed.
 #[test]
 fn a_flipped_bit_in_the_log_takes_nothing_that_was_synced() {
     let home = Home::new();
@@ -100,7 +100,7 @@ fn a_flipped_bit_in_the_log_takes_nothing_that_was_synced() {
         }
     }
     assert!(refused > end * 9 / 10, "{refused} of {end}");
-    // Data without the log that names it is not removed either.
+    // Data is not removed either if the log that names it is missing.
     fs::write(&log, "").unwrap();
     let was = everything(&killed);
     assert!(
@@ -110,7 +110,7 @@ fn a_flipped_bit_in_the_log_takes_nothing_that_was_synced() {
     assert_eq!(everything(&killed), was);
 }
 
-/// What an operation changes is what it writes down.
+/// The log grows by the changed parts of an inode alone.
 #[test]
 fn changing_an_owner_does_not_write_the_target_again() {
     const TARGET: usize = 4000;
@@ -135,8 +135,8 @@ fn changing_an_owner_does_not_write_the_target_again() {
     );
 }
 
-/// After a clean end, a power cut finds nothing that `stat` and `read` do not agree about: the
-/// times that tar sets make no promise about contents.
+/// After a clean end and a power cut, `stat` and `read` agree about every file: the times that tar
+/// sets promise nothing about contents.
 #[test]
 fn a_length_whose_bytes_are_lost_is_not_told() {
     use iii_overlay::fs::{SetTime, Time};
@@ -166,14 +166,14 @@ fn a_length_whose_bytes_are_lost_is_not_told() {
         assert_ne!(mtime(&b"short"[..]), 5);
         assert_eq!(mtime(&b"whole"[..]), 5);
         drop(overlay);
-        // And it was written down.
+        // The log has it, too.
         let overlay = home.open(&[]);
         assert_eq!(read(&overlay, b"short"), b"con");
     }
 }
 
-/// On a disk that is full to the last page, each file can be removed, however many there are, and
-/// an upper can be opened on other layers, or says that it cannot.
+/// On a completely full disk, each file can be removed, however many there are, and an upper opens
+/// on other layers, or reports that it cannot.
 #[test]
 fn a_full_disk_can_be_emptied_file_by_file() {
     let home = Home::new();
@@ -184,7 +184,7 @@ fn a_full_disk_can_be_emptied_file_by_file() {
     let overlay = home.open_at(&[], &upper, OverlayOptions::default());
     let name = |n: usize| format!("a name of some length {n}").into_bytes();
     let mut made = 0;
-    // Most of them have nothing that their removal would free.
+    // Removing most of them frees nothing.
     while made < 12_000 {
         make(&overlay, &name(made)).unwrap();
         made += 1;
@@ -221,7 +221,8 @@ fn a_full_disk_can_be_emptied_file_by_file() {
     drop(mount);
 }
 
-/// Without a clean unmount, and without what the journal has not got yet.
+/// Shuts the filesystem down without a clean unmount, and without the data that is not in the
+/// journal yet.
 fn shut_down(at: &Path) {
     use std::os::fd::AsRawFd as _;
     const EXT4_IOC_SHUTDOWN: u64 = 0x8004_587d;
@@ -238,7 +239,7 @@ fn shut_down(at: &Path) {
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// An ext4 in a file, mounted.
+/// A mounted ext4 in a file.
 struct Disk<'a> {
     image: &'a Path,
     at: &'a Path,
@@ -252,7 +253,7 @@ impl<'a> Disk<'a> {
 
     fn cut(self, overlay: Overlay) -> Self {
         shut_down(self.at);
-        // It fails to write anything down.
+        // Dropping it fails to log anything.
         drop(overlay);
         let (image, at) = (self.image, self.at);
         drop(self);
@@ -277,8 +278,8 @@ fn run(program: &str, args: &[&Path]) -> Result<(), String> {
         .ok_or_else(|| said.trim().into())
 }
 
-/// The power is cut for real: a file that another was renamed over is the old or the new one, and
-/// one that was synced is there.
+/// After a real power cut, a file that another was renamed over has the old or the new contents,
+/// and a synced file is there.
 #[test]
 fn a_real_power_cut_leaves_old_or_new() {
     const FILES: usize = 20;

@@ -1,4 +1,4 @@
-//! Facts: what a step saw of its project.
+//! Facts: the view that a step had of its project.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ fn tree_of(files: &[(&[u8], &[u8])]) -> Tree {
     tree
 }
 
-/// Over `layers`, of which the one at `slot` is the project's.
+/// An overlay on `layers`; the layer at `slot` is the project's.
 fn observed(home: &Home, layers: &[Arc<Layer>], slot: usize) -> Overlay {
     let options = OverlayOptions {
         project: Some(Project {
@@ -102,8 +102,7 @@ fn facts_are_what_was_seen_of_the_project() {
     assert_eq!(iii_store::facts::first_mismatch(&facts, root), None);
 }
 
-/// What a program does at `w`, with the requests that the kernel makes of it: a name is looked up
-/// before anything is done with it.
+/// The actions of a program at `w`, as the kernel's requests: it looks a name up before it uses it.
 type Doing = fn(&Overlay, Ino);
 
 type Case<'a> = (&'a str, Doing, Vec<(&'a str, Seen)>);
@@ -205,7 +204,7 @@ fn facts_of_each_system_call() {
                 let f = look(o, w, b"f");
                 let _ = o.lookup(w, b"new");
                 o.link(f, w, b"new").unwrap();
-                // What the step made says nothing of the project.
+                // Entries that the step made tell nothing about the project.
                 look(o, w, b"new");
             },
             vec![("f", contents("f")), ("new", Seen::Absent)],
@@ -321,7 +320,7 @@ fn facts_of_each_system_call() {
         let _ = std::fs::remove_dir_all(home.upper());
         let overlay = observed(&home, &[base.clone(), project.clone()], 1);
         let w = ino(&overlay, b"w");
-        // The project's own directory was looked up on the way.
+        // The kernel looked the project's own directory up on the way.
         doing(&overlay, w);
         home.frozen(&overlay);
         assert_eq!(overlay.facts(), facts_of(&want), "{what}");
@@ -332,7 +331,8 @@ fn look(overlay: &Overlay, dir: Ino, name: &[u8]) -> Ino {
     overlay.lookup(dir, name).unwrap().ino
 }
 
-/// What a layer above the project hides or replaces is no fact: it is in the key of the step.
+/// Entries that a layer above the project hides or replaces yield no fact: they are in the step's
+/// key.
 #[test]
 fn facts_speak_of_what_no_layer_above_hides() {
     let home = Home::new();

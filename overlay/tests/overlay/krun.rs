@@ -26,13 +26,13 @@ const ME: Context = Context {
     pid: 1,
 };
 
-/// The guest's memory behind a request.
+/// The memory of the guest for a request.
 #[derive(Default)]
 struct Memory(Vec<u8>);
 
 impl ZeroCopyWriter for Memory {
     fn write_from(&mut self, file: &File, count: usize, offset: u64) -> io::Result<usize> {
-        // Less than asked, as memory in pieces would take it.
+        // It takes less than was asked, as memory in pieces does.
         let mut piece = vec![0; count.min(1000)];
         file.read_exact_at(&mut piece, offset)?;
         self.0.write(&piece)
@@ -113,7 +113,7 @@ fn files_are_read_and_written() {
     );
     assert_eq!(written.unwrap(), bytes.len());
     assert_eq!(read(&krun, entry.inode, 1 << 20, 5), bytes);
-    // A guest that sends less than it says is believed what it sent.
+    // If a guest sends fewer bytes than it announces, the write has the sent bytes.
     let mut memory = Memory(b"xy".to_vec());
     let written = krun.write(
         ME,
@@ -151,7 +151,7 @@ fn files_are_read_and_written() {
     assert!(matches!(size(5), Ok(GetxattrReply::Value(value)) if value == b"value"));
     assert_eq!(errno(size(4)), Some(Errno::RANGE));
 
-    // Opening empties, as msb_krun promises the guest that it does.
+    // Opening truncates the file, as msb_krun promises the guest.
     krun.open(
         ME,
         entry.inode,
@@ -189,7 +189,7 @@ fn the_init_is_there_and_in_nothing() {
     ];
     assert_eq!(listed, expected);
 
-    // Nobody writes to it, takes its place, or moves it.
+    // The guest cannot write to it, replace it or move it.
     let readonly = Some(Errno::ROFS);
     let at = |parent, entry: &[u8]| {
         krun.mkdir(ME, parent, &name(entry), 0o755, 0, Extensions::default())
@@ -241,7 +241,7 @@ fn names_that_are_none_are_refused() {
         let made = krun.mkdir(ME, ROOT, dots, 0o755, 0, Extensions::default());
         assert_eq!(errno(made), Some(Errno::INVAL));
     }
-    // Whatever the numbers are, there is an answer.
+    // Every number gets a reply.
     for ino in [0, 2, 1 << 52, u64::MAX] {
         assert!(krun.getattr(ME, ino, None).is_err());
         assert!(krun.readlink(ME, ino).is_err());
@@ -271,7 +271,8 @@ fn an_inode_is_found_by_its_number() {
     assert_eq!(lookup(&krun, dir, c".."), ROOT);
 }
 
-/// A kernel announces a write by a user who may not keep setuid, and takes the answer's mode.
+/// A kernel announces a write by a user that may not keep setuid, and takes the mode from the
+/// reply.
 #[test]
 fn privileges_go_when_the_kernel_announces_a_write() {
     let (_home, overlay, krun) = guest(Mode::Quiet);

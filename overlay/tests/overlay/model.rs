@@ -1,5 +1,5 @@
-//! A filesystem in memory that does what POSIX says, and the merging of layers as the specification
-//! says it: one whole layer after the other.
+//! A filesystem in memory with the rules of POSIX, and the merging of layers by the specification:
+//! one whole layer after the other.
 
 use std::collections::BTreeMap;
 
@@ -41,7 +41,7 @@ fn dir_inode() -> Inode {
 }
 
 impl Model {
-    /// What the layers show together.
+    /// The merged view of the layers.
     pub fn of_layers<'a>(layers: impl IntoIterator<Item = &'a Layer>, contents: &[&[u8]]) -> Self {
         let mut model = Self {
             inodes: vec![dir_inode()],

@@ -1,4 +1,4 @@
-//! With the kernel: mounts of FUSE and of a small tmpfs. They need root.
+//! Overlays with a real kernel: mounts of FUSE and of a small tmpfs. They need root.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::support::{Home, put, view};
 
-/// A mount that goes when this does.
+/// A mount that ends when this is dropped.
 pub struct Mount {
     pub at: PathBuf,
     session: Option<FuseSession>,
@@ -106,7 +106,7 @@ fn what_the_kernel_knows_it_does_not_ask_again() {
         return;
     };
     walk(&at);
-    // Reading makes the kernel forget the time of the last access, once.
+    // The first read makes the kernel forget the time of the last access.
     walk(&at);
     let before = counts(&overlay);
     walk(&at);
@@ -151,7 +151,7 @@ fn an_update_shows_without_a_mount() {
     };
     let at = at.join("w");
     fs::write(at.join("src/own"), "own").unwrap();
-    // The kernel knows everything, and that nothing else is there.
+    // The kernel knows all entries, and knows that no others exist.
     walk(&at);
     walk(&at);
     assert!(!at.join("src/new").exists());
@@ -184,12 +184,12 @@ fn an_update_shows_without_a_mount() {
     assert_eq!(names("src"), ["a.js", "new", "own", "same.js"]);
     assert!(!at.join("old").exists());
     assert_eq!(at.join("src/same.js").metadata().unwrap().ino(), same);
-    // Who has it open goes on with what it has.
+    // An open file keeps its contents.
     let mut bytes = [0; 2];
     open.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(&bytes, b"a1");
     drop((open, dir));
-    // What it learned since, it knows.
+    // The kernel still knows the entries that it has learned since.
     walk(&at);
     walk(&at);
     let counted = counts(&overlay);
@@ -260,7 +260,7 @@ fn the_kernel_hides_no_look_of_a_build_step() {
     let Some(_mount) = Mount::fuse("facts", &overlay, &at, Mode::Observed) else {
         return;
     };
-    // Listing tells the names only.
+    // Listing yields the names only.
     assert_eq!(fs::read_dir(at.join("w")).unwrap().count(), 3);
     let paths = || -> Vec<_> {
         let facts = overlay.facts().into_iter();
@@ -276,7 +276,7 @@ fn the_kernel_hides_no_look_of_a_build_step() {
     fs::write(at.join("w/made"), b"x").unwrap();
     fs::read(at.join("w/made")).unwrap();
     fs::read(at.join("etc/hosts")).unwrap();
-    // That it was not there before is the one thing that counts.
+    // The recorded fact is that it was absent before.
     assert_eq!(paths(), ["", "empty", "made", "package.json"]);
 }
 

@@ -33,7 +33,7 @@ fn layer(home: &Home, files: &[(&[u8], &[u8])]) -> Arc<Layer> {
     home.layer(&tree, &contents)
 }
 
-/// A change of a file's contents; `kill` is false if its caller may keep setuid and setgid.
+/// A change of a file's contents; `kill` is true if its caller may not keep setuid and setgid.
 type Change = fn(&Overlay, file: Ino, kill: bool);
 
 const CHANGES: [(&str, Change); 6] = [
@@ -58,7 +58,7 @@ const CHANGES: [(&str, Change); 6] = [
         let other = fs.lookup(ROOT, b"other").unwrap().ino;
         assert_eq!(fs.copy_file_range(other, 0, file, 0, 5, kill), Ok(5));
     }),
-    // So the kernel announces each of the others.
+    // The kernel announces each other change with this request.
     ("announcement", |fs, file, kill_suid| {
         let set = SetAttr {
             kill_suid,
@@ -70,12 +70,12 @@ const CHANGES: [(&str, Change); 6] = [
 
 #[test]
 fn privileges_go_when_contents_change() {
-    // Mode before and after, where the caller may not keep them.
+    // The mode before and after a change by a caller that may not keep these bits.
     let modes = [
         (0o4755, 0o755),
         (0o2755, 0o755),
         (0o6711, 0o711),
-        // Not the mark of a file with mandatory locks.
+        // This bit marks a file with mandatory locks, so it stays.
         (0o2644, 0o2644),
         (0o644, 0o644),
     ];
@@ -143,8 +143,8 @@ fn trusted_names_are_for_root() {
     assert_eq!(list(1), b"user.b\0");
 }
 
-/// Lists the root an entry at a time, with `between` after each, and returns how often each name
-/// came. Panics when it goes on for more than `most` entries.
+/// Lists the root one entry at a time, with `between` after each, and returns the number of times
+/// that each name came. Panics if it goes on for more than `most` entries.
 fn list(fs: &Overlay, most: usize, mut between: impl FnMut(&[u8])) -> BTreeMap<Vec<u8>, usize> {
     let mut seen = BTreeMap::new();
     let mut cookie = 0;
@@ -215,8 +215,8 @@ fn a_listing_ends_whatever_is_renamed_or_made_meanwhile() {
     }
 }
 
-/// A name that stays is listed once, whatever comes and goes around it, and every listing begun
-/// afterwards has all names.
+/// A name that stays is listed once, while others come and go, and every listing begun afterwards
+/// has all names.
 #[test]
 fn names_that_stay_are_listed_once() {
     let home = Home::new();
@@ -238,7 +238,7 @@ fn names_that_stay_are_listed_once() {
     assert_eq!(names(&overlay, ROOT, false).len(), 2 + 40 + count);
 }
 
-/// A 32-bit program without large-file support gets `EOVERFLOW` for others.
+/// A 32-bit program without large-file support gets `EOVERFLOW` for larger positions.
 #[test]
 fn numbers_fit_32_bits() {
     let home = Home::new();
@@ -259,7 +259,7 @@ fn numbers_fit_32_bits() {
         .readdir(dir, 0, true, &mut |entry| {
             count += 1;
             assert!(u32::try_from(entry.ino).is_ok(), "{}", entry.ino);
-            // `off_t` has a sign.
+            // `off_t` is signed.
             assert!(i32::try_from(entry.cookie).is_ok(), "{}", entry.cookie);
             true
         })
@@ -267,7 +267,7 @@ fn numbers_fit_32_bits() {
     assert_eq!(count, 2 + 20 + 19);
 }
 
-/// The time by the clock that the kernel takes the times of files from.
+/// The time by the clock from which the kernel takes the times of files.
 fn clock() -> Time {
     let now = clock_gettime(ClockId::RealtimeCoarse);
     Time {
@@ -276,7 +276,7 @@ fn clock() -> Time {
     }
 }
 
-/// So a file that is newer than one on another filesystem does not look older.
+/// With this clock, a file that is newer than one on another filesystem does not look older.
 #[test]
 fn times_come_from_the_clock_of_the_kernels_files() {
     let home = Home::new();
@@ -337,11 +337,11 @@ fn used(home: &Home) -> u64 {
     blocks(&home.upper().join("data"))
 }
 
-/// Of a small file in a pack, and of a large one with a file of the store for itself.
+/// Copies a small file from a pack, and a large file that is a file of the store.
 #[test]
 fn holes_stay_holes_when_a_file_is_copied_up() {
     const MOST: u64 = 64 << 10;
-    /// Hashes of the pieces are stored, too.
+    /// The store also has hashes of the pieces.
     const MOST_STORED: u64 = 1 << 20;
     for size in [400_000_u64, 64 << 20] {
         let home = Home::new();
@@ -377,7 +377,7 @@ fn holes_stay_holes_when_a_file_is_copied_up() {
         sparse.write_all_at(b"!", size).unwrap();
         assert!(is == all(&sparse), "the contents of {size} bytes changed");
         assert!(overlay.getattr(file).unwrap().blocks * 512 <= MOST);
-        // Frozen, it takes no more, and has the same contents.
+        // Freezing takes no more space, and the contents are the same.
         let before = blocks(&home.dir.path().join("store"));
         let ingest = home.store.ingest(&home.lease).unwrap();
         let (tree, _) = overlay.freeze(&ingest).unwrap();

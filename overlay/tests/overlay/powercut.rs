@@ -1,22 +1,23 @@
-//! The power is cut after every call that an upper makes to the host's filesystem. What was not
-//! synced is lost, kept, or anything between; what ext4 promises with its default options holds.
+//! Cuts the power after every call that an upper makes to the host's filesystem. Data that was not
+//! synced is lost, kept, or anything between; the promises of ext4's default options hold.
 //!
-//! A run is recorded: every change of the host's files, every sync, and what a model of the
-//! filesystem holds after each operation. For every prefix of it, directories are made as a disk
-//! may show them after the cut. A file's bytes are sure once it was synced; before, any of the
-//! writes may be missing. A change of names is sure once its directory was synced; before, any of
-//! them may be missing, whatever came before or after it, but a rename is never half done.
+//! A run records every change of the host's files, every sync, and the contents of a model of the
+//! filesystem after each operation. For every prefix of the run, the test makes directories as a
+//! disk may show them after the cut. The bytes of a file are sure once it was synced; before, any
+//! of the writes may be missing. A change of names is sure once its directory was synced; before,
+//! any change may be missing, independent of the changes around it, but a rename is never half
+//! done.
 //!
-//! The host has another boot id then. The promises:
+//! The host then has another boot id. The promises:
 //!
 //! - The names are those of one moment, not before the last `fsync` or `sync` that returned.
-//! - A file that was synced has at least what it had then.
+//! - A file that was synced has at least the contents of that moment.
 //! - A file that replaced another, by a rename, or because it was emptied and written again, or
-//!   copied from a lower layer, has what it had at that moment, or something later.
-//! - Any other new file has a part of what was written to it.
-//! - `stat` and `read` agree: [`view`] looks.
+//!   copied from a lower layer, has the contents of that moment or later ones.
+//! - Any other new file has a part of the data that was written to it.
+//! - `stat` and `read` agree: [`view`] checks it.
 //!
-//! With the same boot id the process alone has died, and nothing is lost at all.
+//! With the same boot id, only the process has died, and nothing is lost.
 //!
 //! `III_LONG=1 cargo test -p iii-overlay powercut` does so a hundred times, in minutes.
 
@@ -36,14 +37,14 @@ use iii_store::Layer;
 
 use crate::support::{Home, put, view};
 
-/// A file of the host, whatever its names.
+/// A file of the host, independent of its names.
 type Node = usize;
 
 #[derive(Debug, Clone)]
 enum Event {
     CreateDir(PathBuf),
     Create(PathBuf, Node),
-    /// From this offset, the file holds this.
+    /// The file has these bytes from this offset on.
     Write(Node, u64, Arc<[u8]>),
     SetLen(Node, u64),
     Sync(Node),
@@ -51,9 +52,9 @@ enum Event {
     SyncAll,
     Rename(PathBuf, PathBuf),
     Remove(PathBuf),
-    /// The operation before has returned, and so many moments of the model are there.
+    /// The previous operation has returned, and the model has this many moments.
     Returned(usize),
-    /// An operation that syncs has returned: everything up to that moment is durable, and these
+    /// A syncing operation has returned: everything up to that moment is durable, and so are these
     /// files.
     Promised(usize, Vec<usize>),
 }
@@ -61,10 +62,10 @@ enum Event {
 #[derive(Debug, Default)]
 struct Trace {
     events: Vec<Event>,
-    /// By inode number: the youngest file that had it.
+    /// The youngest file of each inode number.
     nodes: HashMap<u64, Node>,
     count: usize,
-    /// What flat files are known to hold, by path.
+    /// The known contents of flat files, by path.
     flats: BTreeMap<PathBuf, (Node, Vec<u8>)>,
 }
 
@@ -80,7 +81,7 @@ impl Trace {
         self.nodes[&file.metadata().unwrap().ino()]
     }
 
-    /// Records what programs wrote to flat files since the last look.
+    /// Records the data that programs wrote to flat files since the last call.
     fn look(&mut self, root: &Path) {
         for (path, (node, held)) in &mut self.flats {
             let Ok(bytes) = fs::read(root.join(path)) else {
@@ -196,7 +197,7 @@ impl Disk for Recorder {
 /// The boot id of the host while a run is recorded.
 const BOOT: Boot = [1; 16];
 
-/// The host, started since or not, which syncs nothing.
+/// A host that syncs nothing, with the same boot id or another.
 #[derive(Debug)]
 pub struct Again(pub Boot);
 
@@ -236,7 +237,7 @@ impl Disk for Again {
     }
 }
 
-/// Small numbers that look like chance.
+/// Small pseudo-random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -249,7 +250,7 @@ impl Dice {
     }
 }
 
-/// What a disk holds, and what of it is sure.
+/// The contents of a disk, and the part of them that is sure.
 #[derive(Default)]
 struct Media {
     files: BTreeMap<Node, (Vec<u8>, Vec<Event>)>,
@@ -342,7 +343,8 @@ impl Media {
         }
     }
 
-    /// A directory as the disk may show it, of whose unsure changes `keep` has a say over each.
+    /// Makes a directory as the disk may show it; `keep` decides about each change that is not
+    /// sure.
     fn make(&self, at: &Path, keep: &mut dyn FnMut() -> bool) {
         let mut names = self.names.clone();
         for event in self.unsure.iter().filter(|_| keep()) {
@@ -351,7 +353,7 @@ impl Media {
         for (path, node) in names {
             let path = at.join(path);
             let Some(node) = node else {
-                // Without its parent, nothing can be reached.
+                // Without its parent, the directory cannot be reached.
                 let _ = fs::create_dir(path);
                 continue;
             };
@@ -372,7 +374,7 @@ impl Media {
     }
 }
 
-/// What the filesystem holds at a moment: files by name, and what they hold by their ids.
+/// The contents of the filesystem at a moment: files by name, and their contents by id.
 #[derive(Debug, Clone, Default)]
 struct Moment {
     names: BTreeMap<Vec<u8>, usize>,
@@ -390,9 +392,9 @@ impl Moment {
 #[derive(Debug, Clone)]
 struct Held {
     bytes: Vec<u8>,
-    /// The moment at which it, or what it held then, replaced something.
+    /// The moment at which the file, or its contents then, replaced others.
     replaced: Option<usize>,
-    /// Whether it was emptied, so that what is written to it next replaces something.
+    /// Whether the file was emptied, so that the next write to it replaces contents.
     replaces: bool,
 }
 
@@ -432,7 +434,7 @@ impl Run {
         self.now.files.insert(self.next, held);
     }
 
-    /// What is there after an operation that syncs no more than the model is told.
+    /// Records the moment after an operation. `synced` are the files that the operation syncs.
     fn done(&mut self, synced: Option<Vec<usize>>) {
         self.moments.push(self.now.clone());
         let at = self.moments.len() - 1;
@@ -450,7 +452,7 @@ impl Run {
         let end = offset + bytes.len();
         held.bytes.resize(held.bytes.len().max(end), 0);
         held.bytes[offset..end].copy_from_slice(bytes);
-        // The file of the layer is copied by the first write.
+        // The first write copies the file of the layer.
         if std::mem::take(&mut held.replaces) || (id == 0 && held.replaced == Some(0)) {
             held.replaced = Some(self.moments.len());
         }
@@ -489,7 +491,7 @@ impl Run {
                 self.write(name, 0, &bytes);
             }
             4..=6 => {
-                // As editors and package managers replace a file.
+                // Editors and package managers replace a file like this.
                 let tmp = b"tmp";
                 if !self.now.names.contains_key(&tmp[..]) {
                     self.make(tmp);
@@ -516,7 +518,7 @@ impl Run {
                 synced = Some(self.now.names.values().copied().collect());
             }
             _ => {
-                // A worker that ends cleanly promises names, and nothing of contents.
+                // A clean end of a worker promises names, but no contents.
                 self.overlay = None;
                 self.overlay = Some(open());
                 synced = Some(Vec::new());
@@ -526,7 +528,8 @@ impl Run {
     }
 }
 
-/// Whether `found` is at least `base`, if there is one, and only of what the others say.
+/// Whether `found` is at least as long as `base`, if there is one, and has only bytes of the
+/// others.
 fn is_part(found: &[u8], base: Option<&[u8]>, others: &[&[u8]]) -> bool {
     let all = || base.iter().copied().chain(others.iter().copied());
     let least = all().map(<[u8]>::len).min().unwrap_or_default();
@@ -539,8 +542,7 @@ fn is_part(found: &[u8], base: Option<&[u8]>, others: &[&[u8]]) -> bool {
             .all(|(at, byte)| all().any(|bytes| bytes.get(at) == Some(byte) || *byte == 0))
 }
 
-/// Whether what is found is what may be found after a power cut: the names of a moment from
-/// `promised` on.
+/// Whether a disk may show `found` after a power cut: the names of a moment from `promised` on.
 fn may_be(
     found: &BTreeMap<Vec<u8>, Vec<u8>>,
     moments: &[Moment],
@@ -555,7 +557,7 @@ fn may_be(
             && found.iter().all(|(name, bytes)| {
                 let id = moment.names[name];
                 let held = &moment.files[&id];
-                // What of it is sure, and since when.
+                // The moment since which contents are sure.
                 let sure = held.replaced.max(synced.get(&id).copied());
                 let since = sure.unwrap_or(0);
                 let states = moments[since..=now].iter();
@@ -574,8 +576,7 @@ fn contents(overlay: &Overlay) -> BTreeMap<Vec<u8>, Vec<u8>> {
         .collect()
 }
 
-/// Random operations on an upper in `root`: the calls that they made, and what there was after
-/// each.
+/// Runs random operations on an upper in `root`. Returns their calls, and the model after each.
 fn record(
     home: &Home,
     layers: &[Arc<Layer>],
@@ -728,9 +729,9 @@ fn the_power_is_cut_anywhere() {
 /// Fails one call to the host's filesystem, or all from one on.
 #[derive(Debug)]
 pub struct Failing {
-    /// Calls that are still well.
+    /// Calls that still succeed.
     left: AtomicU64,
-    /// Which calls are counted, and fail.
+    /// The calls that are counted, and that fail.
     counts: fn(Call) -> bool,
     error: i32,
     once: bool,
@@ -820,8 +821,8 @@ impl Disk for Failing {
     }
 }
 
-/// Whatever call fails while an upper is used, rewritten and opened: what was answered is there the
-/// next time, and nothing else is left but an upper.
+/// After a failure of any call while an upper is used, rewritten and opened, the next opening shows
+/// all answered changes, and the directory has only files of an upper.
 #[test]
 fn any_call_may_fail_and_what_was_answered_is_there() {
     let home = Home::new();

@@ -1,4 +1,4 @@
-//! Random operations on random layers, against the model; with restarts, and frozen in the end.
+//! Random operations on random layers, against the model, with restarts and freezing.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use crate::model::{Model, new_inode};
 use crate::support::{CONTENTS, Home, View, name, timeless, tree, view};
 
-/// Picks a directory, by its place among all.
+/// Picks a directory by its index among all.
 type Pick = prop::sample::Index;
 type Name = Box<[u8]>;
 
@@ -76,7 +76,7 @@ struct Pair<'a> {
     layers: Vec<Arc<Layer>>,
     overlay: Option<Overlay>,
     model: Model,
-    /// How often the upper was made anew.
+    /// Number of times that the upper was made anew.
     thaws: usize,
 }
 
@@ -91,7 +91,7 @@ impl Pair<'_> {
             .open_at(&self.layers, &upper, OverlayOptions::default())
     }
 
-    /// Freezes the upper, and goes on with one that is made from that.
+    /// Freezes the upper, and goes on with an upper that is made from the result.
     fn thaw(&mut self) {
         let before = view(self.fs());
         let tree = self.home.frozen(self.fs());
@@ -114,7 +114,7 @@ impl Pair<'_> {
         assert_eq!(again.layer_id(), id, "and is frozen as it was");
     }
 
-    /// The same directory in both.
+    /// The same directory in overlay and model.
     fn dir(&self, pick: Pick) -> (Ino, usize) {
         let dirs = self.model.dirs();
         let (path, ix) = pick.get(&dirs);
@@ -129,7 +129,7 @@ impl Pair<'_> {
         })
     }
 
-    /// The same entry in both, if it is there.
+    /// The same entry in overlay and model, if it exists.
     fn child(&self, pick: Pick, name: &[u8]) -> Option<(Ino, usize)> {
         let (dir, model_dir) = self.dir(pick);
         let ours = self.fs().lookup(dir, name);
@@ -344,7 +344,7 @@ fn strip(mode: &mut u16) {
     }
 }
 
-/// What a layer keeps: no sockets, and of directories' times only those of changes.
+/// The part of a view that a layer keeps: no sockets, and no times of unchanged directories.
 fn frozen_view(mut view: View) -> View {
     for seen in view.values_mut() {
         if seen.kind == Kind::Dir {

@@ -1,4 +1,4 @@
-//! Stores, layers and whole views.
+//! Stores, layers and whole views for tests.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -49,7 +49,7 @@ impl Objects for Held {
 
 impl Home {
     pub fn new() -> Self {
-        // In memory where there is such a place: each end of an upper syncs.
+        // Prefers memory: each end of an upper syncs.
         let memory = Path::new("/dev/shm");
         let dir = if memory.is_dir() {
             tempfile::tempdir_in(memory).unwrap()
@@ -66,8 +66,8 @@ impl Home {
         }
     }
 
-    /// The tree as a layer, with files of these contents. Nothing of it is written anywhere: that
-    /// is the store's business, and slow.
+    /// The tree as a layer, with files of these contents. Writes nothing to disk, which the store
+    /// would do slowly.
     pub fn layer(&self, tree: &Tree, contents: &[&[u8]]) -> Arc<Layer> {
         let mut held = self.held.0.lock().unwrap();
         for bytes in contents {
@@ -79,7 +79,7 @@ impl Home {
         layer
     }
 
-    /// Has no object of these bytes any more.
+    /// Removes the object of these bytes.
     pub fn lose(&self, bytes: &[u8]) {
         self.held.0.lock().unwrap().1.remove(&ObjectId::of(bytes));
     }
@@ -125,13 +125,13 @@ impl Home {
         Overlay::open_on(disk, held.clone(), layers.to_vec(), &old, upper, options)
     }
 
-    /// What freezing gives.
+    /// The tree that freezing returns.
     pub fn frozen(&self, overlay: &Overlay) -> Tree {
         let ingest = self.store.ingest(&self.lease).unwrap();
         overlay.freeze(&ingest).unwrap().0
     }
 
-    /// What freezing gives, in the store.
+    /// The tree that freezing returns, and its layer in the store.
     pub fn published(&self, overlay: &Overlay) -> (Tree, LayerId) {
         let ingest = self.store.ingest(&self.lease).unwrap();
         let (tree, _) = overlay.freeze(&ingest).unwrap();
@@ -139,8 +139,8 @@ impl Home {
         (tree, layer)
     }
 
-    /// An upper at `to` that is made of what the overlay wrote, on what it stands on, of which
-    /// these are the layers.
+    /// Makes an upper at `to` of the frozen overlay, on the same footing; `layers` are those of the
+    /// footing.
     pub fn thaw(&self, overlay: &Overlay, layers: &[Arc<Layer>], to: &Path) {
         let ingest = self.store.ingest(&self.lease).unwrap();
         let (tree, footing) = overlay.freeze(&ingest).unwrap();
@@ -151,7 +151,7 @@ impl Home {
     }
 }
 
-/// The contents that generated files have.
+/// The contents of generated files.
 pub const CONTENTS: [&[u8]; 4] = [
     b"",
     b"one",
@@ -159,7 +159,7 @@ pub const CONTENTS: [&[u8]; 4] = [
     b"a longer text, to be cut and patched",
 ];
 
-/// An entry as a program sees it. `link` numbers files with several names by their first one.
+/// An entry as a program sees it. `link` is a number that all names of one file share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     pub kind: Kind,
@@ -230,7 +230,7 @@ fn bytes(fs: &dyn Filesystem, attr: &Attr) -> Vec<u8> {
     }
 }
 
-/// Everything in the filesystem, by path.
+/// All entries of the filesystem, by path.
 pub fn view(fs: &dyn Filesystem) -> View {
     let mut seen: Vec<(Vec<u8>, Ino, Seen)> = Vec::new();
     let mut pending = vec![(ROOT, Vec::new())];
@@ -282,7 +282,7 @@ pub fn view(fs: &dyn Filesystem) -> View {
     view
 }
 
-/// The view without what may differ: times, and how often names are counted.
+/// The view without the parts that may differ: times, and counts of names.
 pub fn timeless(mut view: View) -> View {
     for seen in view.values_mut() {
         seen.mtime = None;
@@ -356,7 +356,7 @@ fn dir(entries: impl Strategy<Value = Node>) -> impl Strategy<Value = Dir> {
     })
 }
 
-/// Leaves with one label are one file: they agree in everything.
+/// Makes leaves with one label agree in everything, as they are one file.
 fn agree(dir: &mut Dir, first: &mut BTreeMap<u64, Leaf>) {
     for node in dir.entries.values_mut() {
         match node {
@@ -371,7 +371,7 @@ fn agree(dir: &mut Dir, first: &mut BTreeMap<u64, Leaf>) {
     }
 }
 
-/// Any tree.
+/// Generates trees.
 pub fn tree() -> impl Strategy<Value = Tree> {
     let node = leaf().prop_recursive(3, 24, 4, |inner| dir(inner).prop_map(Node::Dir));
     dir(node).prop_map(|mut tree| {

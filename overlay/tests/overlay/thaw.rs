@@ -1,4 +1,4 @@
-//! Freezing an upper that is in use, and uppers made of what was frozen.
+//! Freezes an upper in use, and makes uppers of frozen ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +24,7 @@ fn object(tree: &Tree, name: &[u8]) -> (ObjectId, u64) {
     }
 }
 
-/// Says that it is over when it goes, however that comes.
+/// Sets the flag when it is dropped, on every path.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -33,8 +33,8 @@ impl Drop for Over<'_> {
     }
 }
 
-/// One writer writes a number into one file, and then into the other; at no moment do they say
-/// anything else than the same, or one more in the first. Each is written in one request.
+/// One writer writes a number into one file, and then into the other, each in one request. At any
+/// moment, both numbers are equal or the first is larger by one.
 #[test]
 fn what_is_frozen_while_it_is_written_to_is_of_one_moment() {
     const LEN: usize = 40_000;
@@ -105,13 +105,13 @@ fn where_too_much_is_written_there_is_no_such_moment() {
         drop(over);
         assert!(matches!(frozen, FreezeError::Restless), "{frozen}");
     });
-    // Once it is still, its size does not matter.
+    // Once the writer has stopped, the size of the file does not matter.
     let ingest = home.store.ingest(&home.lease).unwrap();
     overlay.freeze(&ingest).unwrap();
 }
 
-/// The layer that an upper was made from is needed for as long as the upper is there, and its
-/// contents are nowhere else.
+/// The layer that an upper was made from is needed for as long as the upper exists: no other place
+/// has its contents.
 #[test]
 fn an_upper_whose_snapshot_is_gone_says_so() {
     let home = Home::new();
@@ -122,7 +122,7 @@ fn an_upper_whose_snapshot_is_gone_says_so() {
     let footing = Footing::default();
     let open =
         |layers: &[Arc<iii_store::Layer>]| home.try_open(layers, &upper, OverlayOptions::default());
-    // Of a layer that nobody will find.
+    // This layer is never put into the store.
     let frozen = iii_store::Layer::from_bytes(iii_store::layer::encode(&tree).unwrap().bytes);
     iii_overlay::thaw(&upper, &footing, vec![base.clone()], &frozen.unwrap()).unwrap();
     for layers in [&[base.clone()][..], &[]] {
@@ -132,7 +132,7 @@ fn an_upper_whose_snapshot_is_gone_says_so() {
             "{error}"
         );
     }
-    // There it is: nothing was lost by looking.
+    // With the layer, the upper opens: the failed attempt lost nothing.
     let frozen = home.layer(&tree, &[b"kept"]);
     for layers in [&[base.clone()][..], &[]] {
         let overlay = open(layers).unwrap();
@@ -147,7 +147,7 @@ fn an_upper_whose_snapshot_is_gone_says_so() {
             "nothing is copied"
         );
     }
-    // Where there is something already, nothing is made.
+    // Thawing into an existing directory fails and changes nothing.
     let again = iii_overlay::thaw(&upper, &footing, vec![base], &frozen);
     assert!(matches!(
         again,

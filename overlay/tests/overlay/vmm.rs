@@ -1,5 +1,5 @@
-//! A virtual machine monitor and its guest, made up: what no real kernel would do with its memory
-//! and rings.
+//! A made-up virtual machine monitor and its guest, which use memory and rings as no real kernel
+//! does.
 
 use std::fs::File;
 use std::io::Read;
@@ -26,12 +26,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use iii_fuzz_checks::fuse as messages;
 use iii_test_support::mutate;
 
-/// Where the guest's memory is in the VMM's, and how much there is.
+/// The address of the guest's memory in the VMM, and its length.
 const VMM_AT: u64 = 0x7000_0000_0000;
 const MEMORY: u64 = 8 << 20;
 /// Entries of a ring.
 const SIZE: u16 = 64;
-/// Every queue has this much memory for its rings; messages and replies are behind those.
+/// Bytes for the rings of each queue; messages and replies follow them.
 const RINGS: u64 = 0x1_0000;
 const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x8000;
@@ -43,7 +43,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// No answer within this is none.
+/// Longest time to wait for a reply.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Address, length, flags, next.
@@ -151,7 +151,7 @@ impl Machine {
         self.put(table + u64::from(index) * 16, &bytes);
     }
 
-    /// Makes the chain that begins with descriptor `head` available, without a word.
+    /// Makes the chain that begins with descriptor `head` available, without a notification.
     fn offer(&mut self, queue: usize, head: u16) {
         let ring = queue as u64 * RINGS + AVAILABLE;
         let slot = self.offered[queue] % SIZE;
@@ -164,7 +164,7 @@ impl Machine {
         u16::from_le_bytes(self.get(queue as u64 * RINGS + USED + 2))
     }
 
-    /// Waits until everything that was offered has been used.
+    /// Waits until every offered chain has been used.
     fn wait(&self, queue: usize) {
         let until = Instant::now() + PATIENCE;
         while self.used(queue) != self.offered[queue] {
@@ -179,11 +179,11 @@ impl Machine {
         let call = unsafe { BorrowedFd::borrow_raw(self.calls[queue].as_raw_fd()) };
         let most = Timespec::try_from(most).unwrap();
         rustix::event::poll(&mut [PollFd::new(&call, PollFlags::IN)], Some(&most)).unwrap();
-        // Nothing to read is nothing missed.
+        // An empty event is no error here.
         let _ = self.calls[queue].read();
     }
 
-    /// Offers `head`, and returns the length of what came back.
+    /// Offers `head`, and returns the length of the reply.
     fn go(&mut self, queue: usize, head: u16) -> u32 {
         let slot = u64::from(self.offered[queue] % SIZE);
         self.offer(queue, head);
@@ -217,7 +217,7 @@ impl Machine {
         self.error(1, 0)
     }
 
-    /// What a well-behaved guest asks is answered.
+    /// Checks that a request of a well-behaved guest succeeds.
     #[track_caller]
     fn lives(&mut self) {
         assert_eq!(self.ask(&lookup(ROOT, b"dir")), 0);
@@ -258,12 +258,12 @@ fn a_machine_is_told_the_tag_and_served_until_it_goes() {
     assert_eq!(machine.ask(&init()), 0);
     machine.lives();
 
-    // There is nobody to serve another one.
+    // The server serves one connection only.
     let mut other = UnixStream::connect(machine.dir.path().join("socket")).unwrap();
     assert_eq!(other.read(&mut [0]).unwrap(), 0);
     machine.lives();
 
-    // A file without a name goes with the kernel that had it.
+    // A file without a name ends with the session of the kernel that had it.
     let made = machine.overlay.tmpfile(Caller::default(), ROOT, 0o600);
     let made = made.unwrap().ino;
     let getattr = message(3, made, &[0; 16]);
@@ -284,8 +284,7 @@ fn it_ends_when_it_is_told_to() {
     assert_eq!(machine.end().unwrap(), End::Stopped);
 }
 
-/// Every queue full at once, so that the pool has to help; and queues that are stopped and started
-/// again.
+/// Fills every queue at once, so that the pool has to help, and stops and starts queues.
 #[test]
 fn bursts_on_all_queues_are_answered() {
     let mut machine = Machine::new();
@@ -318,8 +317,7 @@ fn bursts_on_all_queues_are_answered() {
     }
 }
 
-/// What the guest has written and what is in a layer come to where the guest wants them, and
-/// nothing else does.
+/// Written data and data of a layer arrive exactly where the guest wants them.
 #[test]
 fn reads_fill_their_room_however_it_is_cut() {
     let mut machine = Machine::new();
@@ -337,7 +335,7 @@ fn reads_fill_their_room_however_it_is_cut() {
 
     let asked_at = BUFFERS + 0x8_0000;
     let tiny: &[u32] = &[7, 5, 0, 10, 1, 300, 4096];
-    // Lengths of the pieces of the room, the range that is asked for, and how much of it comes.
+    // Lengths of the buffers, the range that is asked for, and the number of bytes returned.
     let cases: [(&str, &[u32], u64, u32, usize); 8] = [
         ("one piece", &[9000], 0, 8192, 8192),
         ("pages", &[16, 4096, 4096], 4096, 8192, 8192),
@@ -357,7 +355,7 @@ fn reads_fill_their_room_however_it_is_cut() {
             machine.put(asked_at, &asked);
             machine.describe(RINGS, 10, (asked_at, asked.len() as u32, NEXT, 11));
             machine.put(REPLIES, &vec![0xee; 0x2_0000]);
-            // The later a piece, the lower it lies.
+            // Later buffers have lower addresses.
             let place = |index: usize| REPLIES + 0x2_0000 - 0x4000 * (index as u64 + 1);
             for (index, len) in pieces.iter().enumerate() {
                 let last = index + 1 == pieces.len();
@@ -395,7 +393,7 @@ fn chains_that_make_no_sense_harm_nobody() {
     let (table, at, reply) = (RINGS, BUFFERS + 0x8_0000, REPLIES + 0x8_0000);
     machine.put(at, &asked);
     let far = MEMORY + 0x1000;
-    // Descriptors from number 10 on, and the length of what comes back.
+    // Descriptors from number 10 on, and the length of the reply.
     let cases: [(&str, &[Descriptor], u32); 14] = [
         (
             "as it should be",
@@ -460,7 +458,7 @@ fn chains_that_make_no_sense_harm_nobody() {
         machine.lives();
     }
 
-    // The message byte by byte, in a table of its own.
+    // The message byte by byte, in an indirect table.
     let indirect = BUFFERS + 0x9_0000;
     for byte in 0..len as u16 {
         machine.describe(indirect, byte, (at + u64::from(byte), 1, NEXT, byte + 1));
@@ -499,7 +497,7 @@ fn a_ring_that_makes_no_sense_ends_the_session() {
     assert!(matches!(ended, Err(VhostUserError::Ring(_))), "{ended:?}");
 }
 
-/// Rings of noise: it goes on or says that it cannot, and always ends.
+/// With rings of noise, the session goes on or fails, and always ends.
 #[test]
 fn noise_in_the_rings_harms_nobody() {
     for number in 0..150_u64 {
@@ -511,7 +509,7 @@ fn noise_in_the_rings_harms_nobody() {
         let rings: [u8; USED as usize] = machine.get(RINGS);
         let random = blake3::hash(&number.to_le_bytes());
         let random = [random.as_bytes().as_slice(), random.as_bytes()].concat();
-        // The descriptors that are in use, or the ring of those that are available.
+        // The noise damages the descriptors in use, or the ring of the available ones.
         let (at, len) = if number % 3 == 0 {
             (AVAILABLE as usize, 4 + 2 * SIZE as usize)
         } else {
@@ -522,7 +520,7 @@ fn noise_in_the_rings_harms_nobody() {
             machine.offer(1, head);
         }
         machine.kicks[1].write(1).unwrap();
-        // Another queue is served meanwhile, unless the session has ended.
+        // Another queue is still served, unless the session has ended.
         machine.prepare(2, 0, &lookup(ROOT, b"dir"));
         machine.offer(2, 0);
         machine.kicks[2].write(1).unwrap();
@@ -536,7 +534,7 @@ fn noise_in_the_rings_harms_nobody() {
             );
             machine.wait_for_call(2, Duration::from_millis(10));
         }
-        // Whether the first has been answered as well depends on the noise.
+        // The noise decides whether the first queue has an answer, too.
         machine.wait_for_call(1, Duration::from_millis(10));
         rustix::io::write(&machine.stop, b"!").unwrap();
         match machine.end() {
@@ -546,7 +544,7 @@ fn noise_in_the_rings_harms_nobody() {
     }
 }
 
-/// A kernel announces a write by a user who may not keep setuid.
+/// A kernel announces a write by a user that may not keep setuid.
 #[test]
 fn privileges_go_when_the_kernel_announces_a_write() {
     let mut machine = Machine::new();
@@ -556,7 +554,7 @@ fn privileges_go_when_the_kernel_announces_a_write() {
     assert_eq!(file.mode, 0o4755);
     assert_eq!(machine.ask(&message(4, file.ino, &[0; 88])), 0);
     assert_eq!(machine.overlay.getattr(file.ino).unwrap().mode, 0o755);
-    // By its handle, the kernel finds what it has forgotten.
+    // The kernel finds an inode that it has forgotten by its handle.
     assert_eq!(machine.ask(&lookup(file.ino, b".")), 0);
     assert_eq!(machine.ask(&lookup(dir, b"..")), 0);
 }
