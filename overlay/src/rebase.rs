@@ -1,25 +1,24 @@
-//! Carrying an upper over to another chain: the sandbox starts again on changed layers.
+//! Carries an upper over to another chain, when the sandbox starts again on changed layers.
 //!
-//! The upper says of some paths that they are otherwise than in its old lower. What it says stays,
-//! but where the layers themselves changed the path since, whichever of them it was: there the
-//! layers win. Otherwise a file of an older install that the sandbox has touched would stand among
-//! those of a newer one. So
+//! For some paths, the upper differs from its old lower. Its entries stay, except where any of the
+//! layers themselves changed the path since: there the layers win. Otherwise a file of an older
+//! install that the sandbox has touched would stand among the files of a newer one. So
 //!
-//! - a file or whiteout of the upper at a path that changed goes;
-//! - a directory of the upper at a path that changed keeps its other entries, and takes the lower's
-//!   metadata; if the lower has no directory there any more, it stays as long as the upper has
-//!   something to say in it;
-//! - where the sandbox had removed or replaced a directory in which something changed, that alone
-//!   shows again;
-//! - what the upper says of all other paths stays, whatever the new lower has there.
+//! - a file or whiteout of the upper at a changed path is dropped;
+//! - a directory of the upper at a changed path keeps its other entries, and takes the lower's
+//!   metadata; if the lower has no directory there any more, it stays as long as the upper has an
+//!   entry in it;
+//! - where the sandbox had removed or replaced a directory with changes in it, only the changed
+//!   paths show again;
+//! - the upper's entries at all other paths stay, independent of the new lower there.
 //!
 //! A path changed if the merged views of both chains differ there: see [`crate::differ`]. So a
-//! change that a layer above hides is none, and layers that merely changed their order change only
-//! what they have in common.
+//! change that a layer above hides does not count, and layers that only changed their order change
+//! only the paths that they share.
 //!
-//! Afterwards no record but those of directories has an origin, and every file whose data is an
-//! object names one that the new chain holds, and thereby pins, or the layer that the upper was
-//! made from; others are copied out of the store first.
+//! Afterwards only records of directories have an origin. Every file whose data is an object names
+//! an object that the new chain or the layer that the upper was made from contains, and thereby
+//! pins; the data of the others is copied out of the store first.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -44,8 +43,8 @@ use crate::view::Found;
 pub type OldLayer<'a> =
     dyn Fn(&LayerId) -> Result<Arc<Layer>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
-/// The state of the upper over `lower`, the merged `chain`, and how many files of the upper gave
-/// way to changed ones. Until it has been written down, the old one holds.
+/// The state of the upper over `lower`, the merged `chain`, and the number of files of the upper
+/// that gave way to changed ones. Until the state is written down, the log has the old one.
 pub(crate) fn rebase(
     opened: &mut Opened,
     known: &Chain,
@@ -64,7 +63,7 @@ pub(crate) fn rebase(
         .map(|id| old_layer(&LayerId::from_bytes(*id)))
         .collect::<Result<Vec<_>, _>>()
         .map_err(fail)?;
-    // The chain as the sandbox has seen it last: what an update brought is the project's.
+    // The chain as the sandbox saw it last: entries that an update added are the project's.
     let mut seen: Vec<Vec<Arc<Layer>>> = Vec::new();
     for id in opened.applied() {
         let project = old_layer(&LayerId::from_bytes(*id)).map_err(fail)?;
@@ -111,8 +110,8 @@ pub(crate) fn rebase(
     Ok((new, gave_way))
 }
 
-/// Copies out of the store what neither the new chain nor the layer that the upper was made from
-/// pins.
+/// Copies the objects out of the store that neither the new chain nor the layer that the upper was
+/// made from pins.
 fn materialise(
     new: &mut State,
     thawed: Option<&Layer>,
@@ -173,11 +172,11 @@ struct Carry<'a> {
     paths: HashSet<&'a [u8]>,
     old: &'a State,
     new: State,
-    /// The layers as the sandbox has seen them last.
+    /// The layers as the sandbox saw them last.
     seen: &'a Merged,
     /// The new numbers of leaves, by their old inode.
     leaves: HashMap<Ino, u64>,
-    /// Files of the upper that gave way, those that it had removed included.
+    /// Number of files of the upper that gave way, those that it had removed included.
     gave_way: u64,
 }
 
@@ -200,7 +199,7 @@ fn is_dir(lower: Option<Lower<'_>>) -> bool {
 }
 
 impl Carry<'_> {
-    /// What the old view knows of an inode.
+    /// The record of an inode in the old view.
     fn old_record(&self, ino: Ino) -> Result<Record, Errno> {
         Ok(match self.old.find(ino)? {
             Found::Upper(_, node) => node.record.clone(),
@@ -208,7 +207,7 @@ impl Carry<'_> {
         })
     }
 
-    /// Puts a new inode at a path whose directory is `dir`.
+    /// Adds a new inode as `name` to the directory `dir`.
     fn put(&mut self, dir: u64, name: &[u8], mut record: Record, nlink: u32) -> u64 {
         record.origin = None;
         record.nlink = nlink;
@@ -218,8 +217,8 @@ impl Carry<'_> {
         number
     }
 
-    /// The number of the directory at `path`, which is made, and those on the way, where there is
-    /// none.
+    /// The number of the directory at `path`, which is made, with its missing parents, if it is
+    /// missing.
     fn dir(&mut self, path: &[u8]) -> Result<u64, Errno> {
         if let Some(ino) = self.new.at_path(path)
             && self.new.find(ino)?.kind() == Kind::Dir
@@ -228,7 +227,7 @@ impl Carry<'_> {
         }
         let (parent, name) = split(path);
         let parent = self.dir(parent)?;
-        // Whoever needs the directory has it from the old view, or from the new lower.
+        // Every caller has the directory from the old view or from the new lower.
         let from_old = self.old.at_path(path).map(|ino| self.old_record(ino));
         let from_new = || {
             let lower = self.new.lower.lookup_path(path)?;
@@ -255,8 +254,7 @@ impl Carry<'_> {
     }
 
     fn walk(&mut self) -> Result<(), Errno> {
-        // A directory is done before what is in it, and either as a lower one with changes or in
-        // full.
+        // A directory comes before its entries, either as a lower one with changes or in full.
         let mut pending = vec![(ROOT, Vec::new())];
         let touched = touched(self.old);
         while let Some((ino, path)) = pending.pop() {
@@ -270,7 +268,7 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// A lower directory at its own place: what the upper says in it.
+    /// Carries over the upper's changes in a lower directory that is at its own place.
     fn changed_dir(
         &mut self,
         ino: Ino,
@@ -328,7 +326,7 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// A directory that is the upper's own, or moved: everything in it.
+    /// Carries over everything in a directory that is the upper's own, or was moved.
     fn whole_dir(
         &mut self,
         ino: Ino,
@@ -347,7 +345,7 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// The upper says that `ino` is at `path`.
+    /// Carries over the inode `ino`, which the upper has at `path`.
     fn entry(
         &mut self,
         ino: Ino,
@@ -383,7 +381,7 @@ impl Carry<'_> {
             return Ok(());
         }
         let own = self.old.lower.lookup_path(&path).map(|lower| lower.ino) != Some(ino);
-        // A directory that the project removed comes back with its first entry, if it has one.
+        // A directory that the project removed returns with its first entry, if it has one.
         if own && !(changed && here.is_none()) {
             let mut record = record;
             if changed && let Some(here) = here {
@@ -400,7 +398,7 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// Whether the new lower shows such a file already: an update of the project may have brought
+    /// Whether the new lower already shows an equal file: an update of the project may have added
     /// it.
     fn is_shown(&self, path: &[u8], record: &Record, here: Lower<'_>) -> bool {
         let lower = lower_record(&self.new.lower, here);
@@ -412,8 +410,8 @@ impl Carry<'_> {
             && self.new.at_path(path) == Some(here.ino)
     }
 
-    /// Shows a directory of the new lower that the sandbox had removed or replaced, without what is
-    /// in it: of that, [`Carry::expose`] shows what changed.
+    /// Shows a directory of the new lower that the sandbox had removed or replaced, without its
+    /// entries: [`Carry::expose`] then shows the changed ones.
     fn empty_dir(&mut self, path: &[u8]) -> Result<(), Errno> {
         let Some(here) = self.new.lower.lookup_path(path) else {
             return Ok(());
@@ -427,8 +425,8 @@ impl Carry<'_> {
         Ok(())
     }
 
-    /// Whether the layers that the sandbox has seen last had such a file there: an update brought
-    /// it, and the sandbox did not change it.
+    /// Whether the layers that the sandbox saw last had an equal file there: an update added it,
+    /// and the sandbox did not change it.
     fn was_shown(&self, path: &[u8], record: &Record) -> bool {
         let Some(there) = self.seen.lookup_path(path) else {
             return false;
@@ -438,7 +436,7 @@ impl Carry<'_> {
         kept(record) == kept(&was) && record.xattrs == was.xattrs && record.body == was.body
     }
 
-    /// The number of files of the upper's own in one of its directories.
+    /// The number of the upper's own files in a directory of the upper.
     fn files_in(&self, dir: Ino) -> Result<u64, Errno> {
         let mut files = 0;
         let mut pending = vec![dir];
@@ -459,7 +457,7 @@ impl Carry<'_> {
         Ok(files)
     }
 
-    /// Shows again what the new lower has at `path`.
+    /// Shows the new lower's entry at `path` again.
     fn expose(&mut self, path: &[u8]) -> Result<(), Errno> {
         let lower = self.new.lower.clone();
         let Some(there) = lower.lookup_path(path) else {
@@ -500,7 +498,7 @@ impl Carry<'_> {
     }
 }
 
-/// The lower inodes that have a record, and the directories on the way to them.
+/// The lower inodes that have a record, and the directories on their paths.
 fn touched(state: &State) -> HashSet<Ino> {
     let mut touched = HashSet::new();
     for (_, node) in state.nodes() {

@@ -27,7 +27,6 @@ const TO_DO: &[&str] = &[
     "engine/src/worker/program.rs",
     "engine/src/worker/session.rs",
     "engine/src/worker/snapshot.rs",
-    "overlay/src/rebase.rs",
     "overlay/tests/overlay/kernel.rs",
     "overlay/tests/overlay/rebase.rs",
     "store/tests/",
