@@ -29,7 +29,6 @@ const TO_DO: &[&str] = &[
     "engine/src/worker/snapshot.rs",
     "overlay/tests/overlay/kernel.rs",
     "overlay/tests/overlay/rebase.rs",
-    "store/tests/",
 ];
 
 /// Most columns of a line.

@@ -1,4 +1,4 @@
-//! Where the bytes are: the sums, against what the filesystem and a slow count say.
+//! Accounts of bytes, compared with the filesystem and with a slow count.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -27,7 +27,7 @@ fn blocks(path: &Path) -> u64 {
         .sum::<u64>()
 }
 
-/// What `du` says, where there is one that counts in bytes.
+/// The count of `du`, where one that counts in bytes is installed.
 fn du(path: &Path) -> Option<u64> {
     let run = Command::new("du")
         .args(["-s", "--block-size=1"])
@@ -59,7 +59,7 @@ fn parts(store: &Store, id: &LayerId) -> BTreeMap<ObjectId, u64> {
     parts
 }
 
-/// What only the layers of `own` have, and what `others` have too.
+/// Bytes of only the layers of `own`, and bytes that the layers of `others` share.
 fn split(store: &Store, own: &[LayerId], others: &[LayerId]) -> (u64, u64) {
     let union = |ids: &[LayerId]| -> BTreeMap<ObjectId, u64> {
         ids.iter().flat_map(|id| parts(store, id)).collect()
@@ -230,7 +230,7 @@ fn leases_of_the_living_are_roots() {
     assert_eq!(roots(), []);
     let lease = store.lease("dev my-worker").unwrap();
     lease.pin(&[layer]).unwrap();
-    // What a process that was killed leaves.
+    // A process that was killed leaves these files.
     let dead = format!("iii-lease 1 x\nlayer {layer}\n");
     std::fs::write(dir.path().join("leases/dead"), dead).unwrap();
     let purpose = "dev my-worker".to_owned();
@@ -267,7 +267,7 @@ fn trash_is_counted_as_such() {
         .find(|area| area.name == "trash")
         .unwrap();
     assert_eq!(account.in_trash, trash.bytes + "only in trash".len() as u64);
-    // To count is no use: what is in the trash stays there.
+    // Counting brings nothing back: an object in the trash stays there.
     assert_eq!(store.layer_ids().unwrap(), [kept.layer_id]);
 
     gc(Duration::ZERO);

@@ -1,5 +1,5 @@
-//! The fuzz targets' checks over their committed corpus, and over bytes near it: what a toolchain
-//! without a fuzzer can do.
+//! The fuzz targets' checks over their committed corpus, and over bytes near it: as much as a
+//! toolchain without a fuzzer can run.
 
 use std::fs;
 use std::path::PathBuf;
@@ -210,7 +210,7 @@ fn outboards() -> Vec<Vec<u8>> {
     [1 << 20, (1 << 20) + 1, (1 << 21) - 1].map(outboard).into()
 }
 
-/// The seeds are what the encoders write today: a format that changes shows here, too.
+/// The seeds are the encoders' output of today: a change of a format shows here, too.
 #[test]
 fn seeds_are_current() {
     for (target, seeds) in [

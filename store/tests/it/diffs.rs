@@ -71,7 +71,7 @@ pub fn tree() -> impl Strategy<Value = Tree> {
     })
 }
 
-/// Does to `tree` what `change` says, with `new` as the source of what is new.
+/// Applies `change` to `tree`, with `new` as the source of new nodes.
 fn apply(tree: &mut Tree, change: &Change, new: &Tree) {
     let Some(cut) = change
         .path
@@ -92,7 +92,7 @@ fn apply(tree: &mut Tree, change: &Change, new: &Tree) {
         panic!("{change:?} in something that is not a directory");
     };
     if change.kind == ChangeKind::Removed {
-        // What is in a directory goes with it, and is listed after it.
+        // The entries of a directory are removed with it, and are listed after it.
         dir.entries.remove(name);
         return;
     }
@@ -114,7 +114,7 @@ fn apply(tree: &mut Tree, change: &Change, new: &Tree) {
     }
 }
 
-/// What is removed first, the deepest first, so that nothing is made on the way.
+/// The removed paths first, the deepest first, so that no step makes a directory on its way.
 fn in_order(mut changes: Vec<Change>) -> Vec<Change> {
     let (mut removed, others): (Vec<_>, Vec<_>) = changes
         .drain(..)
@@ -169,7 +169,7 @@ proptest! {
         let mismatch = facts.iter().find(|fact| fact.seen.how().at(new.lookup(&fact.path)) != fact.seen);
         prop_assert_eq!(first_mismatch(&facts, new.root()), mismatch);
         let same = mismatch.is_none();
-        // The digest of the answers tells the same.
+        // The digest of the answers agrees.
         sort(&mut facts);
         let looks: Vec<_> = facts.iter().map(Fact::look).collect();
         for (layer, holds) in [(&old, true), (&new, same)] {

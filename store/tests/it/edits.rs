@@ -1,8 +1,8 @@
-//! Thousands of edits of one project: the number of files decides nothing, neither what an
-//! operation costs nor whether it works.
+//! Thousands of edits of one project: neither the cost of an operation nor its success depends on
+//! the number of files.
 //!
-//! `III_STORE_EDITS` says how many edits there are: `III_STORE_EDITS=100000 cargo test --release -p
-//! iii-store --test it edits:: -- --nocapture` also prints what each operation took.
+//! `III_STORE_EDITS` is the number of edits: `III_STORE_EDITS=100000 cargo test --release -p
+//! iii-store --test it edits:: -- --nocapture` also prints the cost of each operation.
 
 use std::fs;
 use std::io;
@@ -24,18 +24,18 @@ use crate::workload::scratch;
 const EDITS: usize = 600;
 const EDITS_VARIABLE: &str = "III_STORE_EDITS";
 const DIR_VARIABLE: &str = "III_STORE_EDITS_DIR";
-/// Descriptors of the process that works on a store that nobody has collected.
+/// Descriptors of the process that works on a store that was never collected.
 const DESCRIPTORS: u64 = 200;
-/// Small packs that a store may have at most: each is looked at when the indexes are.
+/// Most small packs of a store: each refresh of the indexes opens all of them.
 const MAX_SMALL_PACKS: usize = 48;
-/// Layers that nothing keeps that a store may have at most.
+/// Most layers of a store that no name keeps.
 const MAX_DEAD_LAYERS: usize = 32;
-/// Calls that looking at the index of one pack takes.
+/// Calls for one pack in a refresh of the indexes.
 const CALLS_FOR_A_PACK: usize = 4;
-/// Calls that counting, or collecting, one file takes at most.
+/// Most calls to count, or to collect, one file.
 const CALLS_TO_COUNT: usize = 16;
 const CALLS_TO_COLLECT: usize = 32;
-/// Files of the project: in the ordinary tests, and where so many edits are asked for.
+/// Files of the project: in the ordinary tests, and with `III_STORE_EDITS`.
 const FILES: usize = 50;
 const MANY_FILES: usize = 1000;
 
@@ -52,7 +52,7 @@ struct Counter {
     mapped: AtomicUsize,
 }
 
-/// Mappings are counted at every call of so many.
+/// Mappings are counted once in this many calls.
 const STRIDE: usize = 97;
 
 impl Hook for Counter {
@@ -118,7 +118,7 @@ fn project(files: u64) -> tempfile::TempDir {
     project
 }
 
-/// What the program does after each edit.
+/// The program's work after each edit.
 fn collect_if_many(store: &Store) -> bool {
     let many = store.has_many_files().unwrap();
     if many {
@@ -135,7 +135,7 @@ fn policy() -> Policy {
     }
 }
 
-/// What the operations cost of which each must cost the same however many edits there were.
+/// The costs that must not depend on the number of edits.
 #[derive(Debug, Clone, Copy)]
 struct Costs {
     /// Calls, and time.
@@ -152,7 +152,7 @@ fn costs(dir: &Path, project: &Path) -> Costs {
         work(&store);
         (counter.0.calls.load(Ordering::Relaxed), begun.elapsed())
     };
-    // Whatever is young is read once more.
+    // Young files are read once more.
     let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
     while take(&store, project).read > 0 {}
     Costs {
@@ -203,9 +203,9 @@ fn what_an_operation_costs_does_not_depend_on_the_number_of_edits() {
     let before = costs(fresh.path(), project.path());
     let after = costs(dir.path(), project.path());
     eprintln!("fresh: {before:#?}\nafter {edits} edits: {after:#?}");
-    // Nothing is looked for in the packs.
+    // No lookup reaches the packs.
     assert_eq!(after.unchanged.0, before.unchanged.0);
-    // The packs that collections leave alone, and the layers that wait in the trash, which are
+    // The packs that collections leave alone, and the layers that wait in the trash; both are
     // bounded.
     let files = MAX_SMALL_PACKS + MAX_DEAD_LAYERS + MAX_TRASHED_LAYERS;
     let open = MAX_SMALL_PACKS * CALLS_FOR_A_PACK;
@@ -215,11 +215,11 @@ fn what_an_operation_costs_does_not_depend_on_the_number_of_edits() {
     check_whole(dir.path());
 }
 
-/// Edits of which a store of its own is made, before its files move: a publication lists the packs
-/// that are there, and so costs more the more there are.
+/// Edits that each get a store of their own, before their files move: a publication lists the
+/// existing packs, so its cost grows with their number.
 const BATCH: usize = 200;
 
-/// A store that earlier programs have never collected.
+/// A store of earlier programs, which never collected it.
 fn neglected(dir: &Path, edits: usize) {
     drop(Store::open_on(dir, Arc::new(NoSync)).unwrap());
     let mut last = None;
@@ -260,7 +260,7 @@ fn no_limit_of_the_kernel_is_reached() {
     assert!(said.contains("worked within the limits"), "{said}");
 }
 
-/// Not a test: what the process does that has few descriptors.
+/// Not a test: the work of the process with few descriptors.
 #[test]
 #[ignore = "run by the test beside it"]
 fn within_limits() {

@@ -1,5 +1,5 @@
-//! Every call is made to fail in turn. Whatever fails: what was promised is there, what has a name
-//! is whole, and the same work done again succeeds.
+//! Every call fails in turn. After each failure, every promise holds, every file with a name is
+//! whole, and the same work succeeds when it is repeated.
 
 use std::error::Error;
 use std::io;
@@ -23,14 +23,14 @@ enum Fault {
     NoSpace,
     /// One write stores half of its bytes and fails.
     ShortWrite,
-    /// One read gives half of what it could. That is no failure.
+    /// One read returns half of the bytes it could. That is no failure.
     ShortRead,
     /// This call and all that follow fail: the process might as well be dead.
     Death,
 }
 
 impl Fault {
-    /// Whether this can happen to a call.
+    /// Whether this fault can happen to a call.
     fn befalls(self, call: &Call<'_>) -> bool {
         match self {
             Self::Io | Self::Death => true,
@@ -41,13 +41,13 @@ impl Fault {
     }
 }
 
-/// Has the call number `at`, of those that this can happen to, fail.
+/// Fails call number `at` of the calls to which the fault can happen.
 #[derive(Debug)]
 struct Failing {
     fault: Fault,
     at: AtomicI64,
     calls: AtomicI64,
-    /// What failed.
+    /// The call that failed.
     failed: Mutex<Option<String>>,
     short: AtomicI64,
 }
@@ -106,7 +106,7 @@ impl Hook for Failing {
     }
 }
 
-/// Whether this is what a failed call leads to.
+/// Whether the error is an expected result of a failed call.
 fn is_known(err: &(dyn Error + 'static)) -> bool {
     let mut cause = err;
     while let Some(next) = cause.source() {
@@ -116,7 +116,7 @@ fn is_known(err: &(dyn Error + 'static)) -> bool {
     cause.is::<io::Error>() || text.contains("cannot be read")
 }
 
-/// One after the other, every call of the work meets with this.
+/// The fault happens to every call of the work, one after the other.
 fn befall(fault: Fault, work: Work) {
     let project = project();
     let template = scratch();
@@ -151,7 +151,7 @@ fn befall(fault: Fault, work: Work) {
                     "{text}"
                 );
             }
-            // Whoever comes next finds a store that is whole, cleans up, and does the work.
+            // The next process finds a store that is whole, cleans up, and does the work.
             check(work, &dir, project.path(), &promised);
         }));
         if let Err(panic) = looked {
@@ -235,8 +235,8 @@ fn add_large(ingest: &iii_store::Ingest<'_>, number: u8) -> Result<(), StoreErro
     ingest.add_bytes(&bytes).map(drop)
 }
 
-/// Whichever call fails first, in the background or not: every later call, and the end, tell of
-/// that one, with its path and its cause.
+/// Whichever call fails first, in the background or not: every later call, and the end, report that
+/// failure, with its path and its cause.
 #[test]
 fn the_first_failure_of_an_ingest_is_the_one_that_is_told() {
     for fails in ["create", "write_at", "sync"] {
@@ -263,7 +263,7 @@ fn the_first_failure_of_an_ingest_is_the_one_that_is_told() {
     }
 }
 
-/// Has one call of a kind fail, once it is armed, with an error that is told from those that
+/// Once armed, fails one call of a kind, with an error that differs from those of the calls that
 /// follow.
 #[derive(Debug)]
 struct FailingOnce {
@@ -287,7 +287,8 @@ impl Hook for FailingOnce {
     }
 }
 
-/// On a full disk, say: there it would take what room there is, and stay until leases are swept.
+/// On a full disk, for example: the file would take the remaining room there, and stay until leases
+/// are swept.
 #[test]
 fn a_lease_that_cannot_be_taken_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Every byte of a store is flipped in turn: verification finds it, and whatever is read is an
-//! error or what was stored.
+//! Every byte of a store is flipped in turn: verification finds it, and every read is an error or
+//! returns the stored bytes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +16,7 @@ use iii_store::{
 
 use crate::helpers::{NoSync, add_files, noise};
 
-/// What is in the store.
+/// The contents of the store.
 pub struct Sample {
     layers: BTreeMap<LayerId, Tree>,
     objects: BTreeMap<ObjectId, Vec<u8>>,
@@ -32,7 +32,7 @@ pub fn verify(store: &Store, data: bool) -> Report {
     store.verify(VerifyOptions { data }, &|_| {}).unwrap()
 }
 
-/// Puts something of every kind into the store in `dir`. Doing it again changes nothing.
+/// Stores something of every kind in the store in `dir`. Repeating it changes nothing.
 pub fn fill(dir: &Path) -> Result<Sample, Box<dyn std::error::Error>> {
     let store = open(dir)?;
     let lease = store.lease("test")?;
@@ -98,19 +98,19 @@ pub fn fill(dir: &Path) -> Result<Sample, Box<dyn std::error::Error>> {
     Ok(sample)
 }
 
-/// Reads everything that there was. What can be read is what was stored. Returns how many reads
-/// failed.
+/// Reads everything that was stored. Every successful read returns the stored bytes. Returns the
+/// number of failed reads.
 pub fn read_all(store: &Store, sample: &Sample) -> usize {
     let mut failed = 0;
     for (id, tree) in &sample.layers {
         match store.layer(id) {
-            // The links are numbered anew by the encoding, and there are none.
+            // The encoding numbers the links anew, and the tree has none.
             Ok(layer) => assert!(layer.to_tree() == *tree, "layer {id}"),
             Err(_) => failed += 1,
         }
     }
     for (id, bytes) in &sample.objects {
-        // In one piece, and in others.
+        // In one piece, and in several.
         match store.object(id).map(|blob| (blob.read_all(1 << 30), blob)) {
             Ok((Ok(read), blob)) => {
                 assert!(read == *bytes, "object {id}");
@@ -152,7 +152,7 @@ pub fn read_all(store: &Store, sample: &Sample) -> usize {
     failed
 }
 
-/// The files of the store that hold something, relative to it. Nothing reads the reserve.
+/// The files of the store that hold data, relative to it. No operation reads the reserve.
 pub fn stored_files(dir: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut dirs = vec![PathBuf::new()];
@@ -199,7 +199,7 @@ fn flip_all(stride: usize, masks: &[u8]) {
     let mut flips = Vec::new();
     for file in stored_files(dir.path()) {
         let len = fs::metadata(dir.path().join(&file)).unwrap().len() as usize;
-        // A megabyte tells no more than its groups, its ends, and some bytes between.
+        // Of a large file, its ends and some bytes between are enough.
         let step = if len as u64 > LOOSE_MIN {
             40_009
         } else {

@@ -1,4 +1,4 @@
-//! A disk without a free block or inode: what frees space works there.
+//! A disk without a free block or inode: the operations that free space work there.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -19,7 +19,7 @@ use crate::workload::{causes, project, scratch};
 const BLOCK: u64 = 4096;
 const DIR: &str = "III_STORE_TEST_FULL";
 
-/// A disk with so many free inodes and blocks.
+/// A disk with this many free inodes and blocks.
 #[derive(Debug)]
 struct Small(Mutex<Free>);
 
@@ -118,7 +118,7 @@ fn collect(store: &Store, policy: &Policy) -> Result<(), StoreError> {
     store.gc(&plan, &|_| ()).map(drop)
 }
 
-/// That all that can go is gone, and what is kept is whole.
+/// Asserts that all garbage is gone, and that the kept layer is whole.
 fn assert_collected(dir: &Path, kept: LayerId, case: &str) {
     assert_eq!(names(&dir.join("layers")), [kept.to_string()], "{case}");
     for empty in ["trash", "tmp", "leases", "locks", "loose", "keys"] {
@@ -189,7 +189,7 @@ fn without_a_reserve_what_was_interrupted_goes() {
     assert_collected(dir.path(), kept, "leftovers");
 }
 
-/// Nothing can be done, and that is said; nothing is lost.
+/// No operation can succeed, each reports that, and nothing is lost.
 #[test]
 fn without_anything_to_give_up_the_error_is_that_of_the_disk() {
     let dir = scratch();
@@ -213,7 +213,7 @@ fn a_ref_of_any_kind_can_be_removed() {
         let (store, disk) = open_full(dir.path(), NONE);
         assert!(store.remove_ref(kind, "gone").unwrap(), "{kind:?}");
         assert_eq!(store.get_ref(kind, "gone").unwrap(), None);
-        // As long as there is no room, there is less in reserve.
+        // While the disk is full, the reserve stays smaller.
         *disk.0.0.lock().unwrap() = NONE;
         assert!(store.remove_ref(RefKind::Image, "kept").unwrap());
     }
@@ -267,7 +267,7 @@ fn a_real_filesystem_that_is_full_can_be_cleared() {
     }
 }
 
-/// Not a test: what runs on the small filesystem.
+/// Not a test: the work on the small filesystem.
 #[test]
 #[ignore = "run by the test beside it"]
 fn inside() {
@@ -297,7 +297,7 @@ fn inside() {
     eprintln!("cleared");
 }
 
-/// Takes every inode and every block that is left.
+/// Takes every free inode and every free block.
 fn exhaust(mount: &Path) {
     let mut number = 0;
     let dir = loop {

@@ -1,4 +1,4 @@
-//! What a collection keeps, what it frees, and when.
+//! The choices of a collection: which layers it keeps, which it frees, and when.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -81,7 +81,7 @@ fn layers(store: &Store) -> Vec<String> {
     names(&store.dir().join("layers"))
 }
 
-/// Nothing but the directories is left in these.
+/// Asserts that these directories are empty.
 fn assert_empty(dir: &Path, kinds: &[&str]) {
     for kind in kinds {
         let left = names(&dir.join(kind));
@@ -127,11 +127,11 @@ fn what_nobody_names_goes_and_the_rest_stays() {
     assert_eq!(layers(&store), [kept.layer_id.to_string()]);
     assert_empty(dir.path(), &["loose", "trash", "tmp", "leases", "locks"]);
     assert_eq!(check_whole(dir.path()), 1);
-    // Nothing is left to be done.
+    // The next collection has nothing to do.
     let (plan, report) = collect(&store, &at_once());
     assert!(plan.layers.is_empty() && plan.objects == 0);
     assert_eq!(report, GcReport::default());
-    // What went can be built again.
+    // The collected layer can be built again.
     assert_eq!(publish(&store, &large).unwrap().layer_id, garbage.layer_id);
     assert_eq!(check_whole(dir.path()), 2);
 }
@@ -140,7 +140,7 @@ fn what_nobody_names_goes_and_the_rest_stays() {
 fn a_store_that_nobody_uses_is_not_emptied() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    // Nothing at all is fine.
+    // An empty store is fine.
     collect(&store, &at_once());
     publish(&store, &files(&[("a", "a")])).unwrap();
     let refused = store.plan_gc(&at_once());
@@ -310,7 +310,7 @@ fn objects_wait_for_an_ingest_that_may_have_found_them() {
     ]
     .into();
     publish(&store, &files).unwrap();
-    // Another process, as it were: it has its own idea of which objects there are.
+    // As in another process: this store has its own view of the existing objects.
     let other = Store::open(dir.path()).unwrap();
     let lease = other.lease("writer").unwrap();
     let ingest = other.ingest(&lease).unwrap();
@@ -363,7 +363,7 @@ fn packs_that_are_mostly_dead_are_rewritten() {
     all.retain(|name, _| name.ends_with(b"7"));
     let few = publish(&store, &all).unwrap();
     set_ref(&store, "few", &[&few]);
-    // Somebody who has the old pack open reads on.
+    // A reader that has the old pack open reads on.
     let reader = Store::open(dir.path()).unwrap();
     let opened = reader.layer(&few.layer_id).unwrap();
     let object = ObjectId::of(&noise(5000, 7));
@@ -395,7 +395,7 @@ fn many_small_packs_become_one() {
     assert_eq!(report.packs_rewritten, 0);
 }
 
-/// Each of these is what a crash leaves.
+/// A crash leaves each of these.
 #[test]
 fn leftovers_go() {
     let dir = tempfile::tempdir().unwrap();
@@ -448,7 +448,7 @@ fn leftovers_go() {
     assert_eq!(check_whole(dir.path()), 1);
 }
 
-/// It would stay for good, if its age began anew with every collection.
+/// The pack would stay for good if its age began anew with every collection.
 #[test]
 fn a_generation_of_unknown_age_goes() {
     let dir = tempfile::tempdir().unwrap();
@@ -522,8 +522,8 @@ fn one_collection_at_a_time() {
     });
 }
 
-/// A collection that takes an object back may leave it in two packs; the next one writes the one
-/// anew, which gives the other.
+/// A collection that brings an object back may leave it in two packs; the next one rewrites one of
+/// them, which frees the other.
 #[test]
 fn objects_that_are_there_twice_survive() {
     // Which of the packs counts depends on their ids.

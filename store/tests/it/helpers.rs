@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers that the tests share.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -144,8 +144,8 @@ pub fn read_back(store: &Store, layer: &Layer) -> Files {
     files
 }
 
-/// Every name of the store means durable and whole: all layers open, and all that they name is
-/// there. Returns how many layers there are.
+/// Asserts that every layer opens and that every object it names exists: a name means durable and
+/// whole. Returns the number of layers.
 pub fn check_whole(dir: &Path) -> usize {
     let store = Store::open(dir).unwrap();
     let layers: Vec<_> = names(&dir.join("layers"));
@@ -185,8 +185,8 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Files longer than this are not copied but linked: no store writes to a file that is there.
-/// Shorter ones may be locked.
+/// Longer files are linked instead of copied: no store writes to an existing file. Shorter ones may
+/// be locked.
 pub const LINKED: u64 = 4096;
 
 /// Copies a store.

@@ -1,8 +1,8 @@
 //! Processes that store, name, pin, read and collect at once, and are killed at random.
 //!
-//! Each process is this test binary, told by its environment what to do. What one of them has
-//! pinned and found must be whole as long as it holds it; in the end, nothing in use is lost and
-//! nothing is left behind.
+//! Each process is this test binary, with its task in its environment. A layer that one of them has
+//! pinned and found must be whole as long as the process holds it; in the end, nothing in use is
+//! lost and no garbage remains.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,7 +25,7 @@ const DIR: &str = "III_STORE_KILLS_DIR";
 const SEED: &str = "III_STORE_KILLS_SEED";
 const PROCESSES: u64 = 8;
 
-/// All contents that there are, so that much of what is stored is there already.
+/// All contents of the test: few, so that much of the stored data exists already.
 fn content(number: u64) -> Vec<u8> {
     let len = match number {
         0..24 => number * 10,
@@ -38,8 +38,7 @@ fn content(number: u64) -> Vec<u8> {
 
 const CONTENTS: u64 = 36;
 
-/// What this process holds: a lease, the layers that it has found whole, and the store as it saw it
-/// then.
+/// The holdings of this process: a lease, the layers that it found whole, and the store as of then.
 struct Held {
     store: Store,
     _lease: Lease,
@@ -57,11 +56,11 @@ struct Busy {
 const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 
 fn open(dir: &Path) -> Store {
-    // A killed process loses nothing that it has given to the kernel.
+    // A killed process loses nothing that it passed to the kernel.
     Store::open_on(&dir.join("store"), Arc::new(NoSync)).unwrap()
 }
 
-/// A policy that keeps nothing that it need not keep.
+/// A policy that keeps as little as possible.
 pub fn greedy() -> Policy {
     Policy {
         keep: Duration::ZERO,
@@ -84,7 +83,7 @@ impl Busy {
         KeyId::from_bytes([self.pick(4) as u8; 32])
     }
 
-    /// Keeps layers that are there and pinned, and looks at them now and then.
+    /// Keeps existing, pinned layers, and checks them now and then.
     fn hold(&mut self, lease: Lease, layers: &[LayerId]) {
         let opened = layers.iter().map(|layer| self.store.layer(layer).unwrap());
         self.held.push(Held {
@@ -98,7 +97,7 @@ impl Busy {
         }
     }
 
-    /// What is held is whole, for who has been here all the time and for who comes now.
+    /// The held layers are whole, both in the old view of the store and in a new one.
     fn look(&mut self) {
         let now = open(&self.dir);
         for held in &self.held {
@@ -171,7 +170,7 @@ impl Busy {
         self.hold(lease, &[published.layer_id]);
     }
 
-    /// Uses what a name stands for.
+    /// Uses the layers of a name.
     fn use_ref(&mut self) {
         let name = self.name();
         let lease = self.store.lease("use").unwrap();
@@ -179,13 +178,13 @@ impl Busy {
             return;
         };
         lease.pin(&content.layers).unwrap();
-        // Once it is pinned, a name that still stands for it keeps it until the pin does.
+        // If the name still has these layers after the pin, it kept them until the pin did.
         if self.store.get_ref(RefKind::Worker, name).unwrap() == Some(content.clone()) {
             self.hold(lease, &content.layers);
         }
     }
 
-    /// Uses what a recipe made, if that is still there.
+    /// Uses the result of a recipe, if it still exists.
     fn use_record(&mut self) {
         let key = self.key();
         let lease = self.store.lease("use").unwrap();
@@ -209,7 +208,7 @@ impl Busy {
         }
     }
 
-    /// What the program does after each edit: layers wait in the trash then.
+    /// The program's work after each edit: layers wait in the trash then.
     fn collect_if_many(&mut self) {
         if !self.store.has_many_files().unwrap() {
             return;
@@ -243,7 +242,7 @@ impl Busy {
     }
 }
 
-/// Not a test: what each process does until it is killed.
+/// Not a test: the work of each process until it is killed.
 #[test]
 #[ignore = "run by the test beside it"]
 fn one_of_them() {
@@ -289,7 +288,7 @@ fn start(dir: &Path, seed: u64) -> Process {
 }
 
 impl Process {
-    /// Kills it; it must not have ended by itself.
+    /// Kills the process, which must not have ended by itself.
     fn kill(mut self) {
         let ended = self.child.try_wait().unwrap();
         self.child.kill().unwrap();
@@ -353,7 +352,7 @@ fn kill_for(time: Duration) {
     assert_nothing_leaked(&store);
 }
 
-/// After a collection, all that is left is what refs need.
+/// After a collection, only the layers that refs need remain.
 pub fn assert_nothing_leaked(store: &Store) {
     // A collection refuses to empty a store.
     let lease = store.lease("test").unwrap();
@@ -366,7 +365,7 @@ pub fn assert_nothing_leaked(store: &Store) {
     };
     store.set_ref(RefKind::Image, "root", &content).unwrap();
     drop(lease);
-    // What the first one takes out may wait for the second.
+    // The garbage of the first collection may wait for the second.
     for _ in 0..2 {
         let plan = store.plan_gc(&greedy()).unwrap();
         store

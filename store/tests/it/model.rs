@@ -1,10 +1,10 @@
 //! Writers, readers and collections, interleaved call by call.
 //!
 //! The code is the real one. Each actor runs in a thread of its own, on a disk that stops before
-//! every call that others could notice until the scheduler lets it go on, so that one runs at a
-//! time and a schedule is a list of numbers. Explored are all schedules with few preemptions, and
-//! random ones. A lock is never waited for in the kernel: who would wait is not let go on before
-//! the lock is free, and if nobody can go on, that is found.
+//! every call that other actors could notice until the scheduler resumes the actor. So one actor
+//! runs at a time, and a schedule is a list of numbers. The tests explore all schedules with few
+//! preemptions, and random ones. No actor waits for a lock in the kernel: the scheduler resumes it
+//! only once the lock is free, and reports the case that no actor can continue.
 
 use std::fs;
 use std::io;
@@ -24,18 +24,18 @@ use crate::workload::{Random, causes, scratch};
 
 #[derive(Debug)]
 enum Status {
-    /// Has not come to its first call yet.
+    /// Before its first call.
     Starting,
-    /// Stands before a call, which takes this lock.
+    /// Stopped before a call, which takes this lock.
     Waiting(Option<PathBuf>),
     Running,
     Done,
 }
 
-/// Who goes on where there is a choice.
+/// How the scheduler chooses the actor to resume.
 #[derive(Debug, Clone)]
 enum Choice {
-    /// Whoever was running; at the choices with these numbers, these others instead.
+    /// The actor that was running; at the choices with these numbers, these other actors instead.
     Preempt(Vec<(usize, usize)>),
     /// The actor with the highest priority; at the choices with these numbers, the running one
     /// comes last from then on.
@@ -45,7 +45,7 @@ enum Choice {
 /// A choice that was made.
 #[derive(Debug)]
 struct Made {
-    /// Who could have gone on.
+    /// The actors that could have continued.
     enabled: Vec<usize>,
     chosen: usize,
 }
@@ -57,7 +57,7 @@ struct State {
     turn: Option<usize>,
     choice: Choice,
     made: Vec<Made>,
-    /// Nobody can go on.
+    /// No actor can continue.
     stuck: bool,
     log: Vec<(usize, String)>,
 }
@@ -76,7 +76,7 @@ fn is_free(path: &Path) -> bool {
 }
 
 impl State {
-    /// Lets somebody go on, if all stand still.
+    /// Resumes one actor, if all are stopped.
     fn choose(&mut self) {
         let busy = |actor: &Status| matches!(actor, Status::Starting | Status::Running);
         if self.turn.is_some() || self.actors.iter().any(busy) {
@@ -104,7 +104,7 @@ impl State {
         };
         let chosen = match &mut self.choice {
             Choice::Preempt(at) => {
-                // What a run does may depend on how long it takes: it need not fit its schedule.
+                // A run may depend on timing, so it need not fit its schedule.
                 let other = at.iter().find(|(at, _)| *at == number);
                 let other = other.map(|(_, actor)| *actor);
                 other
@@ -145,7 +145,7 @@ impl Scheduler {
         self.state.lock().unwrap()
     }
 
-    /// Waits until the actor may go on.
+    /// Waits until the scheduler resumes the actor.
     fn pass(&self, actor: usize, call: &Call<'_>) -> io::Result<()> {
         let mut state = self.state();
         let lock = match call {
@@ -182,10 +182,11 @@ struct Turnstile {
     actor: usize,
 }
 
-/// Whether others can notice the call, or it can notice what others do.
+/// Whether other actors can notice the call, or it can notice their calls.
 fn is_seen(call: &Call<'_>) -> bool {
     match call {
-        // What is being written has a name that is nobody else's. A lease is read by others.
+        // A file that is being written has a name of its writer alone. Other actors read leases,
+        // though.
         Call::Write(file, ..) => {
             let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
             path.is_ok_and(|path| path.parent().is_some_and(|dir| dir.ends_with("leases")))
@@ -210,12 +211,12 @@ impl Hook for Turnstile {
     }
 }
 
-/// What everybody knows of the store that a scenario begins with.
+/// The store at the start of a scenario, as all actors know it.
 #[derive(Debug)]
 struct Known {
-    /// A layer that nobody needs, of small files and a large one.
+    /// A layer that no name needs, of small files and a large one.
     garbage: LayerId,
-    /// A layer that a record keeps until somebody wants space.
+    /// A layer that a record keeps until a collection needs space.
     recorded: LayerId,
     plan: GcPlan,
 }
@@ -250,7 +251,7 @@ fn set_ref(store: &Store, name: &str, layer: LayerId) -> Result<(), StoreError> 
 /// Packs that a collection leaves alone, and one more.
 const MANY: u64 = 7;
 
-/// With `many`, there are as many small packs as a collection merges, all of whose objects are
+/// With `many`, the store has as many small packs as a collection merges, all of whose objects are
 /// needed.
 fn prepare(dir: &Path, many: bool) -> Known {
     let store = Store::open_on(dir, Arc::new(NoSync)).unwrap();
@@ -292,10 +293,10 @@ fn prepare(dir: &Path, many: bool) -> Known {
     }
 }
 
-/// What somebody does. An error is one that the store must not give.
+/// The work of an actor. An error is one that the store must not return.
 type Act = fn(&Path, &Arc<dyn Disk>, &Known) -> Result<(), StoreError>;
 
-/// Looks at a layer that is pinned, as somebody who has just come.
+/// Reads a pinned layer, as a process that has just opened the store.
 fn look(dir: &Path, disk: &Arc<dyn Disk>, layer: &LayerId) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let layer = store.layer(layer)?;
@@ -315,17 +316,17 @@ fn write(dir: &Path, disk: &Arc<dyn Disk>, files: &Files, name: &str) -> Result<
     look(dir, disk, &layer)
 }
 
-/// Stores what was there until a moment ago, together with something new.
+/// Stores contents that were there until a moment ago, together with new ones.
 fn reuse(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     write(dir, disk, &reusing(), "reused")
 }
 
-/// Stores the very layer that nobody needed.
+/// Stores the very layer that no name needed.
 fn repeat(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     write(dir, disk, &garbage(), "repeated")
 }
 
-/// Uses a layer if it is there.
+/// Uses a layer if it exists.
 fn read(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let lease = store.lease("read")?;
@@ -337,7 +338,7 @@ fn read(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreErro
     look(dir, disk, &known.garbage)
 }
 
-/// Uses what a record names if it is there, and builds it anew if not.
+/// Uses the layer of a record if it exists, and else builds it anew.
 fn use_record(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let lease = store.lease("use")?;
@@ -356,7 +357,7 @@ fn use_record(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), Sto
     Ok(())
 }
 
-/// Looks at what a ref keeps, whose pack may be written anew meanwhile.
+/// Reads a layer of a ref, whose pack may be rewritten meanwhile.
 fn read_kept(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let kept = store.get_ref(RefKind::Worker, "kept")?.unwrap();
@@ -365,7 +366,7 @@ fn read_kept(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreErr
     Ok(())
 }
 
-/// Looks at what stands in packs that are merged meanwhile, with indexes that were read before.
+/// Reads objects of packs that are merged meanwhile, with indexes that were read before.
 fn read_many(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let many = store.get_ref(RefKind::Worker, "many")?.unwrap();
@@ -376,14 +377,14 @@ fn read_many(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreErr
     Ok(())
 }
 
-/// Collects what was garbage before anybody began.
+/// Collects the layer that was garbage at the start.
 fn collect(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     store.gc(&known.plan, &|_| ())?;
     Ok(())
 }
 
-/// Collects after storing something, as a build does: it has looked at the indexes before.
+/// Collects after storing something, as a build does: the indexes were read before.
 fn store_and_collect(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let own = Files::from([(b"own".to_vec(), b"own".to_vec())]);
@@ -396,7 +397,7 @@ fn store_and_collect(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<
     Ok(())
 }
 
-/// Collects what is garbage now.
+/// Collects the layers that are garbage now.
 fn plan_and_collect(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let plan = store.plan_gc(&greedy())?;
@@ -409,7 +410,7 @@ fn sweep(dir: &Path, disk: &Arc<dyn Disk>, _: &Known) -> Result<(), StoreError> 
     store.sweep_dead_leases().map(drop)
 }
 
-/// Names a layer in a way that the format does not know of yet.
+/// Names a layer by a kind of ref that the format does not have yet.
 fn manage(dir: &Path, disk: &Arc<dyn Disk>, known: &Known) -> Result<(), StoreError> {
     let store = Store::open_on(dir, Arc::clone(disk))?;
     let lease = store.lease("manage")?;
@@ -445,7 +446,7 @@ impl Scenario {
         }
     }
 
-    /// Runs one schedule, and returns the choices that were made.
+    /// Runs one schedule, and returns its choices.
     fn run(&mut self, choice: &Choice) -> Vec<Made> {
         self.runs += 1;
         let dir = scratch();
@@ -502,7 +503,7 @@ impl Scenario {
         std::mem::take(&mut state.made)
     }
 
-    /// Runs every schedule with at most `preemptions`, or of the ones with most of them every
+    /// Runs every schedule with at most `preemptions`, or of those with most of them every
     /// `stride`th.
     fn explore(&mut self, preemptions: usize, stride: usize) {
         let mut stack = vec![Vec::new()];
@@ -546,7 +547,7 @@ impl Scenario {
     }
 }
 
-/// How much of a scenario is explored in the ordinary tests.
+/// The part of a scenario that the ordinary tests explore.
 fn explore(name: &str) {
     let (_, acts) = SCENARIOS.iter().find(|(known, _)| *known == name).unwrap();
     let mut scenario = Scenario::new(name, acts);

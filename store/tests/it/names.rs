@@ -120,7 +120,7 @@ fn formats_of_others() {
         };
         assert_eq!(got, outcome, "{text}");
     }
-    // Nobody knows what a store was whose format is gone.
+    // A store without its format is unknown, so it is refused.
     fs::remove_file(&format).unwrap();
     fs::write(dir.path().join("keys/x"), "").unwrap();
     let err = Store::open(dir.path()).unwrap_err();
@@ -307,8 +307,8 @@ fn golden_record() {
     );
 }
 
-/// Of the records of earlier programs those without facts still hold; the others said too little,
-/// and go with the next collection.
+/// Records of earlier programs without facts still hold; the others said too little, and the next
+/// collection removes them.
 #[test]
 fn records_of_earlier_programs() {
     let dir = tempfile::tempdir().unwrap();
@@ -347,12 +347,12 @@ fn records_of_earlier_programs() {
     store.gc(&store.plan_gc(&policy).unwrap(), &|_| ()).unwrap();
     assert!(store.has_layer(&kept.layer_id) && !store.has_layer(&gone.layer_id));
     assert_eq!(names(&dir.path().join("keys")), [key.to_string()]);
-    // What is added keeps the old one.
+    // The addition keeps the old one.
     store.put_record(&key, record(&kept, "x")).unwrap();
     assert_eq!(ids(&key).count(), 2);
 }
 
-/// Looks for what holds for a project with these files, each of which holds its text.
+/// Searches for the record of a project with these files, each of which holds its text.
 fn find(
     store: &Store,
     key: &KeyId,
@@ -393,8 +393,8 @@ fn saw(layer: &iii_store::Published, files: &[(&str, &str)]) -> Record {
     record
 }
 
-/// However many projects have a step in common, one that was built is found with the file of its
-/// key and one file of facts, whether they looked at the same paths or at others.
+/// However many projects share a step, a search finds a record with the file of its key and one
+/// file of facts, whether they read the same paths or different ones.
 #[test]
 fn one_of_a_thousand_records_is_found_with_few_looks() {
     let dir = tempfile::tempdir().unwrap();
@@ -460,7 +460,7 @@ fn the_record_of_the_last_time_is_tried_first_and_is_only_a_hint() {
     }
 }
 
-/// Processes that add at once lose nothing.
+/// Processes that add at the same time lose no record.
 #[test]
 fn records_that_are_added_at_once_are_all_there() {
     let dir = tempfile::tempdir().unwrap();
@@ -482,8 +482,8 @@ fn records_that_are_added_at_once_are_all_there() {
     assert_eq!(store.records(&key).unwrap().len(), 40);
 }
 
-/// Facts that a crash left are no record, and go; a record whose facts are damaged or gone is
-/// passed over, told of, and dropped.
+/// Facts that a crash left are no record, and are removed; a record whose facts are damaged or gone
+/// is skipped, reported, and dropped.
 #[test]
 fn facts_without_a_record_and_records_without_facts() {
     let dir = tempfile::tempdir().unwrap();
@@ -601,7 +601,8 @@ fn refs() {
     }
 }
 
-/// A program that knows no such refs would collect what they keep: it is not to write.
+/// A program that does not know such refs would collect the layers that they keep: it must not
+/// write.
 #[test]
 fn the_format_says_which_newer_kinds_of_refs_there_are() {
     let dir = tempfile::tempdir().unwrap();
@@ -654,12 +655,12 @@ fn leases_pin_and_end() {
         text,
         format!("iii-lease 1 build of x\nlayer {one}\nlayer {two}\n")
     );
-    // It is held, and so left alone.
+    // It is held, so the sweep leaves it alone.
     assert_eq!(store.sweep_dead_leases().unwrap(), 0);
     assert_eq!(names(&leases).len(), 1);
     drop(lease);
     assert!(names(&leases).is_empty());
-    // Nobody holds this one.
+    // No process holds this one.
     fs::write(leases.join("dead"), "iii-lease 1 x\n").unwrap();
     fs::write(dir.path().join("tmp/dead.3"), "half").unwrap();
     fs::write(dir.path().join("tmp/deader.lease"), "").unwrap();

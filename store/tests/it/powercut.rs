@@ -1,11 +1,11 @@
-//! The power is cut after every call. What was not synced is lost, kept, or anything between; what
-//! was announced is there.
+//! The power is cut after every call. Bytes and names that were not synced are lost, kept, or
+//! anything between; every promise that was made holds.
 //!
-//! A run is recorded: every change, every sync, and every promise. For every prefix of it,
-//! directories are made as a disk may show them after the cut. A file's bytes are sure once it was
-//! synced; before, it may be empty, cut, or hold zeroes. A change of names is sure once one of its
-//! directories was synced; before, any of them may be missing, whatever came before or after it,
-//! but a rename is never half done.
+//! A run is recorded: every change, every sync, and every promise. For every prefix of the record,
+//! directories are made as a disk may show them after the cut. A file's bytes are certain once it
+//! was synced; before, the file may be empty, truncated, or hold zeroes. A change of names is
+//! certain once one of its directories was synced; before, any of them may be missing, whatever
+//! came before or after it, but a rename is never half done.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::{self, Display};
@@ -26,7 +26,7 @@ use crate::workload::{Promised, Random, Work, Worker, check, project, scratch};
 /// A file or a directory, whatever its names.
 type Node = usize;
 
-/// What was done, by paths relative to the recorded directory.
+/// The recorded calls, by paths relative to the recorded directory.
 #[derive(Debug, Clone)]
 enum Op {
     Promise(Arc<Promised>),
@@ -71,7 +71,7 @@ impl Trace {
     }
 }
 
-/// Records what changes, one call at a time.
+/// Records the changes, one call at a time.
 #[derive(Debug, Clone)]
 struct Recorder {
     root: PathBuf,
@@ -79,7 +79,7 @@ struct Recorder {
     meanwhile: Arc<Mutex<Option<Meanwhile>>>,
 }
 
-/// What somebody else does before the call that is the `at`th from now.
+/// Work of another process before the call that is the `at`th from now.
 struct Meanwhile {
     at: usize,
     work: Box<dyn FnOnce() + Send>,
@@ -100,7 +100,7 @@ impl Recorder {
         }
     }
 
-    /// Records what is there as synced.
+    /// Records the existing files as synced.
     fn take_in(&self) {
         let mut trace = self.trace.lock().unwrap();
         let mut dirs = vec![self.root.clone()];
@@ -124,7 +124,7 @@ impl Recorder {
         }
     }
 
-    /// Whether it is time for what somebody else does, and what that is.
+    /// The work of the other process, if it is due.
     fn meanwhile(&self) -> Option<Meanwhile> {
         let mut meanwhile = self.meanwhile.lock().unwrap();
         let waiting = meanwhile.as_mut()?;
@@ -179,7 +179,7 @@ impl Hook for Recorder {
             }
             Call::Sync(file) => Op::Sync(trace.node(file)),
             Call::Rename(from, to) => Op::Rename(self.relative(from), self.relative(to)),
-            // What is above the recorded directory is there.
+            // Directories above the recorded one exist.
             Call::SyncDir(path) if !path.starts_with(&self.root) => return Ok(result),
             Call::SyncDir(path) => Op::SyncDir(self.relative(path)),
             Call::Remove(path) => Op::Remove(self.relative(path)),
@@ -191,12 +191,12 @@ impl Hook for Recorder {
     }
 }
 
-/// What a call did to names; all of it or nothing.
+/// The change of names by one call: all of it or nothing.
 #[derive(Debug)]
 struct Change {
-    /// This name of this directory is no longer that of this node.
+    /// The name of this directory that no longer is that of this node.
     gone: Option<(Node, PathBuf, Node)>,
-    /// And this one is.
+    /// The name that is from now on.
     new: Option<(Node, PathBuf, Node)>,
     sure: bool,
 }
@@ -212,7 +212,7 @@ const ROOT: Node = 0;
 /// Directories are numbered from here.
 const DIRS: Node = 1 << 32;
 
-/// A disk with a memory of what was synced.
+/// A disk that remembers which bytes and names were synced.
 #[derive(Debug, Default)]
 struct Media {
     changes: Vec<Change>,
@@ -222,7 +222,7 @@ struct Media {
     dirs: usize,
 }
 
-/// What becomes of the bytes that were not synced.
+/// The fate of the bytes that were not synced.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     Lost,
@@ -294,7 +294,7 @@ impl Media {
         }
     }
 
-    /// What may be found after a cut now: names for which `keeps` says so, bytes by their `fate`.
+    /// A possible state after a cut now: `keeps` decides on each name, `fate` on the bytes.
     fn image(
         &self,
         mut keeps: impl FnMut() -> bool,
@@ -351,7 +351,7 @@ fn spoil(bytes: &Bytes, fate: Fate, random: u64) -> Arc<[u8]> {
     }
 }
 
-/// A directory after the cut. Directories stand before what is in them.
+/// A directory after the cut. A directory stands before its entries.
 #[derive(Debug, Default)]
 struct Image {
     dirs: Vec<PathBuf>,
@@ -415,7 +415,7 @@ impl Maker {
     }
 }
 
-/// Where the power was cut.
+/// Describes where the power was cut.
 struct Cut<'a> {
     ops: &'a [Op],
     variant: &'a dyn Display,
@@ -437,7 +437,7 @@ impl Display for Cut<'_> {
 }
 
 /// Cuts the power after the call number `from` of a recorded run, and after every one that follows,
-/// and has `check` look at what may be found then: the extremes and `random` others. Returns the
+/// and runs `check` on the states that may result: the extremes and `random` others. Returns the
 /// number of images.
 fn cut(ops: &[Op], from: usize, random: u64, seed: u64, check: &dyn Fn(&Path, &Promised)) -> usize {
     let mut media = Media::default();
@@ -532,7 +532,7 @@ fn the_power_is_cut_while_a_store_is_migrated() {
     cut_all_of(Work::Migrate, 1, 1);
 }
 
-/// With another seed each time; a failure says which it was.
+/// With a new seed each time; a failure prints it.
 #[test]
 #[ignore = "takes minutes"]
 fn the_power_is_cut_in_many_ways() {
@@ -543,8 +543,9 @@ fn the_power_is_cut_in_many_ways() {
     }
 }
 
-/// Somebody else stores the same, and names it, while the first is at any point of it. The power is
-/// cut when the second is done: what it relied on was not the first's alone to make durable.
+/// Another process stores the same layer, and names it, while the first one is at any point of its
+/// work. The power is cut when the second is done: the first one must not be the only one to sync
+/// the shared objects.
 #[test]
 fn the_power_is_cut_while_another_has_not_synced_what_was_reused() {
     let project = project();
@@ -559,7 +560,7 @@ fn the_power_is_cut_while_another_has_not_synced_what_was_reused() {
         let work = Box::new(move || {
             let tell = |promised: &Promised| other.promise(promised);
             let mut worker = Worker::open(&dir, disk, &tell).unwrap();
-            // For the name itself it would wait, and the first waits for it.
+            // Under the same name, both would wait for each other.
             worker.store_all_as("other").unwrap();
             done.set(other.ops()).unwrap();
         });

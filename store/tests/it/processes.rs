@@ -1,5 +1,5 @@
-//! Several processes on one store. The other process is this test binary, told by its environment
-//! what to do.
+//! Several processes on one store. The other process is this test binary, with its task in its
+//! environment.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -42,7 +42,7 @@ impl Other {
         }
     }
 
-    /// Waits until it says `word`.
+    /// Waits until the process prints `word`.
     fn wait_for(&mut self, word: &str) {
         let mut line = String::new();
         while self.stdout.read_line(&mut line).unwrap() > 0 {
@@ -76,7 +76,7 @@ fn wait() {
     std::io::stdin().read_line(&mut line).unwrap();
 }
 
-/// Not a test: what the other process does.
+/// Not a test: the work of the other process.
 #[test]
 #[ignore = "run by the tests beside it"]
 fn other_process() {
@@ -135,7 +135,7 @@ fn one_builds_the_others_wait() {
     first.wait_for("flying");
     let mut second = Other::start("flight", dir.path());
     second.wait_for("waiting");
-    // Another key is another matter.
+    // A different key is independent.
     drop(
         store
             .flight(&KeyId::from_bytes([6; 32]), &|| panic!("nobody has it"))
@@ -143,7 +143,7 @@ fn one_builds_the_others_wait() {
     );
     first.go_on();
     second.wait_for("flying");
-    // Killed, it lets go as well.
+    // The lock of a killed process is free as well.
     let waits = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         let third = scope.spawn(|| {

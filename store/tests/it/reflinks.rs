@@ -13,7 +13,7 @@ use crate::helpers::{noise, put};
 
 const DIR: &str = "III_STORE_TEST_XFS";
 const SIZE: usize = 48 << 20;
-/// What sharing may cost in metadata, in bytes.
+/// Most bytes of metadata that sharing may cost.
 const SLACK: u64 = 8 << 20;
 
 fn free(dir: &Path) -> u64 {
@@ -60,7 +60,7 @@ fn large_files_share_their_blocks() {
     );
 }
 
-/// Not a test: what runs in the namespace.
+/// Not a test: the work in the namespace.
 #[test]
 #[ignore = "run by the test beside it"]
 fn inside() {
@@ -85,7 +85,7 @@ fn inside() {
     let taken = before.saturating_sub(free(dir));
     assert!(taken < SLACK, "{taken} bytes to take in {SIZE}");
 
-    // What is written to the source afterwards is not in the store.
+    // Later writes to the source do not reach the store.
     fs::write(&source, b"other").unwrap();
     let blob = store.object(&added.object).unwrap();
     assert_eq!(blob.read_all(SIZE as u64).unwrap(), bytes);

@@ -1,4 +1,4 @@
-//! Repair and migration: whatever was damaged is named, set aside, and made again by the same work.
+//! Repair and migration: every damaged part is named, set aside, and made again by the same work.
 
 use std::fs;
 use std::io;
@@ -16,7 +16,7 @@ use crate::flips::{copy, fill, open, read_all, stored_files, verify};
 use crate::helpers::NoSync;
 use crate::seam::{Call, Hook, Hooked};
 
-/// What happens to a file.
+/// The damage of a file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Harm {
     Flip,
@@ -73,7 +73,7 @@ fn whatever_is_harmed_is_named_set_aside_and_made_again() {
 
             let store = Store::open_to_repair(dir, Arc::new(NoSync)).unwrap();
             let report = verify(&store, true);
-            // Nobody can know of a key, a ref, a cache or a layer without a name that is gone.
+            // No check can notice that a key, a ref, a cache or a layer without a name is gone.
             let unknown = ["keys", "refs", "stat", "layers"];
             let unknown = how == Harm::Remove && unknown.iter().any(|dir| file.starts_with(dir));
             let stem = file.with_extension("");
@@ -82,7 +82,7 @@ fn whatever_is_harmed_is_named_set_aside_and_made_again() {
                     || (how == Harm::Remove && problem.severity == Severity::Damage)
             });
             assert!(named || unknown, "{at}: {report:?}");
-            // Structure alone tells of all but the bytes of objects.
+            // Checks of the structure find all damage but that of the bytes of objects.
             let bytes = file.starts_with("packs") || file.starts_with("loose");
             let quick = verify(&store, false).problems.is_empty();
             assert!(!quick || bytes || unknown, "{at}");
@@ -99,7 +99,7 @@ fn whatever_is_harmed_is_named_set_aside_and_made_again() {
             let report = verify(&store, true);
             assert!(report.is_clean(), "{at}: {report:?}");
             assert_eq!(store.repair(&report, &|_| ()).unwrap(), [], "{at}");
-            // What was damaged is still to be looked at.
+            // The damaged files are kept for inspection.
             if how != Harm::Remove {
                 let aside = dir.join("damaged/1").join(&file);
                 assert!(aside.exists(), "{at}: {done:?}");
@@ -196,13 +196,13 @@ fn a_store_without_a_format_can_be_repaired_and_nothing_else() {
     store.repair(&report, &|_| ()).unwrap();
     assert_eq!(fs::read(dir.path().join("format")).unwrap(), format);
     open(dir.path()).unwrap().lease("test").unwrap();
-    // What is no store is not made one.
+    // A directory that is not a store does not become one.
     let other = tempfile::tempdir().unwrap();
     fs::write(other.path().join("format"), "x").unwrap();
     assert!(Store::open_to_repair(other.path(), Arc::new(NoSync)).is_err());
 }
 
-/// Dies at a call that writes.
+/// Exits at a call that writes.
 #[derive(Debug)]
 struct Death {
     at: usize,
@@ -218,7 +218,7 @@ impl Hook for Death {
     }
 }
 
-/// Runs something that dies at each of its calls in turn, until it does not.
+/// Runs work that exits at each of its calls in turn, until it completes.
 fn die_everywhere(template: &Path, run: &dyn Fn(&Path, Arc<Hooked<Death>>), check: &dyn Fn(&Path)) {
     for at in 0.. {
         let dir = tempfile::tempdir().unwrap();
@@ -335,7 +335,7 @@ fn a_migration_may_be_cut_short_anywhere() {
     );
 }
 
-/// Whether everything that writes refuses, and everything else works.
+/// Asserts that every operation that writes is refused, and every other one works.
 fn check_read_only(store: &Store) {
     let refused = |result: Result<(), StoreError>| {
         assert!(matches!(result, Err(StoreError::ReadOnly { .. })));
@@ -412,7 +412,7 @@ fn a_store_of_somebody_else() {
         allow(&path, 0o644);
         allow(path.parent().unwrap(), 0o755);
     }
-    // Those that have no files.
+    // The kinds without files.
     for name in [
         "leases",
         "locks",
@@ -428,7 +428,7 @@ fn a_store_of_somebody_else() {
         allow(&store.join(name), 0o755);
     }
     allow(dir.path(), 0o755);
-    // The test binary may lie where nobody else may look.
+    // Other users may have no access to the directory of the test binary.
     let other = dir.path().join("test");
     fs::copy(std::env::current_exe().unwrap(), &other).unwrap();
     allow(&other, 0o755);

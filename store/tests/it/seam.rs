@@ -1,5 +1,4 @@
-//! A disk that asks before each call: what the tests that fail, record, cut or schedule calls
-//! share.
+//! A disk with a hook before each call, for the tests that fail, record, cut or schedule calls.
 
 use std::ffi::OsString;
 use std::fmt::{self, Debug};
@@ -34,7 +33,7 @@ pub enum Call<'a> {
 }
 
 impl Call<'_> {
-    /// Whether it changes the disk, or asks that a change be kept.
+    /// Whether the call changes the disk, or asks that a change be kept.
     pub fn writes(&self) -> bool {
         !matches!(
             self,
@@ -72,7 +71,7 @@ impl Debug for Call<'_> {
     }
 }
 
-/// What happens around each call.
+/// Behaviour around each call.
 pub trait Hook: Send + Sync + Debug {
     /// Makes the call with `run`, or does not.
     fn around<T>(&self, call: Call<'_>, run: impl FnOnce() -> io::Result<T>) -> io::Result<T>;
@@ -84,7 +83,7 @@ pub trait Hook: Send + Sync + Debug {
 }
 
 /// The filesystem behind a hook, without waiting for the disk. Where it cannot share blocks, it
-/// makes as if it did.
+/// copies them and reports success.
 #[derive(Debug)]
 pub struct Hooked<H>(pub H);
 

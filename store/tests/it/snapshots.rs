@@ -81,7 +81,7 @@ impl Bench {
     }
 }
 
-/// What a layer and a directory have in common: type, mode, mtime, contents or target.
+/// The state that a layer and a directory share: type, mode, mtime, contents or target.
 type Entries = BTreeMap<Vec<u8>, (char, u32, i64, i64, Vec<u8>)>;
 
 fn found(layer: &Layer) -> Entries {
@@ -113,7 +113,7 @@ fn found(layer: &Layer) -> Entries {
     entries
 }
 
-/// The same of the disk, written as simply as can be.
+/// The same state of a directory, read as simply as possible.
 fn on_disk(root: &Path) -> Entries {
     fn add(path: &Path, at: &[u8], entries: &mut Entries) {
         let meta = fs::symlink_metadata(path).unwrap();
@@ -207,10 +207,10 @@ fn one_of_everything() {
     check_whole(bench.store.dir());
 }
 
-/// What is done, how, and how many files are then read, changed and removed.
+/// A change, how it is made, and how many files are then read, changed and removed.
 type Edit = (&'static str, fn(&Path), [u64; 3]);
 
-/// Reads what changed, and nothing else; writes nothing if nothing did.
+/// Reads the changed files only; writes nothing if nothing changed.
 #[test]
 fn reads_what_changed() {
     let bench = Bench::new();
@@ -310,13 +310,13 @@ fn a_racy_file_is_read_again() {
         let texts = [format!("{round:03}"), format!("{:03}", round + 500)];
         fs::write(&path, &texts[0]).unwrap();
         bench.take();
-        // As soon as can be, and no less often than that do both fall into one tick.
+        // The second write follows at once, so that both often fall into one tick.
         fs::write(&path, &texts[1]).unwrap();
         assert_eq!(bench.take().read, 1, "round {round}");
     }
 }
 
-/// What is read only because it was young makes no new layer, and is not read a third time.
+/// A file that is read only because it was young makes no new layer, and is not read a third time.
 #[test]
 fn a_young_file_is_read_once_more_and_the_layer_stays() {
     let bench = Bench::new();
@@ -330,7 +330,7 @@ fn a_young_file_is_read_once_more_and_the_layer_stays() {
     assert_eq!(bench.take().read, 0);
 }
 
-/// As it is, with the times put back: only ctime tells, and it does.
+/// The same bytes, with the times put back: only ctime reveals the write.
 #[test]
 fn times_that_were_put_back_fool_nobody() {
     let bench = Bench::new();
@@ -379,7 +379,7 @@ fn caches_that_do_not_hold_are_ignored() {
     assert_eq!(bench.take().read, 0);
 }
 
-/// The cache outlives what the store had: the files are read again.
+/// The cache outlives the contents of the store: the files are read again.
 #[test]
 fn a_cache_of_contents_that_are_gone() {
     let bench = Bench::new();
@@ -445,8 +445,8 @@ fn too_deep() {
     assert!(matches!(err, SnapshotError::Tree { .. }), "{err}");
 }
 
-/// Somebody writes while the project is taken in: each file is as it was at one moment, or the
-/// project is refused.
+/// Another thread writes during the snapshot: each file is as it was at one moment, or the project
+/// is refused.
 #[test]
 fn files_that_change_while_they_are_read() {
     let bench = Bench::new();
@@ -486,14 +486,14 @@ fn files_that_change_while_they_are_read() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    // At rest, it is what it is. (Its last write may have been under way for longer than the racy
+    // Without a writer, the snapshot is exact. (The last write may have taken longer than the racy
     // rule allows for.)
     bench.write("f", fill(1));
     bench.take();
     check_whole(bench.store.dir());
 }
 
-/// Something that is done to a project.
+/// A change of a project.
 #[derive(Debug, Clone)]
 enum Step {
     Write(u8, u8, usize),
@@ -532,12 +532,12 @@ fn place(root: &Path, at: u8) -> PathBuf {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Whatever is done to a directory, its snapshot is what a plain walk sees.
+    /// After any sequence of changes, the snapshot of a directory agrees with a plain walk.
     #[test]
     fn a_snapshot_is_the_directory(steps in prop::collection::vec(step(), 1..40)) {
         let bench = Bench::new();
         for step in steps {
-            // What cannot be done is not done.
+            // Changes that fail are skipped.
             let _ = match step {
                 Step::Write(at, byte, len) => fs::write(place(&bench.project, at), vec![byte; len]),
                 Step::Link(at, to) => symlink(to.to_string(), place(&bench.project, at)),
@@ -555,7 +555,7 @@ proptest! {
             };
         }
         let taken = bench.take();
-        // From nothing, it is the same layer.
+        // Without a cache, the layer is the same.
         fs::remove_file(bench.store.dir().join("stat/project")).unwrap();
         prop_assert_eq!(bench.take().published.layer_id, taken.published.layer_id);
     }

@@ -1,5 +1,5 @@
-//! One damaged byte costs no more than what it stands in: refs stay, what they name of whole layers
-//! stays, and what was lost may come back.
+//! One damaged byte costs no more than the file that has it: refs stay, with the whole layers that
+//! they name, and the lost data may come back.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use iii_store::{Finding, LayerId, ObjectId, Policy, Ref, RefKind, Store, StoreEr
 use crate::flips::{open, stored_files, verify};
 use crate::helpers::{Files, add_files, files, publish, read_back};
 
-/// A base image, and what was built and written on it.
+/// A base image, and the layers that were built and written on it.
 struct Sample {
     base: LayerId,
     project: LayerId,
@@ -59,7 +59,7 @@ fn fill(dir: &Path) -> Sample {
     }
 }
 
-/// Where the bytes stand, in one file of a directory of the store.
+/// The place of the bytes, in one file of a directory of the store.
 fn find(dir: &Path, bytes: &[u8]) -> (PathBuf, usize) {
     let files = stored_files(dir).into_iter();
     let found = files.filter_map(|file| {
@@ -71,7 +71,7 @@ fn find(dir: &Path, bytes: &[u8]) -> (PathBuf, usize) {
     found.into_iter().next().unwrap()
 }
 
-/// What of a sample is harmed: a file and an offset.
+/// The damage of a sample: a file and an offset.
 type Harm = fn(&Path, &Sample) -> (PathBuf, usize);
 
 fn flip(path: &Path, at: usize) {

@@ -1,5 +1,5 @@
-//! Files that interrupted processes left: what a sweep removes, what it leaves alone, and who
-//! counts them.
+//! Files that interrupted processes left: which of them a sweep removes, which it leaves alone, and
+//! how they are counted.
 
 use std::fs;
 use std::io;
@@ -89,7 +89,7 @@ fn a_half_written_format_is_swept() {
     assert!(names(&dir.path().join("locks")).is_empty());
 }
 
-/// Leaves what an import leaves that was killed.
+/// Leaves the files of an import that was killed.
 fn interrupt(dir: &Path, bytes: usize) {
     fs::write(dir.join("leases/dead"), "iii-lease 1 import of an image\n").unwrap();
     fs::write(dir.join("tmp/dead.0"), vec![1; bytes]).unwrap();
@@ -105,7 +105,7 @@ fn what_was_interrupted_is_counted_and_freed_by_a_collection() {
     let kept = publish(&store, &files(&[("a", "a")])).unwrap();
     lease.pin(&[kept.layer_id]).unwrap();
     interrupt(dir.path(), LEN);
-    // What is being written now is not left over.
+    // A file that is being written is no leftover.
     let ingest = store.ingest(&lease).unwrap();
     ingest.add_bytes(&vec![2; LEN]).unwrap();
 

@@ -1,5 +1,5 @@
-//! An error of the machine is never damage: whatever call fails while a store is verified and
-//! repaired, nothing that holds is called damaged, or moved.
+//! An error of the machine is never damage: whichever call fails during verification and repair, no
+//! whole file is called damaged, or moved.
 
 use std::fs;
 use std::io;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use crate::flips::{copy, fill, open, read_all, stored_files, verify};
 use crate::seam::{Call, Hook, Hooked};
 
-/// Which calls fail, and with what.
+/// The calls that fail, and their error.
 #[derive(Debug, Clone, Copy)]
 struct Failure {
     name: &'static str,
@@ -55,7 +55,7 @@ const FAILURES: [Failure; 6] = [
     },
 ];
 
-/// Has calls of a kind fail, from one on.
+/// Fails the calls of a kind, from one on.
 #[derive(Debug)]
 struct Failing {
     failure: Failure,
@@ -79,10 +79,9 @@ impl Hook for Failing {
     }
 }
 
-/// What a repair sets aside that meets with failed calls: `count` of them, from each call on in
-/// turn.
+/// The files that a repair sets aside when calls fail: `count` of them, from each call on in turn.
 fn set_aside(template: &Path, failure: Failure, count: usize, check: &dyn Fn(&Path, &[PathBuf])) {
-    // More calls fail at once than one by one: a few places tell of them.
+    // Where several calls fail at once, a sample of the calls is enough.
     let step = if count == 1 { 1 } else { 7 };
     for from in (0..).step_by(step) {
         let dir = tempfile::tempdir().unwrap();
@@ -183,7 +182,7 @@ fn beside_damage_nothing_else_is_set_aside() {
     }
 }
 
-/// Has every open of one file refused.
+/// Refuses every open of one file.
 #[derive(Debug)]
 struct Refused(PathBuf);
 

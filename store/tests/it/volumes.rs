@@ -1,4 +1,4 @@
-//! Cache volumes: unions of what steps have added, whoever is first and whatever fails.
+//! Cache volumes: unions of the additions of steps, in any order and despite failures.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,14 +24,14 @@ fn merge(store: &Store, list: &[(&str, &str)]) -> Result<Merge, StoreError> {
     let merging = store.ingest(&lease)?;
     let step = store.ingest(&lease)?;
     let tree = add_files(&step, &files(list))?;
-    // As a step does: its layer names none of these objects.
+    // As in a step: its layer names none of these objects.
     step.finish(&Tree::implicit())?;
     let merge = store.merge_volume(&lease, "v", &tree);
     drop(merging);
     merge
 }
 
-/// What a directory of several layers has, topmost first, as an overlay would show it.
+/// The files of a directory of several layers, topmost first, as an overlay would show it.
 fn walk(top_first: &[NodeRef<'_>], path: &str, seen: &mut BTreeMap<String, ObjectId>) {
     let mut done: Vec<Vec<u8>> = Vec::new();
     for dir in top_first {
@@ -144,7 +144,7 @@ fn many_merges_are_one_union_in_few_layers() {
     );
 }
 
-/// What the layers of steps have and volumes must not: marks, links, devices, too much depth.
+/// Entries that layers of steps have and volumes must not: marks, links, devices, too much depth.
 #[test]
 fn only_files_directories_and_symlinks_come_in() {
     let dir = scratch();
@@ -305,7 +305,7 @@ fn a_merge_that_dies_at_any_call_has_changed_nothing_or_everything() {
             assert!(calls > 40, "{calls} calls are fewer than there must be");
             break;
         }
-        // What the dead have left stands in nobody's way.
+        // The leftovers of dead processes block no other process.
         merge(&store, &[("c/a", "new"), ("c/b", "2")]).unwrap();
         assert_eq!(contents(&store), new, "{calls}");
     }
@@ -347,7 +347,7 @@ fn the_volume_that_was_not_used_for_longest_goes_first() {
         fill(&store, name, number as u64);
         set_used(&store, name, Duration::from_hours(100 - 10 * number as u64));
     }
-    // Whoever reads a volume uses it.
+    // Reading a volume counts as a use of it.
     let reader = store.lease("reader").unwrap();
     store.volume(&reader, "old").unwrap();
     drop(reader);
@@ -394,8 +394,8 @@ fn a_volume_in_use_stays_and_one_that_was_collected_is_empty() {
     assert_eq!(contents(&store), objects(&[("c/a", "1")]));
 }
 
-/// A volume whose layer is gone without its ref, or whose ref cannot be read, is empty, and stands
-/// in the way of nothing.
+/// A volume whose layer is gone without its ref, or whose ref cannot be read, is empty, and blocks
+/// no operation.
 #[test]
 fn a_damaged_volume_is_empty_and_can_be_filled_again() {
     for damage in ["layer", "ref"] {
@@ -416,7 +416,7 @@ fn a_damaged_volume_is_empty_and_can_be_filled_again() {
     }
 }
 
-/// A volume is a name like others for what counts names and bytes.
+/// Counts of names and bytes treat a volume as any other name.
 #[test]
 fn a_volume_is_accounted_for() {
     let dir = scratch();

@@ -1,5 +1,5 @@
-//! What the tests of faults and power cuts have the store do, what it has promised at each moment
-//! of that, and whether a store holds it.
+//! The work of the tests of faults and power cuts, the promises of the store at each moment of it,
+//! and the check that a store holds them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -19,11 +19,11 @@ use crate::helpers::{Files, NoSync, add_files, check_whole, names, noise};
 use crate::kills::{assert_nothing_leaked, greedy};
 use crate::repairs::unseal;
 
-/// What a store must hold, whatever happens from now on.
+/// The state that a store must keep, whatever happens from now on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Promised {
     layers: BTreeSet<LayerId>,
-    /// What a name stands for: the layers, or nothing. While it changes, either.
+    /// The layers of a name, or nothing. While the name changes, either.
     refs: BTreeMap<(RefKind, &'static str), Vec<Option<LayerId>>>,
     /// The layers of the records of a key. While they change, either.
     records: BTreeMap<KeyId, Vec<Vec<LayerId>>>,
@@ -44,12 +44,12 @@ fn contents() -> &'static Files {
     })
 }
 
-/// A directory that costs no disk, if there is one.
+/// A directory in memory, if the system has one.
 pub fn scratch() -> TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
-/// A project to take in: one small file, one large one, a link, a directory.
+/// A project for a snapshot: one small file, one large one, a link, a directory.
 pub fn project() -> TempDir {
     let project = scratch();
     let path = |name: &str| project.path().join(name);
@@ -60,7 +60,7 @@ pub fn project() -> TempDir {
     project
 }
 
-/// Somebody at work on a store, who says what was promised as soon as it is.
+/// A process at work on a store, which announces each promise as soon as it is made.
 pub struct Worker<'a> {
     pub store: Store,
     disk: Arc<dyn Disk>,
@@ -80,7 +80,8 @@ impl<'a> Worker<'a> {
         })
     }
 
-    /// Nobody promises any more what only this keeps, nor, if they may go, what only records keep.
+    /// Collects. First withdraws the promises of layers that no ref and no record keeps; if the
+    /// policy may drop recorded layers, of all that no ref keeps.
     fn collect(&mut self, policy: &Policy) -> Outcome<()> {
         let kept = |records: bool| -> BTreeSet<LayerId> {
             let refs = self.promised.refs.values().flatten().flatten().copied();
@@ -152,7 +153,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Puts a record in front of the others, which it agrees with in no fact.
+    /// Puts a record in front of the others, with which it shares no fact.
     fn put_record(&mut self, of: &Published) -> Outcome<()> {
         let fact = Fact {
             path: of.layer_id.to_string().into_bytes(),
@@ -202,7 +203,7 @@ impl<'a> Worker<'a> {
         self.set_ref(RefKind::Image, name, published.layer_id)
     }
 
-    /// Leaves behind what somebody leaves who dies.
+    /// Leaves the files of a process that died.
     fn die(&self) -> Outcome<()> {
         for name in ["tmp/dead.0", "leases/dead", "locks/dead.flight"] {
             let path: PathBuf = self.store.dir().join(name);
@@ -214,20 +215,20 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// What is done to a store.
+/// An operation on a store.
 #[derive(Debug, Clone, Copy)]
 pub enum Work {
-    /// A store is made, and layers, refs, records and snapshots are put there.
+    /// Makes a store, with layers, refs, records and snapshots.
     Store,
-    /// Garbage is collected from one that has some.
+    /// Collects a store that has garbage.
     Collect,
-    /// One that is damaged is mended.
+    /// Repairs a damaged store.
     Repair,
-    /// One of an earlier layout is brought up to date.
+    /// Migrates a store of an earlier layout.
     Migrate,
 }
 
-/// Nothing goes but layers that nobody names, and those into the trash.
+/// Removes only layers without a name, and only into the trash.
 const GENTLE: Policy = Policy {
     keep: Duration::from_secs(86_400),
     max_bytes: None,
@@ -238,7 +239,7 @@ const GENTLE: Policy = Policy {
 impl Work {
     pub const ALL: [Self; 4] = [Self::Store, Self::Collect, Self::Repair, Self::Migrate];
 
-    /// Has somebody do what must have been done before. Returns what is promised then.
+    /// Prepares the store for the work. Returns the promises at that point.
     pub fn prepare(self, dir: &Path) -> Outcome<Promised> {
         if let Self::Store = self {
             return Ok(Promised::default());
@@ -266,7 +267,7 @@ impl Work {
         let (layers, records) = (&mut worker.promised.layers, &mut worker.promised.records);
         match self {
             Self::Repair => {
-                // Of what is harmed, nothing is promised.
+                // The damaged parts have no promise.
                 *layers = [kept.layer_id].into();
                 let all = records.get(&KEY).unwrap().first().unwrap().clone();
                 records.insert(KEY, vec![all, vec![kept.layer_id]]);
@@ -278,13 +279,13 @@ impl Work {
         Ok(worker.promised)
     }
 
-    /// Has somebody who comes later make the store one that can be used.
+    /// Makes the store usable, as a later process would.
     fn make_usable(self, dir: &Path, disk: &Arc<dyn Disk>) -> Outcome<()> {
         match self {
             Self::Store | Self::Collect => {}
             Self::Repair => {
                 let store = Store::open_on(dir, Arc::clone(disk))?;
-                // What one repair uncovers the next one mends.
+                // The second repair mends the damage that the first one uncovers.
                 for _ in 0..2 {
                     let report = store.verify(VerifyOptions { data: true }, &|_| ())?;
                     store.repair(&report, &|_| ())?;
@@ -295,7 +296,7 @@ impl Work {
         Ok(())
     }
 
-    /// Does something of everything.
+    /// Does every kind of work.
     pub fn run(
         self,
         dir: &Path,
@@ -316,7 +317,7 @@ impl Work {
     }
 }
 
-/// Harms an object of a pack, an object that is a file of its own, and the layer of these files.
+/// Damages an object of a pack, an object that is a file of its own, and the layer of these files.
 fn harm(dir: &Path, files: &Files) -> Outcome<()> {
     let flip = |path: &Path, at: usize| -> std::io::Result<()> {
         let mut bytes = std::fs::read(path)?;
@@ -375,7 +376,7 @@ impl Worker<'_> {
     }
 }
 
-/// That the store in `dir` opens, holds what was promised and is whole, that what nobody needs can
+/// Asserts that the store in `dir` opens, keeps the promises and is whole, that unneeded layers can
 /// be freed, and that the same work succeeds then.
 pub fn check(work: Work, dir: &Path, project: &Path, promised: &Promised) {
     let disk: Arc<dyn Disk> = Arc::new(NoSync);
@@ -433,7 +434,7 @@ fn check_promised(dir: &Path, promised: &Promised) {
     assert!(report.is_clean(), "{:?}", report.problems);
 }
 
-/// An error and what is behind it.
+/// An error and its causes.
 pub fn causes(err: &(dyn Error + 'static)) -> String {
     let mut text = err.to_string();
     let mut cause = err.source();
