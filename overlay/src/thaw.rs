@@ -26,11 +26,11 @@ use crate::upper::{Opened, io_error};
 use crate::{Footing, OpenError};
 
 /// Makes the directory `dir`, and in it an upper that stands on `footing`, whose layers are
-/// `layers`, with the contents of `frozen`. The upper is durable on return, except for the name of
-/// `dir`. After an error, the contents of `dir` are unusable.
+/// `layers`, and shows `frozen` on top of them. The upper is durable on return, except for the name
+/// of `dir`. After an error, the contents of `dir` are unusable.
 ///
 /// The upper refers to contents of `frozen`: the caller keeps that layer for as long as the upper
-/// exists. A layer that `footing` names as the origin of an upper has no meaning here.
+/// exists. `footing.thawed` is ignored.
 pub fn thaw(
     dir: &Path,
     footing: &Footing,

@@ -299,7 +299,8 @@ impl Opened {
                 self.ordered.insert(flat);
             }
             if !self.found.has(flat) {
-                // The power was cut before the file was durable, and no program had synced it.
+                // The machine went down before the file was durable, and no program had synced
+                // it.
                 corrected.push((number, None));
             } else if doubted || is_dirty(&node.record) {
                 let stat = self.data.stat(flat);

@@ -32,7 +32,7 @@ pub const MAX_MEMORY: u64 = 4 << 30;
 pub const REMOVAL_MEMORY: u64 = MAX_MEMORY / 16;
 /// Most bytes of memory of a log that is read. An upper that was carried over to other layers may
 /// exceed [`MAX_MEMORY`], since a directory that was renamed is one record and becomes many; a log
-/// that exceeds this limit was not written by this program.
+/// that exceeds this limit is invalid.
 pub const MAX_REPLAY_MEMORY: u64 = 2 * MAX_MEMORY;
 
 /// Bytes of memory of an inode without its parts of variable length. A test measures it.
