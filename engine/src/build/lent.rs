@@ -13,14 +13,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use iii_overlay::Aside;
-use iii_overlay::merge::Merged;
-use iii_store::layer::Kind as NodeKind;
+use iii_overlay::merge::{MergeError, Merged};
+use iii_store::layer::{self, Kind as NodeKind};
 use iii_store::tree::{DirKind, Mtime, Node, Tree, components};
 use iii_store::{
     Change, ChangeKind, Layer, LayerId, Ref, RefKind, Store, StoreError, TreeId, diff,
 };
 
 use super::{BuildError, Builder, Event, project_id};
+use crate::compose::Isolation;
 use crate::plan::Kind;
 use crate::project::Holds;
 
@@ -92,9 +93,17 @@ impl Lent {
             lent.seed = Some(name);
         }
         if !tree.entries.is_empty() {
-            let ingest = builder.store.ingest(builder.lease)?;
-            let id = ingest.finish(&tree)?.layer_id;
-            lent.layers.push(builder.store.layer(&id)?);
+            let frame = match builder.isolation {
+                Isolation::Namespace => in_memory(&tree).map_err(compose)?,
+                // The process of a microVM looks for it in the store.
+                #[cfg(feature = "libkrun")]
+                Isolation::Machine(_) => {
+                    let ingest = builder.store.ingest(builder.lease)?;
+                    let id = ingest.finish(&tree)?.layer_id;
+                    builder.store.layer(&id)?
+                }
+            };
+            lent.layers.push(frame);
         }
         lent.layers.extend(volumes);
         Ok(lent)
@@ -190,6 +199,11 @@ fn older_change(old: &Layer, new: &Layer, ended: Mtime) -> Option<Vec<u8>> {
     };
     let older = diff(old, new).into_iter().find(is_older);
     older.map(|change| change.path)
+}
+
+/// A layer that only this step needs, and that is in no store.
+fn in_memory(tree: &Tree) -> Result<Arc<Layer>, MergeError> {
+    Ok(Arc::new(Layer::from_bytes(layer::encode(tree)?.bytes)?))
 }
 
 /// Whether a directory can be shown at `path`: all that is there of the way to it are directories.
