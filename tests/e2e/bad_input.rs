@@ -192,7 +192,7 @@ fn a_full_disk() {
         .fails()
         .says(&["No space left on device"]);
     project.edit("iii.worker.yaml", "count=100", "count=1");
-    assert!(home.build(&project, &[]).built().starts_with("install"));
+    assert_eq!(home.build(&project, &[]).built(), "project install");
 
     // In the project itself, on its way into the store.
     let big: Vec<u8> = (0..60_u32 << 20 >> 2)

@@ -194,7 +194,7 @@ fn ctrl_c_in_install_commits_nothing() {
         "sleep 1000\"\n  start",
         "sleep 0\"\n  start",
     );
-    assert!(home.build(&project, &[]).built().starts_with("install"));
+    assert_eq!(home.build(&project, &[]).built(), "project install");
 }
 
 #[test]

@@ -376,7 +376,7 @@ fn what_umoci_and_skopeo_make_is_pulled_as_it_is_imported() {
         home.run(&["image", "remove", &name]).ok();
         home.run(&["image", "inspect", &name])
             .fails()
-            .says(&["no image called", "iii image pull"]);
+            .says(&["no image is called", "iii image pull"]);
         let other = format!("{}/some/box:other", registry.host);
         home.run(&["image", "pull", &other]).fails().says(&[
             &registry.host,
@@ -620,6 +620,6 @@ fn a_worker_brings_its_base() {
         "--rebuild",
     ])
     .ok()
-    .says(&["stays what it was"]);
+    .says(&["stays at its stored version"]);
     assert_eq!(inspect(&home, &name)["digest"], moved);
 }

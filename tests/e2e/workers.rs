@@ -54,7 +54,8 @@ fn python() {
         base: "python",
         image: "docker.io/iiidev/python:latest",
         source: "src/hello/__main__.py",
-        source_redoes: "project",
+        // setuptools stats each module, and a stat is a look at the contents.
+        source_redoes: "project install",
         dependencies: (
             "pyproject.toml",
             "[\"iii-sdk==0.22.1\"]",

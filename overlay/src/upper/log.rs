@@ -83,7 +83,7 @@ const COMMITS: u64 = 4 << 10;
 /// Bytes that are allocated ahead for batches that remove something, on a disk with no more space.
 const NEARLY_FULL: u64 = 16 << 10;
 /// Bytes by which a reserve grows.
-const RESERVE_STEP: u64 = 1 << 20;
+const RESERVE_STEP: u64 = 256 << 10;
 
 const MAGIC: &[u8; 8] = b"III-UPPR";
 /// Bytes of the header.
