@@ -23,6 +23,10 @@ pub const MIN_PREFIX: usize = 4;
 pub fn run(command: args::Store, ui: &Ui) -> Result<ExitCode, CliError> {
     let home = crate::settings::home()?;
     let dir = home.store();
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(unused_variables, reason = "only `store serve` looks at it")
+    )]
     let threads = iii_engine::threads::start().map_err(CliError::Threads)?;
     let open = || Store::open(&dir);
     match command {

@@ -360,7 +360,7 @@ fn a_name_stands_for_what_last_ran() {
     let never = "there is no worker called named";
     home.run(&["worker", "export", name])
         .exits(1)
-        .says(&[never, "by its path"]);
+        .says(&[never, "give the project's path instead"]);
     home.dev(&project, &["--name", name]).finish(LIMIT).ok();
     let ran = export(&home, &["worker", "export", name]);
     let built = home.build(&project, &[]);

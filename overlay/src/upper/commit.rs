@@ -48,7 +48,7 @@ use super::data::FlatFiles;
 use super::disk::Disk;
 use super::log::{self, Log, Reserve};
 use super::record::{Body, Bytes, Data, Op, Record, Update};
-use super::state::{self, MAX_MEMORY, REMOVAL_MEMORY, State};
+use super::state::{self, MAX_MEMORY, Node, REMOVAL_MEMORY, State};
 use super::writers::Writers;
 use super::{CLOSED_FACTOR, Lock, SYNC_EACH, is_bulky, is_dirty};
 use crate::posix::{Errno, errno};
@@ -59,6 +59,10 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Most flat files that wait for a commit before they are removed; with more, the commit comes at
 /// once.
 const MAX_DOOMED: usize = 4096;
+/// Waits for the kernel to forget removed files, before an operation finds no space.
+const FORGET_WAITS: u32 = 10;
+/// The length of such a wait.
+const FORGET_WAIT: Duration = Duration::from_millis(1);
 
 /// State and log, which change together.
 #[derive(Debug)]
@@ -181,7 +185,8 @@ impl Inner {
     /// to be.
     pub fn doom(&mut self, flat: u64) {
         self.ordered.remove(&flat);
-        if self.core.volatile || flat >= self.unnamed {
+        let is_durable = self.committed >= self.batches;
+        if self.core.volatile || flat >= self.unnamed || is_durable {
             self.core.data.remove(flat);
             return;
         }
@@ -594,6 +599,22 @@ impl Core {
     pub fn relieve(&self, removes: bool) -> bool {
         let waits = |inner: &Inner| !inner.doomed.is_empty();
         if waits(&self.read()) && self.commit(false).is_ok() {
+            return true;
+        }
+        // A commit in progress may have begun to remove flat files.
+        if self.turn.try_lock().is_err() {
+            drop(self.take_turn());
+            return true;
+        }
+        // The kernel tells later, and on any thread, that it forgets a removed file.
+        let is_removed = |(_, node): (u64, &Node)| node.record.nlink == 0;
+        if !removes && self.read().state.nodes().any(is_removed) {
+            for _ in 0..FORGET_WAITS {
+                std::thread::sleep(FORGET_WAIT);
+                if waits(&self.read()) {
+                    return self.commit(false).is_ok();
+                }
+            }
             return true;
         }
         removes && self.rewrite(true).is_ok()
