@@ -167,7 +167,8 @@ pub fn stored_files(dir: &Path) -> Vec<PathBuf> {
             }
         }
     }
-    files.retain(|file| !file.starts_with("reserve"));
+    // A lock whose file cannot be removed is free all the same, and taken again under that name.
+    files.retain(|file| !file.starts_with("reserve") && !file.starts_with("locks"));
     files.sort();
     files
 }
